@@ -1,0 +1,180 @@
+"""How much accuracy fine-tuning brings back on CIFAR-10: converts, fine-tunes, writes one JSON record a seed.
+
+    python benchmarks/finetune_cifar.py resnet20-4epochs --source resnet20.th --data npz:cifar10.npz
+    python benchmarks/finetune_cifar.py resnet20 resnet56-319k resnet56-202k --source-dir weights --data ... --seeds 3
+
+The cases and their targets stand in CASES. Calibration takes training images without labels, fine-tuning the training
+images with labels and the dense network as teacher, top-1 is that of the last weights on all test images. Images a
+second are those of training updates, for the converted and for the dense network, in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import sharefold
+from sharefold.data import Preprocess, calibration_images, open_data
+from sharefold.finetune.inputs import limited
+from sharefold.finetune.loop import finetune
+from sharefold.sources import open_source
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, the parameters it may keep, how it is fine-tuned, and the top-1 it should reach."""
+
+    weights: str
+    params: int
+    target: float | None
+    epochs: int
+    settings: dict[str, Any] = field(default_factory=dict)
+    minutes: float | None = None
+
+
+CASES = {
+    "resnet20-4epochs": Case("resnet20-12fca82f.th", 94_400, 0.900, 4, minutes=12),
+    "resnet20": Case("resnet20-12fca82f.th", 94_400, 0.917, 100),
+    "resnet56-319k": Case("resnet56-4bfd9763.th", 319_226, 0.939, 100),
+    "resnet56-202k": Case("resnet56-4bfd9763.th", 201_850, 0.932, 100),
+}
+
+
+def hardware() -> dict[str, Any]:
+    """What the figures were taken on."""
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        models = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+        name = models[0] if models else name
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": name, "cores": cores, "threads": torch.get_num_threads(), "gpu": gpu, "torch": torch.__version__}
+
+
+def converted(dense: nn.Module, data: str, cfg: dict[str, Any], params: int, method: str, seed: int) -> nn.Module:
+    """A copy of ``dense`` within ``params`` parameters, from a thousand unlabelled training images."""
+    model = copy.deepcopy(dense)
+    images = calibration_images(data, Preprocess.from_cfg(cfg), 1000, seed, "train")
+    plan = sharefold.plan(model, budget=params, calibration=images, method=method, seed=seed)
+    sharefold.convert_(model, plan, calibration=images, seed=seed)
+    return model
+
+
+def throughput(model: nn.Module, teacher: nn.Module, train: Any, settings: dict[str, Any], images: int) -> float:
+    """Training images a second of a copy of ``model``, over some updates after as many to warm up."""
+    model = copy.deepcopy(model)
+    few = limited(train, images)
+    for _ in range(2):
+        report = finetune(model, few, teacher=teacher, **{**settings, "epochs": 1, "warmup_epochs": 0.0}, quiet=True)
+    return report.images_per_second
+
+
+def measure(name: str, case: Case, source: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """One run of one case."""
+    opened = open_source(source, pretrained=not options.random)
+    dense, cfg = opened.model, opened.pretrained_cfg
+    train = open_data(options.data, "train", transform_cfg=cfg)
+    test = open_data(options.data, "test", transform_cfg=cfg)
+    if options.limit:
+        train, test = limited(train, options.limit), limited(test, options.limit)
+    start = time.perf_counter()
+    model = converted(dense, options.data, cfg, case.params, options.method, seed)
+    convert_seconds = time.perf_counter() - start
+    settings = {"device": options.device, "seed": seed, **case.settings, **options.set}
+    settings["epochs"] = options.epochs or case.epochs
+    few = options.limit or 20 * settings.get("batch_size", 128)
+    rates = [throughput(network, dense, train, settings, few) for network in (model, dense)]
+    start, cpu = time.perf_counter(), time.process_time()
+    folder = options.run_dir / f"{name}-{options.method}-{seed}" if options.run_dir else None
+    report = finetune(
+        model, train, test, teacher=dense, quiet=options.quiet, run_dir=folder, resume=bool(folder), **settings
+    )
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+    return {
+        "case": name, "source": opened.name, "method": options.method, "seed": seed,
+        "params_before": sum(p.numel() for p in dense.parameters()),
+        "params_after": sum(p.numel() for p in model.parameters()), "params_allowed": case.params,
+        "top1_dense": report.teacher_top1, "top1_converted": report.top1_before, "top1": report.top1_after,
+        "target": case.target, "reached": case.target is not None and (report.top1_after or 0) >= case.target,
+        "epochs": report.epochs, "train_images": len(train), "settings": settings,
+        "convert_seconds": round(convert_seconds, 1),
+        "finetune_seconds": round(max(seconds, report.seconds), 1),
+        "finetune_cpu_seconds": round(cpu_seconds, 1),
+        "minutes_allowed": case.minutes,
+        "images_per_second": {"shared": rates[0], "dense": rates[1], "ratio": round(rates[0] / rates[1], 3)},
+        "top1_by_epoch": [r["top1"] for r in report.history if "top1" in r], "hardware": hardware(),
+    }  # fmt: skip
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="+", choices=CASES)
+    parser.add_argument("--data", required=True, help="DATA with splits train and test")
+    parser.add_argument("--source", help="the dense network, for one case")
+    parser.add_argument("--source-dir", type=Path, help="folder with the public weight files")
+    parser.add_argument("--random", action="store_true", help="random weights (to try the script)")
+    parser.add_argument("--method", default="auto")
+    parser.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0")
+    parser.add_argument("--epochs", type=int, help="instead of the case's")
+    parser.add_argument("--limit", type=int, help="only so many training and test images")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of FinetuneConfig")
+    parser.add_argument("--out", type=Path, default=RESULTS / "finetune_cifar.json")
+    parser.add_argument("--run-dir", type=Path, help="keep states and logs here; an interrupted run goes on")
+    parser.add_argument("--quiet", action="store_true")
+    options = parser.parse_args(arguments)
+    options.set = {k: _value(v) for k, _, v in (item.partition("=") for item in options.set)}
+    if not options.source and not options.source_dir:
+        parser.error("give --source or --source-dir")
+    return options
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    records = []
+    for name in options.cases:
+        case = CASES[name]
+        for seed in range(options.seeds):
+            record = measure(name, case, options.source or str(options.source_dir / case.weights), options, seed)
+            records.append(record)
+            print(json.dumps(record))
+            write(options.out, record)
+    return records
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Puts a record into the file, in place of an earlier one of the same case, method, seed, epochs and hardware."""
+
+    def key(r: dict[str, Any]) -> tuple[Any, ...]:
+        return r["case"], r["method"], r["seed"], r["epochs"], r["train_images"], r["hardware"]["gpu"]
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = json.loads(path.read_text()) if path.exists() else []
+    records = [r for r in old if key(r) != key(record)] + [record]
+    path.write_text(json.dumps(sorted(records, key=lambda r: str(key(r))), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""Smaller without labels: sharefold and what a user would pick instead, on the same images, in one run.
+
+    SHAREFOLD_DATA=../shared/data OMP_NUM_THREADS=2 python benchmarks/label_free.py --seeds 3 --refine auto
+    SHAREFOLD_DATA=../shared/data OMP_NUM_THREADS=2 python benchmarks/label_free.py --networks resnet20 --sizes 50%
+
+Rows of one network and seed share the 1,000 calibration images; top-1 is of all 10,000 test images.
+
+    auto, basis     sharefold
+    svd             data-norm low rank per layer, as BALF (arXiv:2509.25136)
+    spatial         column and row filters per layer, as AIMET's spatial SVD (arXiv:1405.3866)
+    average         the mean kernel of each group
+    pruning         magnitude channel pruning by torch-pruning, where it is installed and runs
+    quantize-B      round to nearest at B bits, a scale per row, dense network; its size is in bytes
+
+Writes results/label_free.json, .csv and .png; rows of earlier runs stay unless they are measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from cifar import WEIGHTS, data_folder, hardware, read_split
+from methods_cifar import correct
+from torch import nn
+
+import sharefold
+from sharefold.data import Preprocess
+from sharefold.measure import count_parameters, model_bytes
+from sharefold.solvers.quantize import round_to_grid
+
+RESULTS = Path(__file__).parent / "results"
+METHODS = ("auto", "basis", "svd", "spatial", "average", "pruning", "quantize-4", "quantize-3")
+SIZES = {"resnet20": ("65%", "50%", "35%"), "resnet56": ("50%", "35%", "25%")}
+
+
+def quantized(model: nn.Module, bits: int) -> dict[str, Any]:
+    """Rounds every convolution and Linear of ``model`` in place; bytes are codes, 2 a row scale, 4 anything else."""
+    size = float(model_bytes(model))
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            weight = module.weight.data
+            weight.copy_(round_to_grid(weight.flatten(1), bits, method="nearest").weight.view_as(weight))
+            size += weight.numel() * (bits / 8 - 4) + 2 * len(weight)
+    return {"bytes": int(size)}
+
+
+def pruned(model: nn.Module, size: float, example: torch.Tensor) -> dict[str, Any]:
+    """Prunes channels by magnitude, the same share everywhere, to at most ``size`` of the parameters."""
+    import torch_pruning
+
+    before, low, high, found = count_parameters(model), 0.0, 0.95, None
+    for _ in range(8):
+        ratio, trial = (low + high) / 2, copy.deepcopy(model)
+        pruner = torch_pruning.pruner.MagnitudePruner(
+            trial, example, torch_pruning.importance.MagnitudeImportance(), pruning_ratio=ratio,
+            ignored_layers=[m for m in trial.modules() if isinstance(m, nn.Linear)],
+        )  # fmt: skip
+        pruner.step()
+        trial(example)
+        if count_parameters(trial) <= size * before:
+            high, found = ratio, trial
+        else:
+            low = ratio
+    if found is None:
+        raise RuntimeError("no ratio reaches the size")
+    return {"model": found}
+
+
+def measure(model: nn.Module, method: str, size: str, refine: str | None, data: dict[str, Any], seed: int) -> dict:
+    """One row: converts a copy of ``model`` and counts right answers."""
+    model = copy.deepcopy(model)
+    row: dict[str, Any] = {"method": method, "size": size, "seed": seed, "refine": refine or ""}
+    start = time.perf_counter()
+    try:
+        if method.startswith("quantize-"):
+            row.update(quantized(model, int(method.partition("-")[2])))
+        elif method == "pruning":
+            model = pruned(model, float(size.rstrip("%")) / 100, data["calibration"][:1])["model"]
+        else:
+            plan = sharefold.plan(model, budget=size, calibration=data["calibration"], method=method, seed=seed)
+            done = sharefold.convert_(model, plan, calibration=data["calibration"], refine=refine, seed=seed)
+            row.update(agreement=done.agreement, kl=done.kl, seconds_by_step=done.seconds)
+    except Exception as error:  # a rival that does not run is a result
+        return {**row, "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    row["parameters"] = count_parameters(model)
+    row.setdefault("bytes", model_bytes(model))
+    row["top1"] = correct(model, *data["test"], data["normalize"])
+    return row
+
+
+def load(network: str, seed: int, count: int) -> tuple[nn.Module, dict[str, Any]]:
+    """The public network and its images."""
+    folder = data_folder()
+    source = sharefold.open_source(str(folder / "weights" / WEIGHTS[network]))
+    preprocess = Preprocess.from_cfg(source.pretrained_cfg)
+    test_x, test_y = read_split(folder, "test")
+    train_x, _ = read_split(folder, "train")
+    pick = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    return source.model, {
+        "test": (torch.from_numpy(test_x).permute(0, 3, 1, 2), torch.from_numpy(test_y.astype("int64"))),
+        "calibration": preprocess.normalize(torch.from_numpy(train_x[pick.numpy()]).permute(0, 3, 1, 2)),
+        "normalize": preprocess.normalize,
+    }
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Accuracy against size in bytes, one panel a network, means over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    networks = sorted({row["network"] for row in rows})
+    figure, axes = pyplot.subplots(1, len(networks), figsize=(5.5 * len(networks), 4), squeeze=False)
+    for axis, network in zip(axes[0], networks, strict=True):
+        series: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        for row in rows:
+            if row["network"] == network and "top1" in row:
+                label = "quantize" if row["method"].startswith("quantize") else row["method"]
+                label += " + refine" if row["refine"] else ""
+                points = series.setdefault(label, {})
+                points.setdefault(row["method"] + row["size"], []).append((row["bytes"] / 1e6, 100 * row["top1"]))
+        for label, points in sorted(series.items()):
+            mean = sorted(tuple(statistics.mean(v) for v in zip(*p, strict=True)) for p in points.values())
+            axis.plot(*zip(*mean, strict=True), marker="o", label=label, lw=2.5 if "auto" in label else 1.2)
+        axis.set(title=network, xlabel="size, MB", ylabel="top-1, %")
+        axis.set_ylim(bottom=max(40, axis.get_ylim()[0]))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--sizes", nargs="+", help="default: by network")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--refine", help="also measure auto after refinement: epochs, a time (4m) or auto")
+    parser.add_argument("--out", type=Path, default=RESULTS / "label_free")
+    options = parser.parse_args()
+    target = options.out.with_suffix(".json")
+    rows = json.loads(target.read_text())["rows"] if target.exists() else []
+    for network in options.networks:
+        for seed in range(options.seeds):
+            model, data = load(network, seed, options.images)
+            for method in options.methods:
+                single = method.startswith("quantize")
+                for size in ("",) if single else options.sizes or SIZES[network]:
+                    for refine in (None, options.refine) if method == "auto" and options.refine else (None,):
+                        row = {"network": network, **measure(model, method, size, refine, data, seed)}
+                        row["images"] = options.images
+                        key = ("network", "method", "size", "seed", "refine", "images")
+                        rows = [r for r in rows if any(r[k] != row[k] for k in key)] + [row]
+                        shown = row.get("failed") or f"{row['top1']:.4f}  {row['parameters']:,}  {row['seconds']} s"
+                        print(network, seed, method, size, refine or "", shown, flush=True)
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        target.write_text(json.dumps({"hardware": hardware(), "rows": rows}, indent=1) + "\n")
+    fields = [
+        "network",
+        "method",
+        "size",
+        "refine",
+        "seed",
+        "images",
+        "parameters",
+        "bytes",
+        "top1",
+        "seconds",
+        "failed",
+    ]
+    with options.out.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(rows, options.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

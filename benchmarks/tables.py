@@ -1,0 +1,173 @@
+"""Writes the measured tables into README.md and docs/methods/recipes.md, between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+
+python benchmarks/tables.py            # from benchmarks/results/*.json
+python benchmarks/tables.py --demo sharefold-demo    # takes the figures of that demonstration first
+python benchmarks/tables.py --check    # exit 1 when a page is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def read(name: str) -> Any:
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def machine(hardware: dict[str, Any]) -> str:
+    where = hardware.get("gpu") or f"{hardware['threads']} thread(s) of a {hardware['cpu']}"
+    return f"{where}, torch {hardware['torch']}"
+
+
+def demo() -> str | None:
+    data = read("demo.json")
+    if data is None:
+        return None
+    rows = [
+        [r["method"], r["step"], f"{r['params']:,}", f"{r['size']:.1%}", f"{100 * r['top1']:.2f}",
+         "" if r["agreement"] is None else f"{100 * r['agreement']:.1f}"]
+        for r in data["rows"]
+    ]  # fmt: skip
+    note = "\n\n`sharefold demo`, seed 0, 359 test images of scikit-learn's digits; averaging does not reach 8 %."
+    return table(["method", "step", "parameters", "kept", "top-1 [%]", "agreement [%]"], rows) + note
+
+
+def methods() -> str | None:
+    data = read("methods_cifar.json")
+    if data is None:
+        return None
+    parts = []
+    for network in sorted({r["network"] for r in data}):
+        records = [r for r in data if r["network"] == network]
+        original = next(r for r in records if r["method"] == "original")
+        columns = sorted({(r["calib"], r["size"]) for r in records if r["method"] != "original"}, reverse=True)
+        found = {(r["method"], r["calib"], r["size"]): r for r in records}
+        rows = []
+        for name in dict.fromkeys(r["method"] for r in records if r["method"] != "original"):
+            cells = [_method_cell(found.get((name, *column))) for column in columns]
+            rows.append([f"`{name}`", *cells])
+        head = [
+            "method",
+            *(f"top-1 [%] at {size}" + (", no data" if calib == "none" else "") for calib, size in columns),
+        ]
+        title = f"{network.replace('resnet', 'ResNet-')} on CIFAR-10, original {100 * original['top1']:.2f} %"
+        title += f" with {original['params_after']:,} parameters:"
+        parts.append(title + "\n\n" + table(head, rows))
+    seed, images = data[-1].get("seed", 0), data[-1]["images"]
+    note = (f"In brackets the parameters kept and, for codebooks, kB of integer codes beside them. "
+            "`python benchmarks/methods_cifar.py`, "
+            f"seed {seed}, {images:,} test images, {machine(data[-1]['hardware'])}.")  # fmt: skip
+    return "\n\n".join([*parts, note])
+
+
+def _method_cell(record: dict[str, Any] | None) -> str:
+    if record is None:
+        return ""
+    if "refused" in record:
+        floor = re.search(r"the floor is [\d,]+ parameters \(([\d.]+%)\)", record["refused"])
+        return f"floor {floor[1]}" if floor else "not possible"
+    codes = f" + {record['code_bytes'] / 1000:.0f} kB" if record["code_bytes"] else ""
+    return f"{100 * record['top1']:.2f} ({record['kept']:.1%}{codes})"
+
+
+def finetune() -> str | None:
+    data = read("finetune_cifar.json")
+    if not data:
+        return None
+    cases: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for record in data:
+        cases.setdefault((record["case"], record["epochs"]), []).append(record)
+    rows = []
+    for (case, epochs), records in sorted(cases.items()):
+        top1 = [100 * r["top1"] for r in records]
+        spread = f" ± {statistics.stdev(top1):.2f} ({len(top1)} seeds)" if len(top1) > 1 else ""
+        first = records[0]
+        rows.append([
+            case, f"{first['params_before']:,} -> {first['params_after']:,}", str(epochs),
+            f"{100 * first['top1_dense']:.2f}",
+            f"{100 * first['top1_converted']:.2f}", f"{statistics.mean(top1):.2f}{spread}",
+            f"{statistics.mean(r['finetune_seconds'] for r in records) / 60:.1f}", machine(first["hardware"]),
+        ])  # fmt: skip
+    head = ["case", "parameters", "epochs", "original [%]", "converted [%]", "tuned [%]", "minutes", "on"]
+    return table(head, rows) + "\n\n`python benchmarks/finetune_cifar.py`, CIFAR-10, 10,000 test images."
+
+
+def recipes() -> str | None:
+    data = read("recipes_cifar.json")
+    if not data:
+        return None
+    parts = []
+    for network in sorted({r["network"] for r in data}):
+        records = [r for r in data if r["network"] == network]
+        original = next(r for r in records if r["recipe"] == "original")
+        rows = []
+        for r in sorted((r for r in records if r["recipe"] != "original"), key=lambda r: -r["params_after"]):
+            steps = [f"{100 * r['top1'][s]:.2f}" if s in r["top1"] else "" for s in ("converted", "refined", "finetuned")]
+            published = "" if r["top1_published"] is None else f"{100 * r['top1_published']:.2f}"
+            rows.append([f"`{r['recipe']}`", f"{r['params_after']:,}", *steps, published])
+        head = ["recipe", "parameters", "converted", "refined, no labels", "fine-tuned", "published, from scratch"]
+        title = f"{network.replace('resnet', 'ResNet-')} on CIFAR-10, top-1 [%]; the original has "
+        title += f"{100 * original['top1']['original']:.2f} with {original['params_after']:,} parameters:"
+        parts.append(title + "\n\n" + table(head, rows))
+    first = next(r for r in data if r["recipe"] != "original")
+    note = (f"`python benchmarks/recipes_cifar.py`, seed {first['seed']}, {first['test_images']:,} test images, "
+            f"{machine(first['hardware'])}. Refined: {first['refine_epochs']} epochs on {first['calibration_images']:,} "
+            f"images without labels. Fine-tuned: {first['finetune_epochs']} epoch(s) on {first['finetune_images']:,} "
+            "labelled ones. Published figures took 300 epochs on 50,000.")  # fmt: skip
+    return "\n\n".join([*parts, note])
+
+
+TABLES: dict[str, Callable[[], str | None]] = {
+    "demo": demo, "methods": methods, "finetune": finetune, "recipes": recipes,
+}  # fmt: skip
+PAGES = (ROOT / "README.md", ROOT / "docs" / "methods" / "recipes.md")
+
+
+def render(text: str) -> str:
+    """``text`` with every table anew; a table without results says how to get them."""
+
+    def fill(match: re.Match[str]) -> str:
+        content = TABLES[match[1]]() or "Not measured yet: see `benchmarks/`."
+        return f"<!-- table: {match[1]} -->\n{content}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", fill, text, flags=re.S)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--demo", type=Path, help="the folder that `sharefold demo` wrote")
+    options = parser.parse_args()
+    check = options.check
+    if options.demo:
+        record = json.loads((options.demo / "demo.json").read_text())
+        del record["output"]
+        (RESULTS / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
+    stale = 0
+    for path in PAGES:
+        text = path.read_text()
+        new = render(text)
+        stale |= int(new != text)
+        if not check:
+            path.write_text(new)
+    return stale if check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

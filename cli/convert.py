@@ -1,0 +1,173 @@
+"""``sharefold convert``: the main job. Everything that can be refused is refused before work starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sharefold.errors import SharefoldError
+
+from .common import Run, jsonable, shared_options
+from .convert_report import Timer, group_rows, report_conversion, report_plan, weight_file_bytes
+from .convert_request import DEFAULT_BUDGET, Request, check_request
+from .keep import smallest_keeping
+from .source import preprocess_options, source_options
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sharefold.budget import Budget
+    from sharefold.convert import Conversion
+    from sharefold.plans import Plan
+
+
+@click.command("convert")
+@source_options
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory or .safetensors file.")
+@click.option("--budget", metavar="SIZE", help=f"50%, 2.1M parameters or 8MB.  [default: {DEFAULT_BUDGET}]")
+@click.option("--keep-agreement", metavar="SHARE", help="Smallest size whose predictions agree this often, e.g. 99%.")
+@click.option("--method", metavar="NAME", help="auto, or a method, or several: basis,svd.  [default: auto]")
+@click.option("--plan", type=click.Path(path_type=Path), help="A plan written by --dry-run --json, perhaps edited.")
+@click.option("--calib", metavar="DATA", help="Images without labels.  [default: procedural images]")
+@click.option("--calib-count", type=click.IntRange(min=1), metavar="N", help="How many.  [default: by image size]")
+@click.option("--calib-split", default="train", show_default=True, help="Which part of the data.")
+@click.option("--calib-resize", is_flag=True, help="Resize stored images of another size.")
+@click.option("--recipe", metavar="NAME[:k=v,...]", help="A published system, such as sharesnet.")
+@click.option("--refine", is_flag=False, flag_value="auto", metavar="EFFORT",
+              help="Distil on the calibration images: epochs (20), a time (4m), or nothing for the default.")
+@click.option("--store", metavar="TYPE", help="Small types in the file: fp16, int2 to int8, kmeans4, mixed:0.4MB ...")
+@click.option("--repair/--no-repair", default=True, show_default=True, help="Refit on the converted prefix.")
+@click.option("--exclude", metavar="REGEX", help="Keep layers whose name matches.")
+@click.option("--dry-run", is_flag=True, help="Stop at the plan; write nothing.")
+@click.option("--force", is_flag=True, help="Replace what is at the output.")
+@preprocess_options
+@shared_options
+def command(
+    run: Run,
+    calib: str | None,
+    calib_count: int | None,
+    calib_split: str,
+    calib_resize: bool,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    input_size: str | None,
+    **options: Any,
+) -> None:
+    """Turn SOURCE into a smaller network whose layers share parameters, and save it.
+
+    \b
+    sharefold convert timm:resnet50 -o resnet50-shared --calib imagefolder:/data/imagenet
+    sharefold convert resnet20.th --budget 50% --calib npz:cifar10.npz --json
+    sharefold convert tv:resnet18 --dry-run
+    """
+    request = check_request(**options)
+    device = run.setup()
+    import torch
+
+    import sharefold
+    from sharefold.calibrate.inputs import default_count, matched
+    from sharefold.convert import split_held_out
+    from sharefold.data import Preprocess, calibration_images
+    from sharefold.measure import agreement, count_macs, count_parameters, model_bytes, peak_memory
+    from sharefold.planner import statistics_of
+    from sharefold.store import quantize_
+
+    timer = Timer()
+    check_names(request)
+    opened = request.source.open()
+    if opened.shared:
+        raise SharefoldError(f"{request.source.source} is converted already: take the dense original, or expand it")
+    model = opened.model.to(device).eval()
+    timer.lap("load")
+    preprocess = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size, mean=mean, std=std)
+    count = calib_count or default_count(*preprocess.size[1:])
+    images = calibration_images(calib, preprocess, count, run.seed, calib_split, resize=calib_resize)
+    if calib is None:
+        images = matched(model, images, run.seed)
+    example = torch.zeros(1, *preprocess.size, device=device)
+    timer.lap("calibration_images")
+    before = {"params": count_parameters(model), "bytes": model_bytes(model), "macs": count_macs(model, example)}
+    timer.lap("measure")
+    graph = sharefold.analyze(model, example)
+    # One pass over the images serves planning and solving, and every trial of --keep-agreement.
+    statistics = statistics_of(model, graph, images, run.seed)
+    with run.progress() as progress:
+
+        def decide(dense: nn.Module, budget: Budget | float | None) -> Plan:
+            if request.recipe is not None:
+                return sharefold.build_plan(request.recipe, dense, example, graph)
+            return sharefold.plan(
+                dense, example, budget, method=request.methods or "auto", exclude=request.exclude,
+                statistics=statistics, graph=graph, seed=run.seed, progress=progress,
+            )  # fmt: skip
+
+        def carry_out(dense: nn.Module, plan: Plan) -> Conversion:
+            return sharefold.convert_(
+                dense, plan, example_input=example, repair=request.repair, refine=request.refine,
+                statistics=statistics, graph=graph, seed=run.seed, progress=progress,
+            )  # fmt: skip
+
+        if request.keep is not None:
+            model, done = smallest_keeping(model, request.keep, lambda net, share: carry_out(net, decide(net, share)))
+            plan = done.plan
+        else:
+            plan = request.plan or decide(model, request.budget)
+        timer.lap("plan")
+        if request.dry_run:
+            report_plan(run, request, plan, before, timer, peak_memory(device))
+            return
+        if request.keep is None:
+            done = carry_out(model, plan)
+    timer.lap("convert")
+    timer.seconds.update({f"convert_{name}": seconds for name, seconds in done.seconds.items()})
+    after = {"params": count_parameters(model), "bytes": model_bytes(model), "macs": count_macs(model, example)}
+    result = {
+        "source": request.source.source,
+        "method": request.decided_by,
+        **({} if request.recipe is None else {"recipe": request.recipe}),
+        **{key: {"before": before[key], "after": after[key]} for key in before},
+        "groups": group_rows(done.plan),
+        "agreement": done.agreement,
+        "kl": done.kl,
+        "steps": done.steps,
+    }
+    assert request.output is not None
+    model.sharefold_config = {  # type: ignore[assignment]
+        "base": opened.base,
+        "pretrained_cfg": jsonable({**opened.pretrained_cfg, **preprocess.cfg}),
+        "plan": done.plan.to_dict(),
+    }
+    if request.store is not None:
+        quantize_(model, request.store, calibration=images, original=done.original, seed=run.seed)
+        found = agreement(done.original, model, split_held_out(images)[0])
+        result.update(store=request.store, agreement=found.top1, kl=found.kl)
+        timer.lap("store")
+    metrics = {key: value for key, value in result.items() if key not in ("groups", "steps")}
+    sharefold.save(model, request.output, metrics=jsonable(metrics), force=request.force)
+    timer.lap("save")
+    report_conversion(run, done, before, after, request.output, timer)
+    run.result(
+        {
+            **result,
+            "seconds": timer.total(),
+            "peak_memory_bytes": peak_memory(device),
+            "output": str(request.output),
+            "file_bytes": weight_file_bytes(request.output),
+        }
+    )
+
+
+def check_names(request: Request) -> None:
+    """Unknown methods, recipes and stored types are refused before the network is read."""
+    from sharefold.methods import method_named
+    from sharefold.recipes import parse_recipe
+    from sharefold.store import parse_store
+
+    if request.recipe is not None:
+        parse_recipe(request.recipe)
+    if request.store is not None:
+        parse_store(request.store)
+    for name in request.methods:
+        method_named(name)

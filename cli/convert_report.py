@@ -1,0 +1,108 @@
+"""The results of ``sharefold convert`` as tables and as JSON."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import Run
+from .convert_request import Request
+
+if TYPE_CHECKING:
+    from sharefold.convert import Conversion
+    from sharefold.plans import Plan
+
+
+@dataclass
+class Timer:
+    """Wall-clock seconds of named steps."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+    last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+        self.last = now
+
+    def total(self) -> dict[str, float]:
+        return {**self.seconds, "total": time.perf_counter() - self.started}
+
+
+def weight_file_bytes(output: Path) -> int:
+    """Size of the file that holds the tensors."""
+    return (output / "model.safetensors" if output.is_dir() else output).stat().st_size
+
+
+def group_rows(plan: Plan) -> list[dict[str, Any]]:
+    """The plan's groups as the JSON of ``convert`` lists them."""
+    return [
+        {
+            "name": group.name,
+            "stage": group.stage,
+            "role": group.role,
+            "method": group.method,
+            "members": group.members,
+            "rank": group.options.get("rank"),
+            "params_before": group.params_before,
+            "params_after": group.params_after,
+            "error": group.error,
+        }
+        for group in plan.groups
+    ]
+
+
+def print_plan(run: Run, plan: Plan) -> None:
+    """The groups as a table."""
+    run.table(
+        ["group", "method", "layers", "rank", "before", "after", "kept", "error"],
+        [
+            [row["name"], row["method"], str(len(row["members"])), row["rank"], row["params_before"],
+             row["params_after"], f"{row['params_after'] / max(row['params_before'], 1):.0%}",
+             None if row["error"] is None else f"{row['error']:.4f}"]
+            for row in group_rows(plan)
+        ],
+    )  # fmt: skip
+
+
+def report_plan(run: Run, request: Request, plan: Plan, before: dict[str, int], timer: Timer, memory: int) -> None:
+    """The end of ``--dry-run``: nothing was changed, nothing is written."""
+    print_plan(run, plan)
+    run.say(f"{plan.params_before:,} -> {plan.params_after:,} parameters ({plan.size:.1%} kept); nothing written")
+    run.result(
+        {
+            "source": request.source.source,
+            "method": request.decided_by,
+            **({} if request.recipe is None else {"recipe": request.recipe}),
+            "params": {"before": plan.params_before, "after": plan.params_after},
+            "bytes": {"before": before["bytes"], "after": None},
+            "macs": {"before": before["macs"], "after": None},
+            "groups": group_rows(plan),
+            "plan": plan.to_dict(),
+            "agreement": None,
+            "seconds": timer.total(),
+            "peak_memory_bytes": memory,
+            "output": None,
+        }
+    )
+
+
+def report_conversion(
+    run: Run, done: Conversion, before: dict[str, int], after: dict[str, int], output: Path, timer: Timer
+) -> None:
+    """Before and after, for people."""
+    print_plan(run, done.plan)
+    kept = {key: f"{after[key] / max(before[key], 1):.1%}" for key in before}
+    run.table(
+        ["", "before", "after", "kept"],
+        [
+            ["parameters", before["params"], after["params"], kept["params"]],
+            ["MB", f"{before['bytes'] / 1e6:.3f}", f"{after['bytes'] / 1e6:.3f}", kept["bytes"]],
+            ["MMACs", f"{before['macs'] / 1e6:,.1f}", f"{after['macs'] / 1e6:,.1f}", kept["macs"]],
+            ["agreement", "", f"{done.agreement:.2%}", ""],
+        ],
+    )
+    run.say(f"{output} written ({timer.total()['total']:.1f} s); agreement is top-1, on held-out calibration images")

@@ -1,0 +1,56 @@
+"""``sharefold expand``: back to the stock architecture and an ordinary state dict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from sharefold.errors import SharefoldError
+
+from .common import Run, shared_options
+
+SUFFIXES = (".safetensors", ".pt", ".pth")
+KINDS = ", ".join(SUFFIXES)
+
+
+@click.command("expand")
+@click.argument("shared", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=f"File ending in {KINDS}.")
+@click.option("--force", is_flag=True, help="Replace what is there.")
+@shared_options
+def command(run: Run, shared: Path, output: Path, force: bool) -> None:
+    """Write the dense state dict that computes what SHARED, a sharefold directory or file, computes.
+
+    \b
+    sharefold expand resnet20-shared -o resnet20-dense.safetensors
+    """
+    from sharefold.files import check_output, write_file
+
+    if output.suffix not in SUFFIXES:
+        raise SharefoldError(f"output {output}: unknown kind {output.suffix!r}: end it in {KINDS}")
+    if output.is_dir():
+        raise SharefoldError(f"output {output} is a folder: name a file")
+    target = check_output(output, force)
+    run.setup()
+    import torch
+    from safetensors.torch import save_file
+
+    import sharefold
+    from sharefold.measure import count_parameters
+
+    model = sharefold.load(shared)
+    dense = sharefold.expand(model)
+    # Clones: a tensor tied inside the stock network is written in full under each name, as its loaders expect.
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in dense.state_dict().items()}
+    if output.suffix == ".safetensors":
+        write_file(target, lambda path: save_file(state, str(path), {"format": "pt"}))
+    else:
+        write_file(target, lambda path: torch.save(state, path))
+    before, after = count_parameters(model), count_parameters(dense)
+    size = target.stat().st_size
+    run.table(["", "shared", "dense"], [["parameters", before, after]])
+    run.say(f"{target} written ({size / 1e6:.2f} MB)")
+    run.result(
+        {"source": str(shared), "params": {"before": before, "after": after}, "bytes": size, "output": str(target)}
+    )

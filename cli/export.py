@@ -1,0 +1,88 @@
+"""``sharefold export``: a network for programs that know nothing of sharefold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from sharefold.errors import SharefoldError
+
+from .common import Run, shared_options
+from .source import SourceOptions, preprocess_options, source_options
+
+FORMATS = ("onnx", "pt2", "dense")
+
+
+def batch_of(text: str) -> int | None:
+    """None for ``dynamic``, else the number of images.
+
+    Raises:
+        SharefoldError: neither.
+    """
+    if text == "dynamic":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise SharefoldError(f"--batch {text!r}: write dynamic, or a number of images")
+    return int(text)
+
+
+@click.command("export")
+@source_options
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file.")
+@click.option("--format", "kind", type=click.Choice(FORMATS), help="What to write.  [default: by the file's suffix]")
+@click.option("--batch", default="dynamic", show_default=True, metavar="N", help="dynamic, or a fixed batch size.")
+@click.option("--tolerance", type=click.FloatRange(min=0), default=1e-4, show_default=True, help="Largest difference.")
+@click.option("--force", is_flag=True, help="Replace what is there.")
+@preprocess_options
+@shared_options
+def command(
+    run: Run, source: SourceOptions, output: Path, kind: str | None, batch: str, tolerance: float, force: bool,
+    mean: tuple[float, ...] | None, std: tuple[float, ...] | None, input_size: str | None,
+) -> None:  # fmt: skip
+    """Write SOURCE as ONNX, as a torch.export archive, or as the dense state dict of the stock architecture.
+
+    Shared tensors are stored once. What was written is run and compared with SOURCE before it gets its name.
+
+    \b
+    sharefold export resnet20-shared -o resnet20.onnx
+    sharefold export resnet20-shared -o resnet20.pt2 --batch 1
+    sharefold export resnet20-shared -o resnet20.safetensors --format dense
+    """
+    fixed = batch_of(batch)
+    run.setup()
+    import torch
+
+    from sharefold.data import Preprocess
+    from sharefold.export import export, format_of
+    from sharefold.files import check_output
+
+    kind = format_of(output, kind)
+    check_output(output, force)
+    opened = source.open()
+    size = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size, mean=mean, std=std).size
+    example = torch.randn(fixed or 2, *size, generator=torch.Generator().manual_seed(run.seed))
+    done = export(
+        opened.model, output, kind, example, dynamic_batch=fixed is None, tolerance=tolerance, force=force
+    )  # fmt: skip
+    batches = "any batch size" if done.dynamic_batch else f"batches of {fixed}"
+    run.table(
+        ["file", "format", "MB", "tensors MB", "largest difference", "takes"],
+        [[str(done.path), done.format, f"{done.bytes / 1e6:.3f}", f"{done.tensor_bytes / 1e6:.3f}",
+          f"{done.max_difference:.2g}", batches]],
+    )  # fmt: skip
+    run.result(
+        {
+            "source": source.source,
+            "format": done.format,
+            "bytes": done.bytes,
+            "tensor_bytes": done.tensor_bytes,
+            "max_difference": done.max_difference,
+            "tolerance": tolerance,
+            "dynamic_batch": done.dynamic_batch,
+            "input_shape": [None if done.dynamic_batch else fixed, *size],
+            "inputs": done.inputs,
+            "outputs": done.outputs,
+            "output": str(done.path),
+        }
+    )

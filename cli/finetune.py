@@ -1,0 +1,161 @@
+"""``sharefold finetune``: training with a teacher, with labels, or both; on one process or many."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sharefold.errors import SharefoldError
+from sharefold.finetune.config import FinetuneConfig
+
+from .common import Run, jsonable, shared_options
+from .source import Numbers, SourceOptions, source_options
+
+SHARED = {"seed", "device"}  # options that every verb has
+
+
+def config_options(function: Callable[..., None]) -> Callable[..., None]:
+    """One option for each setting of :class:`FinetuneConfig`; those not given arrive as None."""
+    for spec in reversed(dataclasses.fields(FinetuneConfig)):
+        if spec.name in SHARED:
+            continue
+        name, default = spec.name.replace("_", "-"), spec.default
+        text = f"{spec.metadata['help'][0].upper()}{spec.metadata['help'][1:]}."
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        if isinstance(default, bool):
+            flag, shown = f"--{name}/--no-{name}", "on" if default else "off"
+            option = click.option(flag, spec.name, default=None, help=f"{text}  [default: {shown}]")
+        else:
+            kind: Any = Numbers() if isinstance(default, tuple) else type(default)
+            if spec.metadata["choices"]:
+                kind = click.Choice(spec.metadata["choices"])
+            text += f"  [default: {shown}]" if shown else ""
+            option = click.option(f"--{name}", spec.name, type=kind, default=None, help=text)
+        function = option(function)
+    return function
+
+
+def _list_schedules(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
+    """Prints the published schedules and ends."""
+    if wanted:
+        from sharefold.finetune.published import SCHEDULES
+
+        for name, entry in SCHEDULES.items():
+            click.echo(f"{name:32} {entry.trains} ({entry.source})")
+        ctx.exit()
+
+
+@click.command("finetune")
+@source_options
+@click.option("--data", required=True, metavar="DATA", help="Training images (split train), e.g. npz:FILE.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory or .safetensors file.")
+@click.option("--teacher", metavar="SOURCE", help="The original network.  [default: none, labels alone]")
+@click.option("--teacher-arch", metavar="NAME", help="Its architecture, when it is a bare state dict.")
+@click.option("--val", metavar="DATA", help="Validation images (split test).  [default: --data]")
+@click.option("--no-val", is_flag=True, help="Validate nothing.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="N training images, evenly spaced.")
+@click.option("--val-limit", type=click.IntRange(min=1), metavar="N", help="N validation images, evenly spaced.")
+@click.option("--recipe-schedule", metavar="NAME", help="Train from random weights as published (--list-schedules).")
+@click.option(
+    "--list-schedules", is_flag=True, is_eager=True, expose_value=False, callback=_list_schedules,
+    help="Say which schedules there are.",
+)  # fmt: skip
+@click.option("--from-scratch", is_flag=True, help="Random weights first; --recipe-schedule implies it.")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="State, log and curve.  [default: OUTPUT.run]")
+@click.option("--resume", is_flag=True, help="Go on with the run in the run folder, if there is one.")
+@click.option("--force", is_flag=True, help="Replace the output and a run left in the run folder.")
+@click.option("--input-size", metavar="C,H,W", help="Input size.  [default: the model's]")
+@config_options
+@shared_options
+@click.pass_context
+def command(
+    ctx: click.Context,
+    run: Run,
+    source: SourceOptions,
+    data: str,
+    output: Path,
+    teacher: str | None,
+    teacher_arch: str | None,
+    val: str | None,
+    no_val: bool,
+    limit: int | None,
+    val_limit: int | None,
+    recipe_schedule: str | None,
+    from_scratch: bool,
+    run_dir: Path | None,
+    resume: bool,
+    force: bool,
+    input_size: str | None,
+    **settings: Any,
+) -> None:
+    """Fine-tune SOURCE, usually a sharefold directory, and save it with its metrics.
+
+    \b
+    sharefold finetune resnet20-shared --data npz:cifar10.npz --teacher resnet20.th -o resnet20-tuned
+    sharefold finetune r50-shared --data imagefolder:/data --teacher timm:resnet50 --no-labels -o r50-tuned
+    torchrun --nproc-per-node 8 -m sharefold_cli finetune r50-shared ... --resume
+    """
+    from sharefold.finetune.published import published
+
+    base = published(recipe_schedule).config() if recipe_schedule else None
+    given = {name: value for name, value in settings.items() if value is not None}
+    config = FinetuneConfig.build(base, **given, seed=run.seed, device=run.device)
+    if not config.labels and teacher is None:
+        raise SharefoldError("finetune: --no-labels needs --teacher SOURCE: there is nothing else to learn from")
+    first = os.environ.get("RANK", "0") == "0"
+    run = dataclasses.replace(run, quiet=run.quiet or not first, json=run.json and first)
+    if first:
+        _check_output(output, force or resume)
+    run.setup()
+    from sharefold.data import Preprocess, open_data
+    from sharefold.finetune.inputs import limited
+    from sharefold.finetune.interrupt import Interrupted
+    from sharefold.finetune.loop import finetune
+    from sharefold.finetune.scratch import reinitialize
+    from sharefold.measure import count_parameters
+    from sharefold.plans import Plan
+
+    opened = source.open()
+    model = opened.model
+    preprocess = Preprocess.from_cfg(
+        opened.pretrained_cfg, input_size=input_size, mean=config.mean or None, std=config.std or None
+    )
+    if not opened.shared:  # a network that shares by design, or a dense one: an empty plan describes it
+        parameters = count_parameters(model)
+        plan = Plan([], parameters, parameters, f"source {source.source}").to_dict()
+        model.sharefold_config = {"base": opened.base, "plan": plan}  # type: ignore[assignment]
+    model.sharefold_config["pretrained_cfg"] = jsonable({**opened.pretrained_cfg, **preprocess.cfg})  # type: ignore[index,operator]
+    if from_scratch or recipe_schedule:
+        reinitialize(model, run.seed, joint=config.orthogonality_joint)
+    guide = None
+    if teacher:
+        guide = SourceOptions(teacher, arch=teacher_arch, trust_pickle=source.trust_pickle).open().model
+    train = open_data(data, "train", transform_cfg=preprocess)
+    checks = None if no_val else open_data(val or data, "test", transform_cfg=preprocess)
+    train = limited(train, limit) if limit else train
+    checks = limited(checks, val_limit) if val_limit and checks is not None else checks
+    try:
+        report = finetune(
+            model, train, checks, teacher=guide, config=config, out=output, run_dir=run_dir, resume=resume, force=force,
+            quiet=run.quiet,
+        )  # fmt: skip
+    except Interrupted as stopped:
+        click.echo(str(stopped), err=True)
+        ctx.exit(stopped.exit_code)
+    run.say(f"{output} written")
+    run.result(
+        {"source": source.source, "teacher": teacher, "data": data, "schedule": recipe_schedule,
+         "params": count_parameters(model), **report.to_dict()}
+    )  # fmt: skip
+
+
+def _check_output(output: Path, replace: bool) -> None:
+    """Refuses before anything is loaded what saving would refuse hours later."""
+    from sharefold.files import check_output
+
+    check_output(output, replace)

@@ -1,0 +1,151 @@
+"""``sharefold inspect``: what in a network can share, and why the rest cannot."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .common import Run, shared_options
+from .source import SourceOptions, source_options
+
+if TYPE_CHECKING:
+    from sharefold.graph import Group, NetworkGraph
+
+
+@click.command("inspect")
+@source_options
+@click.option("--by-role", is_flag=True, help="Split groups by the layers' place in the block.")
+@click.option(
+    "--first-block",
+    type=click.Choice(["shape", "stride", "skip"]),
+    default="shape",
+    show_default=True,
+    help="First layers of a stage: group by shape alone, apart when strided, or leave them out.",
+)
+@click.option("--exclude", metavar="REGEX", help="Leave out layers whose name matches.")
+@click.option("--layers", "show_layers", is_flag=True, help="List every layer, not only the groups.")
+@click.option("--input-size", metavar="C,H,W", help="Input size.  [default: the model's]")
+@shared_options
+def command(
+    run: Run,
+    source: SourceOptions,
+    by_role: bool,
+    first_block: str,
+    exclude: str | None,
+    show_layers: bool,
+    input_size: str | None,
+) -> None:
+    """Show which layers of SOURCE are isomorphic, in which groups, and which are left out.
+
+    \b
+    sharefold inspect timm:resnet50 --no-pretrained
+    """
+    device = run.setup()
+    import torch
+
+    from sharefold.data import Preprocess
+    from sharefold.graph import analyze, find_groups
+    from sharefold.measure import count_parameters
+
+    opened = source.open()
+    size = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size).size
+    graph = analyze(opened.model.to(device), torch.zeros(1, *size, device=device))
+    groups = find_groups(graph, by_role=by_role, first_block=first_block, exclude=exclude)
+    total = count_parameters(opened.model)
+    _print(run, opened.name, graph, groups, total, size, show_layers)
+    run.result(
+        {
+            "source": source.source,
+            "params": total,
+            "input_size": size,
+            "traced": graph.traced,
+            "trace_note": graph.trace_note,
+            "layers": [_layer(record) for record in graph.layers.values()],
+            "groups": [_group(group) for group in groups],
+            "repeats": [{"name": repeat.name, "blocks": repeat.blocks} for repeat in graph.repeats],
+            "skipped": graph.skipped,
+        }
+    )
+
+
+def _weights(shape: tuple[int, int, int, int]) -> int:
+    o, i, h, w = shape
+    return o * i * h * w
+
+
+def _layer(record: Any) -> dict[str, Any]:
+    return {
+        "name": record.name,
+        "kind": record.kind,
+        "class": record.module_class,
+        "weight_shape": record.weight_shape,
+        "groups": record.groups,
+        "stride": record.stride,
+        "input_size": record.input_size,
+        "output_size": record.output_size,
+        "stage": record.stage,
+        "block": record.block,
+        "role": record.role,
+        "calls": record.calls,
+        "norm": record.norm,
+        "reads_stream": record.reads_stream,
+        "writes_stream": record.writes_stream,
+        "private_input": record.private_input,
+        "private_output": record.private_output,
+        "params": _weights(record.weight_shape),
+    }
+
+
+def _group(group: Group) -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "stage": group.stage,
+        "role": group.role,
+        "weight_shape": group.weight_shape,
+        "groups": group.groups,
+        "members": group.members,
+        "params": _weights(group.weight_shape) * len(group.members),
+    }
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _print(
+    run: Run,
+    name: str,
+    graph: NetworkGraph,
+    groups: list[Group],
+    total: int,
+    size: tuple[int, int, int],
+    show_layers: bool,
+) -> None:
+    run.say(f"{name}: {total:,} parameters, input {_shape(size)}, traced by {graph.traced}")
+    if graph.trace_note:
+        run.say(f"note: {graph.trace_note}")
+    if show_layers:
+        run.table(
+            ["layer", "shape", "groups", "stage", "role", "block", "input", "stream", "norm"],
+            [
+                [r.name, _shape(r.weight_shape), str(r.groups), str(r.stage), r.role, r.block, _shape(r.input_size),
+                 "+".join(word for word, yes in (("reads", r.reads_stream), ("writes", r.writes_stream)) if yes),
+                 r.norm or ""]
+                for r in graph.layers.values()
+            ],
+            title="layers",
+        )  # fmt: skip
+    rows = []
+    shareable = 0
+    for group in groups:
+        weights = _weights(group.weight_shape) * len(group.members)
+        shareable += weights - _weights(group.weight_shape)
+        rows.append([group.name, str(group.stage), group.role, _shape(group.weight_shape), str(len(group.members)),
+                     weights, f"{weights / max(total, 1):.1%}"])  # fmt: skip
+    run.table(["group", "stage", "role", "shape", "layers", "parameters", "of all"], rows, title="groups")
+    for repeat in graph.repeats:
+        run.say(f"repeated block {repeat.name}: {len(repeat.blocks)} equal blocks in a row")
+    if graph.skipped:
+        run.table(["left out", "because"], list(graph.skipped.items()))
+    run.say(f"one kernel a group would save {shareable:,} parameters ({shareable / max(total, 1):.1%})")

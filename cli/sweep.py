@@ -1,0 +1,111 @@
+"""``sharefold sweep``: the curve of accuracy against size."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sharefold.errors import SharefoldError
+
+from .common import Run, jsonable, shared_options
+from .source import SourceOptions, preprocess_options, source_options
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@click.command("sweep")
+@source_options
+@click.option("--budgets", default="25%,35%,50%,65%", show_default=True, metavar="SIZES", help="Sizes, with commas.")
+@click.option("--data", required=True, metavar="DATA", help="Labelled images to measure accuracy on.")
+@click.option("--split", default="test", show_default=True, help="Which part of DATA.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only its first N images.")
+@click.option("--calib", metavar="DATA", help="Images without labels.  [default: the training part of --data]")
+@click.option("--calib-count", type=click.IntRange(min=1), metavar="N", help="How many.  [default: by image size]")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the results.")
+@click.option("--method", default="auto", show_default=True, metavar="NAME", help="auto, or methods with commas.")
+@click.option("--exclude", metavar="REGEX", help="Keep layers whose name matches.")
+@click.option("--refine", type=click.IntRange(min=0), default=0, show_default=True, help="Label-free epochs.")
+@click.option("--repair/--no-repair", default=True, show_default=True, help="Refit on the converted prefix.")
+@click.option("--save/--no-save", default=True, show_default=True, help="Keep the converted networks.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=250, show_default=True, help="Images a batch.")
+@click.option("--force", is_flag=True, help="Replace what is there.")
+@preprocess_options
+@shared_options
+def command(
+    run: Run, source: SourceOptions, budgets: str, data: str, split: str, limit: int | None, calib: str | None,
+    calib_count: int | None, output: Path, method: str, exclude: str | None, refine: int, repair: bool, save: bool,
+    batch_size: int, force: bool, mean: tuple[float, ...] | None, std: tuple[float, ...] | None,
+    input_size: str | None,
+) -> None:  # fmt: skip
+    """Convert SOURCE at several budgets, measure each, and plot accuracy against size.
+
+    Writes sweep.csv, sweep.json, sweep.svg (and sweep.png where matplotlib is installed) and the networks themselves.
+
+    \b
+    sharefold sweep resnet20.th --budgets 25%,50% --data npz:cifar10.npz -o resnet20-sweep
+    """
+    from sharefold.files import check_output, write_folder
+
+    again = force and (output / "sweep.json").is_file()  # a folder of ours, though not of a network
+    target = output if again else check_output(output, force)
+    device = run.setup()
+    import sharefold
+    from sharefold.calibrate.inputs import default_count
+    from sharefold.data import Preprocess, calibration_images, loader, open_data
+    from sharefold.measure import evaluate
+    from sharefold.methods import method_named
+    from sharefold.sweep import parse_budgets, sweep, write_results
+
+    sizes = parse_budgets(budgets)
+    methods = () if method == "auto" else tuple(name.strip() for name in method.split(","))
+    for name in methods:
+        method_named(name)
+    start = time.perf_counter()
+    opened = source.open()
+    if opened.shared:
+        raise SharefoldError(f"{source.source} is converted already: take the dense original, or expand it")
+    model = opened.model.to(device).eval()
+    preprocess = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size, mean=mean, std=std)
+    dataset = open_data(data, split, transform_cfg=preprocess)
+    count = calib_count or default_count(*preprocess.size[1:])
+    images = calibration_images(calib or data, preprocess, count, run.seed, "train")
+
+    def measure(network: nn.Module) -> dict[str, Any]:
+        return evaluate(network, loader(dataset, batch_size), device, limit=limit)
+
+    def fill(folder: Path) -> None:
+        def keep(budget: str, network: nn.Module, metrics: dict[str, Any]) -> None:
+            network.sharefold_config = {  # type: ignore[assignment]
+                **network.sharefold_config,  # type: ignore[dict-item]
+                "base": opened.base,
+                "pretrained_cfg": jsonable({**opened.pretrained_cfg, **preprocess.cfg}),
+            }
+            sharefold.save(network, folder / re.sub(r"[^\w.-]+", "-", budget).strip("-"), metrics=jsonable(metrics))
+
+        with run.progress() as progress:
+            points = sweep(
+                model, sizes, measure, images, method=methods or "auto", exclude=exclude, repair=repair,
+                refine=refine, seed=run.seed, keep=keep if save else None, progress=progress,
+            )  # fmt: skip
+        details = {"source": source.source, "data": data, "split": split, "method": method}
+        names = write_results(folder, points, details)
+        found.update(details, points=[asdict(point) for point in points], files=names)
+
+    found: dict[str, Any] = {}
+    write_folder(target, fill)
+    run.table(
+        ["budget", "parameters", "kept", "MB", "top-1", "top-5", "agreement", "seconds"],
+        [
+            [p["budget"], p["params"], f"{p['share']:.1%}", f"{p['bytes'] / 1e6:.2f}", f"{p['top1']:.2%}",
+             f"{p['top5']:.2%}", f"{p['agreement']:.2%}", f"{p['seconds']:.1f}"]
+            for p in found["points"]
+        ],
+    )  # fmt: skip
+    run.say(f"{target} written: {', '.join(found['files'])}")
+    run.result({**found, "seconds": time.perf_counter() - start, "output": str(target)})

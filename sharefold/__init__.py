@@ -1,0 +1,41 @@
+"""sharefold: turn a pretrained CNN into a smaller one whose layers share parameters.
+
+>>> plan = sharefold.plan(model, budget="50%", calibration=images)      # doctest: +SKIP
+>>> report = sharefold.convert_(model, plan, calibration=images)        # doctest: +SKIP
+>>> sharefold.save(model, "resnet50-shared")                            # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from sharefold.errors import SharefoldError, SharefoldWarning
+from sharefold.version import __version__
+
+# Name -> module; loaded on first use, so that `import sharefold` stays cheap and the command line starts at once.
+_LAZY = {
+    "plan": "sharefold.planner",
+    "convert_": "sharefold.convert",
+    "Conversion": "sharefold.convert",
+    "Plan": "sharefold.plans",
+    "GroupPlan": "sharefold.plans",
+    "build_plan": "sharefold.recipes",
+    "save": "sharefold.checkpoint",
+    "load": "sharefold.checkpoint",
+    "expand": "sharefold.checkpoint",
+    "analyze": "sharefold.graph",
+    "open_source": "sharefold.sources",
+}
+
+__all__ = ["SharefoldError", "SharefoldWarning", "__version__", *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'sharefold' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,87 @@
+"""Runs two networks of the same graph side by side, node by node, over all calibration images at once.
+
+Sequential repair needs, for every converted layer in turn, the input that the converted prefix gives and the output
+that the original had. Walking both networks together costs one forward pass of each, whatever their depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from sharefold.layers import resolve
+
+Visit = Callable[[str, list[Tensor], list[Tensor]], None]
+
+
+def walk(
+    graph: fx.Graph, teacher: nn.Module, student: nn.Module, batches: list[Tensor], visit: Visit, names: set[str]
+) -> None:
+    """Walks ``graph`` once; before the student runs a layer in ``names``, calls ``visit(name, inputs, targets)``.
+
+    ``inputs`` are the student's inputs to the layer and ``targets`` the teacher's outputs of it, one tensor a batch;
+    ``visit`` may change the student's layer and the norm behind it. Both networks must be in eval mode. Values are
+    dropped after their last use, so memory is a few activation maps of all images, for two networks.
+    """
+    last: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        for used in node.all_input_nodes:
+            last[used] = node
+    teachers: list[dict[fx.Node, Any]] = [{} for _ in batches]
+    students: list[dict[fx.Node, Any]] = [{} for _ in batches]
+    for node in graph.nodes:
+        if node.op == "output":
+            return
+        for values, batch in zip(teachers, batches, strict=True):
+            values[node] = _run(node, teacher, values, batch)
+        if node.op == "call_module" and node.target in names:
+            inputs = [_fetch(node.args[0] if node.args else next(iter(node.kwargs.values())), v) for v in students]
+            visit(str(node.target), inputs, [values[node] for values in teachers])
+        for values, batch in zip(students, batches, strict=True):
+            values[node] = _run(node, student, values, batch)
+        for used in [n for n in node.all_input_nodes if last[n] is node] + ([] if node.users else [node]):
+            for values in (*teachers, *students):
+                values.pop(used, None)
+
+
+def _fetch(argument: Any, values: dict[fx.Node, Any]) -> Any:
+    return fx.node.map_arg(argument, lambda n: values[n])
+
+
+def _run(node: fx.Node, model: nn.Module, values: dict[fx.Node, Any], batch: Tensor) -> Any:
+    if node.op == "placeholder":
+        # A traced forward may have optional arguments; only the first placeholder is the image batch.
+        return batch if not values else (node.args[0] if node.args else None)
+    args, kwargs = _fetch(node.args, values), _fetch(node.kwargs, values)
+    if node.op == "get_attr":
+        return resolve(model, str(node.target))
+    if node.op == "call_module":
+        return resolve(model, str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+@torch.no_grad()
+def largest_map(model: nn.Module, image: Tensor) -> int:
+    """Elements of the largest module output for one image; bounds what :func:`walk` keeps per image."""
+    largest = image.numel()
+    handles = []
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        nonlocal largest
+        if isinstance(output, Tensor):
+            largest = max(largest, output.numel())
+
+    for module in model.modules():
+        handles.append(module.register_forward_hook(note))
+    try:
+        model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return largest

@@ -1,0 +1,100 @@
+"""Makes stand-in images look to a network like the images that it was trained on.
+
+Every BatchNorm remembers the mean and variance of its inputs over the training data. Procedural images give others; a
+few gradient steps on the pixels bring them close (Yin et al., "Dreaming to Distill: Data-free Knowledge Transfer via
+DeepInversion", CVPR 2020, https://arxiv.org/abs/1912.08795, its feature term alone).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def match_statistics(
+    model: nn.Module, images: Tensor, steps: int = 10, *, rate: float = 0.05, batch_size: int = 100, seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Tensor:  # fmt: skip
+    """Images moved so that the batch statistics at every BatchNorm of ``model`` approach its running statistics.
+
+    Args:
+        model: a network in any mode; left as it was. Without BatchNorms the images come back unchanged.
+        images: (n, C, H, W) normalised; unchanged, the result is a new tensor within their range of each channel.
+        steps: Adam steps a batch.
+        rate: Adam's step, in normalised pixel values; falls linearly to 0.
+        batch_size: images whose statistics are matched together.
+        seed: of the division into batches.
+    """
+    norms = _norms(model)
+    if not norms or not steps:
+        return images.clone()
+    low, high = (f(images, dim=(0, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
+    result = images.clone()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    batches = order.tensor_split(max(1, round(len(images) / batch_size)))
+    device = next(model.parameters()).device
+    with _watched(model, norms) as errors:
+        for number, index in enumerate(batches):
+            pixels = images[index].to(device).requires_grad_(True)
+            optimizer = torch.optim.Adam([pixels], lr=rate)
+            for done in range(steps):
+                optimizer.param_groups[0]["lr"] = rate * (1 - done / steps)
+                errors.clear()
+                with torch.enable_grad():
+                    model(pixels)
+                    pixels.grad = torch.autograd.grad(torch.stack(errors).mean(), pixels)[0]
+                optimizer.step()
+                with torch.no_grad():
+                    pixels.clamp_(low.to(device), high.to(device))
+            result[index] = pixels.detach().to(result)
+            if progress:
+                progress("matching", number + 1, len(batches))
+    return result
+
+
+@torch.no_grad()
+def mismatch(model: nn.Module, images: Tensor) -> float:
+    """How far the statistics of ``images``, as one batch, are from the running ones: mean over BatchNorms."""
+    with _watched(model, _norms(model)) as errors:
+        model(images.to(next(model.parameters()).device))
+        return float(torch.stack(errors).mean()) if errors else 0.0
+
+
+def _norms(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, NORMS) and m.running_mean is not None]
+
+
+@contextmanager
+def _watched(model: nn.Module, norms: list[nn.Module]) -> Iterator[list[Tensor]]:
+    """Eval mode, and a list that every forward pass fills with the error at each norm; undone at the end."""
+    errors: list[Tensor] = []
+
+    def note(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        errors.append(_mismatch(norm, inputs[0]))
+
+    modes = [(m, m.training) for m in model.modules()]
+    handles = [norm.register_forward_pre_hook(note) for norm in norms]
+    try:
+        model.eval()
+        yield errors
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes:
+            module.training = mode
+
+
+def _mismatch(norm: nn.Module, x: Tensor) -> Tensor:
+    """Squared error of means over the running variance, plus that of the ratio of standard deviations."""
+    channels = x.float().movedim(1, 0).flatten(1)
+    eps = cast(float, norm.eps)
+    mean, variance = cast(Tensor, norm.running_mean).float(), cast(Tensor, norm.running_var).float() + eps
+    shift = (channels.mean(1) - mean).square() / variance
+    ratio = (channels.var(1, unbiased=False) + eps).div(variance).sqrt()
+    return (shift + (ratio - 1).square()).mean()

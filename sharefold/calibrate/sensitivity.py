@@ -1,0 +1,70 @@
+"""How much each layer's output matters to the network's predictions: a diagonal Fisher, without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from sharefold.measure import first_logits
+
+IMAGES = 256
+
+
+def output_sensitivity(
+    model: nn.Module, names: Iterable[str], images: Tensor, batch_size: int = 100, seed: int = 0
+) -> dict[str, Tensor]:
+    """Per layer, (O,): expected squared gradient of log p(y|x) at each output channel, summed over positions.
+
+    y is drawn from the network's own prediction, so half of it times a small squared output error is the second-order
+    estimate of KL(original || converted) (the diagonal of the Fisher information; Martens, arXiv:1412.1193).
+
+    Args:
+        model: in eval mode during the call; gradients of its parameters are left alone.
+        images: (n, C, H, W); at most ``IMAGES`` of them, evenly spaced, are used.
+
+    Returns:
+        An empty dictionary when the network's output cannot be differentiated (detection heads, for example).
+    """
+    index = torch.linspace(0, len(images) - 1, min(IMAGES, len(images))).long()
+    generator = torch.Generator().manual_seed(seed)
+    totals: dict[str, Tensor] = {}
+    handles = []
+
+    def watch(name: str, channels_last: bool) -> None:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            def add(gradient: Tensor) -> None:
+                flat = gradient.flatten(0, -2) if channels_last else gradient.transpose(0, 1).flatten(1).T
+                found = flat.square().sum(0).detach()
+                totals[name] = totals[name] + found if name in totals else found
+
+            if output.requires_grad:
+                output.register_hook(add)
+
+        handles.append(model.get_submodule(name).register_forward_hook(hook))
+
+    for name in names:
+        watch(name, isinstance(model.get_submodule(name), nn.Linear))
+    was_training = model.training
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        with torch.enable_grad():
+            for batch in images[index].split(batch_size):
+                leaf = batch.to(device).detach().requires_grad_(True)
+                logits = first_logits(model(leaf))
+                if not logits.requires_grad or logits.dim() < 2:
+                    return {}
+                rows = logits.movedim(1, -1).flatten(0, -2)
+                chosen = torch.multinomial(rows.detach().float().softmax(1).cpu(), 1, generator=generator).squeeze(1)
+                loss = nn.functional.cross_entropy(rows.float(), chosen.to(device), reduction="sum")
+                # With respect to the images: the parameters' own gradients are neither needed nor touched.
+                torch.autograd.grad(loss, leaf)
+    except (RuntimeError, NotImplementedError):
+        return {}
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(was_training)
+    return {name: total / len(index) for name, total in totals.items()}

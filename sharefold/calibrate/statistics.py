@@ -1,0 +1,172 @@
+"""Input moments of layers over the calibration images, collected on demand and with bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sharefold.calibrate.sensitivity import output_sensitivity
+from sharefold.errors import SharefoldError
+from sharefold.layers import ConvForm, form_of
+from sharefold.solvers.data_norm import Moments, sample_patches
+
+# Samples a layer needs for its N x N moment: this many a row, and never fewer than the floor.
+SAMPLES_PER_FEATURE = 16
+SAMPLES_FLOOR = 16_384
+CACHE_BYTES = 2 << 30
+
+
+class _Done(Exception):
+    """Raised by the last needed layer's hook so that the rest of the network does not run."""
+
+
+class Statistics:
+    """Second moments of the inputs of ``model``'s layers.
+
+    One pass over the images collects every layer asked for at once; moments stay in memory up to ``cache_bytes``, the
+    oldest go first, so that a large network is served stage by stage.
+
+    Args:
+        model: the dense network; its mode and hooks are left as they were.
+        images: (n, C, H, W), normalised as the network expects.
+        centered: per layer, whether the mean is taken out (a bias or BatchNorm behind the layer absorbs it).
+        batch_size: images a forward pass.
+        seed: of the sampled positions.
+    """
+
+    def __init__(
+        self, model: nn.Module, images: Tensor, *, centered: dict[str, bool] | None = None, batch_size: int = 100,
+        seed: int = 0, cache_bytes: int = CACHE_BYTES,
+    ) -> None:  # fmt: skip
+        self.model, self.images = model, images
+        self.centered = centered or {}
+        self.batch_size, self.seed, self.cache_bytes = batch_size, seed, cache_bytes
+        self.cache: dict[str, Tensor] = {}
+        self.means: dict[str, Tensor] = {}
+        self.passes = 0
+        self._sensitivity: dict[str, Tensor] | None = None
+
+    def moments(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Moments (G, N, N) of the inputs of the layers ``names``, shrunk so that they are positive definite."""
+        missing = [name for name in names if name not in self.cache]
+        if missing:
+            self._collect(missing)
+        found = {name: self.cache[name] for name in names}
+        self._evict(set(names))
+        return found
+
+    def sensitivity(self) -> dict[str, Tensor]:
+        """Per layer (O,): how much its output matters to the predictions; empty where that cannot be told."""
+        if self._sensitivity is None:
+            self._sensitivity = output_sensitivity(
+                self.model, self.centered, self.images, max(1, self.batch_size // 2), self.seed
+            )
+        return self._sensitivity
+
+    def bytes_of(self, names: Iterable[str]) -> int:
+        """Memory that the moments of these layers take."""
+        total = 0
+        for name in names:
+            form = _form(self.model, name)
+            total += 4 * form.groups * form.features**2
+        return total
+
+    def batches(self, groups: Sequence[Sequence[str]]) -> list[list[int]]:
+        """Indices of ``groups``, in order, cut into runs whose members' moments fit the cache together."""
+        runs: list[list[int]] = []
+        size = 0
+        for index, members in enumerate(groups):
+            need = self.bytes_of(members)
+            if not runs or size + need > self.cache_bytes:
+                runs.append([])
+                size = 0
+            runs[-1].append(index)
+            size += need
+        return runs
+
+    @torch.no_grad()
+    def _collect(self, names: list[str]) -> None:
+        self.passes += 1
+        forms = {name: _form(self.model, name) for name in names}
+        device = next(self.model.parameters()).device
+        sums = {name: Moments(form.features, form.groups, device=device) for name, form in forms.items()}
+        generator = torch.Generator().manual_seed(self.seed)
+        waiting: set[str] = set()
+        handles = []
+        for name, form in forms.items():
+            wanted = max(SAMPLES_PER_FEATURE * form.features, SAMPLES_FLOOR)
+            positions = max(1, -(-wanted // len(self.images)))
+
+            def hook(
+                module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name, form: ConvForm = form,
+                positions: int = positions,
+            ) -> None:  # fmt: skip
+                sums[name].update(patches_of(form, inputs[0], positions, generator))
+                waiting.discard(name)
+                if not waiting:
+                    raise _Done
+
+            handles.append(self.model.get_submodule(name).register_forward_hook(hook))
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            for batch in self.images.split(self.batch_size):
+                waiting.update(names)
+                try:
+                    self.model(batch.to(device))
+                except _Done:
+                    continue
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.model.train(was_training)
+        for name in names:
+            if float(sums[name].count) == 0:
+                raise SharefoldError(f"layer {name} was not reached by the calibration images: exclude it")
+            moment = sums[name].covariance(self.centered.get(name, False))
+            if not bool(torch.isfinite(moment).all()):
+                raise SharefoldError(f"layer {name} gets NaN or infinite inputs on the calibration images: "
+                                     "check the weights and the images' normalisation")
+            self.cache[name] = shrunk(moment, float(sums[name].count))
+            self.means[name] = sums[name].mean
+
+    def _evict(self, keep: set[str]) -> None:
+        total = sum(t.numel() * 4 for t in self.cache.values())
+        for name in list(self.cache):
+            if total <= self.cache_bytes:
+                return
+            if name not in keep:
+                total -= self.cache.pop(name).numel() * 4
+
+
+def patches_of(form: ConvForm, x: Tensor, positions: int | None, generator: torch.Generator) -> Tensor:
+    """Input patches (P, G, N) of a layer of this form at sampled positions."""
+    if form.kind == "linear":
+        return sample_patches(x.detach(), None, positions=positions, generator=generator)
+    border = form.border(x.shape[-2], x.shape[-1])
+    return sample_patches(
+        x.detach(), form.kernel_size, form.stride, border, form.dilation, form.groups, positions, generator,
+        "zeros" if form.same_pad else form.padding_mode,
+    )  # fmt: skip
+
+
+def shrunk(moment: Tensor, samples: float) -> Tensor:
+    """Moment (G, N, N) pulled towards a multiple of the identity, more so when samples are few.
+
+    A moment of few samples has directions that those images never showed; without a ridge a solver would spend
+    nothing on them and the network would fail on new images.
+    """
+    features = moment.shape[-1]
+    share = min(0.5, 1e-4 + 0.02 * features / samples)
+    scale = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
+    eye = torch.eye(features, dtype=moment.dtype, device=moment.device)
+    return (1 - share) * moment + share * scale[:, None, None] * eye
+
+
+def _form(model: nn.Module, name: str) -> ConvForm:
+    form = form_of(model.get_submodule(name))
+    if form is None:
+        raise SharefoldError(f"layer {name} is not a dense Conv2d or Linear: only those have input statistics")
+    return form

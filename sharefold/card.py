@@ -1,0 +1,47 @@
+"""The README.md that goes beside a saved network."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def model_card(config: dict[str, Any]) -> str:
+    """A model card (Hugging Face front matter, then Markdown) that embeds the exact configuration."""
+    plan, base = config["plan"], config.get("base") or {}
+    name = base.get("name", "a network of your own")
+    before, after = plan["params_before"], plan["params_after"]
+    lines = [
+        "---", "library_name: sharefold", "tags:", "- sharefold", "- model-compression", "---", "",
+        f"# {name}, shared by sharefold", "",
+        f"{before:,} -> {after:,} parameters ({after / max(before, 1):.1%} kept), by {plan.get('source') or 'a plan'}.",
+        "", "```python", "import sharefold", 'model = sharefold.load("path/to/this/directory")', "```", "",
+    ]  # fmt: skip
+    metrics = config.get("metrics") or {}
+    rows = [(key, value) for key, value in metrics.items() if isinstance(value, (int, float, str, bool))]
+    if rows:
+        lines += ["| metric | value |", "|---|---|"]
+        lines += [
+            f"| {key} | {value:.4f} |" if isinstance(value, float) else f"| {key} | {value} |" for key, value in rows
+        ]
+        lines.append("")
+    lines += ["| group | method | layers | parameters | error |", "|---|---|---|---|---|"]
+    for group in plan["groups"]:
+        error = "" if group.get("error") is None else f"{group['error']:.4f}"
+        lines.append(
+            f"| {group['name']} | {group['method']} | {len(group['members'])} | "
+            f"{group['params_before']:,} -> {group['params_after']:,} | {error} |"
+        )
+    shown = {key: value for key, value in config.items() if key != "metrics"}
+    lines += [
+        "",
+        "<details><summary>Exact configuration</summary>",
+        "",
+        "```json",
+        json.dumps(shown, indent=1),
+        "```",
+        "",
+        "</details>",
+        "",
+    ]
+    return "\n".join(lines)

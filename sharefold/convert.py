@@ -1,0 +1,186 @@
+"""Carries out a plan: solves every group, swaps the layers, and repairs without labels."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharefold.budget import Effort, parse_effort
+from sharefold.calibrate.inputs import calibration_or_procedural, input_config
+from sharefold.calibrate.means import absorb_means
+from sharefold.calibrate.norms import reestimate_norms
+from sharefold.calibrate.refit import refit
+from sharefold.calibrate.statistics import Statistics
+from sharefold.errors import SharefoldError
+from sharefold.graph import NetworkGraph, analyze
+from sharefold.measure import agreement
+from sharefold.methods import Solution, method_named
+from sharefold.planner import Progress, statistics_of
+from sharefold.plans import GroupPlan, Plan
+
+
+@dataclass
+class Conversion:
+    """What ``convert_`` did.
+
+    Attributes:
+        plan: the plan as carried out, with measured errors and resolved options.
+        original: the dense network, a copy; the teacher of any fine-tuning.
+        agreement: share of held-out calibration images on which both networks' top-1 agree.
+        kl: mean KL(original || converted) on them, nats.
+        steps: the repairs that ran and whether they were kept.
+        seconds: wall-clock seconds of each step.
+    """
+
+    plan: Plan
+    original: nn.Module
+    agreement: float
+    kl: float
+    steps: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def convert_(
+    model: nn.Module, plan: Plan, *, calibration: Tensor | None = None, example_input: Tensor | None = None,
+    repair: bool = True, refine: str | int | bool | Effort | None = None,
+    statistics: Statistics | None = None, graph: NetworkGraph | None = None,
+    seed: int = 0, progress: Progress | None = None,
+) -> Conversion:  # fmt: skip
+    """Converts ``model`` in place as ``plan`` says and returns what was done.
+
+    Args:
+        model: the dense network that the plan was made for.
+        plan: from :func:`sharefold.plan`, a recipe, or :meth:`Plan.from_json`.
+        calibration: (n, C, H, W) normalised images, no labels; by default procedural images.
+        repair: refit coefficients and BatchNorms on the converted prefix; kept only where held-out KL falls.
+        refine: label-free distillation on the calibration images: epochs, a time such as ``"4m"``, or ``"auto"``.
+        statistics, graph: of ``model`` while dense; reused when given, so that planning and solving share one pass.
+
+    Raises:
+        SharefoldError: the plan does not fit the model; the model is then unchanged.
+    """
+    seconds: dict[str, float] = {}
+    effort = parse_effort(refine)
+    images = calibration_or_procedural(model, calibration, seed) if statistics is None else statistics.images
+    check_plan(model, plan)
+    if graph is None:
+        graph = analyze(model, images[:1] if example_input is None else example_input)
+    original = copy.deepcopy(model).eval()
+    if statistics is None:
+        statistics = statistics_of(original, graph, images, seed)
+    elif statistics.model is model:
+        statistics.model = original  # `model` is about to change
+
+    _check_layers(graph, plan)
+    start = time.perf_counter()
+    if _align(original, graph, plan, statistics):
+        model.load_state_dict(original.state_dict())
+        statistics = statistics_of(original, graph, images, seed)
+    solutions = _solve(original, graph, plan, statistics, progress)
+    seconds["solve"] = time.perf_counter() - start
+    groups = []
+    for group, solution in zip(plan.groups, solutions, strict=True):
+        method_named(group.method).install(model, group, solution)
+        groups.append(_measured(group, solution))
+    absorb_means(original, model, graph, statistics.means)
+    for group in plan.groups:
+        method_named(group.method).finish(model, graph, group)
+    done = replace(plan, groups=groups, params_after=sum(p.numel() for p in model.parameters()))
+
+    model.sharefold_config = describe(original, done)  # type: ignore[assignment]
+
+    held_out, fitting = split_held_out(images)
+    steps: dict[str, Any] = {}
+    if repair:
+        start = time.perf_counter()
+        steps["refit"] = refit(original, model, graph, fitting, held_out, progress=progress)
+        steps["norms"] = reestimate_norms(original, model, fitting, held_out)
+        seconds["repair"] = time.perf_counter() - start
+    if effort is not None:
+        from sharefold.calibrate.refine import refine as run_refine
+
+        start = time.perf_counter()
+        steps["refine"] = run_refine(
+            original, model, fitting, held_out, epochs=effort.epochs, seconds=effort.seconds, blocks=graph.blocks,
+            seed=seed, progress=progress,
+        )  # fmt: skip
+        seconds["refine"] = time.perf_counter() - start
+    found = agreement(original, model, held_out)
+    return Conversion(done, original, found.top1, found.kl, steps, seconds)
+
+
+def describe(original: nn.Module, plan: Plan) -> dict[str, Any]:
+    """What ``save`` needs to know: how to build the dense architecture, how it wants its images, and the plan.
+
+    ``base`` is what :func:`sharefold.open_source` noted on the model, or the registered architecture that its names
+    and shapes identify; None for a network of the user's own, which ``load`` then asks for.
+    """
+    from sharefold.sources import base_of
+
+    return {"base": base_of(original), "pretrained_cfg": input_config(original), "plan": plan.to_dict()}
+
+
+def split_held_out(images: Tensor, share: float = 0.2) -> tuple[Tensor, Tensor]:
+    """(held out, for fitting): every fifth image is held out, so both see all of an ordered set."""
+    if len(images) < 5:
+        return images, images
+    index = torch.arange(len(images))
+    held = index % round(1 / share) == 0
+    return images[held], images[~held]
+
+
+def check_plan(model: nn.Module, plan: Plan) -> None:
+    """Checks that every member exists, is dense, and that the members of a group are isomorphic.
+
+    Raises:
+        SharefoldError: names the group and the layer.
+    """
+    for group in plan.groups:
+        method = method_named(group.method)
+        for name in group.members:
+            try:
+                model.get_submodule(name)
+            except AttributeError:
+                raise SharefoldError(
+                    f"plan: group {group.name!r} names layer {name!r}, which this model does not have: "
+                    "was the plan made for another model?"
+                ) from None
+        method.check(model, group)
+
+
+def _check_layers(graph: NetworkGraph, plan: Plan) -> None:
+    for group in plan.groups:
+        for name in method_named(group.method).layers(graph, group):
+            if name not in graph.layers:
+                reason = graph.skipped.get(name, "it is not a convertible layer")
+                raise SharefoldError(f"plan: layer {name!r} of group {group.name!r} cannot be converted: {reason}")
+
+
+def _align(original: nn.Module, graph: NetworkGraph, plan: Plan, statistics: Statistics) -> bool:
+    """Lets every group reorder channels of the dense network; whether any did."""
+    return any([method_named(group.method).align(original, graph, statistics, group) for group in plan.groups])
+
+
+def _solve(
+    original: nn.Module, graph: NetworkGraph, plan: Plan, statistics: Statistics, progress: Progress | None
+) -> list[Solution]:
+    layers = {group.name: method_named(group.method).layers(graph, group) for group in plan.groups}
+    solutions: list[Solution] = []
+    for run in statistics.batches([layers[group.name] for group in plan.groups]):
+        statistics.moments([name for index in run for name in layers[plan.groups[index].name]])
+        for index in run:
+            group = plan.groups[index]
+            solutions.append(method_named(group.method).fit(original, graph, statistics, group))
+            if progress:
+                progress("solving", len(solutions), len(plan.groups))
+    return solutions
+
+
+def _measured(group: GroupPlan, solution: Solution) -> GroupPlan:
+    error = None if solution.errors is None else float(solution.errors.mean())
+    return replace(group, error=error, options={**group.options, **solution.options})

@@ -1,0 +1,29 @@
+"""Images in: data sets by name, preprocessing by the model's own configuration, calibration images.
+
+A data set is named by one string, ``KIND:PLACE``:
+
+========================  ==================================================================================
+``imagefolder:DIR``       ``DIR/<split>/<class>/*.png``, or ``DIR/<class>/*.png`` for every split
+``npz:FILE``              arrays ``{split}_x`` (uint8, N x H x W x C) and ``{split}_y``; plain ``x`` and ``y`` too
+``cifar10:DIR``           the torchvision layout, never downloaded; likewise ``cifar100:`` and ``fashionmnist:``
+``timm:NAME[:k=v,...]``   ``timm.data.create_dataset(NAME, k=v, ...)``
+``digits``                scikit-learn's 8 x 8 digits (extra ``demo``)
+========================  ==================================================================================
+"""
+
+from __future__ import annotations
+
+from .calibration import calibration_images
+from .datasets import ArrayDataset, BatchLoader, FileDataset, loader
+from .preprocess import Preprocess
+from .specs import open_data
+
+__all__ = [
+    "ArrayDataset",
+    "BatchLoader",
+    "FileDataset",
+    "Preprocess",
+    "calibration_images",
+    "loader",
+    "open_data",
+]

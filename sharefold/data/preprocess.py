@@ -1,0 +1,160 @@
+"""From stored pixels to the tensor a network was trained on, by a timm-style ``pretrained_cfg``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import SharefoldError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+Size = tuple[int, int, int]
+
+
+def parse_size(size: Sequence[int] | int | str, channels: int = 3) -> Size:
+    """``"3,32,32"``, ``"32"``, ``32`` or a sequence as (C, H, W); one number means a square, two mean H, W."""
+    if isinstance(size, str):
+        try:
+            numbers = [int(part) for part in size.replace("x", ",").split(",")]
+        except ValueError:
+            raise SharefoldError(f"input size {size!r}: want C,H,W in whole numbers, e.g. 3,32,32") from None
+    else:
+        numbers = [size] if isinstance(size, int) else [int(part) for part in size]
+    if len(numbers) == 1:
+        numbers = [channels, numbers[0], numbers[0]]
+    elif len(numbers) == 2:
+        numbers = [channels, *numbers]
+    if len(numbers) != 3 or min(numbers) < 1:
+        raise SharefoldError(f"input size {size!r}: want C,H,W, all at least 1, e.g. 3,32,32")
+    return numbers[0], numbers[1], numbers[2]
+
+
+def _per_channel(name: str, values: Sequence[float] | float, channels: int) -> tuple[float, ...]:
+    numbers = (float(values),) if isinstance(values, (int, float)) else tuple(float(v) for v in values)
+    if len(numbers) == 1:
+        return numbers * channels
+    if channels == 1 and len(numbers) == 3:  # a colour recipe on a grey model: timm sums the stem over its inputs
+        return (sum(numbers) / 3,)
+    if len(numbers) != channels:
+        raise SharefoldError(f"{name} has {len(numbers)} values, the model has {channels} channels: they must agree")
+    return numbers
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Evaluation-time preprocessing: resize, centre crop, scale to [0, 1], normalise.
+
+    An image that already has the model's size is only normalised, so that small images (CIFAR) are never
+    blown up and cropped, and array and file versions of one data set agree.
+    """
+
+    size: Size = (3, 224, 224)
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+
+    @classmethod
+    def from_cfg(
+        cls,
+        cfg: Mapping[str, Any] | None,
+        *,
+        input_size: Sequence[int] | int | str | None = None,
+        mean: Sequence[float] | float | None = None,
+        std: Sequence[float] | float | None = None,
+    ) -> Preprocess:
+        """Read ``{input_size, mean, std, interpolation, crop_pct, crop_mode}``; the keywords override.
+
+        Missing keys take ImageNet's usual values.
+
+        Raises:
+            SharefoldError: a size that is no size, a mean or std whose length is not the channel count, std <= 0.
+        """
+        cfg = cfg or {}
+        own = parse_size(cfg.get("input_size") or cls.size)
+        size = own if input_size is None else parse_size(input_size, channels=own[0])
+        means = _per_channel("mean", cfg.get("mean") or IMAGENET_MEAN if mean is None else mean, size[0])
+        stds = _per_channel("std", cfg.get("std") or IMAGENET_STD if std is None else std, size[0])
+        if min(stds) <= 0:
+            raise SharefoldError(f"std {stds}: every value must be above 0")
+        return cls(
+            size=size,
+            mean=means,
+            std=stds,
+            interpolation=str(cfg.get("interpolation") or cls.interpolation),
+            crop_pct=float(cfg.get("crop_pct") or cls.crop_pct),
+            crop_mode=str(cfg.get("crop_mode") or cls.crop_mode),
+        )
+
+    @property
+    def cfg(self) -> dict[str, Any]:
+        """The same as a timm-style dict."""
+        return {
+            "input_size": self.size,
+            "mean": self.mean,
+            "std": self.std,
+            "interpolation": self.interpolation,
+            "crop_pct": self.crop_pct,
+            "crop_mode": self.crop_mode,
+        }
+
+    @cached_property
+    def _timm_transform(self) -> Any:
+        from timm.data import create_transform
+
+        return create_transform(
+            input_size=self.size,
+            is_training=False,
+            interpolation=self.interpolation,
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+        )
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """(n, C, H, W) in [0, 1], or uint8, to normalised float32 of the same shape."""
+        mean = torch.tensor(self.mean).view(1, -1, 1, 1)
+        std = torch.tensor(self.std).view(1, -1, 1, 1)
+        if images.dtype == torch.uint8:
+            mean, std = mean * 255, std * 255
+        return (images.float() - mean).div_(std)
+
+    def image(self, image: Image.Image) -> Tensor:
+        """One PIL image to a normalised float32 tensor (C, H, W); colour mode is converted to the channel count."""
+        channels, height, width = self.size
+        modes = {1: "L", 3: "RGB"}
+        if channels not in modes:
+            raise SharefoldError(f"image files give 1 or 3 channels, the model wants {channels}: use npz: instead")
+        image = image.convert(modes[channels])
+        if image.size == (width, height):
+            pixels = torch.from_numpy(np.array(image, dtype=np.uint8).reshape(height, width, channels))
+            return self.normalize(pixels.permute(2, 0, 1).unsqueeze(0))[0]
+        return self._timm_transform(image)
+
+    def batch(self, images: Tensor) -> Tensor:
+        """uint8 (n, h, w, C) to normalised float32 (n, C, H, W); whole batches at once when the size already fits."""
+        channels, height, width = self.size
+        if images.shape[3] != channels:
+            raise SharefoldError(
+                f"images are {shape_text((images.shape[3], *images.shape[1:3]))}, the model wants "
+                f"{shape_text(self.size)}: the channel counts must agree"
+            )
+        if tuple(images.shape[1:3]) == (height, width):
+            return self.normalize(images.permute(0, 3, 1, 2).contiguous())
+        arrays = images.squeeze(3).numpy() if channels == 1 else images.numpy()
+        return torch.stack([self.image(Image.fromarray(array)) for array in arrays])
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """``3x32x32``."""
+    return "x".join(str(int(part)) for part in shape)

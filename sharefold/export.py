@@ -1,0 +1,300 @@
+"""Shared networks for other programs: ONNX, a ``torch.export`` archive, or the dense state dict.
+
+ONNX files and archives hold every shared tensor once: the composition of the weights is part of the graph. Each
+file is checked against the network before it gets its name.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from sharefold.calibrate.inputs import input_config
+from sharefold.errors import SharefoldError
+from sharefold.files import check_output, write_file
+from sharefold.measure import evaluating, model_bytes
+
+FORMATS = {"onnx": (".onnx",), "pt2": (".pt2",), "dense": (".safetensors", ".pt", ".pth")}
+TOLERANCE = 1e-4
+# Elements. Shapes and axes are folded into the ONNX graph; a weight that is put together from shared tensors is not,
+# or every layer would get a copy of what it shares.
+FOLDED_ELEMENTS = 64
+PROTOBUF_LIMIT = 2**31 - 2**20
+Names = tuple[tuple[str, ...], tuple[str, ...]]
+# What tracing notes at every node: source lines of this machine, which nobody needs to run the graph.
+_NOTES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "from_node", "custom")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: the file.
+        format: ``onnx``, ``pt2`` or ``dense``.
+        bytes: size of the file.
+        tensor_bytes: bytes of the network's distinct parameters and buffers.
+        max_difference: largest absolute difference between the file's outputs and the network's on random images.
+        dynamic_batch: whether the file takes any number of images at once.
+        inputs, outputs: names of the graph's inputs and outputs; none for ``dense``.
+    """
+
+    path: Path
+    format: str
+    bytes: int
+    tensor_bytes: int
+    max_difference: float
+    dynamic_batch: bool
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+
+def export(
+    model: nn.Module, path: str | Path, format: str | None = None, example_input: Tensor | None = None, *,
+    dynamic_batch: bool = True, tolerance: float = TOLERANCE, force: bool = False,
+) -> Exported:  # fmt: skip
+    """Writes ``model`` for use without sharefold, and checks that what was written computes the same.
+
+    Args:
+        model: a converted network (any other network too, for ``onnx`` and ``pt2``); left as it was.
+        path: the file.
+        format: ``onnx``, ``pt2`` (read by :func:`torch.export.load`) or ``dense`` (state dict of the stock
+            architecture); by default what the suffix of ``path`` says.
+        example_input: (B, C, H, W), normalised; by default random, of the size in the model's configuration.
+        dynamic_batch: let the graph take any batch size; otherwise that of ``example_input``.
+        tolerance: largest absolute difference of the outputs that passes.
+        force: replace what is there.
+
+    Raises:
+        SharefoldError: unknown format, a package is missing, the network cannot be traced, the outputs differ by more
+            than ``tolerance``; nothing is written then.
+    """
+    kind = format_of(path, format)
+    target = check_output(path, force)
+    if target.is_dir():
+        raise SharefoldError(f"output {target} is a folder: name a file ending in {' or '.join(FORMATS[kind])}")
+    network = model if all(p.device.type == "cpu" for p in model.parameters()) else copy.deepcopy(model).cpu()
+    if example_input is None:
+        example_input = _random((2, *input_config(model)["input_size"]))
+    example = example_input.detach().cpu()
+    if dynamic_batch and kind != "dense" and len(example) < 2:
+        example = torch.cat([example, example])  # tracing would take a batch of one for a constant
+    with evaluating(network), _calm():
+        if kind == "dense":
+            difference = _write_dense(network, target, example, tolerance)
+            names: Names = ((), ())
+        else:
+            check = [example, _random((3, *example.shape[1:]))] if dynamic_batch else [example]
+            program = _trace(network, example, dynamic_batch)
+            write = _write_onnx if kind == "onnx" else _write_archive
+            difference, names = write(network, program, target, check, tolerance)
+    return Exported(
+        target, kind, target.stat().st_size, model_bytes(network), difference, kind == "dense" or dynamic_batch, *names
+    )
+
+
+def format_of(path: str | Path, format: str | None = None) -> str:
+    """The format named, or the one that the suffix of ``path`` says.
+
+    Raises:
+        SharefoldError: unknown, or a dense file whose suffix does not say how to write it.
+    """
+    suffix = Path(path).suffix
+    if format is None:
+        format = next((name for name, suffixes in FORMATS.items() if suffix in suffixes), None)
+        if format is None:
+            known = ", ".join(s for suffixes in FORMATS.values() for s in suffixes)
+            raise SharefoldError(f"output {path}: unknown kind {suffix!r}: end it in {known}, or name the format")
+    if format not in FORMATS:
+        raise SharefoldError(f"export format {format!r} is not known: use {', '.join(FORMATS)}")
+    if suffix not in FORMATS[format]:
+        raise SharefoldError(f"output {path}: format {format} ends in {' or '.join(FORMATS[format])}")
+    return format
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _random(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@contextmanager
+def _calm() -> Iterator[None]:
+    """Exporters warn about their own deprecations and log their progress; neither is for the user."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _trace(model: nn.Module, example: Tensor, dynamic: bool) -> torch.export.ExportedProgram:
+    shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic else None
+    try:
+        program = torch.export.export(model, (example,), dynamic_shapes=shapes)
+    except Exception as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+        hint = "try a fixed batch size" if dynamic else "its forward pass depends on values"
+        raise SharefoldError(f"the network cannot be traced by torch.export ({reason}): {hint}") from error
+    for module in program.graph_module.modules():
+        if isinstance(module, torch.fx.GraphModule):
+            for node in module.graph.nodes:
+                for note in _NOTES:
+                    node.meta.pop(note, None)
+    return program
+
+
+def _difference(model: nn.Module, run: Callable[[Tensor], list[Tensor]], batches: list[Tensor]) -> float:
+    """Largest absolute difference of all outputs over all batches."""
+    worst = 0.0
+    for batch in batches:
+        for ours, theirs in zip(_tensors(model(batch)), run(batch), strict=True):
+            gap = (ours.double() - theirs.double()).abs().max().item() if ours.numel() else 0.0
+            worst = max(worst, gap) if gap == gap else float("inf")
+    return worst
+
+
+def _accept(difference: float, tolerance: float, what: str) -> float:
+    if not difference <= tolerance:
+        raise SharefoldError(f"{what} differs from the network by {difference:.3g}, more than {tolerance:g}: "
+                             "nothing was written; raise the tolerance if that is good enough")
+    return difference
+
+
+def _write_archive(
+    model: nn.Module, program: torch.export.ExportedProgram, target: Path, batches: list[Tensor], tolerance: float
+) -> tuple[float, Names]:  # fmt: skip
+    found: list[float] = []
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            torch.export.save(program, file)
+        with temporary.open("rb") as file:
+            loaded = torch.export.load(file).module()
+        gap = _difference(model, lambda batch: _tensors(loaded(batch)), batches)
+        found.append(_accept(gap, tolerance, "the torch.export archive"))
+
+    write_file(target, write)
+    signature = program.graph_signature
+    return found[0], (tuple(signature.user_inputs), tuple(str(name) for name in signature.user_outputs))
+
+
+def _write_onnx(
+    model: nn.Module, program: torch.export.ExportedProgram, target: Path, batches: list[Tensor], tolerance: float
+) -> tuple[float, Names]:  # fmt: skip
+    onnx_ir, runtime = _package("onnx_ir"), _package("onnxruntime")
+    outputs = _tensors(model(batches[0][:1]))
+    names = ["logits"] if len(outputs) == 1 else [f"output_{index}" for index in range(len(outputs))]
+    try:
+        written = torch.onnx.export(
+            program, (batches[0],), dynamo=True, optimize=False, verbose=False, input_names=["images"],
+            output_names=names,
+        )  # fmt: skip
+    except Exception as error:
+        lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise SharefoldError(f"the network cannot be written as ONNX ({lines[0][:200]}): try --format pt2") from error
+    assert written is not None
+    graph = written.model
+    _simplify(graph)
+    stored = (value.const_value for value in graph.graph.initializers.values())
+    if sum(tensor.nbytes for tensor in stored if tensor is not None) > PROTOBUF_LIMIT:
+        raise SharefoldError("the network is larger than the 2 GB that one ONNX file holds: use --format pt2")
+    found: list[float] = []
+
+    def write(temporary: Path) -> None:
+        onnx_ir.save(graph, temporary, format="protobuf")
+        options = runtime.SessionOptions()
+        options.log_severity_level = 3
+        session = runtime.InferenceSession(str(temporary), options, providers=["CPUExecutionProvider"])
+
+        def run(batch: Tensor) -> list[Tensor]:
+            return [torch.from_numpy(array) for array in session.run(None, {"images": batch.numpy()})]
+
+        found.append(_accept(_difference(model, run, batches), tolerance, "the ONNX graph in onnxruntime"))
+
+    write_file(target, write)
+    return found[0], (("images",), tuple(names))
+
+
+def _simplify(graph: Any) -> None:
+    """Inlines and folds shapes, but nothing that would copy a shared tensor: no BatchNorm fusion, no composed weight.
+
+    onnxruntime does both in memory when it loads the file.
+    """
+    passes = importlib.import_module("onnx_ir.passes.common")
+    optimizer = importlib.import_module("onnxscript.optimizer")
+
+    def small(node: Any) -> bool | None:
+        values = [value.const_value for value in node.inputs if value is not None and value.const_value is not None]
+        return False if any(value.size > FOLDED_ELEMENTS for value in values) else None
+
+    passes.InlinePass()(graph)
+    for _ in range(2):
+        optimizer.fold_constants_ir(
+            graph, onnx_shape_inference=True, output_size_limit=FOLDED_ELEMENTS, should_fold=small
+        )  # fmt: skip
+        for step in (passes.IdentityEliminationPass, passes.RemoveUnusedNodesPass, passes.RemoveUnusedFunctionsPass):
+            step()(graph)
+    for done in (
+        passes.RemoveUnusedOpsetsPass(), passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateHashedInitializersPass(), passes.CommonSubexpressionEliminationPass(), passes.OutputFixPass(),
+        passes.RemoveUnusedNodesPass(), passes.ClearMetadataAndDocStringPass(), passes.NameFixPass(),
+    ):  # fmt: skip
+        done(graph)
+    _name_batch(graph.graph)
+    for node in graph.graph:
+        node.name = None
+        for value in node.outputs:  # inferred types of inner values are recomputed by every runtime
+            if not value.is_graph_output():
+                value.type = value.shape = None
+
+
+def _name_batch(graph: Any) -> None:
+    """Calls the free dimension of inputs and outputs what it is; tracing makes up a name."""
+    shape = importlib.import_module("onnx_ir").Shape
+    traced = graph.inputs[0].shape[0]
+    for value in (*graph.inputs, *graph.outputs):
+        if value.shape is not None and not isinstance(traced, int):
+            value.shape = shape([("batch" if dim == traced else dim) for dim in value.shape])
+
+
+def _package(name: str) -> Any:
+    try:
+        for needed in ("onnx", "onnxscript", name):
+            module = importlib.import_module(needed)
+    except ImportError as error:
+        raise SharefoldError(f"ONNX needs the package {error.name}: pip install 'sharefold[onnx]'") from None
+    return module
+
+
+def _write_dense(model: nn.Module, target: Path, example: Tensor, tolerance: float) -> float:
+    from safetensors.torch import save_file
+
+    from sharefold.checkpoint import expand
+
+    dense = expand(model)
+    gap = _difference(model, lambda batch: _tensors(dense(batch)), [example])
+    _accept(gap, tolerance, "the dense network")
+    # Clones: a tensor tied inside the stock network is written in full under each name, as its loaders expect.
+    state = {name: tensor.detach().contiguous().clone() for name, tensor in dense.state_dict().items()}
+    if target.suffix == ".safetensors":
+        write_file(target, lambda temporary: save_file(state, str(temporary), {"format": "pt"}))
+    else:
+        write_file(target, lambda temporary: torch.save(state, temporary))
+    return gap

@@ -1,0 +1,133 @@
+"""Everything fine-tuning can be told, in one dataclass; the command line is generated from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import SharefoldError
+
+
+def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Settings of one run. The defaults are those that measured best for a converted network and its teacher.
+
+    Batches are counted over all processes: a run on two processes sees the same global batches as a run on one.
+    Fractions are of 1, times in minutes, learning rates those of the whole batch (nothing is scaled behind the back).
+    """
+
+    epochs: int = _option(10, "passes over the training images")
+    batch_size: int = _option(128, "images an update sees, over all processes")
+    accumulate: int = _option(1, "slices a batch is computed in (memory goes down, the result stays)")
+    seed: int = _option(0, "seed of order, augmentation and dropout")
+
+    # loss
+    labels: bool = _option(True, "use labels; without them distillation is the whole loss")
+    distill: float = _option(0.9, "weight a of the teacher's outputs; the labels get 1 - a")
+    temperature: float = _option(4.0, "temperature T of distillation")
+    block_match: float = _option(0.0, "weight b of the normalised squared error of block outputs")
+    block_names: str = _option("auto", "blocks to match: auto, or a regular expression over module names")
+    label_smoothing: float = _option(0.0, "label smoothing")
+    orthogonality: float = _option(10.0, "lambda of the banks' mean squared deviation from orthonormal rows")
+    orthogonality_form: str = _option("mean", "which rows are averaged together", ("mean", "separate", "with-unique"))
+    orthogonality_joint: bool = _option(False, "treat the banks of one stage as one matrix (cross terms count)")
+    orthogonality_skip: str = _option("", "regular expression of bank names left out of the orthogonality term")
+
+    # optimizer and schedule
+    optimizer: str = _option("adamw", "any optimizer of timm.optim")
+    lr: float = _option(3e-3, "peak learning rate")
+    momentum: float = _option(0.9, "momentum, where the optimizer has one")
+    eps: float = _option(0.0, "the optimizer's eps; 0 keeps its own default")
+    weight_decay: float = _option(0.01, "weight decay")
+    decay: str = _option("filters", "what decays: filters (no coefficient, norm or bias) or all", ("filters", "all"))
+    bank_step: str = _option("auto", "step of a bank used K times: auto (1/K for SGD, else 1), or a number, or 1/K")
+    schedule: str = _option(
+        "cosine", "learning rate over time", ("cosine", "constant", "multistep", "exponential", "cyclical")
+    )
+    warmup_epochs: float = _option(0.5, "epochs of linear warm-up")
+    warmup_lr: float = _option(1e-5, "learning rate the warm-up starts from")
+    min_lr: float = _option(1e-6, "learning rate the schedule ends at")
+    milestones: tuple[float, ...] = _option((), "epochs at which a multistep schedule drops")
+    gamma: tuple[float, ...] = _option(
+        (0.1,), "factor of a multistep (one for all drops, or one each) or exponential (per epoch) schedule"
+    )
+    clip: float = _option(0.0, "largest gradient norm; 0 clips nothing")
+    ema: float = _option(0.998, "decay of the weight average; 0 keeps none")
+    freeze_norm: bool = _option(False, "keep BatchNorm statistics fixed while training")
+    keep: str = _option("last", "weights to return: last, or best on the validation images", ("last", "best"))
+
+    # images
+    augment: str = _option(
+        "auto",
+        "auto (crop and flip for images in memory, timm's recipe for files), none, flip, or "
+        "a chain such as crop4+flip+rotate10",
+    )
+    auto_augment: str = _option("", "timm policy, e.g. rand-m9-mstd0.5-inc1")
+    mixup: float = _option(0.0, "mixup alpha")
+    cutmix: float = _option(0.0, "cutmix alpha")
+    random_erase: float = _option(0.0, "probability of random erasing")
+    mean: tuple[float, ...] = _option((), "channel means, images in 0..1; default from the model")
+    std: tuple[float, ...] = _option((), "channel deviations, images in 0..1; default from the model")
+    workers: int = _option(4, "loader processes for images that are not kept in memory")
+
+    # machine
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps")
+    amp: str = _option(
+        "auto", "autocast: auto (bf16 on a GPU that has it, else off), off, bf16, fp16", ("auto", "off", "bf16", "fp16")
+    )
+    channels_last: bool = _option(True, "keep tensors in channels-last order")
+    find_unused: bool = _option(False, "several processes: look for parameters that a step leaves unused")
+    compile: bool = _option(False, "torch.compile the student and the teacher")
+
+    # reliability and log
+    checkpoint_steps: int = _option(0, "save the run each so many updates; 0 leaves it to the minutes")
+    checkpoint_minutes: float = _option(5.0, "save the run each so many minutes; 0 leaves it to the steps")
+    eval_epochs: int = _option(1, "validate each so many epochs (and at the end)")
+    log_steps: int = _option(50, "updates between two lines of the log")
+    tensorboard: bool = _option(False, "also write tensorboard events")
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            value, choices = getattr(self, spec.name), spec.metadata["choices"]
+            if isinstance(spec.default, tuple) and not isinstance(value, tuple):
+                object.__setattr__(self, spec.name, tuple(value))
+            elif type(spec.default) is float and type(value) is int:
+                object.__setattr__(self, spec.name, float(value))
+            elif not isinstance(value, type(spec.default)):
+                raise SharefoldError(f"finetune: {spec.name}={value!r}: expected {type(spec.default).__name__}")
+            if choices and value not in choices:
+                raise SharefoldError(f"finetune: {spec.name}={value!r}: choose one of {', '.join(choices)}")
+        for name in ("epochs", "batch_size", "accumulate", "eval_epochs", "log_steps"):
+            if getattr(self, name) < 1:
+                raise SharefoldError(f"finetune: {name}={getattr(self, name)}: must be at least 1")
+        for name in ("distill", "label_smoothing", "ema", "random_erase"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SharefoldError(f"finetune: {name}={getattr(self, name)}: must lie between 0 and 1")
+        for name in ("lr", "temperature"):
+            if getattr(self, name) <= 0:
+                raise SharefoldError(f"finetune: {name}={getattr(self, name)}: must be positive")
+        if len(self.gamma) not in {1, len(self.milestones)}:
+            raise SharefoldError(f"finetune: gamma: {len(self.gamma)} factors for {len(self.milestones)} milestones")
+        if len(self.mean) != len(self.std):
+            raise SharefoldError("finetune: mean and std: give both, with one value a channel")
+
+    @classmethod
+    def build(cls, base: FinetuneConfig | None = None, **overrides: Any) -> FinetuneConfig:
+        """``base`` (default: the defaults) with ``overrides``; an unknown name raises with the nearest known one."""
+        known = [spec.name for spec in dataclasses.fields(cls)]
+        for name in overrides:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+                raise SharefoldError(f"finetune: unknown setting {name!r}: {hint}")
+        return dataclasses.replace(base or cls(), **overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; ``FinetuneConfig.build(**d)`` restores it."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}

@@ -1,0 +1,154 @@
+"""One update: forward, the loss and its parts, backward, step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import SharefoldError
+from .batches import Batch
+from .blocks import Taps, matching_blocks
+from .config import FinetuneConfig
+from .distributed import World
+from .losses import block_error, collect_bases, distillation, moments, orthogonality, spread
+from .mixing import Mixing
+
+
+def autocast_for(config: FinetuneConfig, device: torch.device) -> tuple[torch.dtype | None, Any]:
+    """The autocast dtype (None: off) and a function that returns the context."""
+    kinds = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if config.amp == "auto":
+        dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    else:
+        dtype = kinds[config.amp]
+    if dtype is None:
+        return None, nullcontext
+    return dtype, lambda: torch.autocast(device.type, dtype=dtype)
+
+
+class Updater:
+    """Student, teacher, optimizer and the loss between them.
+
+    Args:
+        model: the student, already on the device.
+        teacher: the network to imitate, or None.
+        optimizer: steps the student's parameters.
+        config: weights of the loss and the like.
+        world: processes and device; the student is wrapped in DistributedDataParallel when there are several.
+        example: this process's part of the run's first batch: it shows how many classes there are, that teacher and
+            student agree on them, and how large the block outputs are.
+    """
+
+    def __init__(
+        self, model: nn.Module, teacher: nn.Module | None, optimizer: torch.optim.Optimizer, config: FinetuneConfig,
+        world: World, example: Tensor,
+    ) -> None:  # fmt: skip
+        self.model, self.teacher, self.optimizer, self.config, self.world = model, teacher, optimizer, config, world
+        dtype, self.autocast = autocast_for(config, world.device)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+        self.distill = 0.0 if teacher is None else (config.distill if config.labels else 1.0)
+        classes = self._classes(example[:2])
+        self.mixing = Mixing(config, classes, world.device.type)
+        self.blocks: list[str] = []
+        if teacher is not None and config.block_match:
+            self.blocks = matching_blocks(model, teacher, config.block_names)
+            self.spreads = self._spreads(teacher, example)
+        forward: nn.Module = model
+        if world.size > 1:
+            gpu = [world.device.index] if world.device.type == "cuda" else None
+            forward = nn.parallel.DistributedDataParallel(
+                model, device_ids=gpu, find_unused_parameters=config.find_unused
+            )
+        self.forward: Any = torch.compile(forward) if config.compile else forward
+        self.wrapped = forward
+        self.teacher_forward: Any = torch.compile(teacher) if config.compile and teacher is not None else teacher
+
+    def _classes(self, example: Tensor) -> int:
+        was_training = self.model.training
+        with torch.no_grad(), self.autocast():
+            logits = self.model.eval()(example)
+            goal = logits if self.teacher is None else self.teacher(example)
+        self.model.train(was_training)
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            raise SharefoldError("finetune: the model does not return logits (batch, classes): give a classifier")
+        if self.distill and logits.shape != goal.shape:
+            raise SharefoldError(
+                f"finetune: the teacher has {goal.shape[1]} classes, the model {logits.shape[1]}: they must be the same"
+            )
+        return logits.shape[1]
+
+    def _spreads(self, teacher: nn.Module, example: Tensor) -> list[float]:
+        with Taps(teacher, self.blocks) as taps, torch.no_grad(), self.autocast():
+            teacher(example)
+            found = [moments(output) for output in taps.outputs()]
+        return [spread(self.world.sum(values) / self.world.size) for values in found]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Block outputs are recorded while active."""
+        with ExitStack() as stack:
+            networks = [m for m in (self.model, self.teacher) if m is not None]
+            self._taps = [stack.enter_context(Taps(network, self.blocks)) for network in networks]
+            yield
+
+    def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The loss's parts before weighting, their weighted sum ``loss``, and ``top1`` of hard labels."""
+        config, parts = self.config, {}
+        with self.autocast():
+            if self.teacher is not None and (self.distill or self.blocks):
+                with torch.no_grad():
+                    goal = self.teacher_forward(images)
+            logits = self.forward(images).float()
+        total = torch.zeros((), device=logits.device)
+        if config.labels and self.distill < 1:
+            smoothing = 0.0 if labels.ndim == 2 else config.label_smoothing
+            parts["labels"] = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+            total = total + (1 - self.distill) * parts["labels"]
+        if self.distill:
+            parts["distill"] = distillation(logits, goal, config.temperature)
+            total = total + self.distill * parts["distill"]
+        if self.blocks:
+            student_taps, teacher_taps = self._taps
+            parts["blocks"] = block_error(student_taps.outputs(), teacher_taps.outputs(), self.spreads)
+            total = total + config.block_match * parts["blocks"]
+        if config.orthogonality:
+            bases = collect_bases(self.model, joint=config.orthogonality_joint, skip=config.orthogonality_skip)
+            if bases:
+                parts["orthogonality"] = orthogonality(bases, config.orthogonality_form)
+                total = total + config.orthogonality * parts["orthogonality"]
+        if config.labels and labels.ndim == 1:
+            parts["top1"] = (logits.argmax(1) == labels).float().mean()
+        return {"loss": total, **parts}
+
+    def update(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
+        """Takes ``accumulate`` batches, makes one step, returns the mean of the loss's parts (detached)."""
+        count = self.config.accumulate
+        sums: dict[str, Tensor] = {}
+        for i in range(count):
+            images, labels = next(batches)
+            if self.config.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            images, labels = self.mixing(images, labels)
+            with self._no_sync() if i < count - 1 else nullcontext():
+                parts = self.losses(images, labels)
+                self.scaler.scale(parts["loss"] / count).backward()
+            for name, value in parts.items():
+                share = value.detach() / count
+                sums[name] = sums[name] + share if name in sums else share
+        if self.config.clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return sums
+
+    def _no_sync(self) -> AbstractContextManager:
+        if isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
+            return self.wrapped.no_sync()
+        return nullcontext()

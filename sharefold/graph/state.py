@@ -1,0 +1,63 @@
+"""Runs code on a model and puts the model back exactly as it was."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+_CONTAINERS = (dict, OrderedDict, list, set)
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; afterwards modes, hooks, buffers, attributes and random states are restored.
+
+    Attributes matter because some networks keep caches or write on themselves in ``forward``. Buffers are cloned, and
+    copied back only if something wrote to them.
+    """
+    modules = list(model.modules())
+    before = [(m, {key: (value, _shallow(value)) for key, value in m.__dict__.items()}) for m in modules]
+    buffers = [(b, b.detach().clone(), b._version) for b in model.buffers()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            for module in modules:
+                module.training = False
+            yield
+    finally:
+        random.setstate(state)
+        for module, attributes in before:
+            _restore(module, attributes)
+        with torch.no_grad():
+            for buffer, value, version in buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+def _shallow(value: Any) -> Any:
+    return copy.copy(value) if type(value) in _CONTAINERS else None
+
+
+def _restore(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
+    for key in [key for key in module.__dict__ if key not in attributes]:
+        del module.__dict__[key]
+    for key, (value, content) in attributes.items():
+        module.__dict__[key] = value
+        if content is None or _same(value, content):
+            continue
+        value.clear()
+        value.extend(content) if isinstance(value, list) else value.update(content)
+
+
+def _same(value: Any, content: Any) -> bool:
+    """Same members in the same order, by identity: members may be tensors, whose equality is not a bool."""
+    first, second = ([*c.items()] if isinstance(c, dict) else [(item, item) for item in c] for c in (value, content))
+    return len(first) == len(second) and all(a is c and b is d for (a, b), (c, d) in zip(first, second, strict=True))

@@ -1,0 +1,64 @@
+"""The bank: the tensors that the layers of one group share.
+
+A bank is registered exactly once, in the ``sharefold_banks`` dictionary of the model. The member layers hold a plain
+reference that torch does not register again, so a state dict holds every shared tensor once (no aliased keys), and
+deepcopy, ``.to()``, pickling, DDP, fx and torch.export see one parameter.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+ATTRIBUTE = "sharefold_banks"
+
+
+class Bank(nn.Module):
+    """Shared tensors of one group of layers.
+
+    Args:
+        tensors: name -> float tensor; each becomes a parameter (``basis`` (R, I/groups, h, w), ``weight``
+            (O, I/groups, h, w), ``bias`` (O,), ``codebook`` (entries, values)).
+        uses: how many layers read the bank; the fine-tuning loop scales the step of a bank by it.
+        stage: number of down-samplings before the group; orthogonality may join the banks of a stage.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], uses: int, stage: int = 0) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor))
+        self.uses = uses
+        self.stage = stage
+
+    def extra_repr(self) -> str:
+        shapes = ", ".join(f"{name}={tuple(p.shape)}" for name, p in self.named_parameters())
+        return f"{shapes}, uses={self.uses}"
+
+
+def bank_key(group_name: str) -> str:
+    """The key of a group's bank: its name without dots, which torch reserves for module paths."""
+    return group_name.replace(".", "_")
+
+
+def add_bank(model: nn.Module, group_name: str, bank: Bank) -> Bank:
+    """Registers ``bank`` on ``model`` under the group's name and returns it."""
+    if not hasattr(model, ATTRIBUTE):
+        model.add_module(ATTRIBUTE, nn.ModuleDict())
+    shelf = cast(nn.ModuleDict, getattr(model, ATTRIBUTE))
+    key = bank_key(group_name)
+    if key in shelf:
+        raise ValueError(f"the model has a bank named {key} already")
+    shelf[key] = bank
+    return bank
+
+
+def banks(model: nn.Module) -> dict[str, Bank]:
+    """All banks of a model by key; empty for a dense model."""
+    shelf = getattr(model, ATTRIBUTE, None)
+    return {} if shelf is None else {key: cast(Bank, bank) for key, bank in shelf.items()}
+
+
+def refer(member: nn.Module, bank: Bank | None) -> None:
+    """Gives ``member`` a reference to ``bank`` that torch does not register (see the module's text)."""
+    member.__dict__["bank"] = bank

@@ -1,0 +1,159 @@
+"""How a dense layer uses its weight: geometry, padding rule, weight standardisation.
+
+Every shared layer holds the form of the layer that it replaces, so that Conv2d, Linear, TensorFlow-"SAME" convs and
+weight-standardised convs all go through one piece of code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame, pad_same
+from torch import Tensor, nn
+
+_STANDARDIZED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
+
+
+@dataclass(frozen=True)
+class ConvForm:
+    """What a convolution (or a Linear, as a 1x1 convolution of the last axis) is, apart from its weight.
+
+    ``padding`` is a pair or ``"same"``/``"valid"``; ``same_pad`` is TensorFlow's input-dependent padding (timm's
+    Conv2dSame); ``standardize`` is None or (eps, scale) of weight standardisation (Qiao et al., arXiv:1903.10520;
+    scaled: Brock et al., arXiv:2101.08692, with a learned gain per output channel).
+    """
+
+    kind: str
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] | str = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    padding_mode: str = "zeros"
+    same_pad: bool = False
+    standardize: tuple[float, float] | None = None
+    module_class: str = ""
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    @property
+    def features(self) -> int:
+        """Length N of one flattened filter: I/groups * h * w."""
+        return self.in_channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Runs the layer on ``x`` with any ``weight`` (O', I/groups, h, w); O' may differ from the form's O."""
+        if self.kind == "linear":
+            return F.linear(x, weight.flatten(1), bias)
+        padding: tuple[int, int] | str = self.padding
+        if self.same_pad:
+            x, padding = pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation)), (0, 0)
+        elif self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._border(), mode=self.padding_mode), (0, 0)
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def _border(self) -> list[int]:
+        """Padding amounts (left, right, top, bottom) for the non-zero padding modes."""
+        if self.padding == "valid":
+            return [0, 0, 0, 0]
+        border: list[int] = []
+        for axis in (1, 0):
+            if self.padding == "same":
+                total = self.dilation[axis] * (self.kernel_size[axis] - 1)
+                border += [total // 2, total - total // 2]
+            else:
+                border += [int(self.padding[axis])] * 2
+        return border
+
+    def border(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Zero or mode padding (left, right, top, bottom) that an input map of this size gets."""
+        if self.same_pad:
+            amounts: list[int] = []
+            for axis, size in ((1, width), (0, height)):
+                span = (self.kernel_size[axis] - 1) * self.dilation[axis] + 1
+                total = max((-(-size // self.stride[axis]) - 1) * self.stride[axis] + span - size, 0)
+                amounts += [total // 2, total - total // 2]
+            return amounts[0], amounts[1], amounts[2], amounts[3]
+        left, right, top, bottom = self._border()
+        return left, right, top, bottom
+
+    def standardized(self, weight: Tensor, gain: Tensor | None) -> Tensor:
+        """The weight that the convolution really uses: zero mean and unit variance a filter, times scale and gain."""
+        if self.standardize is None:
+            return weight
+        eps, scale = self.standardize
+        flat = weight.reshape(1, self.out_channels, -1)
+        factor = None if gain is None else (gain * scale).reshape(-1)
+        if gain is None and scale != 1.0:
+            factor = torch.full((self.out_channels,), scale, dtype=weight.dtype, device=weight.device)
+        flat = F.batch_norm(flat, None, None, weight=factor, training=True, momentum=0.0, eps=eps)
+        return flat.reshape(weight.shape)
+
+    def dense(self, weight: Tensor, bias: Tensor | None, gain: Tensor | None) -> nn.Module:
+        """The stock module of this form with these tensors."""
+        with torch.device("meta"):
+            module = self._empty(bias is not None, gain is not None)
+        shape = tuple(weight.shape) if self.kind == "conv2d" else (self.out_channels, self.in_channels)
+        module.weight = nn.Parameter(weight.detach().reshape(shape).clone())  # type: ignore[assignment]
+        if bias is not None:
+            module.bias = nn.Parameter(bias.detach().clone())  # type: ignore[assignment]
+        if gain is not None:
+            module.gain = nn.Parameter(gain.detach().clone())  # type: ignore[assignment]
+        return module
+
+    def _empty(self, bias: bool, gain: bool) -> nn.Module:
+        if self.kind == "linear":
+            return nn.Linear(self.in_channels, self.out_channels, bias=bias)
+        if self.standardize is not None:
+            names: dict[str, Any] = {cls.__name__: cls for cls in _STANDARDIZED}
+            module: nn.Conv2d = names[self.module_class](
+                self.in_channels, self.out_channels, self.kernel_size, stride=self.stride, padding=0,
+                dilation=self.dilation, groups=self.groups, bias=bias, eps=self.standardize[0],
+            )  # fmt: skip
+            module.padding = self.padding  # type: ignore[assignment]
+            if gain:
+                module.scale = self.standardize[1]  # type: ignore[assignment]
+            if hasattr(module, "same_pad"):
+                module.same_pad = self.same_pad  # type: ignore[assignment]
+            return module
+        cls: Any = Conv2dSame if self.same_pad else nn.Conv2d
+        padding = 0 if self.same_pad else self.padding
+        return cls(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, padding, self.dilation,
+            self.groups, bias, **({} if self.same_pad else {"padding_mode": self.padding_mode}),
+        )  # fmt: skip
+
+
+def form_of(module: nn.Module) -> ConvForm | None:
+    """The form of a dense layer, or None when a shared layer cannot stand in for it."""
+    if isinstance(module, nn.Linear):
+        if type(module).forward is not nn.Linear.forward:
+            return None
+        return ConvForm("linear", module.in_features, module.out_features, module_class=type(module).__name__)
+    if not isinstance(module, nn.Conv2d) or isinstance(module, nn.ConvTranspose2d):
+        return None
+    padding = module.padding if isinstance(module.padding, str) else (int(module.padding[0]), int(module.padding[1]))
+    form = ConvForm(
+        "conv2d", module.in_channels, module.out_channels, _pair(module.kernel_size), _pair(module.stride), padding,
+        _pair(module.dilation), module.groups, module.padding_mode, module_class=type(module).__name__,
+    )  # fmt: skip
+    if isinstance(module, _STANDARDIZED):
+        scale = float(getattr(module, "scale", 1.0))
+        same = bool(getattr(module, "same_pad", False))
+        return replace(form, standardize=(float(module.eps), scale), same_pad=same)
+    if type(module).forward is nn.Conv2d.forward:
+        return form
+    if isinstance(module, Conv2dSame):
+        return replace(form, same_pad=True)
+    return None
+
+
+def _pair(value: tuple[int, ...]) -> tuple[int, int]:
+    return int(value[0]), int(value[1])

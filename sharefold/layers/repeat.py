@@ -1,0 +1,126 @@
+"""One block run N times: convolutions shared by all iterations, norms of every iteration's own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+# Weights of these are shared by all iterations; every other leaf module with parameters or running statistics (norms,
+# layer scales, PReLU) has one copy an iteration.
+SHARED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+class PerIteration(nn.ModuleList):
+    """A place in the block that holds another module in every iteration; ``step`` says which one runs."""
+
+    step = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[self.step](x)
+
+
+class RepeatedBlock(nn.Module):
+    """One block for N iterations (layer reuse, https://arxiv.org/abs/1901.09615); itself the first of them.
+
+    The other iterations are :class:`Again` modules at the places of the other blocks, so that every iteration's output
+    can still be looked at under the name of the block that it replaces. :func:`fold` makes them all.
+
+    Args:
+        blocks: N modules of one structure. The first one becomes the block; the norms of all of them are kept.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.count = len(blocks)
+        self.block = blocks[0]
+        for name in own_modules(blocks[0]):
+            parent, _, leaf = name.rpartition(".")
+            setattr(self.block.get_submodule(parent), leaf, PerIteration(b.get_submodule(name) for b in blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, 0)
+
+    def run(self, x: Tensor, step: int) -> Tensor:
+        """Iteration ``step`` on ``x``, whose shape it keeps."""
+        for module in self.block.modules():
+            if isinstance(module, PerIteration):
+                module.step = step
+        return self.block(x)
+
+    def unrolled(self) -> list[nn.Module]:
+        """N separate blocks that compute the same in sequence, each with tensors of its own."""
+        return [self._iteration(step) for step in range(self.count)]
+
+    def _iteration(self, step: int) -> nn.Module:
+        block = copy.deepcopy(self.block)
+        for name, module in list(block.named_modules()):
+            if isinstance(module, PerIteration):
+                parent, _, leaf = name.rpartition(".")
+                setattr(block.get_submodule(parent), leaf, cast(nn.Module, module[step]))
+        return block
+
+    def extra_repr(self) -> str:
+        return f"iterations={self.count}"
+
+
+class Again(nn.Module):
+    """Iteration ``step`` of a repeated block, to which it holds a reference that torch does not register again."""
+
+    first: RepeatedBlock
+
+    def __init__(self, first: RepeatedBlock, step: int) -> None:
+        super().__init__()
+        self.__dict__["first"] = first
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first.run(x, self.step)
+
+    def extra_repr(self) -> str:
+        return f"iteration={self.step}"
+
+
+def fold(blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """What goes to the places of ``blocks``: the repeated block, then its other iterations."""
+    first = RepeatedBlock(blocks)
+    return [first, *(Again(first, step) for step in range(1, len(blocks)))]
+
+
+def resolve(model: nn.Module, name: str) -> Any:
+    """The module or tensor called ``name`` in the dense network, also inside of a folded block.
+
+    Raises:
+        AttributeError: there is none.
+    """
+    found: Any = model
+    step = 0
+    for part in name.split(".") if name else []:
+        if isinstance(found, PerIteration):
+            found = found[step]
+        if isinstance(found, Again):
+            found, step = found.first.block, found.step
+        elif isinstance(found, RepeatedBlock):
+            found, step = found.block, 0
+        found = getattr(found, part)
+    return found[step] if isinstance(found, PerIteration) else found
+
+
+def own_modules(block: nn.Module) -> list[str]:
+    """Names of the modules in ``block`` that every iteration has for itself."""
+    return [
+        name
+        for name, module in block.named_modules()
+        if name and not isinstance(module, SHARED) and not any(module.children())
+        and (any(True for _ in module.parameters()) or any(True for _ in module.buffers()))
+    ]  # fmt: skip
+
+
+def shared_parameters(block: nn.Module) -> list[str]:
+    """Names of the parameters in ``block`` that all iterations use, repeats of one tensor left out."""
+    own = own_modules(block)
+    return [
+        name for name, _ in block.named_parameters() if not any(name.startswith(f"{module}.") for module in own)
+    ]

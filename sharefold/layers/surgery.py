@@ -1,0 +1,33 @@
+"""Replacing submodules by name, and turning shared layers back into stock ones."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from sharefold.layers.bank import ATTRIBUTE
+from sharefold.layers.shared import SharedConv
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts ``module`` in the place of the submodule called ``name`` (also inside Sequential and ModuleList)."""
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name) if parent_name else model
+    module.train(parent.training)
+    setattr(parent, leaf, module)
+
+
+def shared_layers(model: nn.Module) -> dict[str, SharedConv]:
+    """Every shared layer of ``model`` by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SharedConv)}
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` in which every shared layer is a stock layer of its own again and no bank is left."""
+    dense = copy.deepcopy(model)
+    for name, layer in shared_layers(dense).items():
+        replace_module(dense, name, layer.dense())
+    if hasattr(dense, ATTRIBUTE):
+        delattr(dense, ATTRIBUTE)
+    return dense

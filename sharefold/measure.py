@@ -1,0 +1,241 @@
+"""What a model costs and what it still knows: parameters, bytes, MACs, agreement, accuracy, latency, memory."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .errors import SharefoldError
+
+
+class Agreement(NamedTuple):
+    """How much two models say the same on the same images."""
+
+    top1: float  # fraction of predictions that coincide
+    kl: float  # mean KL(a || b) of the output distributions, in nats
+
+
+def count_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:
+    """Distinct parameters, each shared tensor once: ``sum(p.numel())``."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and persistent buffers in their present types: what a state dict must hold."""
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None or name in module._non_persistent_buffers_set or id(buffer) in seen:
+                continue
+            seen.add(id(buffer))
+            total += buffer.numel() * buffer.element_size()
+    return total
+
+
+def first_logits(output: Any) -> Tensor:
+    """The first tensor of a model's output: a tensor, or the first in a (possibly nested) dict, tuple or list.
+
+    Raises:
+        SharefoldError: no tensor in it.
+    """
+    if isinstance(output, Tensor):
+        return output
+    values: Iterable[Any] = ()
+    if isinstance(output, Mapping):
+        values = [output[key] for key in ("out", "logits") if key in output] or output.values()
+    elif isinstance(output, (tuple, list)):
+        values = output
+    elif hasattr(output, "logits"):
+        values = [output.logits]
+    for value in values:
+        return first_logits(value)
+    raise SharefoldError(f"the model returned {type(output).__name__}, which holds no tensor of logits")
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Models in eval mode without gradients; every module's own mode comes back at the end."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def count_macs(model: nn.Module, example_input: Tensor) -> int:
+    """Multiply-accumulates of one forward pass for one image, of convolutions and matrix products.
+
+    Args:
+        model: any module, on any device (meta too); left as it was.
+        example_input: (n, C, H, W); only the first image is used.
+    """
+    image = example_input[:1]
+    with evaluating(model):
+        model(image)  # composed weights are cached here, once, and are no part of the cost of an image
+        counter = FlopCounterMode(display=False)
+        with counter:
+            model(image)
+    return counter.get_total_flops() // 2
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """(n, classes, ...) to (n * ..., classes) in float32: one row a prediction, also for per-pixel outputs."""
+    return logits.float().movedim(1, -1).flatten(0, -2) if logits.ndim > 1 else logits.float().unsqueeze(0)
+
+
+def agreement(a: nn.Module, b: nn.Module, images: Tensor, *, batch_size: int = 250) -> Agreement:
+    """Top-1 agreement of ``b`` with ``a`` and the mean KL(a || b) over ``images`` (n, C, H, W) normalised float.
+
+    Per-pixel outputs (n, classes, H, W) count each pixel as one prediction.
+    """
+    same = total = 0
+    divergence = 0.0
+    device = next((p.device for p in a.parameters()), torch.device("cpu"))
+    with evaluating(a, b):
+        for batch in images.split(batch_size):
+            batch = batch.to(device)
+            left, right = _rows(first_logits(a(batch))), _rows(first_logits(b(batch)))
+            if left.shape != right.shape:
+                raise SharefoldError(
+                    f"outputs cannot be compared: {tuple(left.shape)[1:]} classes against {tuple(right.shape)[1:]}"
+                )
+            same += int((left.argmax(1) == right.argmax(1)).sum())
+            total += len(left)
+            divergence += float(
+                F.kl_div(right.log_softmax(1), left.log_softmax(1), reduction="sum", log_target=True).double()
+            )
+    if total == 0:
+        raise SharefoldError("agreement: no images given")
+    return Agreement(same / total, divergence / total)
+
+
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device | str = "cpu",
+    *,
+    limit: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Accuracy and loss of a classifier over a loader of (images, labels).
+
+    Args:
+        model: gives (n, classes) logits; moved to ``device``, its modes restored.
+        loader: batches of normalised images (n, C, H, W) and int64 labels (n,).
+        device: where to run.
+        limit: stop after this many images.
+        progress: called with the number of images done after each batch.
+
+    Returns:
+        ``top1`` and ``top5`` (fractions of 1; top5 is top-k of all classes where there are fewer than five),
+        ``loss`` (mean cross-entropy), ``images``, ``seconds``.
+
+    Raises:
+        SharefoldError: no images, unlabelled images, labels beyond the model's outputs.
+    """
+    model.to(device)
+    hits1 = hits5 = done = 0
+    loss = 0.0
+    started = time.perf_counter()
+    with evaluating(model):
+        for images, labels in loader:
+            if limit is not None:
+                images, labels = images[: limit - done], labels[: limit - done]
+            logits = first_logits(model(images.to(device))).float()
+            if logits.ndim != 2:
+                raise SharefoldError(f"the model's output has shape {tuple(logits.shape)}: eval wants (n, classes)")
+            _check_labels(labels, logits.shape[1])
+            labels = labels.to(device)
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            hits = best == labels[:, None]
+            hits1 += int(hits[:, 0].sum())
+            hits5 += int(hits.any(dim=1).sum())
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            done += len(labels)
+            if progress is not None:
+                progress(done)
+            if limit is not None and done >= limit:
+                break
+    if done == 0:
+        raise SharefoldError("eval: the data holds no images")
+    return {
+        "top1": hits1 / done,
+        "top5": hits5 / done,
+        "loss": loss / done,
+        "images": done,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _check_labels(labels: Tensor, classes: int) -> None:
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0:
+        raise SharefoldError("the data has no labels (or negative ones): eval needs a class for every image")
+    if highest >= classes:
+        raise SharefoldError(
+            f"labels go up to {highest}, the model has {classes} outputs: wrong data for this model, or --num-classes"
+        )
+
+
+def latency(
+    model: nn.Module,
+    example_input: Tensor,
+    repeats: int = 20,
+    warmup: int = 3,
+    threads: int | None = None,
+) -> float:
+    """Median seconds of a forward pass of ``example_input``, after ``warmup`` unmeasured ones.
+
+    Args:
+        threads: CPU threads for the measurement; the setting of before comes back.
+    """
+    if repeats < 1:
+        raise SharefoldError(f"latency: {repeats} repeats: at least 1 is needed")
+    before = torch.get_num_threads()
+    cuda = example_input.device.type == "cuda"
+    times: list[float] = []
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        with evaluating(model):
+            for index in range(warmup + repeats):
+                if cuda:
+                    torch.cuda.synchronize(example_input.device)
+                started = time.perf_counter()
+                model(example_input)
+                if cuda:
+                    torch.cuda.synchronize(example_input.device)
+                if index >= warmup:
+                    times.append(time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(before)
+    return statistics.median(times)
+
+
+def peak_memory(device: torch.device | str = "cpu") -> int:
+    """Highest memory in bytes so far: of this process on the CPU, of the allocator on a CUDA device.
+
+    0 where the platform does not tell (Windows).
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes

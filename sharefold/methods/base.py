@@ -1,0 +1,200 @@
+"""What a method is: candidates for a group, a solution in tensors, and the layers that hold it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sharefold.errors import SharefoldError
+from sharefold.graph import NetworkGraph
+from sharefold.layers import Bank, ConvForm, SharedConv, add_bank, form_of, replace_module
+from sharefold.methods.problem import GroupProblem, problem_of
+from sharefold.plans import GroupPlan
+
+if TYPE_CHECKING:
+    from sharefold.calibrate.statistics import Statistics
+
+
+# Beyond this filter length an alternation takes seconds.
+LARGE_FEATURES = 640
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to treat a group: options, what it costs and the error it is expected to leave.
+
+    ``cost`` is in parameters; integer codes count as their bits over 32. ``errors`` (K,) are relative data-norm
+    errors of the members.
+    """
+
+    options: dict[str, Any]
+    cost: float
+    errors: Tensor
+
+
+@dataclass
+class Solution:
+    """Tensors of a solved group: the bank's by name, and per member its own by constructor argument."""
+
+    bank: dict[str, Tensor]
+    members: list[dict[str, Tensor]]
+    errors: Tensor | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Method(ABC):
+    """A way to share the parameters of a group; one subclass a file, listed in the registry."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    smallest_group: ClassVar[int] = 2
+
+    @abstractmethod
+    def choices(self, problem: GroupProblem) -> list[Choice]:
+        """Candidates of growing cost for this group."""
+
+    @abstractmethod
+    def solve(self, problem: GroupProblem, options: dict[str, Any]) -> Solution:
+        """The best tensors for these options."""
+
+    @abstractmethod
+    def blank(self, forms: list[ConvForm], options: dict[str, Any]) -> Solution:
+        """Tensors of the right shapes and no particular values, to be filled from a checkpoint."""
+
+    @abstractmethod
+    def member(
+        self, form: ConvForm, bank: Bank | None, tensors: dict[str, Tensor], kept: dict[str, Tensor]
+    ) -> SharedConv:
+        """The layer that stands in for one member; ``kept`` are the bias and gain that the dense layer had."""
+
+    # What convert_ calls, in this order; methods whose members are no single layers override these ----------------
+
+    def layers(self, graph: NetworkGraph, plan: GroupPlan) -> tuple[str, ...]:
+        """The layers whose input moments :meth:`align` and :meth:`fit` will ask for."""
+        return plan.members
+
+    def align(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, plan: GroupPlan) -> bool:
+        """Reorders channels of the dense ``model`` so that its function stays and the members agree more.
+
+        Returns:
+            Whether the model was changed; statistics taken before do not hold then.
+        """
+        return False
+
+    def fit(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, plan: GroupPlan) -> Solution:
+        """The best tensors for the plan's members in the dense ``model``."""
+        moments = statistics.moments(plan.members)
+        return self.solve(problem_of(model, graph, plan.members, moments), plan.options)
+
+    def finish(self, model: nn.Module, graph: NetworkGraph, plan: GroupPlan) -> None:
+        """Last changes to the converted ``model``, after the means were absorbed."""
+
+    def expand(self, model: nn.Module, plan: GroupPlan) -> None:
+        """Puts dense modules back where this method left something else than shared layers.
+
+        Raises:
+            SharefoldError: the result has no dense twin.
+        """
+
+    def cost(self, forms: list[ConvForm], options: dict[str, Any]) -> int:
+        """Parameters of bank and members together."""
+        with torch.device("meta"):
+            blank = self.blank(forms, options)
+        tensors = [*blank.bank.values(), *(t for member in blank.members for t in member.values())]
+        return sum(t.numel() for t in tensors if t.is_floating_point())
+
+    def largest(self, forms: list[ConvForm]) -> dict[str, int]:
+        """For every option that counts something, the largest value that makes sense for these layers."""
+        return {}
+
+    def fits(self, forms: list[ConvForm], options: dict[str, Any]) -> bool:
+        """Whether every counting option lies between 1 and its largest value."""
+        return all(
+            isinstance(options[key], int) and not isinstance(options[key], bool) and 1 <= options[key] <= most
+            for key, most in self.largest(forms).items()
+        )
+
+    def check(self, model: nn.Module, plan: GroupPlan) -> None:
+        """Checks that the members can take this method with these options.
+
+        Raises:
+            SharefoldError: a member cannot be converted, members differ in shape, or options do not fit.
+        """
+        forms = [checked_form(name, model.get_submodule(name)) for name in plan.members]
+        for name, form in zip(plan.members, forms, strict=True):
+            if form.weight_shape != forms[0].weight_shape or form.groups != forms[0].groups:
+                raise SharefoldError(
+                    f"plan: group {plan.name!r}: {name} has weight {form.weight_shape} and {plan.members[0]} "
+                    f"{forms[0].weight_shape}: members of a group must be isomorphic"
+                )
+        try:
+            if not self.fits(forms, plan.options):
+                ranges = ", ".join(f"{key} an integer from 1 to {most}" for key, most in self.largest(forms).items())
+                raise ValueError(f"must be {ranges}")
+            self.cost(forms, plan.options)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise SharefoldError(
+                f"plan: group {plan.name!r}: options {plan.options} do not fit method "
+                f"{self.name} ({type(error).__name__}: {error})"
+            ) from None
+
+    def install(self, model: nn.Module, plan: GroupPlan, solution: Solution | None) -> None:
+        """Swaps the members of ``plan`` in ``model``; without a solution the tensors are left unset."""
+        layers = [model.get_submodule(name) for name in plan.members]
+        forms = [checked_form(name, layer) for name, layer in zip(plan.members, layers, strict=True)]
+        first = next(layers[0].parameters())
+        if solution is None:
+            with first.device:
+                solution = self.blank(forms, plan.options)
+        bank = None
+        if solution.bank:
+            tensors = {name: tensor.to(first.device, first.dtype) for name, tensor in solution.bank.items()}
+            bank = add_bank(model, plan.name, Bank(tensors, uses=len(layers)))
+            bank.stage = plan.stage
+        for name, layer, form, own in zip(plan.members, layers, forms, solution.members, strict=True):
+            tensors = {
+                key: t.to(first.device, first.dtype if t.is_floating_point() else t.dtype).clone()
+                for key, t in own.items()
+            }
+            kept = {key: value for key in ("bias", "gain") if (value := getattr(layer, key, None)) is not None}
+            replace_module(model, name, self.member(form, bank, tensors, kept))
+
+
+def checked_form(name: str, layer: nn.Module) -> ConvForm:
+    """The layer's form.
+
+    Raises:
+        SharefoldError: the layer is shared already, or of a class that a shared layer cannot stand in for.
+    """
+    form = form_of(layer)
+    if form is None:
+        what = "is shared already" if isinstance(layer, SharedConv) else f"is a {type(layer).__name__}"
+        raise SharefoldError(f"layer {name} {what}: only dense Conv2d and Linear layers can be converted")
+    return form
+
+
+def curve_effort(features: int) -> dict[str, Any]:
+    """How exactly error curves are computed: alternations, and at how many ranks; none of them for large kernels.
+
+    A curve only has to rank candidates; what is chosen is solved in full later.
+    """
+    return {"als_rounds": 2, "als_ranks": 4} if features <= LARGE_FEATURES else {}
+
+
+def solve_effort(features: int) -> dict[str, Any]:
+    """Most alternations of a solution: an alternation costs the square of ``features``, and the first gain most."""
+    return {} if features <= LARGE_FEATURES else {"rounds": 2}
+
+
+def rank_grid(largest: int, points: int = 16, smallest: int = 1) -> list[int]:
+    """Ranks from ``smallest`` to ``largest``, spaced evenly in the logarithm, without repeats."""
+    if largest < smallest:
+        return []
+    steps = torch.logspace(
+        torch.log10(torch.tensor(float(smallest))).item(), torch.log10(torch.tensor(float(largest))).item(), points
+    )
+    return sorted({round(float(step)) for step in steps})

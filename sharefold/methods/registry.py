@@ -1,0 +1,52 @@
+"""Every method, one line each."""
+
+from __future__ import annotations
+
+import difflib
+
+from sharefold.errors import SharefoldError
+from sharefold.methods.average import Average, Tied
+from sharefold.methods.base import Method
+from sharefold.methods.basis import Basis
+from sharefold.methods.cluster import ClusterFilters, ClusterKernels, ClusterLayers
+from sharefold.methods.filter_bases import FilterBases
+from sharefold.methods.grouped import Grouped
+from sharefold.methods.reuse import Reuse
+from sharefold.methods.spatial import Spatial
+from sharefold.methods.svd import Svd
+from sharefold.methods.tied_kernels import TiedKernels
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Basis(),  # shared filter basis: https://arxiv.org/abs/2006.05066
+        Svd(),  # data-norm low rank per layer: https://arxiv.org/abs/2509.25136
+        Spatial(),  # column and row filters per layer: https://arxiv.org/abs/1405.3866
+        Average(),  # the mean kernel: https://arxiv.org/abs/2210.14151
+        Tied(),  # data-norm optimum of one kernel, scaled: https://arxiv.org/abs/2212.09849
+        ClusterLayers(),  # k-means over layers: https://arxiv.org/abs/2210.14151
+        ClusterFilters(),  # k-means over filters: https://arxiv.org/abs/1510.00149
+        ClusterKernels(),  # k-means over h x w slices: https://arxiv.org/abs/1907.05686
+        TiedKernels(),  # one kernel and nothing beside it: https://arxiv.org/abs/1702.08782
+        FilterBases(),  # basis, BatchNorm, coefficients: https://arxiv.org/abs/2006.05066
+        Reuse(),  # one block run N times: https://arxiv.org/abs/1901.09615
+        Grouped(),  # grouped pointwise pair: https://doi.org/10.13164/mendel.2022.1.023
+    )
+}
+# What `--method auto` lets compete; the others are never better at any budget measured (docs/methods).
+AUTO = ("basis", "svd", "spatial")
+ALIASES = {"cluster": "cluster-filter"}
+
+
+def method_named(name: str) -> Method:
+    """The method called ``name``.
+
+    Raises:
+        SharefoldError: there is none; names the nearest.
+    """
+    name = ALIASES.get(name, name)
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise SharefoldError(f"unknown method {name!r}{hint}: choose auto or one of {', '.join(METHODS)}")
+    return METHODS[name]

@@ -1,0 +1,164 @@
+"""N equal blocks in sequence become one block run N times, with norms of every iteration's own (LruNet)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sharefold.errors import SharefoldError
+from sharefold.graph import NetworkGraph
+from sharefold.graph.repeats import structure
+from sharefold.layers import Bank, ConvForm, RepeatedBlock, SharedConv, fold, fold_scale, replace_module, shared_parameters
+from sharefold.methods.alignment import align_groups
+from sharefold.methods.base import Choice, Method, Solution
+from sharefold.methods.problem import GroupProblem
+from sharefold.methods.tied_kernels import TiedFit, fit_members
+from sharefold.plans import GroupPlan
+
+if TYPE_CHECKING:
+    from sharefold.calibrate.statistics import Statistics
+
+
+class Reuse(Method):
+    """Members are whole blocks of one structure, one right after the other. Options: ``align`` (default true).
+
+    The first member's place holds the repeated block, the other places its further iterations.
+    """
+
+    name = "reuse"
+    paper = "https://arxiv.org/abs/1901.09615"
+
+    def choices(self, problem: GroupProblem) -> list[Choice]:
+        return []
+
+    def solve(self, problem: GroupProblem, options: dict[str, Any]) -> Solution:
+        raise SharefoldError("method reuse takes whole blocks, not layers: use the layer-reuse recipe")
+
+    def blank(self, forms: list[ConvForm], options: dict[str, Any]) -> Solution:
+        return Solution({}, [])
+
+    def member(self, form: ConvForm, bank: Bank | None, tensors: dict[str, Tensor], kept: dict[str, Tensor]) -> SharedConv:
+        raise NotImplementedError("blocks are installed as a whole")
+
+    def check(self, model: nn.Module, plan: GroupPlan) -> None:
+        blocks = [model.get_submodule(name) for name in plan.members]
+        for name, block in zip(plan.members, blocks, strict=True):
+            if isinstance(block, RepeatedBlock):
+                raise SharefoldError(f"plan: group {plan.name!r}: block {name} is repeated already: leave it out")
+            if structure(block) != structure(blocks[0]):
+                raise SharefoldError(f"plan: group {plan.name!r}: blocks {plan.members[0]} and {name} differ in structure: "
+                                     "only equal blocks fold into one")
+
+    def layers(self, graph: NetworkGraph, plan: GroupPlan) -> tuple[str, ...]:
+        return tuple(name for names in inner_groups(graph, plan.members) for name in names)
+
+    def align(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, plan: GroupPlan) -> bool:
+        groups = inner_groups(graph, plan.members)
+        return bool(plan.options.get("align", True)) and align_groups(model, graph, statistics, groups)
+
+    def fit(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, plan: GroupPlan) -> Solution:
+        blocks = [model.get_submodule(name) for name in plan.members]
+        tensors = _mean_parameters(blocks)
+        own: list[dict[str, Tensor]] = [{} for _ in blocks]
+        errors = []
+        for names in inner_groups(graph, plan.members):
+            leaf = names[0].removeprefix(f"{plan.members[0]}.")
+            form, fit = fit_members(model, graph, statistics, names, share_bias=True)
+            tensors[f"{leaf}.weight"] = fit.weight.reshape(tensors[f"{leaf}.weight"].shape)
+            if fit.bias is not None:
+                tensors[f"{leaf}.bias"] = fit.bias
+            _into_norms(model, graph, statistics, form, names, plan.members, fit, own)
+            errors.append(fit.errors)
+        return Solution(tensors, own, torch.stack(errors).mean(0) if errors else None)
+
+    def install(self, model: nn.Module, plan: GroupPlan, solution: Solution | None) -> None:
+        blocks = [model.get_submodule(name) for name in plan.members]
+        if solution is not None:
+            with torch.no_grad():
+                for block, own in zip(blocks, solution.members, strict=True):
+                    _copy(block, own)
+                _copy(blocks[0], solution.bank)
+        for name, part in zip(plan.members, fold(blocks), strict=True):
+            replace_module(model, name, part)
+
+    def expand(self, model: nn.Module, plan: GroupPlan) -> None:
+        repeated = cast(RepeatedBlock, model.get_submodule(plan.members[0]))
+        for name, block in zip(plan.members, repeated.unrolled(), strict=True):
+            replace_module(model, name, block)
+
+
+def inner_groups(graph: NetworkGraph, blocks: tuple[str, ...]) -> list[list[str]]:
+    """For every layer of the first block, that layer in all blocks."""
+    leaves = [name.removeprefix(blocks[0]) for name in graph.layers if name.startswith(f"{blocks[0]}.")]
+    groups = [[block + leaf for block in blocks] for leaf in leaves]
+    return [names for names in groups if all(name in graph.layers for name in names)]
+
+
+def folded_size(block: nn.Module, count: int) -> tuple[int, int]:
+    """Parameters of ``count`` such blocks apart, and of one block run ``count`` times."""
+    total = sum(p.numel() for p in block.parameters())
+    shared = sum(dict(block.named_parameters())[name].numel() for name in shared_parameters(block))
+    return count * total, shared + count * (total - shared)
+
+
+def _mean_parameters(blocks: list[nn.Module]) -> dict[str, Tensor]:
+    """Shared parameters, averaged; those of layers with statistics are then replaced by better ones."""
+    named = [dict(block.named_parameters()) for block in blocks]
+    means = {}
+    for name in shared_parameters(blocks[0]):
+        stack = torch.stack([parameters[name].detach() for parameters in named])
+        equal = all(torch.equal(part, stack[0]) for part in stack[1:])
+        means[name] = stack[0] if equal else stack.mean(0)
+    return means
+
+
+def _into_norms(
+    model: nn.Module, graph: NetworkGraph, statistics: Statistics, form: ConvForm, names: list[str],
+    blocks: tuple[str, ...], fit: TiedFit, own: list[dict[str, Tensor]],
+) -> None:  # fmt: skip
+    """Puts scales and mean differences of a tied layer into the copies of the norm behind it."""
+    if fit.bias is not None or float(fit.errors.max()) == 0.0:
+        return
+    for index, (name, block) in enumerate(zip(names, blocks, strict=True)):
+        norm_name = graph.layers[name].norm
+        if norm_name is None or not norm_name.startswith(f"{block}."):
+            continue
+        norm = _scratch(model.get_submodule(norm_name))
+        if norm is None:
+            continue
+        weight = fit.weight if fit.scales is None else fit.weight * fit.scales[index].unsqueeze(1)
+        dense = cast(Tensor, model.get_submodule(name).weight).detach().reshape(form.out_channels, -1)
+        change = dense - weight.to(dense)
+        mean = statistics.means[name].to(change)
+        shift = torch.einsum("gon,gn->go", change.reshape(len(mean), -1, mean.shape[1]), mean).reshape(-1)
+        cast(Tensor, norm.running_mean).sub_(shift)
+        if fit.scales is not None:
+            fold_scale(norm, fit.scales[index])
+        leaf = norm_name.removeprefix(f"{block}.")
+        for key in ("weight", "running_mean", "running_var"):
+            value = getattr(norm, key)
+            if value is not None:
+                own[index][f"{leaf}.{key}"] = value.detach()
+
+
+def _scratch(norm: nn.Module) -> nn.Module | None:
+    """A stand-in with copies of a BatchNorm's tensors; None for norms without running statistics."""
+    if getattr(norm, "running_mean", None) is None:
+        return None
+    copy = nn.BatchNorm2d(len(cast(Tensor, norm.running_mean)), eps=float(cast(Any, norm.eps)))
+    with torch.no_grad():
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            value = getattr(norm, key)
+            if value is None:
+                setattr(copy, key, None)
+            else:
+                getattr(copy, key).copy_(value)
+    return copy.requires_grad_(False)
+
+
+def _copy(block: nn.Module, tensors: dict[str, Tensor]) -> None:
+    state = block.state_dict(keep_vars=True)
+    for name, tensor in tensors.items():
+        state[name].data.copy_(tensor)

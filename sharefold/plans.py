@@ -1,0 +1,168 @@
+"""The plan: what each group of layers will share, decided before anything is touched.
+
+A recipe, the planner and a hand-edited JSON file all produce the same :class:`Plan`; ``convert_`` takes it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from sharefold.errors import SharefoldError
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """What one group of layers will share.
+
+    Attributes:
+        name: unique name; also the key of the group's bank.
+        method: name of a method of :mod:`sharefold.methods`.
+        members: qualified names of the layers (or blocks), in forward order.
+        options: the method's options; JSON values only.
+        params_before, params_after: weights of the members before, and bank plus own tensors after.
+        error: expected relative output error, mean over the members, under the data norm; None when not measured.
+        stage: number of down-samplings before the group.
+        role: place in the block, or "" when roles are mixed.
+    """
+
+    name: str
+    method: str
+    members: tuple[str, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    params_before: int = 0
+    params_after: int = 0
+    error: float | None = None
+    stage: int = 0
+    role: str = ""
+
+
+@dataclass
+class Plan:
+    """Group plans plus whole-model totals; prints as a table and round-trips through JSON.
+
+    Attributes:
+        groups: the groups that change; every other layer stays as it is.
+        params_before, params_after: ``sum(p.numel())`` of the whole model.
+        source: what decided, such as ``"budget 50%"`` or ``"recipe sharesnet"``.
+    """
+
+    groups: list[GroupPlan]
+    params_before: int
+    params_after: int
+    source: str = ""
+
+    @property
+    def size(self) -> float:
+        """Share of the parameters that stays."""
+        return self.params_after / max(self.params_before, 1)
+
+    def to_json(self) -> str:
+        """The plan as indented JSON text."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"plan_version": PLAN_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "plan") -> Plan:
+        """Reads :meth:`to_json`'s text.
+
+        Raises:
+            SharefoldError: not JSON, not a plan, a newer plan version, or a layer in two groups.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SharefoldError(
+                f"{where} is not JSON (line {error.lineno}: {error.msg}): write one with "
+                "`sharefold convert ... --dry-run --json`"
+            ) from None
+        return cls.from_dict(data, where)
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str = "plan") -> Plan:
+        if isinstance(data, dict) and isinstance(data.get("plan"), dict):
+            data = data["plan"]
+        if not isinstance(data, dict) or not isinstance(data.get("groups"), list):
+            raise SharefoldError(
+                f"{where} holds no list of groups: write one with `sharefold convert ... --dry-run --json`"
+            )
+        for key, default in (("plan_version", PLAN_VERSION), ("params_before", 0), ("params_after", 0)):
+            if not _is_int(data.get(key, default)):
+                raise SharefoldError(f"{where}: {key} must be an integer, not {data[key]!r}")
+        if data.get("plan_version", PLAN_VERSION) > PLAN_VERSION:
+            raise SharefoldError(
+                f"{where} has plan_version {data['plan_version']}, this sharefold reads up to "
+                f"{PLAN_VERSION}: upgrade sharefold"
+            )
+        groups = [_group(entry, index, where) for index, entry in enumerate(data["groups"])]
+        owner: dict[str, str] = {}
+        names: set[str] = set()
+        for group in groups:
+            if group.name in names:
+                raise SharefoldError(f"{where}: two groups are named {group.name!r}: rename one")
+            names.add(group.name)
+            for member in group.members:
+                if member in owner:
+                    raise SharefoldError(
+                        f"{where}: layer {member!r} is in groups {owner[member]!r} and {group.name!r}: keep it in one"
+                    )
+                owner[member] = group.name
+        return cls(groups, data.get("params_before", 0), data.get("params_after", 0), str(data.get("source", "")))
+
+    def __str__(self) -> str:
+        head = ["group", "method", "layers", "options", "params", "kept", "error"]
+        rows = [head]
+        for g in self.groups:
+            error = "" if g.error is None else f"{g.error:.4f}"
+            options = ", ".join(f"{k}={v}" for k, v in g.options.items() if not isinstance(v, (list, dict)))
+            kept = f"{g.params_after / max(g.params_before, 1):.0%}"
+            rows.append(
+                [
+                    g.name,
+                    g.method,
+                    str(len(g.members)),
+                    options,
+                    f"{g.params_before:,} -> {g.params_after:,}",
+                    kept,
+                    error,
+                ]
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        total = f"{self.params_before:,} -> {self.params_after:,} parameters ({self.size:.1%} kept)"
+        return "\n".join([*lines, total])
+
+
+def _group(entry: Any, index: int, where: str) -> GroupPlan:
+    known = {f.name for f in fields(GroupPlan)}
+    if not isinstance(entry, dict) or not {"name", "method", "members"} <= entry.keys():
+        raise SharefoldError(f"{where}: group {index} lacks name, method or members: add them")
+    unknown = entry.keys() - known
+    if unknown:
+        raise SharefoldError(
+            f"{where}: group {entry['name']!r} has unknown keys {sorted(unknown)}: known are {sorted(known)}"
+        )
+    for key in ("name", "method", "role"):
+        if not isinstance(entry.get(key, ""), str):
+            raise SharefoldError(f"{where}: {key} of group {entry['name']!r} must be a text, not {entry[key]!r}")
+    for key in ("params_before", "params_after", "stage"):
+        if not _is_int(entry.get(key, 0)):
+            raise SharefoldError(f"{where}: {key} of group {entry['name']!r} must be an integer, not {entry[key]!r}")
+    error = entry.get("error")
+    if error is not None and (isinstance(error, bool) or not isinstance(error, (int, float))):
+        raise SharefoldError(f"{where}: error of group {entry['name']!r} must be a number or null, not {error!r}")
+    members = entry["members"]
+    if not isinstance(members, (list, tuple)) or not all(isinstance(m, str) for m in members) or not members:
+        raise SharefoldError(f"{where}: group {entry['name']!r} needs a list of layer names as members")
+    if not isinstance(entry.get("options", {}), dict):
+        raise SharefoldError(f"{where}: options of group {entry['name']!r} must be an object")
+    return GroupPlan(**{**entry, "members": tuple(members)})
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,66 @@
+"""Preconditioned conjugate gradients on matrix-shaped unknowns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+LinearMap = Callable[[Tensor], Tensor]
+
+
+def conjugate_gradient(
+    apply: LinearMap,
+    rhs: Tensor,
+    start: Tensor,
+    precondition: LinearMap | None = None,
+    *,
+    steps: int = 15,
+    tol: float = 1e-8,
+    independent: int = 0,
+    start_image: Tensor | None = None,
+) -> Tensor:
+    """Solve ``apply(X) = rhs`` for a symmetric positive semi-definite map on tensors shaped like ``rhs``.
+
+    Every step lowers the quadratic ``<X, apply(X)> / 2 - <X, rhs>``, so stopping early still never does worse than
+    ``start``. The first ``independent`` dimensions are treated as separate systems with their own step lengths.
+
+    Args:
+        apply: the linear map; takes and returns a tensor of the shape of ``rhs``.
+        precondition: an approximate inverse of ``apply`` (symmetric positive definite), or None.
+        steps: most iterations to take.
+        tol: stop once the residual norm of every system falls below ``tol`` times its right-hand side.
+        independent: number of leading dimensions that index separate systems.
+        start_image: ``apply(start)``, where the caller has it already.
+
+    Returns:
+        The solution, shaped like ``rhs``.
+    """
+    dims = tuple(range(independent, rhs.dim()))
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum(dim=dims, keepdim=True)
+
+    def ratio(a: Tensor, b: Tensor) -> Tensor:
+        # A direction without curvature or a solved system takes a zero step instead of dividing by zero.
+        return torch.where(b > 0, a / torch.where(b > 0, b, torch.ones_like(b)), torch.zeros_like(a))
+
+    x = start.clone()
+    residual = rhs - (apply(x) if start_image is None else start_image)
+    target = tol * tol * dot(rhs, rhs)
+    z = residual if precondition is None else precondition(residual)
+    direction = z.clone()
+    rz = dot(residual, z)
+    for _ in range(steps):
+        if bool((dot(residual, residual) <= target).all()):
+            break
+        image = apply(direction)
+        alpha = ratio(rz, dot(direction, image))
+        x += alpha * direction
+        residual = residual - alpha * image
+        z = residual if precondition is None else precondition(residual)
+        rz_next = dot(residual, z)
+        direction = z + ratio(rz_next, rz) * direction
+        rz = rz_next
+    return x

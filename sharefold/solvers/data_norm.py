@@ -1,0 +1,384 @@
+"""The data norm: second moments of a layer's inputs and the output error they measure.
+
+For a layer with im2col matrix ``W`` (O x N), input patches ``x`` with ``S = E[x x^T]`` and row weights ``D^2``::
+
+    err(What) = || D (W - What) S^(1/2) ||_F^2 / || D W S^(1/2) ||_F^2
+
+which is the relative error of the layer's output on the images ``S`` was collected from. The same norm is behind
+SVD-LLM (arXiv 2403.07378), BALF (arXiv 2509.25136) and RegMean (arXiv 2212.09849).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sharefold.errors import SharefoldError
+
+Pair = int | Sequence[int]
+FLOAT64_LIMIT = 1024
+PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
+
+
+class Moments:
+    """Streaming first and second moments of one layer's im2col patches.
+
+    Holds plain tensors so that processes can sum them: ``sum`` (G, N), ``gram`` (G, N, N), ``count`` () float64.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        groups: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.features = features
+        self.groups = groups
+        self.sum = torch.zeros(groups, features, dtype=dtype, device=device)
+        self.gram = torch.zeros(groups, features, features, dtype=dtype, device=device)
+        self.count = torch.zeros((), dtype=torch.float64)
+
+    def update(self, patches: Tensor) -> None:
+        """Add patches of shape (P, groups, N), or (P, N) when there is one group."""
+        if patches.dim() == 2:
+            patches = patches.unsqueeze(1)
+        if patches.shape[1:] != (self.groups, self.features):
+            raise SharefoldError(
+                f"moments: patches have shape {tuple(patches.shape)}: expected (P, {self.groups}, {self.features})"
+            )
+        rows = patches.detach().to(self.gram).transpose(0, 1)
+        with torch.autocast(rows.device.type, enabled=False):
+            self.gram.baddbmm_(rows.transpose(1, 2), rows)
+        self.sum += rows.sum(dim=1)
+        self.count += patches.shape[0]
+
+    def merge(self, other: Moments) -> None:
+        """Add the counts of another process or shard."""
+        if (other.groups, other.features) != (self.groups, self.features):
+            raise SharefoldError(
+                f"moments: cannot merge {other.groups} x {other.features} into {self.groups} x {self.features}"
+            )
+        self.sum += other.sum.to(self.sum)
+        self.gram += other.gram.to(self.gram)
+        self.count += other.count.to(self.count)
+
+    def _total(self) -> float:
+        total = float(self.count)
+        if total == 0:
+            raise SharefoldError("moments: no patch was seen: run the calibration images through the layer first")
+        return total
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean patch, (G, N)."""
+        return self.sum / self._total()
+
+    def covariance(self, centered: bool = False) -> Tensor:
+        """``E[x x^T]`` of shape (G, N, N); with ``centered`` the covariance, for layers whose mean a bias absorbs."""
+        moment = self.gram / self._total()
+        if centered:
+            mean = self.mean
+            moment = moment - mean.unsqueeze(2) * mean.unsqueeze(1)
+        return (moment + moment.transpose(1, 2)) / 2
+
+
+def _pair(value: Pair) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    first, second = value
+    return int(first), int(second)
+
+
+def pad_amounts(
+    padding: Pair | str, kernel: tuple[int, int], dilation: tuple[int, int] = (1, 1)
+) -> tuple[int, int, int, int]:
+    """Padding as (left, right, top, bottom); a sequence of four is taken to be in that order already.
+
+    ``"same"`` puts the odd pixel right and below, as ``torch.nn.Conv2d`` does.
+    """
+    if isinstance(padding, str):
+        if padding == "valid":
+            return 0, 0, 0, 0
+        if padding != "same":
+            raise SharefoldError(f"padding: {padding!r}: expected 'same', 'valid', an int, a pair or four ints")
+        high, wide = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
+        return wide // 2, wide - wide // 2, high // 2, high - high // 2
+    if not isinstance(padding, int) and len(padding) == 4:
+        left, right, top, bottom = (int(p) for p in padding)
+        return left, right, top, bottom
+    high, wide = _pair(padding)
+    return wide, wide, high, high
+
+
+def sample_rows(x: Tensor, positions: int | None, generator: torch.Generator | None = None) -> Tensor:
+    """Rows of a Linear layer's input (B, ..., C): up to ``positions`` per image, as (P, 1, C)."""
+    rows = x.reshape(x.shape[0], -1, x.shape[-1])
+    length = rows.shape[1]
+    if positions is not None and positions < length:
+        index = _random_positions(rows.shape[0], length, positions, generator).to(x.device)
+        rows = rows.gather(1, index.unsqueeze(2).expand(-1, -1, rows.shape[2]))
+    return rows.reshape(-1, 1, x.shape[-1])
+
+
+def _random_positions(images: int, length: int, positions: int, generator: torch.Generator | None) -> Tensor:
+    """``positions`` distinct indices below ``length`` for every image, (images, positions)."""
+    device = generator.device if generator is not None else torch.device("cpu")
+    scores = torch.rand(images, length, generator=generator, device=device)
+    return scores.topk(positions, dim=1).indices
+
+
+def sample_patches(
+    x: Tensor,
+    kernel_size: Pair | None,
+    stride: Pair = 1,
+    padding: Pair | str = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
+    positions: int | None = None,
+    generator: torch.Generator | None = None,
+    padding_mode: str = "zeros",
+) -> Tensor:
+    """im2col patches of a convolution's input at randomly chosen output positions.
+
+    Only the sampled positions are gathered, so memory is B * positions * C * h * w and not that of a full unfold.
+
+    Args:
+        x: input map (B, C, H, W); with ``kernel_size=None`` the input (B, ..., C) of a Linear layer.
+        padding: an int, a pair (vertical, horizontal), "same", "valid", or four ints (left, right, top, bottom).
+        positions: output positions per image, drawn without replacement; None or too many takes all of them.
+        padding_mode: as for ``torch.nn.Conv2d``.
+
+    Returns:
+        (P, groups, C / groups * h * w), ordered as ``F.unfold`` orders them (channel, then kernel row and column).
+
+    Raises:
+        SharefoldError: the kernel does not fit the padded input, or an unknown padding.
+    """
+    if kernel_size is None:
+        return sample_rows(x, positions, generator)
+    kernel, step, spread = _pair(kernel_size), _pair(stride), _pair(dilation)
+    pads = pad_amounts(padding, kernel, spread)
+    if any(pads):
+        if padding_mode not in PAD_MODES:
+            raise SharefoldError(f"padding mode: {padding_mode!r}: expected one of {', '.join(PAD_MODES)}")
+        x = F.pad(x, pads, mode=PAD_MODES[padding_mode])
+    images, channels, height, width = x.shape
+    out_h = (height - spread[0] * (kernel[0] - 1) - 1) // step[0] + 1
+    out_w = (width - spread[1] * (kernel[1] - 1) - 1) // step[1] + 1
+    if out_h < 1 or out_w < 1:
+        raise SharefoldError(f"patches: kernel {kernel} does not fit the padded input {height} x {width}")
+    length = out_h * out_w
+    if positions is None or positions >= length:
+        index = torch.arange(length).expand(images, length)
+    else:
+        index = _random_positions(images, length, positions, generator)
+    index = index.to(x.device)
+    corner = (index // out_w) * step[0] * width + (index % out_w) * step[1]
+    rows = torch.arange(kernel[0], device=x.device) * spread[0] * width
+    cols = torch.arange(kernel[1], device=x.device) * spread[1]
+    offsets = (rows.unsqueeze(1) + cols.unsqueeze(0)).flatten()
+    taps = offsets.numel()
+    flat = (corner.unsqueeze(2) + offsets).reshape(images, 1, -1).expand(-1, channels, -1)
+    picked = x.flatten(2).gather(2, flat).reshape(images, channels, -1, taps)
+    return picked.transpose(1, 2).reshape(-1, groups, channels // groups * taps)
+
+
+def working_dtype(columns: int, dtype: torch.dtype) -> torch.dtype:
+    """float64 where it is affordable (``columns`` up to 1024) or already used, else float32."""
+    if dtype == torch.float64 or columns <= FLOAT64_LIMIT:
+        return torch.float64
+    return torch.float32
+
+
+def eigen_psd(matrix: Tensor, floor: float = 1e-10) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (..., N), clipped from below at ``floor`` times the largest, and eigenvectors (..., N, N).
+
+    Clipping keeps rank-deficient moments of small calibration sets usable; an all-zero matrix clips at ``floor``.
+    """
+    values, vectors = torch.linalg.eigh((matrix + matrix.transpose(-1, -2)) / 2)
+    top = values[..., -1:].clamp_min(0)
+    top = torch.where(top > 0, top, torch.ones_like(top))
+    lowest = max(floor, torch.finfo(matrix.dtype).eps)
+    return torch.maximum(values, lowest * top), vectors
+
+
+def sqrt_psd(matrix: Tensor, floor: float = 1e-10) -> Tensor:
+    """Symmetric square root (..., N, N) of a positive semi-definite matrix, eigenvalues floored."""
+    values, vectors = eigen_psd(matrix, floor)
+    return (vectors * values.sqrt().unsqueeze(-2)) @ vectors.transpose(-1, -2)
+
+
+def inv_sqrt_psd(matrix: Tensor, floor: float = 1e-10) -> Tensor:
+    """Symmetric inverse square root (..., N, N) of a positive semi-definite matrix, eigenvalues floored."""
+    values, vectors = eigen_psd(matrix, floor)
+    return (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.transpose(-1, -2)
+
+
+def solve_psd(matrix: Tensor, rhs: Tensor, ridge: float = 0.0) -> Tensor:
+    """Solve ``matrix @ X = rhs`` for symmetric positive semi-definite (..., n, n), robust to rank deficiency.
+
+    Cholesky where it goes through, eigenvalues with a floor where it does not. ``ridge`` is relative to the mean
+    diagonal.
+    """
+    if ridge:
+        scale = matrix.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[..., None, None] * ridge
+        matrix = matrix + scale * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if not bool(info.any()):
+        solution = torch.cholesky_solve(rhs, factor)
+        if bool(torch.isfinite(solution).all()):
+            return solution
+    values, vectors = eigen_psd(matrix)
+    return vectors @ ((vectors.transpose(-1, -2) @ rhs) / values.unsqueeze(-1))
+
+
+@dataclass
+class Problem:
+    """A group of K same-shape layers (or conv groups of layers) as one batched problem.
+
+    Attributes:
+        weights: im2col matrices (K, O, N), N = I / groups * h * w.
+        moments: ``E[x x^T]`` (K, N, N), centred where a bias or BatchNorm absorbs the mean; None means identity.
+        row_weights: squared output scales ``D^2`` (K, O); None means ones.
+        kernel: (h, w).
+        layer_weights: (K,) factors of the layers in the summed error; None means 1 / energy (relative errors).
+        left: optional full output metric (K, O, O) used in place of ``row_weights``.
+    """
+
+    weights: Tensor
+    moments: Tensor | None = None
+    row_weights: Tensor | None = None
+    kernel: tuple[int, int] = (1, 1)
+    layer_weights: Tensor | None = None
+    left: Tensor | None = None
+    _energy: Tensor | None = field(default=None, repr=False, compare=False)
+    _weighted: Tensor | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        members, rows, columns = self.weights.shape
+        if self.moments is None:
+            eye = torch.eye(columns, dtype=self.weights.dtype, device=self.weights.device)
+            self.moments = eye.expand(members, columns, columns)
+        if self.row_weights is None:
+            self.row_weights = self.weights.new_ones(members, rows)
+        for label, value, shape in (
+            ("moments", self.moments, (members, columns, columns)),
+            ("row weights", self.row_weights, (members, rows)),
+            ("layer weights", self.layer_weights, (members,)),
+            ("left metric", self.left, (members, rows, rows)),
+        ):
+            if value is not None and tuple(value.shape) != shape:
+                raise SharefoldError(f"problem: {label} have shape {tuple(value.shape)}: expected {shape}")
+        taps = self.kernel[0] * self.kernel[1]
+        if columns % taps:
+            raise SharefoldError(f"problem: {columns} columns are no multiple of the {self.kernel} kernel")
+
+    @property
+    def members(self) -> int:
+        return self.weights.shape[0]
+
+    @property
+    def rows(self) -> int:
+        return self.weights.shape[1]
+
+    @property
+    def columns(self) -> int:
+        return self.weights.shape[2]
+
+    @property
+    def taps(self) -> int:
+        return self.kernel[0] * self.kernel[1]
+
+    @property
+    def second(self) -> Tensor:
+        """The moments (K, N, N); never None once constructed."""
+        assert self.moments is not None
+        return self.moments
+
+    @property
+    def row_metric(self) -> Tensor:
+        """The row weights (K, O); never None once constructed."""
+        assert self.row_weights is not None
+        return self.row_weights
+
+    @property
+    def weighted(self) -> Tensor:
+        """``W_k S_k`` (K, O, N), computed once."""
+        if self._weighted is None:
+            self._weighted = self.weights @ self.second
+        return self._weighted
+
+    def apply_left(self, value: Tensor) -> Tensor:
+        """Multiply (K, O, ...) by the output metric from the left."""
+        if self.left is not None:
+            return self.left @ value
+        return self.row_metric.unsqueeze(2) * value
+
+    def _norm(self, value: Tensor, image: Tensor) -> Tensor:
+        return (self.apply_left(value) * image).sum(dim=(1, 2)).clamp_min(0)
+
+    @property
+    def energy(self) -> Tensor:
+        """``|| D_k W_k S_k^(1/2) ||^2`` (K,)."""
+        if self._energy is None:
+            self._energy = self._norm(self.weights, self.weighted)
+        return self._energy
+
+    @property
+    def objective_weights(self) -> Tensor:
+        """Factors (K,) of the squared errors in the sum that solvers minimise."""
+        if self.layer_weights is not None:
+            return self.layer_weights.to(self.weights)
+        energy = self.energy
+        return torch.where(energy > 0, 1 / energy.clamp_min(torch.finfo(energy.dtype).tiny), torch.zeros_like(energy))
+
+    def squared_errors(self, approx: Tensor) -> Tensor:
+        """``|| D_k (W_k - approx_k) S_k^(1/2) ||^2`` (K,) for approximations (K, O, N)."""
+        gap = self.weights - approx.to(self.weights)
+        return self._norm(gap, gap @ self.second)
+
+    def errors(self, approx: Tensor) -> Tensor:
+        """Relative data-norm errors (K,) of the approximations (K, O, N); 0 for a layer that outputs nothing."""
+        energy = self.energy
+        squared = self.squared_errors(approx)
+        return torch.where(energy > 0, squared / energy.clamp_min(torch.finfo(energy.dtype).tiny), 0 * squared)
+
+    def error_sum(self, approx: Tensor) -> float:
+        """The objective of the solvers: squared errors times ``objective_weights``, summed."""
+        return float((self.objective_weights * self.squared_errors(approx)).sum())
+
+    def working(self) -> Problem:
+        """The same problem in the working precision (float64 up to 1024 columns, else float32)."""
+        return self.to(working_dtype(self.columns, self.weights.dtype))
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """The same problem with every tensor in ``dtype``; itself when nothing changes."""
+        tensors = (self.weights, self.second, self.row_metric, self.layer_weights, self.left)
+        if all(t is None or t.dtype == dtype for t in tensors):
+            return self
+        weights, moments, row_weights, layer_weights, left = (None if t is None else t.to(dtype) for t in tensors)
+        assert weights is not None
+        return Problem(weights, moments, row_weights, self.kernel, layer_weights, left)
+
+    def select(self, index: Sequence[int] | Tensor) -> Problem:
+        """The problem restricted to some of its layers."""
+        index = torch.as_tensor(index, device=self.weights.device)
+        return Problem(
+            self.weights[index],
+            self.second[index],
+            self.row_metric[index],
+            self.kernel,
+            None if self.layer_weights is None else self.layer_weights[index],
+            None if self.left is None else self.left[index],
+        )
+
+
+def moment_floors(problem: Problem, ridge: float) -> Tensor:
+    """Ridge (K,) to add to every moment: ``ridge`` times its mean diagonal; a layer without any input counts as 1."""
+    diagonal = problem.second.diagonal(dim1=1, dim2=2).mean(dim=1)
+    return ridge * torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal))

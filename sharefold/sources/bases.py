@@ -1,0 +1,59 @@
+"""The recipe of the dense architecture behind a network that is already in memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from sharefold.errors import SharefoldError
+from sharefold.sources.build import build_on_meta, make_base
+from sharefold.sources.match import exact_match
+from sharefold.sources.shapes import shapes_of
+
+# Dropout of any kind is no part of what a network computes at evaluation, and builders' rates are not in the shapes.
+_DROP = re.compile(r"\(?\w*drop\w*\)?: .*|Drop\w+\([^)]*\)", re.I)
+
+
+def base_of(model: nn.Module) -> dict[str, Any] | None:
+    """How :func:`build_base` rebuilds ``model``'s architecture, or None when no registry has it.
+
+    A candidate counts only when its modules print the same as the model's, so that equal shapes with other strides or
+    activations are not mistaken for it.
+    """
+    for base in _candidates(model):
+        try:
+            if _printed(build_on_meta(base)) == _printed(model):
+                return base
+        except SharefoldError:
+            continue
+    return None
+
+
+def _candidates(model: nn.Module) -> list[dict[str, Any]]:
+    found = []
+    config = getattr(model, "pretrained_cfg", None)
+    name = config.get("architecture") if isinstance(config, Mapping) else getattr(config, "architecture", None)
+    if name:
+        kwargs: dict[str, Any] = {}
+        classes = getattr(model, "num_classes", None)
+        if isinstance(classes, int):
+            kwargs["num_classes"] = classes
+        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        found.append(make_base("timm", str(name), kwargs))
+        if first is not None and first.in_channels != 3:
+            found.append(make_base("timm", str(name), {**kwargs, "in_chans": first.in_channels}))
+    match = exact_match(shapes_of(model.state_dict()), "")
+    if match is not None:
+        found.append(match.base)
+        for label in match.others:  # equal shapes in the other library
+            library, _, rest = label.partition(":")
+            same = {**match.base, "library": {"tv": "torchvision"}.get(library, library), "name": rest.split(":")[0]}
+            found.append(same)
+    return found
+
+
+def _printed(model: nn.Module) -> str:
+    return _DROP.sub("", f"{type(model).__qualname__}\n{model}")

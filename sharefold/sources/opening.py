@@ -1,0 +1,280 @@
+"""``open_source``: one text in, one network out."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from sharefold.errors import SharefoldError, SharefoldWarning
+from sharefold.sources.build import build_base, check_arguments, check_name, registry
+from sharefold.sources.hub import open_hub, open_timm, open_torchvision
+from sharefold.sources.match import Match, exact_match, match_architecture, named_architecture
+from sharefold.sources.preprocess import preprocessing
+from sharefold.sources.read import check_file, read_state_dict
+from sharefold.sources.shapes import load_weights, shapes_of
+from sharefold.sources.spec import close_matches, parse_options
+from sharefold.sources.unwrap import PREFIXES
+
+_KINDS = {"timm": "timm", "tv": "torchvision", "torchvision": "torchvision", "hf-hub": "hf-hub", "hf_hub": "hf-hub"}
+_PREFIXED = re.compile(r"([A-Za-z][\w-]+):(.*)", re.DOTALL)
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # what timm's push_to_hf_hub and save_for_hf write
+_HUB_CONFIG = "config.json"
+
+
+@dataclass
+class Source:
+    """An opened network.
+
+    Attributes:
+        model: in eval mode, on the CPU.
+        base: recipe of the stock architecture for :func:`build_base`; ``{}`` for a trusted pickle whose class neither
+            timm nor torchvision has.
+        pretrained_cfg: ``input_size`` (C, H, W), ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``num_classes``.
+        name: of the architecture.
+        kind: ``timm`` | ``torchvision`` | ``hf-hub`` | ``sharefold`` | ``checkpoint`` | ``pickle``.
+        shared: whether it is a converted network.
+        meta: for checkpoints, what was unwrapped and dropped, extras such as the stored accuracy, other architectures
+            with the same tensors (``others``) and why this one was chosen (``rule``), absent buffers (``absent``).
+    """
+
+    model: nn.Module
+    base: dict[str, Any]
+    pretrained_cfg: dict[str, Any]
+    name: str
+    kind: str
+    shared: bool = False
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+def open_source(
+    source: str | Path,
+    *,
+    arch: str | None = None,
+    pretrained: bool = True,
+    num_classes: int | None = None,
+    trust_pickle: bool = False,
+    in_chans: int | None = None,
+) -> Source:
+    """Opens a network.
+
+    Args:
+        source: ``timm:NAME``, ``tv:NAME`` (both with ``:key=value,...`` for the builder), ``hf-hub:ID``, a sharefold
+            directory or file, or a checkpoint file.
+        arch: architecture of a checkpoint, ``NAME``, ``timm:NAME:k=v`` or ``tv:NAME:k=v``; found by names and shapes
+            when left out.
+        pretrained: published weights for named models; files are read in any case.
+        num_classes: for named models, outputs of the classifier; for checkpoints with another count, the classifier
+            is made anew and a warning says so.
+        trust_pickle: allow a checkpoint to run code.
+        in_chans: channels of the input, for named models.
+
+    Raises:
+        SharefoldError: in one line, whatever is wrong with the request, the file or the network connection.
+    """
+    if num_classes is not None and num_classes < 1:
+        raise SharefoldError(f"num_classes={num_classes}: a classifier needs at least one class")
+    if in_chans is not None and in_chans < 1:
+        raise SharefoldError(f"in_chans={in_chans}: an input needs at least one channel")
+    text = str(source)
+    kind, rest = _split(text)
+    if kind is None:
+        return _open_path(Path(text).expanduser(), arch, num_classes, in_chans, trust_pickle)
+    if arch is not None:
+        raise SharefoldError(f"--arch is for checkpoint files, and {text} names its architecture: leave --arch out")
+    name, kwargs = _name_and_options(rest, text) if kind != "hf-hub" else (rest, {})
+    for key, value in (("num_classes", num_classes), ("in_chans", in_chans)):
+        if value is not None:
+            kwargs[key] = value
+    opener = {"timm": open_timm, "torchvision": open_torchvision, "hf-hub": open_hub}[kind]
+    if not name:
+        raise SharefoldError(f"no model name in {text!r}: write for example timm:resnet50")
+    model, base = opener(name, kwargs, pretrained)
+    return Source(model, base, preprocessing(model, base), base["name"], kind)
+
+
+def _split(text: str) -> tuple[str | None, str]:
+    """(kind, rest) of a prefixed name; (None, text) of a path."""
+    found = _PREFIXED.fullmatch(text)
+    if found is None:
+        return None, text
+    prefix = found.group(1).lower()
+    if prefix in _KINDS:
+        return _KINDS[prefix], found.group(2)
+    if Path(text).exists():
+        return None, text
+    raise SharefoldError(f"unknown source {text!r}: known prefixes are timm:, tv: and hf-hub:, anything else is a path")
+
+
+def _name_and_options(rest: str, where: str) -> tuple[str, dict[str, Any]]:
+    name, _, options = rest.partition(":")
+    kwargs = parse_options(options, where)
+    check_arguments(name, kwargs)
+    return name.strip(), kwargs
+
+
+def _open_path(
+    path: Path, arch: str | None, num_classes: int | None, in_chans: int | None, trust_pickle: bool
+) -> Source:
+    from sharefold.checkpoint import is_sharefold
+
+    if is_sharefold(path):
+        for option, value in (("--arch", arch), ("--num-classes", num_classes)):
+            if value is not None:
+                raise SharefoldError(f"{path} is a converted network and knows its architecture: leave {option} out")
+        return _open_sharefold(path)
+    hub: dict[str, Any] = {}
+    if path.is_dir():
+        path, hub = _hub_layout(path)
+    elif not path.exists():
+        _refuse_missing(path)
+    state, notes = read_state_dict(path, trust_pickle)
+    module = notes.pop("module", None)
+    own = module is not None and type(module).__module__.partition(".")[0] not in ("timm", "torchvision", "sharefold")
+    if own and arch is None:
+        return _open_module(module, path, notes)
+    try:
+        state, match = _architecture(state, notes, path, arch, hub)
+    except SharefoldError:
+        if module is None or arch is not None:
+            raise
+        return _open_module(module, path, notes)
+    return _fill(state, match, notes, path, num_classes, in_chans, hub)
+
+
+def _fill(
+    state: dict[str, Tensor],
+    match: Match,
+    notes: dict[str, Any],
+    path: Path,
+    num_classes: int | None,
+    in_chans: int | None,
+    hub: dict[str, Any],
+) -> Source:
+    base, fresh = match.base, frozenset[str]()
+    kwargs = base["kwargs"]
+    if num_classes is not None and num_classes != kwargs.get("num_classes"):
+        warnings.warn(
+            f"{path} has {kwargs.get('num_classes', 'other')} classes, not {num_classes}: "
+            "the classifier starts from random weights",
+            SharefoldWarning,
+            stacklevel=4,
+        )
+        base = {**base, "kwargs": {**kwargs, "num_classes": num_classes}}
+        fresh = match.head
+    model = build_base(base)
+    config = preprocessing(model, base, path)
+    config.update({key: value for key, value in hub.get("pretrained_cfg", {}).items() if key in config})
+    channels = config["input_size"][0]
+    if in_chans not in (None, channels):
+        raise SharefoldError(f"{path} takes {channels} input channels, not {in_chans}: leave the channel count out")
+    notes["absent"] = load_weights(model, state, str(path), base["name"], skip=fresh)
+    notes.update(others=list(match.others), rule=match.rule)
+    config["num_classes"] = base["kwargs"].get("num_classes", config["num_classes"])
+    return Source(model.eval(), base, config, base["name"], "checkpoint", meta=notes)
+
+
+def _architecture(
+    state: dict[str, Tensor], notes: dict[str, Any], path: Path, arch: str | None, hub: dict[str, Any]
+) -> tuple[dict[str, Tensor], Match]:
+    """The architecture, and the part of ``state`` that belongs to it."""
+    shapes = shapes_of(state)
+    if arch is None and hub:
+        check_name("timm", hub["architecture"])
+        return state, named_architecture("timm", hub["architecture"], hub["model_args"], shapes)
+    if arch is not None:
+        library, name, kwargs = _parse_arch(arch)
+        return state, named_architecture(library, name, kwargs, shapes)
+    hints = notes["extras"]
+    match = exact_match(shapes, str(path), hints)
+    if match is not None:
+        return state, match
+    # Training frameworks store losses and metrics beside the network, whose own names then share a prefix.
+    for prefix in PREFIXES:
+        part = {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
+        match = exact_match(shapes_of(part), str(path), hints) if part else None
+        if match is not None:
+            notes["unwrapped"].append(prefix)
+            notes["dropped"] += [key for key in state if not key.startswith(prefix)]
+            return part, match
+    return state, match_architecture(shapes, str(path), hints)
+
+
+def _parse_arch(arch: str) -> tuple[str, str, dict[str, Any]]:
+    kind, rest = _split(arch) if ":" in arch and arch.partition(":")[0].lower() in _KINDS else (None, arch)
+    if kind == "hf-hub":
+        raise SharefoldError(f"--arch {arch}: name a timm or torchvision architecture")
+    name, kwargs = _name_and_options(rest, f"--arch {arch}")
+    if kind is None:
+        plain = name.partition(".")[0]
+        kind = "torchvision" if plain not in registry("timm") and plain in registry("torchvision") else "timm"
+    check_name(kind, name)
+    return kind, name, kwargs
+
+
+def _open_sharefold(path: Path) -> Source:
+    model = importlib.import_module("sharefold.checkpoint").load(path)
+    config = model.sharefold_config
+    base = config.get("base") or {}
+    name = base.get("name", path.stem)
+    stored = {k: tuple(v) if isinstance(v, list) else v for k, v in (config.get("pretrained_cfg") or {}).items()}
+    return Source(model.eval(), base, {**preprocessing(model, base), **stored}, name, "sharefold", shared=True)
+
+
+def _open_module(module: nn.Module, path: Path, notes: dict[str, Any]) -> Source:
+    name = type(module).__name__
+    return Source(module.eval(), {}, preprocessing(module, {}, path), name, "pickle", meta=notes)
+
+
+def _hub_layout(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Weights file and configuration of a folder in the layout that timm writes for the Hub.
+
+    Raises:
+        SharefoldError: it is none, or its configuration is damaged.
+    """
+    config_file = folder / _HUB_CONFIG
+    file = next((folder / name for name in _HUB_FILES if (folder / name).is_file()), None)
+    if file is None or not config_file.is_file():
+        raise SharefoldError(
+            f"{folder} is a directory without a model: it holds neither sharefold_config.json nor timm's config.json "
+            "with weights: name the checkpoint file inside it"
+        )
+    check_file(config_file)
+    try:
+        config = json.loads(config_file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise SharefoldError(f"{config_file} is not JSON ({error}): download or save it again") from None
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise SharefoldError(f"{config_file} names no timm 'architecture': name the file {file} and --arch instead")
+    arguments = config.get("model_args") or {}
+    check_arguments(config["architecture"], arguments)
+    given = config.get("pretrained_cfg")
+    source = given if isinstance(given, dict) else config
+    wanted = ("input_size", "mean", "std", "interpolation", "crop_pct")
+    cfg = {key: tuple(v) if isinstance(v := source[key], list) else v for key in wanted if source.get(key) is not None}
+    return file, {"architecture": config["architecture"], "model_args": arguments, "pretrained_cfg": cfg}
+
+
+def _refuse_missing(path: Path) -> None:
+    """Says which prefix a bare model name lacks.
+
+    Raises:
+        SharefoldError: always.
+    """
+    name = str(path)
+    plain = name.partition(".")[0]
+    if path.parent == Path(".") and not path.suffix:
+        if plain in registry("timm"):
+            raise SharefoldError(f"{name} does not exist as a file: write timm:{name} for timm's model")
+        if plain in registry("torchvision"):
+            raise SharefoldError(f"{name} does not exist as a file: write tv:{name} for torchvision's model")
+        hint = close_matches(name, registry("timm"))
+        if hint:
+            raise SharefoldError(f"{name} does not exist as a file, nor as a model: {hint} (timm:NAME)")
+    check_file(path)

@@ -1,0 +1,136 @@
+"""Reading checkpoint files without running anything that is in them."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from sharefold.errors import SharefoldError
+from sharefold.sources.pickles import globals_of, harmless_globals
+from sharefold.sources.unwrap import check_finite, unwrap
+
+SUFFIXES = (".pt", ".pth", ".th", ".t7", ".bin", ".ckpt", ".tar", ".safetensors", ".pkl")
+
+
+def read_state_dict(path: str | Path, trust_pickle: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights in a checkpoint file, whatever they are wrapped in.
+
+    Args:
+        path: a ``.safetensors`` file or anything that ``torch.save`` wrote (zip or the older format).
+        trust_pickle: run the code in the file when it cannot be read otherwise.
+
+    Returns:
+        name -> tensor (CPU, finite, dtype as stored), and notes: ``file``, ``format`` (``safetensors`` | ``torch`` |
+        ``pickle``), ``unwrapped``, ``extras``, ``also``, ``dropped`` (see :func:`sharefold.sources.unwrap.unwrap`), and
+        ``module``, the module itself, when a trusted pickle held one.
+
+    Raises:
+        SharefoldError: missing, empty, damaged, no checkpoint, would run code, NaN or infinity. One line each.
+    """
+    file = Path(path)
+    content, form = _read(file, trust_pickle)
+    found, notes = unwrap(content, str(file))
+    notes.update(file=str(file), format=form)
+    if isinstance(found, nn.Module):
+        notes["module"] = found
+        found = {name: tensor.detach() for name, tensor in found.state_dict().items()}
+    if not found:
+        raise SharefoldError(f"no tensors in {file}: save model.state_dict() instead")
+    check_finite(found, str(file))
+    return found, notes
+
+
+def check_file(file: Path) -> None:
+    """Refuses what is no readable, non-empty file.
+
+    Raises:
+        SharefoldError: missing, a directory, empty or unreadable.
+    """
+    if not file.exists():
+        raise SharefoldError(f"{file} does not exist: check the path, or prefix a model name with timm: or tv:")
+    if file.is_dir():
+        raise SharefoldError(f"{file} is a directory without a model: name the checkpoint file inside it")
+    try:
+        with file.open("rb") as stream:
+            if not stream.read(1):
+                raise SharefoldError(f"{file} is empty (0 bytes): download or save it again")
+    except OSError as error:
+        raise SharefoldError(f"{file} cannot be read ({error.strerror}): check its permissions") from None
+
+
+def _read(file: Path, trust_pickle: bool) -> tuple[Any, str]:
+    check_file(file)
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file), "safetensors"
+    zipped = zipfile.is_zipfile(file)
+    if zipped:
+        _check_archive(file)
+    try:
+        with torch.serialization.safe_globals(harmless_globals()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what matters becomes an error
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped), "torch"
+    except Exception as error:
+        # Any exception type can come out of a damaged stream; each becomes one line below.
+        reason = error
+    imports = globals_of(file)
+    if imports and trust_pickle:
+        return _read_trusted(file), "pickle"
+    if imports:
+        raise SharefoldError(
+            f"{file} is a pickle that would import and run code: {', '.join(imports)}: "
+            "pass --trust-pickle only if you trust its author, or save model.state_dict() instead"
+        ) from None
+    raise SharefoldError(
+        f"{file} is damaged or not a PyTorch checkpoint ({_first_line(reason)}): download or save it again"
+    ) from None
+
+
+def _check_archive(file: Path) -> None:
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+    if any(name.endswith("constants.pkl") for name in names):
+        raise SharefoldError(f"{file} is a TorchScript program, which holds code: save its state_dict() instead")
+    if not any(name.endswith("data.pkl") for name in names):
+        raise SharefoldError(f"{file} is a zip archive but not a PyTorch checkpoint: check that it is the right file")
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(str(file), framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = _first_line(error)
+        raise SharefoldError(f"{file} is damaged or not safetensors ({reason}): download or save it again") from None
+
+
+def _read_trusted(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=False)
+    except (pickle.UnpicklingError, RuntimeError):
+        pass
+    except Exception as error:
+        raise _cannot_unpickle(file, error) from None
+    try:
+        with file.open("rb") as stream:
+            return pickle.load(stream)  # a plain pickle that torch.save did not write
+    except Exception as error:
+        raise _cannot_unpickle(file, error) from None
+
+
+def _cannot_unpickle(file: Path, error: Exception) -> SharefoldError:
+    reason = f"{type(error).__name__}: {_first_line(error)}"
+    return SharefoldError(f"{file} cannot be unpickled ({reason}): install or make importable what it names")
+
+
+def _first_line(error: Exception) -> str:
+    # torch wraps its reason in advice on its Python interface, which a command-line user does not have.
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    lines = text.splitlines()
+    return lines[0].split(". This is an internal")[0][:160].rstrip(" .:") if lines else type(error).__name__

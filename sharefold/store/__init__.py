@@ -1,0 +1,46 @@
+"""Small types in the file: rounding under the data norm, packing, entropy coding, and the size before it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from sharefold.errors import SharefoldError
+from sharefold.store.blob import NAME, decode_blob, encode_blob
+from sharefold.store.fake import fake_quantize
+from sharefold.store.quantize import StoreReport, plan_store, quantize_, snap_
+from sharefold.store.size import file_bytes
+from sharefold.store.spec import StoreRequest, StoreSpec, TensorSpec, parse_store
+
+__all__ = [
+    "StoreReport", "StoreRequest", "StoreSpec", "TensorSpec", "decode", "encode", "fake_quantize", "file_bytes",
+    "parse_store", "plan_store", "quantize_", "snap_",
+]  # fmt: skip
+
+
+def encode(tensors: Mapping[str, Tensor], store: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of the file for a state dict that ``quantize_`` rounded; ``store`` is ``config["store"]``.
+
+    Raises:
+        SharefoldError: a tensor changed since it was rounded.
+    """
+    return {NAME: encode_blob(tensors, StoreSpec.from_dict(dict(store)))}
+
+
+def decode(tensors: Mapping[str, Tensor], template: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict behind :func:`encode`, and ``config["store"]`` for saving again.
+
+    Args:
+        tensors: what the file holds.
+        template: names, shapes and types of the network's state dict, without aliases.
+
+    Raises:
+        SharefoldError: damaged, or of another structure.
+    """
+    blob = tensors.get(NAME)
+    if blob is None or blob.dim() != 1 or str(blob.dtype) != "torch.uint8":
+        raise SharefoldError("store: the file holds no packed weights: it is damaged")
+    found, spec = decode_blob(blob, template)
+    return found, spec.to_dict()

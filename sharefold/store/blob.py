@@ -1,0 +1,236 @@
+"""All tensors of a network as one block of bytes.
+
+The reader builds the structure first, so names, shapes and types are known to it and only values need bytes; the
+header of a safetensors entry alone would take about 100 bytes a tensor. Layout: a head, a zlib stream with what is
+irregular (kinds, scales, classes), the packed codes and halves, then the entropy-coded integers.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sharefold.errors import SharefoldError
+from sharefold.solvers.quantize import pack, unpack
+from sharefold.store import rans
+from sharefold.store.spec import FORMAT, KINDS, StoreSpec, TensorSpec
+
+NAME = "blob"
+_HEAD = struct.Struct("<BIIII")  # format, checksum of the rest, bytes of side, of plain, largest coded integer
+_SIDE_LIMIT = 1 << 30
+
+
+def encode_blob(tensors: Mapping[str, Tensor], spec: StoreSpec) -> Tensor:
+    """``tensors`` in their order as uint8 (bytes,).
+
+    Raises:
+        SharefoldError: a tensor is not on its grid.
+    """
+    side, plain = bytearray(), bytearray()
+    coded: list[np.ndarray] = []
+    for name, tensor in tensors.items():
+        entry = spec.tensors.get(name) or TensorSpec(_plain_kind(tensor))
+        if entry.kind == "fp16" and not _is_exact(tensor):
+            entry = TensorSpec("raw")
+        side.append(KINDS.index(entry.kind))
+        if entry.kind == "raw":
+            plain += _bytes_of(tensor)
+        elif entry.kind == "fp16":
+            plain += _bytes_of(tensor.half())
+        elif entry.kind == "fill":
+            side += _bytes_of(tensor.flatten()[:1])
+        elif entry.kind == "int":
+            low = int(tensor.min())
+            bits = max(1, (int(tensor.max()) - low).bit_length())
+            side += struct.pack("<qB", low, bits)
+            plain += bytes(pack(tensor.long() - low, bits).tolist())
+        else:
+            _encode_matrix(name, tensor, entry, side, plain, coded)
+    largest = max([1] + [int(np.abs(codes).max()) for codes in coded if codes.size])
+    stream = b""
+    if coded:
+        classes = []
+        for codes in coded:
+            rows, columns = rans.best_classes(codes, largest)
+            side += _class_bytes(rows, columns)
+            classes.append(rans.element_classes(rows, columns).ravel())
+        stream = rans.encode(np.concatenate([codes.ravel() for codes in coded]), np.concatenate(classes), largest)
+    squeezed = zlib.compress(bytes(side), 9)
+    rest = squeezed + bytes(plain) + stream
+    head = _HEAD.pack(FORMAT, zlib.crc32(rest), len(squeezed), len(plain), largest)
+    return torch.frombuffer(bytearray(head + rest), dtype=torch.uint8)
+
+
+def decode_blob(blob: Tensor, template: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], StoreSpec]:
+    """Tensors with the names, shapes and types of ``template``, and how they were stored.
+
+    Raises:
+        SharefoldError: damaged, truncated, of a newer format, or of another structure.
+    """
+    data = bytes(blob.numpy())
+    if len(data) < _HEAD.size:
+        raise _damaged()
+    form, checksum, side_size, plain_size, largest = _HEAD.unpack_from(data)
+    if form > FORMAT:
+        raise SharefoldError(f"store: packed weights of format {form}, this sharefold reads up to {FORMAT}: upgrade it")
+    rest = data[_HEAD.size :]
+    if zlib.crc32(rest) != checksum or side_size + plain_size > len(rest) or largest > rans.LARGEST:
+        raise _damaged()
+    unzip = zlib.decompressobj()
+    side = _Reader(unzip.decompress(rest[:side_size], _SIDE_LIMIT))
+    plain = _Reader(rest[side_size : side_size + plain_size])
+    found: dict[str, Tensor] = {}
+    specs: dict[str, TensorSpec] = {}
+    waiting: list[tuple[str, Tensor, TensorSpec]] = []
+    for name, like in template.items():
+        kind = side.number("B")
+        if kind >= len(KINDS):
+            raise _damaged()
+        entry = TensorSpec(KINDS[kind])
+        if entry.kind == "raw":
+            found[name] = plain.tensor(like.dtype, like.numel()).reshape(like.shape)
+        elif entry.kind == "fp16":
+            found[name] = plain.tensor(torch.float16, like.numel()).reshape(like.shape).to(like.dtype)
+        elif entry.kind == "fill":
+            found[name] = side.tensor(like.dtype, 1).expand(like.numel()).reshape(like.shape).clone()
+        elif entry.kind == "int":
+            low, bits = side.number("q"), side.number("B")
+            codes = plain.codes(bits, like.numel())
+            found[name] = (codes + low).reshape(like.shape).to(like.dtype)
+        else:
+            _decode_matrix(name, like, entry, side, plain, found, waiting)
+        if entry.kind not in ("raw", "int", "fill"):
+            specs[name] = entry
+    _decode_coded(waiting, rest[side_size + plain_size :], side, largest, found)
+    if not side.done or not plain.done:
+        raise SharefoldError("store: the packed weights belong to another structure than the plan says")
+    return {name: found[name] for name in template}, StoreSpec(specs)
+
+
+def _encode_matrix(
+    name: str, tensor: Tensor, entry: TensorSpec, side: bytearray, plain: bytearray,
+    coded: list[np.ndarray],
+) -> None:  # fmt: skip
+    matrix = tensor.detach().float().reshape(len(entry.scales), -1)
+    codes = entry.codes(matrix)
+    if not bool((entry.values(codes).to(tensor.dtype) == matrix.to(tensor.dtype)).all()):
+        raise SharefoldError(f"store: tensor {name!r} changed since it was rounded: run quantize_ again")
+    side += struct.pack("<f", entry.top) + bytes(entry.scales)
+    if entry.kind == "coded":
+        coded.append(codes.numpy())
+        return
+    side.append(entry.bits)
+    if entry.kind == "codebook":
+        side += struct.pack("<H", len(entry.levels)) + _bytes_of(torch.tensor(entry.levels, dtype=torch.float16))
+        plain += bytes(pack(codes, entry.bits).tolist())
+    else:
+        plain += bytes(pack(codes + entry.limit, entry.bits).tolist())
+
+
+def _decode_matrix(
+    name: str, like: Tensor, entry: TensorSpec, side: _Reader, plain: _Reader, found: dict[str, Tensor],
+    waiting: list[tuple[str, Tensor, TensorSpec]],
+) -> None:  # fmt: skip
+    if like.dim() == 0:
+        raise _damaged()
+    entry.top = side.number("f")
+    entry.scales = list(side.take(like.shape[0]))
+    if entry.kind == "coded":
+        waiting.append((name, like, entry))
+        return
+    entry.bits = side.number("B")
+    if not 2 <= entry.bits <= 8:
+        raise _damaged()
+    if entry.kind == "codebook":
+        entry.levels = side.tensor(torch.float16, side.number("H")).float().tolist()
+    codes = plain.codes(entry.bits, like.numel())
+    if entry.kind == "grid":
+        codes = codes - entry.limit
+    elif codes.numel() and int(codes.max()) >= len(entry.levels):
+        raise _damaged()
+    found[name] = entry.values(codes.reshape(like.shape[0], -1)).reshape(like.shape).to(like.dtype)
+
+
+def _decode_coded(
+    waiting: list[tuple[str, Tensor, TensorSpec]], stream: bytes, side: _Reader, largest: int, found: dict[str, Tensor]
+) -> None:
+    classes = []
+    for _, like, _ in waiting:
+        rows, columns = _read_classes(side, like.shape[0], like.numel() // like.shape[0])
+        classes.append(rans.element_classes(rows, columns).ravel())
+    if not waiting:
+        if stream:
+            raise _damaged()
+        return
+    codes = torch.from_numpy(rans.decode(stream, np.concatenate(classes), largest))
+    for (name, like, entry), part in zip(waiting, codes.split([like.numel() for _, like, _ in waiting]), strict=True):
+        found[name] = entry.values(part.reshape(like.shape[0], -1)).reshape(like.shape).to(like.dtype)
+
+
+def _class_bytes(rows: np.ndarray, columns: np.ndarray) -> bytes:
+    shared, flat = bool((rows == rows[0]).all()), not columns.any()
+    text = bytes([shared + 2 * flat]) + (bytes([int(rows[0])]) if shared else rows.astype(np.uint8).tobytes())
+    return text if flat else text + (columns + 8).astype(np.uint8).tobytes()
+
+
+def _read_classes(side: _Reader, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    flags = side.number("B")
+    found = np.frombuffer(side.take(1 if flags & 1 else rows), np.uint8).astype(np.int64)
+    offsets = np.zeros(columns, np.int64)
+    if not flags & 2:
+        offsets = np.frombuffer(side.take(columns), np.uint8).astype(np.int64) - 8
+    return (np.repeat(found, rows) if flags & 1 else found), offsets
+
+
+class _Reader:
+    """Takes values off the front of some bytes; running out means that the file is damaged."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._at = data, 0
+
+    @property
+    def done(self) -> bool:
+        return self._at == len(self._data)
+
+    def take(self, count: int) -> bytes:
+        if self._at + count > len(self._data):
+            raise _damaged()
+        self._at += count
+        return self._data[self._at - count : self._at]
+
+    def number(self, form: str) -> int:
+        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))[0]
+
+    def tensor(self, dtype: torch.dtype, count: int) -> Tensor:
+        size = torch.empty((), dtype=dtype).element_size()
+        data = bytearray(self.take(size * count))
+        return torch.frombuffer(data, dtype=dtype) if count else torch.empty(0, dtype=dtype)
+
+    def codes(self, bits: int, count: int) -> Tensor:
+        data = bytearray(self.take((bits * count + 7) // 8))
+        return unpack(torch.frombuffer(data, dtype=torch.uint8), bits, count) if count else torch.empty(0).long()
+
+
+def _plain_kind(tensor: Tensor) -> str:
+    if tensor.numel() and bool((tensor == tensor.flatten()[0]).all()):
+        return "fill"
+    if tensor.numel() and not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool:
+        return "int"
+    return "raw"
+
+
+def _is_exact(tensor: Tensor) -> bool:
+    return bool((tensor.half().to(tensor.dtype) == tensor).all())
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).tolist()) if tensor.numel() else b""
+
+
+def _damaged() -> SharefoldError:
+    return SharefoldError("store: the packed weights are damaged or cut off: download or save the file again")

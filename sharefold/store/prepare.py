@@ -1,0 +1,231 @@
+"""Before anything is rounded: what to round, how finely each row should be, and bases turned so that it costs least."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from sharefold.calibrate.means import output_mean_owner
+from sharefold.calibrate.sensitivity import output_sensitivity
+from sharefold.graph import NetworkGraph
+from sharefold.layers import BasisConv, ConvForm, SharedConv, SpatialConv, TiedConv, banks, form_of
+from sharefold.store.moments import Inputs, gather, runs
+from sharefold.store.rounding import unabsorbed
+
+# Tensors smaller than this are kept as halves.
+SMALLEST = 64
+# A row that hardly matters now may matter on other images: its weight is at least this share of the mean.
+ROW_FLOOR = 2.5e-3
+
+
+@dataclass
+class Prepared:
+    """Per tensor name: ``rows`` (O,), importance of a squared output error of each row times what no later column
+    absorbs, so that a step of ``c / sqrt(rows)`` spends bits where they count; and ``metrics`` (1, N, N) of bases."""
+
+    forms: dict[str, ConvForm]
+    centered: dict[str, bool]
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    importance: dict[str, Tensor] = field(default_factory=dict)
+
+
+def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The tensors that are rounded to few bits: weights of convolutions and Linears, banks, coefficients, factors."""
+    found: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for name, module, leaf, parameter in _candidates(model):
+        wanted = parameter.dim() >= 2 and parameter.numel() >= SMALLEST and parameter.is_floating_point()
+        if wanted and leaf != "gain" and id(parameter) not in seen:
+            seen.add(id(parameter))
+            found[f"{name}.{leaf}" if name else leaf] = parameter
+        del module
+    return found
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    shelves = {id(bank) for bank in banks(model).values()}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, SharedConv)) or id(module) in shelves:
+            for leaf, parameter in module.named_parameters(recurse=False):
+                yield name, module, leaf, parameter
+
+
+@torch.no_grad()
+def prepare(original: nn.Module, model: nn.Module, graph: NetworkGraph, images: Tensor) -> Prepared:
+    """Measures ``model`` (float still) and turns the bases of its banks; the network computes what it did.
+
+    Args:
+        original: a dense network of the graph, for the layers' norms.
+        images: (n, C, H, W) calibration images.
+    """
+    forms, centered = {}, {}
+    for name, record in graph.layers.items():
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:  # a block that another one stands in for
+            continue
+        form = layer.form if isinstance(layer, SharedConv) else form_of(layer)
+        if form is not None and form.standardize is None:
+            forms[name] = form
+            centered[name] = output_mean_owner(model, layer, record.norm) is not None
+    plan = Prepared(forms, centered)
+    sensitivity = output_sensitivity(original, list(forms), images)
+    members = _members(model, forms)
+    together = [name for names in members.values() for name in names]
+    _shared(model, graph, plan, members, sensitivity, images)
+    for run in runs({name: form for name, form in forms.items() if name not in together}):
+        for name, inputs in gather(model, {n: forms[n] for n in run}, centered, images).items():
+            _measure(model, graph, plan, name, inputs, sensitivity.get(name))
+    for name, tensor in matrices(model).items():
+        if name not in plan.rows:  # no inputs known: relative error of the tensor itself
+            plan.rows[name] = torch.full((tensor.shape[0],), 1 / max(float(tensor.double().square().sum()), 1e-30))
+    return plan
+
+
+def _members(model: nn.Module, forms: dict[str, ConvForm]) -> dict[str, list[str]]:
+    """Layers by bank, under the bank's name in the model."""
+    names = {id(bank): f"sharefold_banks.{key}" for key, bank in banks(model).items()}
+    result: dict[str, list[str]] = {}
+    for name in forms:
+        bank = model.get_submodule(name).__dict__.get("bank")
+        if bank is not None:
+            result.setdefault(names[id(bank)], []).append(name)
+    return result
+
+
+def _row_importance(
+    model: nn.Module, norm: str | None, inputs: Inputs, sensitivity: Tensor | None
+) -> Tensor:
+    """(O,) what a squared error of one output channel matters: scaled by the norm behind it, relative to the layer's
+    output, times the square root of what losing the layer would cost the predictions."""
+    scale = torch.ones_like(inputs.variance)
+    found = None if norm is None else model.get_submodule(norm)
+    variance, weight = getattr(found, "running_var", None), getattr(found, "weight", None)
+    if variance is not None and weight is not None and variance.shape == scale.shape:
+        eps = float(cast(nn.BatchNorm2d, found).eps)
+        scale = (weight.double().square() / (variance.double() + eps)).cpu()
+    scale = scale.clamp_min(ROW_FLOOR * float(scale.mean()))
+    rows = scale / (scale * inputs.variance).sum().clamp_min(1e-30)
+    if sensitivity is not None and sensitivity.shape == scale.shape:
+        loss = 0.5 * float((sensitivity.double().cpu() * inputs.variance).sum())
+        rows = rows * max(loss, 1e-6) ** 0.5
+    return rows
+
+
+def _measure(
+    model: nn.Module, graph: NetworkGraph, plan: Prepared, name: str, inputs: Inputs, sensitivity: Tensor | None
+) -> None:
+    layer = model.get_submodule(name)
+    rows = _row_importance(model, graph.layers[name].norm, inputs, sensitivity)
+    plan.importance[name] = rows
+    per_group = rows.reshape(len(inputs.gram), -1)
+    if not isinstance(layer, SharedConv):
+        plan.rows[f"{name}.weight"] = (per_group * unabsorbed(inputs.gram).unsqueeze(1)).flatten()
+        return
+    part = layer.linear_part()
+    if part is None:
+        return
+    filters, coefficients = (t.detach().cpu().double() for t in part)
+    flat = filters.flatten(1)
+    gram = flat @ inputs.gram.double() @ flat.T
+    leaf = "horizontal" if isinstance(layer, SpatialConv) else "coefficients"
+    plan.rows[f"{name}.{leaf}"] = (per_group * unabsorbed(gram).unsqueeze(1)).flatten()
+    metric = inputs.gram.double().mean(0, keepdim=True)
+    weight = (coefficients.square() * rows.unsqueeze(1)).sum(0)  # (M,)
+    if isinstance(layer, SpatialConv):
+        metric, weight = vertical_metric(metric, layer), weight.reshape(layer.rank, -1).sum(1)
+        plan.rows[f"{name}.vertical"] = weight * unabsorbed(metric)
+    elif isinstance(layer, BasisConv) and layer.unique is not None:
+        plan.rows[f"{name}.unique"] = weight[: len(cast(Tensor, layer.unique))] * unabsorbed(metric)
+
+
+def vertical_metric(metric: Tensor, layer: SpatialConv) -> Tensor:
+    """(1, I*h, I*h): moments of the column filters' inputs, mean over the columns of the window."""
+    height, width = layer.form.kernel_size
+    channels = layer.form.in_channels
+    cells = metric.reshape(channels, height, width, channels, height, width)
+    return torch.einsum("iawjbw->iajb", cells).reshape(1, channels * height, channels * height) / width
+
+
+def _shared(
+    model: nn.Module, graph: NetworkGraph, plan: Prepared, members: dict[str, list[str]],
+    sensitivity: dict[str, Tensor], images: Tensor,
+) -> None:  # fmt: skip
+    for bank_name, names in members.items():
+        found = gather(model, {name: plan.forms[name] for name in names}, plan.centered, images)
+        layers = {name: model.get_submodule(name) for name in found}
+        rows = {
+            name: _row_importance(model, graph.layers[name].norm, inputs, sensitivity.get(name))
+            for name, inputs in found.items()
+        }
+        if layers and all(isinstance(layer, BasisConv) for layer in layers.values()):
+            _basis_metric(model, plan, bank_name, found, rows)
+        elif layers and all(isinstance(layer, TiedConv) for layer in layers.values()):
+            _tied_metric(model, plan, bank_name, found, rows)
+        for name, inputs in found.items():
+            _measure(model, graph, plan, name, inputs, sensitivity.get(name))
+
+
+def _tied_metric(
+    model: nn.Module, plan: Prepared, bank_name: str, found: dict[str, Inputs], rows: dict[str, Tensor]
+) -> None:
+    weights = {}
+    for name, value in rows.items():
+        scale = cast("Tensor | None", model.get_submodule(name).scale)
+        weights[name] = value if scale is None else value * scale.detach().cpu().double().square()
+    total = sum(found[name].gram.double() * float(weights[name].sum()) for name in found)
+    metric = total / sum(float(w.sum()) for w in weights.values())
+    assert isinstance(metric, Tensor)
+    key = f"{bank_name}.weight"
+    plan.metrics[key] = metric
+    summed = torch.stack(list(weights.values())).sum(0).reshape(len(metric), -1)
+    plan.rows[key] = (summed * unabsorbed(metric).unsqueeze(1)).flatten()
+
+
+def _basis_metric(
+    model: nn.Module, plan: Prepared, bank_name: str, found: dict[str, Inputs], rows: dict[str, Tensor]
+) -> None:
+    layers: dict[str, BasisConv] = {name: model.get_submodule(name) for name in found}  # type: ignore[misc]
+    bank = next(iter(layers.values())).bank
+    assert bank is not None
+    basis: nn.Parameter = bank.basis  # type: ignore[assignment]
+    weights = {name: float((rows[name] * found[name].variance).sum()) for name in layers}
+    metric = sum(found[name].gram.double().mean(0) * weights[name] for name in layers) / sum(weights.values())
+    assert isinstance(metric, Tensor)
+    # Every turn needs all coefficients that multiply the basis; own filters or a norm in between leave them apart.
+    simple = all(layer.norm is None and layer.unique is None for layer in layers.values())
+    if simple and len(layers) == bank.uses:
+        _turn(basis, layers, metric, rows)
+    count = len(basis)
+    power = torch.zeros(count, dtype=torch.float64)
+    for name, layer in layers.items():
+        part = layer.coefficients.detach().cpu().double()[:, -count:]
+        power += (part.square() * rows[name].unsqueeze(1)).sum(0)
+    key = f"{bank_name}.basis"
+    plan.metrics[key] = metric.unsqueeze(0)
+    plan.rows[key] = power * unabsorbed(metric.unsqueeze(0))
+
+
+def _turn(basis: nn.Parameter, layers: dict[str, BasisConv], metric: Tensor, rows: dict[str, Tensor]) -> None:
+    """Exchanges the basis for an equivalent one with uncorrelated responses of equal power, sorted by what they carry.
+
+    Then equal steps are right for all coefficients, and those of late filters are small and cost few bits.
+    """
+    flat = basis.detach().cpu().double().flatten(1)
+    values, vectors = torch.linalg.eigh(flat @ metric @ flat.T)
+    values = values.clamp_min(1e-9 * float(values.max()) + 1e-30)
+    root = vectors * values.sqrt()  # G = root root^T
+    mixed = {name: layer.coefficients.detach().cpu().double() @ root for name, layer in layers.items()}
+    carried = sum((c * rows[name].unsqueeze(1)).T @ c for name, c in mixed.items())
+    assert isinstance(carried, Tensor)
+    _, axes = torch.linalg.eigh(carried)
+    axes = axes.flip(1)
+    turned = axes.T @ (vectors / values.sqrt()).T @ flat
+    basis.copy_(turned.reshape(basis.shape).to(basis))
+    for name, layer in layers.items():
+        layer.coefficients.copy_((mixed[name] @ axes).to(layer.coefficients))

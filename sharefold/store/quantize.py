@@ -1,0 +1,322 @@
+"""Rounding a whole network, layer by layer, each one making up for the rounding of those before it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sharefold.calibrate.inputs import calibration_or_procedural
+from sharefold.calibrate.lockstep import largest_map, walk
+from sharefold.calibrate.means import output_mean_owner
+from sharefold.errors import SharefoldError
+from sharefold.graph import NetworkGraph, analyze
+from sharefold.layers import BasisConv, SharedConv, SpatialConv, to_dense
+from sharefold.solvers.quantize import kmeans_codebook, search_scale
+from sharefold.store.moments import Gatherer, Inputs, gather, runs
+from sharefold.store.norms import fold_norms
+from sharefold.store.prepare import Prepared, matrices, prepare, vertical_metric
+from sharefold.store.rounding import round_matrix
+from sharefold.store.size import file_bytes
+from sharefold.store.spec import StoreRequest, StoreSpec, TensorSpec, parse_store, scaled
+
+# Pull of the refit towards the weights so far, as a share of the mean diagonal of the moments.
+PULL = 1e-2
+MEMORY_BYTES = 2 << 30
+_ROUNDS = 4
+# A file this much below its budget is close enough.
+_SLACK = 0.01
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class StoreReport:
+    """``spec``, ``bytes`` of the single file, ``request`` as carried out (with its step), ``sequential``: whether
+    every layer was fitted to the outputs of the original on the inputs that the rounded layers before it give."""
+
+    spec: StoreSpec
+    bytes: int
+    request: StoreRequest
+    sequential: bool
+
+
+def quantize_(
+    model: nn.Module, spec: str | StoreRequest, statistics: Any = None, *, calibration: Tensor | None = None,
+    original: nn.Module | None = None, seed: int = 0, progress: Progress | None = None,
+) -> StoreReport:  # fmt: skip
+    """Rounds ``model`` in place to what the file will hold, so that saving and loading changes nothing more.
+
+    Args:
+        model: a network that ``convert_`` converted (or a dense one with a ``sharefold_config``).
+        spec: ``fp16``, ``int2``..``int8``, ``kmeans2``..``kmeans8``, ``mixed:0.4MB``, or a request of
+            :func:`plan_store`.
+        statistics: an object with ``images``, used when ``calibration`` is not given.
+        calibration: (n, C, H, W) normalised images, no labels; by default procedural images.
+        original: the dense network whose outputs are aimed at; by default the model as it is.
+
+    Raises:
+        SharefoldError: an unknown spec, or a budget below what the coarsest rounding needs.
+    """
+    request = parse_store(spec)
+    if not isinstance(getattr(model, "sharefold_config", None), dict):
+        raise SharefoldError("store: the model is not a sharefold network: convert it first (sharefold.convert_)")
+    _forget(model)
+    if request.kind == "fp16":
+        found = _halves(model)
+        snap_(model, found)
+        return _finished(model, found, request, False)
+    if calibration is None and statistics is not None:
+        calibration = statistics.images
+    images = calibration_or_procedural(model, calibration, seed)
+    dense = to_dense(model).eval()
+    teacher = dense if original is None else original
+    graph = analyze(dense, images[:1])
+    prepared = prepare(teacher, model, graph, images)
+    if request.kind == "coded" and request.step == 0:
+        request = _step_for(model, prepared, request)
+    start = copy.deepcopy(model.state_dict())
+    for attempt in range(_ROUNDS):
+        found, sequential = _round_all(model, teacher, graph, prepared, request, images, progress)
+        size = file_bytes(model, found)
+        last = attempt == _ROUNDS - 1
+        if request.budget is None or (size <= request.budget and (last or size >= (1 - 3 * _SLACK) * request.budget)):
+            break
+        if last:
+            raise SharefoldError(f"store: {size:,} bytes instead of {request.budget:,}: allow more, or share more")
+        weights = sum(t.numel() for t in matrices(model).values())
+        excess = (size - (1 - _SLACK) * request.budget) * 8 / weights
+        # A bit less a weight is a factor of two of the step, less where most weights are zero already.
+        request = StoreRequest("coded", step=request.step * 2 ** (1.15 * excess), budget=request.budget)
+        model.load_state_dict(start)
+    return _finished(model, found, request, sequential)
+
+
+def plan_store(
+    model: nn.Module, statistics: Any = None, budget_bytes: int = 0, *, calibration: Tensor | None = None, seed: int = 0
+) -> StoreRequest:
+    """The request whose file is predicted to fit ``budget_bytes``: the rounding step at which it does.
+
+    Steps of all rows follow from one number: an equal rise of the summed relative output errors for a bit more
+    anywhere, so precision is mixed between layers, rows and columns.
+
+    Raises:
+        SharefoldError: even the coarsest rounding needs more.
+    """
+    if calibration is None and statistics is not None:
+        calibration = statistics.images
+    images = calibration_or_procedural(model, calibration, seed)
+    trial = copy.deepcopy(model)
+    dense = to_dense(trial).eval()
+    prepared = prepare(dense, trial, analyze(dense, images[:1]), images)
+    return _step_for(trial, prepared, StoreRequest("coded", budget=budget_bytes))
+
+
+def snap_(model: nn.Module, spec: StoreSpec) -> None:
+    """Rounds every tensor of ``model`` to the nearest value that ``spec`` can hold."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name in spec.tensors:
+                tensor.copy_(spec.tensors[name].snapped(tensor))
+
+
+def _finished(model: nn.Module, spec: StoreSpec, request: StoreRequest, sequential: bool) -> StoreReport:
+    model.sharefold_config = {**cast(dict, model.sharefold_config), "store": spec.to_dict()}  # type: ignore[assignment]
+    return StoreReport(spec, file_bytes(model, spec), request, sequential)
+
+
+def _forget(model: nn.Module) -> None:
+    config = dict(cast(dict, model.sharefold_config))
+    config.pop("store", None)
+    model.sharefold_config = config  # type: ignore[assignment]
+
+
+def _halves(model: nn.Module) -> StoreSpec:
+    """Every floating tensor as halves, unless it has values beyond their range."""
+    return StoreSpec({
+        name: TensorSpec("fp16") for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point() and bool((tensor.abs() < 65504).all())
+    })  # fmt: skip
+
+
+def _tensor_spec(
+    name: str, tensor: Tensor, prepared: Prepared, request: StoreRequest, metric: Tensor | None
+) -> TensorSpec:
+    """Row scales, and levels, for one matrix."""
+    matrix = tensor.detach().cpu().double().flatten(1)
+    if request.kind == "coded":
+        return scaled("coded", request.step / prepared.rows[name].clamp_min(1e-30).sqrt())
+    importance = None if metric is None else metric.double().diagonal(dim1=1, dim2=2).mean(0)
+    if importance is not None and not bool(importance.any()):
+        importance = None
+    if request.kind == "grid":
+        return scaled("grid", search_scale(matrix, request.bits, importance), request.bits)
+    scale = matrix.square().mean(1).sqrt()
+    entry = scaled("codebook", torch.where(scale > 0, scale, torch.ones_like(scale)), request.bits)
+    ratio = matrix / entry.row_scales().double()
+    mass = entry.row_scales().double().square().expand_as(ratio)
+    _, levels = kmeans_codebook(ratio, request.bits, mass if importance is None else mass * importance)
+    entry.levels = levels.half().float().unique().tolist()
+    return entry
+
+
+def _step_for(model: nn.Module, prepared: Prepared, request: StoreRequest) -> StoreRequest:
+    """Bisects the step at which rounding to the nearest gives a file of the budget."""
+    assert request.budget is not None
+
+    def size(step: float) -> int:
+        spec = _halves(model)
+        trial = StoreRequest("coded", step=step)
+        for name, tensor in matrices(model).items():
+            spec.tensors[name] = _tensor_spec(name, tensor, prepared, trial, None)
+        return file_bytes(model, spec, snapped=True, folded=True)
+
+    low, high = math.log(1e-5), math.log(0.3)
+    if size(math.exp(high)) > request.budget:
+        raise SharefoldError(f"store: {request.budget:,} bytes cannot hold this network: allow more, or share more")
+    for _ in range(9):
+        middle = (low + high) / 2
+        low, high = (middle, high) if size(math.exp(middle)) > request.budget else (low, middle)
+    return StoreRequest("coded", step=math.exp(high), budget=request.budget)
+
+
+@torch.no_grad()
+def _round_all(
+    model: nn.Module, teacher: nn.Module, graph: NetworkGraph, prepared: Prepared, request: StoreRequest,
+    images: Tensor, progress: Progress | None,
+) -> tuple[StoreSpec, bool]:  # fmt: skip
+    spec = StoreSpec({})
+    wanted = matrices(model)
+
+    def settle(name: str, metric: Tensor | None) -> None:
+        tensor = wanted[name]
+        entry = _tensor_spec(name, tensor, prepared, request, metric)
+        spec.tensors[name] = entry
+        tensor.copy_(round_matrix(tensor.detach().cpu().flatten(1), entry, metric).reshape(tensor.shape).to(tensor))
+
+    for name in wanted:
+        if name.startswith("sharefold_banks."):
+            settle(name, prepared.metrics.get(name))
+    done: set[str] = set()
+
+    def layer(name: str, inputs: Inputs | None) -> None:
+        if name in done or inputs is None:
+            return
+        done.add(name)
+        _round_layer(model, teacher, name, graph.layers[name].norm, inputs, prepared.centered[name], wanted, settle)
+        if progress:
+            progress("rounding", len(done), len(prepared.forms))
+
+    sequential = _sequential(model, teacher, graph, prepared, images, layer)
+    if not sequential:
+        for run in runs({n: f for n, f in prepared.forms.items() if n not in done}):
+            gathered = gather(model, {n: prepared.forms[n] for n in run}, prepared.centered, images)
+            for name in run:
+                layer(name, gathered.get(name))
+    for name in wanted:
+        if name not in spec.tensors:
+            settle(name, None)
+    if request.kind != "grid" or request.bits < 8:
+        fold_norms(model)
+    halves = _halves(model)
+    found = StoreSpec({**halves.tensors, **spec.tensors})
+    snap_(model, found)
+    return found, sequential
+
+
+def _sequential(
+    model: nn.Module, teacher: nn.Module, graph: NetworkGraph, prepared: Prepared, images: Tensor,
+    layer: Callable[[str, Inputs | None], None],
+) -> bool:  # fmt: skip
+    if graph.fx_graph is None or len(prepared.forms) < len(graph.layers):
+        return False
+    size = largest_map(teacher, images[:1])
+    images = images[: max(8, MEMORY_BYTES // (4 * 8 * size))]
+    batches = list(images.split(max(1, (1 << 26) // (4 * size))))
+
+    def visit(name: str, inputs: list[Tensor], targets: list[Tensor]) -> None:
+        gatherer = Gatherer(prepared.forms[name], len(images))
+        for x, y in zip(inputs, targets, strict=True):
+            gatherer.add(x, y)
+        layer(name, gatherer.result(prepared.centered[name]))
+
+    model.eval()
+    walk(graph.fx_graph, teacher, model, batches, visit, set(prepared.forms))
+    return True
+
+
+def _round_layer(
+    model: nn.Module, teacher: nn.Module, name: str, norm: str | None, inputs: Inputs, centered: bool,
+    wanted: dict[str, nn.Parameter], settle: Callable[[str, Tensor | None], None],
+) -> None:  # fmt: skip
+    module = model.get_submodule(name)
+    if isinstance(module, SharedConv):
+        part = module.linear_part()
+        if part is not None:
+            _round_factors(module, name, inputs, wanted, settle)
+    elif f"{name}.weight" in wanted:
+        weight = wanted[f"{name}.weight"]
+        weight.copy_(_refitted(weight.flatten(1), inputs.gram, inputs.cross).reshape(weight.shape).to(weight))
+        settle(f"{name}.weight", inputs.gram)
+    if centered:
+        _match_mean(model, teacher, name, norm, inputs)
+
+
+def _round_factors(
+    module: SharedConv, name: str, inputs: Inputs, wanted: dict[str, nn.Parameter],
+    settle: Callable[[str, Tensor | None], None],
+) -> None:  # fmt: skip
+    leaf = "horizontal" if isinstance(module, SpatialConv) else "coefficients"
+    metric = inputs.gram.double().mean(0, keepdim=True)
+    if isinstance(module, SpatialConv) and f"{name}.vertical" in wanted:
+        settle(f"{name}.vertical", vertical_metric(metric, module))
+    elif isinstance(module, BasisConv) and f"{name}.unique" in wanted:
+        settle(f"{name}.unique", metric)
+    part = module.linear_part()
+    assert part is not None
+    flat = part[0].detach().cpu().double().flatten(1)
+    gram = flat @ inputs.gram.double() @ flat.T
+    cross = inputs.cross.double() @ flat.T
+    module.set_linear_part(_refitted(part[1], gram, cross).to(part[1]))
+    if f"{name}.{leaf}" in wanted:
+        settle(f"{name}.{leaf}", gram)
+
+
+def _refitted(matrix: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
+    """The matrix (O, N) that best gives the wanted outputs, pulled towards what it is."""
+    groups, size = gram.shape[0], gram.shape[1]
+    old = matrix.detach().cpu().double().reshape(groups, -1, size)
+    gram, cross = gram.double(), cross.double()
+    pull = (PULL * gram.diagonal(dim1=1, dim2=2).mean(1)).clamp_min(1e-12)[:, None, None]
+    normal = gram + pull * torch.eye(size, dtype=torch.float64)
+    solved, info = torch.linalg.solve_ex(normal, (cross + pull * old).transpose(1, 2))
+    if bool(info.any()) or not bool(torch.isfinite(solved).all()):
+        return old.reshape(matrix.shape)
+    return solved.transpose(1, 2).reshape(matrix.shape)
+
+
+def _match_mean(model: nn.Module, teacher: nn.Module, name: str, norm: str | None, inputs: Inputs) -> None:
+    """Gives the layer's output the mean that is wanted, through its bias or the running mean of its norm."""
+    layer = model.get_submodule(name)
+    owner = output_mean_owner(model, layer, norm)
+    weight = (layer.compose() if isinstance(layer, SharedConv) else cast(Tensor, layer.weight)).detach().flatten(1)
+    mean = inputs.mean.double()
+    ours = torch.einsum("gon,gn->go", weight.cpu().double().reshape(len(mean), -1, mean.shape[1]), mean)
+    shift = (inputs.mean_y - ours).flatten()
+    inner = cast("Tensor | None", layer.bias)
+    if owner is layer:
+        target = layer.own_bias if isinstance(layer, SharedConv) else layer.bias
+        assert isinstance(target, Tensor) and inner is not None
+        target.add_((shift - inner.detach().cpu().double()).to(target))
+        return
+    if owner is not None and norm is not None:
+        if inner is not None:
+            shift = shift - inner.detach().cpu().double()
+        theirs, ours_norm = teacher.get_submodule(norm), model.get_submodule(norm)
+        mean_there = cast(Tensor, theirs.running_mean)
+        cast(Tensor, ours_norm.running_mean).copy_((mean_there.cpu().double() - shift).to(mean_there))

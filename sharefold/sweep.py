@@ -1,0 +1,145 @@
+"""One network at several sizes: what each budget keeps, with everything that does not depend on it done once."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharefold.budget import Budget, parse_budget
+from sharefold.convert import convert_
+from sharefold.errors import SharefoldError
+from sharefold.graph import analyze
+from sharefold.measure import count_macs, count_parameters, model_bytes
+from sharefold.planner import Progress, plan, statistics_of
+
+
+@dataclass(frozen=True)
+class Point:
+    """One size: ``top1``, ``top5`` and ``agreement`` are fractions of 1; ``seconds`` those of the conversion."""
+
+    budget: str
+    params: int
+    share: float
+    bytes: int
+    macs: int
+    top1: float
+    top5: float
+    loss: float
+    agreement: float
+    kl: float
+    seconds: float
+
+
+def parse_budgets(text: str | Sequence[str]) -> list[Budget]:
+    """``25%,50%,2M`` as budgets.
+
+    Raises:
+        SharefoldError: none, one that is malformed, or one twice.
+    """
+    parts = [part.strip() for part in (text.split(",") if isinstance(text, str) else text) if part.strip()]
+    if not parts:
+        raise SharefoldError("no budgets are given: write for example 25%,50%")
+    budgets = [parse_budget(part) for part in parts]
+    keys = [(budget.value, budget.unit) for budget in budgets]
+    for key, part in zip(keys, parts, strict=True):
+        if keys.count(key) > 1:
+            raise SharefoldError(f"budget {part!r} is there twice: leave one out")
+    return budgets
+
+
+def sweep(
+    model: nn.Module, budgets: Sequence[str | Budget], evaluate: Callable[[nn.Module], dict[str, Any]],
+    images: Tensor, *, method: str | Sequence[str] = "auto", exclude: str | None = None, repair: bool = True,
+    refine: int = 0, seed: int = 0, keep: Callable[[str, nn.Module, dict[str, Any]], None] | None = None,
+    progress: Progress | None = None,
+) -> list[Point]:  # fmt: skip
+    """Converts ``model`` to every budget and measures it; the dense network comes first, as budget ``"dense"``.
+
+    The network is traced once, and its input statistics are gathered once for all budgets. All plans are made before
+    the first conversion, so that an unreachable budget costs no conversion.
+
+    Args:
+        model: dense; not changed.
+        budgets: as :func:`sharefold.budget.parse_budget` reads them.
+        evaluate: gives ``top1``, ``top5`` and ``loss``.
+        images: calibration images (n, C, H, W), normalised.
+        keep: called with the budget's text, the converted network and its metrics.
+
+    Raises:
+        SharefoldError: as :func:`sharefold.plan`.
+    """
+    bounds = parse_budgets([b.text if isinstance(b, Budget) else b for b in budgets])
+    example = images[:1]
+    graph = analyze(model, example)
+    statistics = statistics_of(model, graph, images, seed)
+    plans = [
+        plan(model, example, bound, method=method, exclude=exclude, statistics=statistics, graph=graph, seed=seed)
+        for bound in bounds
+    ]
+    points = [_point("dense", model, count_parameters(model), evaluate(model), 1.0, 0.0, 0.0, example)]
+    for index, (bound, decided) in enumerate(zip(bounds, plans, strict=True)):
+        start = time.perf_counter()
+        converted = copy.deepcopy(model)
+        done = convert_(
+            converted, decided, example_input=example, repair=repair, refine=refine, statistics=statistics,
+            graph=graph, seed=seed,
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        scores = evaluate(converted)
+        points.append(
+            _point(bound.text, converted, points[0].params, scores, done.agreement, done.kl, seconds, example)
+        )  # fmt: skip
+        if keep is not None:
+            keep(bound.text, converted, asdict(points[-1]))
+        if progress:
+            progress("budgets", index + 1, len(bounds))
+    return points
+
+
+def _point(
+    budget: str, model: nn.Module, dense: int, scores: dict[str, Any], agreement: float, kl: float, seconds: float,
+    example: Tensor,
+) -> Point:  # fmt: skip
+    params = count_parameters(model)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return Point(
+        budget, params, params / max(dense, 1), model_bytes(model), count_macs(model, example.to(device)),
+        scores["top1"], scores["top5"], scores["loss"], agreement, kl, seconds,
+    )  # fmt: skip
+
+
+def to_csv(points: Sequence[Point]) -> str:
+    """A table with a header line, one line a point."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Point)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(point) for point in points)
+    return text.getvalue()
+
+
+def write_results(folder: Path, points: Sequence[Point], details: dict[str, Any]) -> list[str]:
+    """``sweep.csv``, ``sweep.json``, ``sweep.svg`` and, where matplotlib is, ``sweep.png``; gives the names."""
+    from sharefold.report.plots import write_curve
+    from sharefold.report.svg import curve_chart
+
+    dense, rest = points[0], sorted(points[1:], key=lambda point: point.params)
+    marks = [(float(point.params), point.top1, point.budget) for point in rest]
+    (folder / "sweep.csv").write_text(to_csv(points))
+    (folder / "sweep.json").write_text(json.dumps({**details, "points": [asdict(p) for p in points]}, indent=2) + "\n")
+    (folder / "sweep.svg").write_text(curve_chart(marks, dense.top1, "parameters", "top-1 accuracy"), encoding="utf-8")
+    names = ["sweep.csv", "sweep.json", "sweep.svg"]
+    try:
+        write_curve(marks, dense.top1, "top-1 accuracy", folder / "sweep.png")
+    except SharefoldError:  # matplotlib is an extra, and the plot is there as SVG
+        return names
+    return [*names, "sweep.png"]

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sharefold.calibrate import refine as module
+from sharefold.calibrate.augment import random_views
+from sharefold.calibrate.refine import block_error, divergence, refine
+from sharefold.errors import SharefoldError
+from sharefold.layers import Bank, BasisConv, add_bank, form_of
+from sharefold.measure import agreement
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.norm(self.conv2(self.conv(x).relu())))
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.blocks = nn.Sequential(Block(width), Block(width))
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).relu().mean((2, 3)))
+
+
+def converted(teacher: Net, rank: int = 10) -> Net:
+    """A network whose four block convolutions share one random-subspace basis: a damaged conversion."""
+    model = copy.deepcopy(teacher)
+    layers = [conv for block in model.blocks for conv in (block.conv, block.conv2)]
+    stacked = torch.cat([conv.weight.detach().flatten(1) for conv in layers])
+    basis = torch.linalg.svd(stacked, full_matrices=False).Vh[:rank]
+    bank = add_bank(model, "group", Bank({"basis": basis.reshape(rank, 8, 3, 3).contiguous()}, uses=4))
+    for block in model.blocks:
+        for key in ("conv", "conv2"):
+            conv = getattr(block, key)
+            form = form_of(conv)
+            assert form is not None
+            setattr(block, key, BasisConv(form, conv.weight.detach().flatten(1) @ basis.T, bank))
+    return model
+
+
+@pytest.fixture
+def pair() -> tuple[Net, Net, Tensor, Tensor]:
+    teacher = Net()
+    with torch.no_grad():
+        teacher.head.weight.mul_(20)
+        for block in teacher.blocks:
+            block.norm.running_mean.normal_(0, 0.1)
+            block.norm.running_var.uniform_(0.05, 0.2)
+    teacher.eval()
+    images = torch.randn(96, 3, 12, 12)
+    return teacher, converted(teacher), images[:64], images[64:]
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_lowers_held_out_kl_much(pair) -> None:
+    teacher, model, images, held_out = pair
+    frozen = state(teacher)
+    statistics = [block.norm.running_var.clone() for block in model.blocks]
+    result = refine(teacher, model, images, held_out, epochs=12, batch_size=16)
+    assert result["kept"] and result["epochs"] == 12
+    assert result["kl_before"] > 0.01
+    assert result["kl_after"] < 0.6 * result["kl_before"]
+    assert agreement(teacher, model, held_out).kl == pytest.approx(result["kl_after"], rel=1e-5)
+    assert result["kl_after"] == min(result["history"])
+    assert same(state(teacher), frozen)
+    assert all(torch.equal(a, block.norm.running_var) for a, block in zip(statistics, model.blocks, strict=True))
+
+
+def test_returns_what_it_was_given_when_training_only_harms(pair) -> None:
+    teacher, model, images, held_out = pair
+    before = state(model)
+    result = refine(teacher, model, images, held_out, epochs=2, batch_size=16, step=30.0)
+    assert not result["kept"]
+    assert result["kl_after"] == result["kl_before"]
+    assert all(not kl < result["kl_before"] for kl in result["history"])
+    assert same(state(model), before)
+
+
+def test_a_perfect_model_stays_as_it_is(pair) -> None:
+    teacher, _, images, held_out = pair
+    model = copy.deepcopy(teacher)
+    result = refine(teacher, model, images, held_out, epochs=1)
+    assert not result["kept"] and result["kl_after"] == result["kl_before"]
+    assert same(state(model), state(teacher))
+
+
+def test_same_seed_same_result_and_global_state_untouched(pair) -> None:
+    teacher, model, images, held_out = pair
+    first, second, third = (copy.deepcopy(model) for _ in range(3))
+    torch.manual_seed(5)
+    random_state = torch.get_rng_state()
+    refine(teacher, first, images, held_out, epochs=3, batch_size=16, seed=1)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    torch.rand(7)
+    refine(teacher, second, images, held_out, epochs=3, batch_size=16, seed=1)
+    refine(teacher, third, images, held_out, epochs=3, batch_size=16, seed=2)
+    assert same(state(first), state(second))
+    assert not same(state(first), state(third))
+
+
+def test_modes_flags_gradients_runtimes_and_hooks_come_back(pair) -> None:
+    teacher, model, images, held_out = pair
+    model.train()
+    model.blocks[0].norm.eval()
+    model.stem.weight.requires_grad_(False)
+    mark = torch.ones_like(model.head.weight)
+    model.head.weight.grad = mark
+    model.blocks[0].conv.runtime = "factored"
+    teacher.blocks[1].train()
+    with torch.no_grad():
+        result = refine(teacher, model, images, held_out, epochs=3, batch_size=16)
+    assert result["kept"]
+    assert model.training and not model.blocks[0].norm.training and model.blocks[1].norm.training
+    assert teacher.blocks[1].training and not teacher.training
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["stem.weight"]
+    assert model.head.weight.grad is mark and torch.equal(mark, torch.ones_like(mark))
+    assert all(p.grad is None for n, p in model.named_parameters() if n != "head.weight")
+    assert all(p.requires_grad for p in teacher.parameters())
+    assert model.blocks[0].conv.runtime == "factored" and model.blocks[1].conv.runtime == "auto"
+    assert not any(m._forward_hooks for net in (teacher, model) for m in net.modules())
+
+
+def test_an_interruption_leaves_the_best_state_so_far(pair) -> None:
+    teacher, model, images, held_out = pair
+    before = agreement(teacher, model, held_out).kl
+
+    def stop(name: str, done: int, total: int) -> None:
+        if done > 70:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        refine(teacher, model, images, held_out, epochs=12, batch_size=16, progress=stop)
+    assert agreement(teacher, model, held_out).kl < before
+    assert not any(m._forward_hooks for net in (teacher, model) for m in net.modules())
+
+
+def test_seconds_bound_the_time(pair) -> None:
+    teacher, model, images, held_out = pair
+    shares: list[int] = []
+
+    def note(name: str, done: int, total: int) -> None:
+        shares.append(done)
+
+    result = refine(teacher, model, images, held_out, seconds=1.0, progress=note)
+    assert 0.5 < result["seconds"] < 6
+    assert shares == sorted(shares) and shares[-1] == 100
+    assert 0 < result["epochs"] <= module.MOST_EPOCHS
+
+
+def test_network_without_blocks_learns_from_outputs(pair) -> None:
+    teacher, model, images, held_out = pair
+    result = refine(teacher, model, images, held_out, epochs=6, batch_size=16, blocks=["none.such"])
+    assert result["kept"] and result["kl_after"] < result["kl_before"]
+
+
+@pytest.mark.parametrize("options", [{"epochs": 0}, {"seconds": -1.0}, {"batch_size": 0}])
+def test_bad_budgets_are_refused(pair, options) -> None:
+    teacher, model, images, held_out = pair
+    with pytest.raises(SharefoldError, match=next(iter(options))):
+        refine(teacher, model, images, held_out, **options)
+
+
+def test_no_images_are_refused(pair) -> None:
+    teacher, model, images, held_out = pair
+    with pytest.raises(SharefoldError, match="no images"):
+        refine(teacher, model, images[:0], held_out, epochs=1)
+
+
+def test_views_are_shifted_mirrored_mixed_inputs() -> None:
+    images = torch.arange(2 * 3 * 8 * 8, dtype=torch.float32).reshape(2, 3, 8, 8) + 1
+    plain = random_views(images, torch.Generator().manual_seed(0), shift=0, mix=0)
+    for view, image in zip(plain, images, strict=True):
+        assert torch.equal(view, image) or torch.equal(view, image.flip(-1))
+    shifted = random_views(images.repeat(50, 1, 1, 1), torch.Generator().manual_seed(0), mix=0)
+    assert {int((view[0] == 0).all(1).sum()) for view in shifted} == {0, 1}  # an eighth of eight rows
+    assert float(shifted.max()) == float(images.max())
+    constant = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)]).repeat(200, 1, 1, 1)
+    mixed = random_views(constant, torch.Generator().manual_seed(0), shift=0, mix=0.5)[:, 0, 0, 0].reshape(-1, 2)
+    assert bool((mixed[:, 0] <= 0.5).all()) and bool((mixed[:, 1] >= 0.5).all())
+    between = ((mixed > 0) & (mixed < 1)).float().mean()
+    assert 0.15 < float(between) < 0.35  # half are chosen, half of those meet their like
+
+
+def test_losses_against_their_definitions() -> None:
+    student, teacher = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    p, q = teacher.softmax(1), student.softmax(1)
+    assert float(divergence(student, teacher)) == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=1e-5)
+    pixels = torch.randn(2, 5, 3, 3), torch.randn(2, 5, 3, 3)
+    rows = [t.movedim(1, -1).reshape(-1, 5) for t in pixels]
+    assert float(divergence(*pixels)) == pytest.approx(float(divergence(*rows)), rel=1e-5)
+    a, b = torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
+    assert float(block_error([a, 3 * a], [b, b], [1.0, 9.0])) == pytest.approx(1.0)

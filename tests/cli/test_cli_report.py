@@ -1,0 +1,75 @@
+"""``sharefold report`` from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from sharefold_cli.main import cli
+
+NET = "timm:digits_resnet:blocks=3,width=16"
+FAST = ["--no-pretrained", "--calib-count", 40]
+
+
+def call(*args: object) -> Result:
+    return CliRunner().invoke(cli, [str(arg) for arg in args])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``net``, a converted network, and ``plan.json``, the plan that a dry run printed."""
+    place = tmp_path_factory.mktemp("report")
+    result = call("convert", NET, *FAST, "--no-repair", "--budget", "50%", "-o", place / "net")
+    assert result.exit_code == 0, result.output
+    result = call("convert", NET, *FAST, "--budget", "50%", "--dry-run", "--json")
+    (place / "plan.json").write_text(result.stdout)
+    return place
+
+
+def test_a_page_about_a_converted_network(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "page.html"
+    result = call("report", folder / "net", "-o", target, "--png", tmp_path / "png", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    config = json.loads((folder / "net" / "sharefold_config.json").read_text())
+    assert report["groups"] == len(config["plan"]["groups"]) == report["spectra"] and report["layers"] == 14
+    document = target.read_text()
+    assert report["bytes"] == target.stat().st_size == len(document.encode())
+    assert f"{config['plan']['params_after']:,}" in document and "digits_resnet, shared" in document
+    assert f"{config['metrics']['agreement']:.2%}" in document and "These are the shared weights" in document
+    assert [Path(path).name for path in report["png"]] == ["map.png", "groups.png", "spectra.png"]
+    assert all(Path(path).stat().st_size > 5_000 for path in report["png"])
+    again = call("report", folder / "net", "-o", target)
+    assert again.exit_code == 2 and "--force" in again.stderr
+
+
+def test_a_page_about_a_plan(folder: Path, tmp_path: Path) -> None:
+    report = json.loads(call("report", folder / "plan.json", "-o", tmp_path / "a.html", "--json").stdout)
+    assert report["layers"] == 14 and report["spectra"] == 0 and report["png"] == []
+    result = call("report", folder / "plan.json", "-o", tmp_path / "b.html", "--source", folder / "net")
+    assert result.exit_code == 2 and "shared already" in result.stderr
+    bare = json.loads((folder / "plan.json").read_text())["plan"]
+    (tmp_path / "bare.json").write_text(json.dumps(bare))
+    text = call("report", tmp_path / "bare.json", "-o", tmp_path / "c.html")
+    assert text.exit_code == 0 and "no map" in text.stdout and 'class="map"' not in (tmp_path / "c.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nothing", "-o", "a.html"], "does not exist"),
+        (["bad.json", "-o", "a.html"], "is not JSON"),
+        (["empty.json", "-o", "a.html"], "no list of groups"),
+        (["bad.json", "-o", "a.pdf"], "ends in .html"),
+    ],
+)
+def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "empty.json").write_text("{}")
+    result = call("report", *arguments)
+    assert result.exit_code == 2 and words in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.json", "empty.json"]

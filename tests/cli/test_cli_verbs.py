@@ -1,0 +1,290 @@
+"""The verbs on a real, small, untrained network: numbers, files, JSON keys, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+import sharefold
+from sharefold.errors import SharefoldError
+from sharefold_cli.convert_request import default_output
+from sharefold_cli.keep import smallest_keeping
+from sharefold_cli.main import cli
+
+NET = "timm:resnet20_cifar"
+FAST = ["--no-pretrained", "--calib-count", "20", "--no-repair"]
+
+
+def call(*args: object) -> Result:
+    return CliRunner().invoke(cli, [str(arg) for arg in args])
+
+
+def refused(result: Result, words: str) -> None:
+    """Exit 2, one line on stderr that holds ``words``, nothing on stdout."""
+    assert result.exit_code == 2, result.output
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and words in last, result.stderr
+    assert result.stdout == ""
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("data") / "set.npz"
+    images = rng.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    np.savez(path, train_x=images, test_x=images, test_y=rng.integers(0, 10, 40))
+    return path
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """A converted directory and the JSON that convert printed."""
+    out = tmp_path_factory.mktemp("out") / "net"
+    result = call("convert", NET, *FAST, "-o", out, "--budget", "60%", "--method", "basis", "--json")
+    assert result.exit_code == 0, result.output
+    return out, json.loads(result.stdout)
+
+
+def test_inspect_agrees_with_the_graph(npz: Path) -> None:
+    result = call("inspect", NET, "--no-pretrained", "--json")
+    report = json.loads(result.stdout)
+    assert report["params"] == 269_722 and report["traced"] == "fx" and report["input_size"] == [3, 32, 32]
+    assert len(report["layers"]) == 20 and sum(layer["params"] for layer in report["layers"]) == 268_336
+    groups = {group["name"]: group for group in report["groups"]}
+    largest = max(groups.values(), key=lambda group: group["params"])
+    assert largest["weight_shape"] == [64, 64, 3, 3] and largest["params"] == 64 * 64 * 9 * len(largest["members"])
+    assert isinstance(report["skipped"], dict) and report["repeats"]
+    text = call("inspect", NET, "--no-pretrained", "--layers")
+    assert text.exit_code == 0 and all(layer["name"] in text.stdout for layer in report["layers"])
+    without = json.loads(call("inspect", NET, "--no-pretrained", "--json", "--exclude", "layer3").stdout)
+    assert not any("layer3" in member for group in without["groups"] for member in group["members"])
+
+
+def test_eval_counts_what_the_model_says(npz: Path) -> None:
+    result = call("eval", NET, "--no-pretrained", "--data", f"npz:{npz}", "--batch-size", 16, "--json")
+    report = json.loads(result.stdout)
+    assert report["images"] == 40 and 0 <= report["top1"] <= report["top5"] <= 1 and report["loss"] > 0
+    assert report["seconds"] > 0
+    limited = json.loads(call("eval", NET, "--no-pretrained", "--data", f"npz:{npz}", "--limit", 7, "--json").stdout)
+    assert limited["images"] == 7
+    text = call("eval", NET, "--no-pretrained", "--data", f"npz:{npz}", "--quiet")
+    assert text.exit_code == 0 and text.output == ""
+
+
+def test_convert_reports_exactly_the_promised_keys(shared: tuple[Path, dict]) -> None:
+    out, report = shared
+    promised = {
+        "source", "method", "params", "bytes", "macs", "groups", "agreement", "seconds", "peak_memory_bytes", "output",
+    }  # fmt: skip
+    assert promised <= report.keys() and report["source"] == NET and report["method"] == "basis"
+    for key in ("params", "bytes", "macs"):
+        assert report[key].keys() == {"before", "after"}
+    assert report["groups"][0].keys() == {
+        "name", "stage", "role", "method", "members", "rank", "params_before", "params_after", "error",
+    }  # fmt: skip
+    assert report["params"]["before"] == 269_722 and report["params"]["after"] <= 0.6 * 269_722
+    assert 0 <= report["agreement"] <= 1 and report["peak_memory_bytes"] > 1e7 and report["seconds"]["total"] > 0
+    assert report["output"] == str(out)
+    saved = sum(group["params_before"] - group["params_after"] for group in report["groups"])
+    assert report["params"]["before"] - saved == report["params"]["after"]
+
+
+def test_the_saved_network_is_what_was_reported(shared: tuple[Path, dict], npz: Path) -> None:
+    out, report = shared
+    model = sharefold.load(out)
+    assert sum(p.numel() for p in model.parameters()) == report["params"]["after"]
+    assert (out / "model.safetensors").stat().st_size == report["file_bytes"] <= report["bytes"]["after"] + 100_000
+    assert json.loads((out / "sharefold_config.json").read_text())["base"]["name"] == "resnet20_cifar"
+    result = call("eval", out, "--data", f"npz:{npz}", "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["images"] == 40
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_expand_writes_an_ordinary_state_dict(shared: tuple[Path, dict], tmp_path: Path, suffix: str) -> None:
+    target = tmp_path / f"dense{suffix}"
+    result = call("expand", shared[0], "-o", target, "--json")
+    report = json.loads(result.stdout)
+    assert report["params"] == {"before": shared[1]["params"]["after"], "after": 269_722}
+    assert report["bytes"] == target.stat().st_size
+    state = load_file(target) if suffix == ".safetensors" else torch.load(target, weights_only=True)
+    dense = sharefold.open_source(NET, pretrained=False).model
+    dense.load_state_dict(state)
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.allclose(dense.eval()(images), sharefold.load(shared[0])(images), atol=1e-4)
+    refused(call("expand", shared[0], "-o", target), "exists: pass --force")
+    assert call("expand", shared[0], "-o", target, "--force").exit_code == 0
+
+
+def test_dry_run_writes_a_plan_that_convert_carries_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = call("convert", NET, *FAST, "--budget", "70%", "--dry-run", "--json")
+    report = json.loads(result.stdout)
+    assert list(tmp_path.iterdir()) == [] and report["output"] is None and report["agreement"] is None
+    (tmp_path / "plan.json").write_text(result.stdout)
+    done = call("convert", NET, *FAST, "--plan", "plan.json", "--json")
+    assert done.exit_code == 0, done.output
+    carried = json.loads(done.stdout)
+    assert carried["params"]["after"] == report["params"]["after"] and carried["method"] == "plan"
+    assert carried["output"] == "resnet20_cifar-shared" and (tmp_path / "resnet20_cifar-shared").is_dir()
+    names = {group["name"] for group in report["groups"]}
+    assert {group["name"] for group in carried["groups"]} == names
+
+
+def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        out = tmp_path / f"{name}.safetensors"
+        assert call("convert", NET, *FAST, "-o", out, "--seed", 3, "-q").exit_code == 0
+    first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("a", "b"))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_keep_agreement_finds_a_smaller_network(tmp_path: Path) -> None:
+    few = ["--exclude", r"layer[12]|layer3\.0", "--method", "svd"]
+    result = call("convert", NET, *FAST, *few, "-o", tmp_path / "kept", "--keep-agreement", "75%", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["agreement"] >= 0.75 and report["params"]["after"] < 0.9 * report["params"]["before"]
+
+
+class Attempts:
+    """Conversions whose agreement is their share of the parameters; nothing under a floor."""
+
+    def __init__(self, floor: float) -> None:
+        self.floor, self.shares = floor, []
+
+    def __call__(self, model: torch.nn.Module, share: float) -> SimpleNamespace:
+        self.shares.append(share)
+        if share < self.floor:
+            raise SharefoldError("below the floor")
+        model.converted = share
+        return SimpleNamespace(agreement=share, plan=SimpleNamespace(size=share))
+
+
+@pytest.mark.parametrize(("keep", "floor", "share"), [(0.5, 0.0, 0.5), (0.2, 0.6, 0.6), (0.9, 0.1, 0.9)])
+def test_bisection_ends_just_above_the_limit(keep: float, floor: float, share: float) -> None:
+    model = torch.nn.Identity()
+    found, done = smallest_keeping(model, keep, Attempts(floor))
+    assert share <= done.plan.size <= share + 0.04 and found.converted == done.plan.size
+    assert not hasattr(model, "converted")
+
+
+def test_bisection_gives_up_at_once_where_nothing_helps() -> None:
+    attempts = Attempts(0.0)
+    with pytest.raises(SharefoldError, match=r"--keep-agreement 0.99: at 95.0%"):
+        smallest_keeping(torch.nn.Identity(), 0.99, attempts)
+    with pytest.raises(SharefoldError, match="below the floor"):
+        smallest_keeping(torch.nn.Identity(), 0.5, Attempts(0.99))
+    assert len(attempts.shares) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--budget", "lots"], "budget 'lots' is not understood"),
+        (["--budget", "0.1%"], "the floor is"),
+        (["--budget", "150%"], "more than the whole model"),
+        (["--method", "nonsense"], "unknown method 'nonsense'"),
+        (["--method", "basis,nonsense"], "unknown method 'nonsense'"),
+        (["--exclude", "["], "not a regular expression"),
+        (["--plan", "/no/plan.json"], "no such file"),
+        (["--plan", "/no/plan.json", "--budget", "50%"], "no effect with --plan"),
+        (["--plan", "/no/plan.json", "--method", "basis"], "--method has no effect with --plan"),
+        (["--budget", "50%", "--keep-agreement", "99%"], "both decide the size"),
+        (["--keep-agreement", "much"], "is no share"),
+        (["--keep-agreement", "120%"], "at most 100%"),
+        (["--calib", "npz:/no/file.npz"], "no such file"),
+        (["--calib", "magic:x"], "unknown kind 'magic'"),
+        (["--mean", "a,b"], "not a list of numbers"),
+        (["--mean", "0.5,0.5"], "mean has 2 values"),
+        (["--input-size", "3,x"], "input size"),
+        (["--device", "cuda:99"], "device 'cuda:99'"),
+        (["--refine", "soon"], "not understood"),
+    ],
+)
+def test_convert_refuses_in_one_line_and_writes_nothing(tmp_path: Path, arguments: list[str], words: str) -> None:
+    refused(call("convert", NET, *FAST, "-o", tmp_path / "out", *arguments), words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_that_cannot_be_written_are_refused_first(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("mine")
+    refused(call("convert", "/no/such/source.pt", "-o", tmp_path / "taken"), "exists: pass --force")
+    refused(call("convert", "/no/such/source.pt", "-o", tmp_path / "no" / "folder"), "does not exist")
+    refused(call("convert", "/no/such/source.pt", "-o", "/proc/sharefold"), "/proc")
+    assert (tmp_path / "taken").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("shape", "words"), [((4, 28, 28, 1), "1x28x28"), ((4, 48, 48, 3), "3x48x48")])
+def test_calibration_images_of_a_wrong_shape(tmp_path: Path, shape: tuple[int, ...], words: str) -> None:
+    np.savez(tmp_path / "c.npz", train_x=np.zeros(shape, dtype=np.uint8))
+    arguments = ["convert", NET, *FAST, "-o", tmp_path / "out", "--calib", f"npz:{tmp_path / 'c.npz'}"]
+    refused(call(*arguments), f"calibration images are {words}, the model wants 3x32x32")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("verb", ["convert", "eval", "inspect", "expand"])
+def test_sources_that_are_none(tmp_path: Path, verb: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "noise.pt").write_bytes(bytes(range(256)) * 40)
+    (tmp_path / "noise.safetensors").write_bytes(b"\xff" * 300)
+    extra = {"eval": ["--data", "digits"], "expand": ["-o", tmp_path / "o.pt"], "convert": ["-o", tmp_path / "o"]}
+    for source in ("missing.pt", "empty", "noise.pt", "noise.safetensors"):
+        result = call(verb, tmp_path / source, *extra.get(verb, []))
+        refused(result, "")
+        assert not (tmp_path / "o").exists() and not (tmp_path / "o.pt").exists()
+
+
+def test_nan_weights_and_converted_sources(tmp_path: Path, shared: tuple[Path, dict]) -> None:
+    model = sharefold.open_source(NET, pretrained=False).model
+    model.layer2[0].conv1.weight.data[0, 0, 0, 0] = float("nan")
+    save_file(model.state_dict(), tmp_path / "nan.safetensors")
+    refused(call("convert", tmp_path / "nan.safetensors", "-o", tmp_path / "o"), "NaN: layer2.0.conv1.weight")
+    refused(call("convert", shared[0], "-o", tmp_path / "o"), "converted already")
+    assert not (tmp_path / "o").exists()
+
+
+def test_eval_refuses_what_it_cannot_measure(tmp_path: Path, npz: Path) -> None:
+    refused(call("eval", NET, "--no-pretrained", "--data", f"npz:{npz}", "--split", "train"), "no labels")
+    refused(call("eval", NET, "--no-pretrained", "--data", f"npz:{tmp_path}"), "no such file")
+    refused(call("eval", "tv:resnet18", "--no-pretrained", "--data", "digits"), "1x8x8, the model wants 3x224x224")
+    refused(
+        call("eval", NET, "--no-pretrained", "--num-classes", "2", "--data", f"npz:{npz}"), "the model has 2 outputs"
+    )
+
+
+def test_expand_refuses_other_kinds(tmp_path: Path, shared: tuple[Path, dict]) -> None:
+    refused(call("expand", shared[0], "-o", tmp_path / "x.onnx"), "unknown kind '.onnx'")
+    (tmp_path / "d.pt").mkdir()
+    refused(call("expand", shared[0], "-o", tmp_path / "d.pt"), "is a folder")
+    save_file({"a": torch.zeros(1)}, tmp_path / "plain.safetensors")
+    refused(call("expand", tmp_path / "plain.safetensors", "-o", tmp_path / "x.pt"), "no sharefold configuration")
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("timm:resnet50.a1_in1k", "resnet50-shared"),
+        ("timm:lrunet:reuse=14,width=1", "lrunet-shared"),
+        ("hf-hub:timm/resnet18.a1_in1k", "resnet18-shared"),
+        ("models/resnet20-12fca82f.th", "resnet20-12fca82f-shared"),
+    ],
+)
+def test_default_output(source: str, name: str) -> None:
+    assert default_output(source) == Path(name)
+
+
+def test_a_plan_file_must_be_one(tmp_path: Path) -> None:
+    from sharefold_cli.convert_request import read_plan
+
+    for text, words in (("{", "not JSON"), ("[]", "no list of groups"), ("\udcff", "cannot be read")):
+        (tmp_path / "p.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+        with pytest.raises(SharefoldError, match=words):
+            read_plan(tmp_path / "p.json")

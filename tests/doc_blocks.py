@@ -1,0 +1,77 @@
+"""Code blocks of the documentation, and a way to run them as a reader would, but without downloads."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+from click.testing import CliRunner
+from PIL import Image
+
+from sharefold_cli.main import cli
+
+ROOT = Path(__file__).parent.parent
+# What needs a download or files of the reader's -> a stand-in that a test can make.
+STAND_INS = (
+    ("timm:resnet50", "timm:resnet20_cifar --no-pretrained --calib-count 20"),
+    ("tv:resnet18", "tv:resnet18 --no-pretrained --method svd --calib-count 4 --input-size 3,32,32"),
+    ("imagefolder:/data/imagenet", "imagefolder:pictures"),
+    ("--keep-agreement 97%", "--keep-agreement 1% --method svd --calib-count 20"),
+)
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """Fenced blocks of one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(), flags=re.M | re.S)
+
+
+def commands(path: Path) -> list[str]:
+    """Command lines of the bash blocks, continuations joined, comments dropped."""
+    text = "\n".join(blocks(path, "bash")).replace("\\\n", " ")
+    lines = (line.split("  #")[0].strip() for line in text.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def run_command(line: str) -> None:
+    """Runs a ``sharefold ...`` line in this process and the current folder; fails unless it exits 0."""
+    for wanted, stand_in in STAND_INS:
+        line = line.replace(wanted, stand_in)
+    line, _, target = line.partition(" > ")
+    words = shlex.split(line)
+    assert words[0] == "sharefold", line
+    result = CliRunner().invoke(cli, words[1:])
+    assert result.exit_code == 0, f"{line}\n{result.output}"
+    if target:
+        Path(target.strip()).write_text(result.stdout)
+
+
+def run_document(path: Path) -> None:
+    """Runs all sharefold lines and all Python blocks of a document, each kind in order of appearance."""
+    text = path.read_text()
+    names: dict[str, object] = {}
+    for match in re.finditer(r"^```(bash|python)\n(.*?)^```", text, flags=re.M | re.S):
+        if match[1] == "python":
+            exec(compile(match[2], f"{path.name}:{text[: match.start()].count(chr(10)) + 2}", "exec"), names)
+            continue
+        for line in match[2].replace("\\\n", " ").splitlines():
+            if line.startswith("sharefold "):
+                run_command(line)
+
+
+def make_files(folder: Path) -> None:
+    """The reader's files that documents speak of: a folder of pictures, a checkpoint, an npz."""
+    import timm
+    import torch
+
+    import sharefold.models  # noqa: F401
+
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / "pictures" / "train" / name).mkdir(parents=True)
+        for index in range(10):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "pictures" / "train" / name / f"{index}.png")
+    torch.save(timm.create_model("resnet20_cifar").state_dict(), folder / "my-resnet20.pt")
+    np.savez(folder / "cifar10.npz", train_x=rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8))

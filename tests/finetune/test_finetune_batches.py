@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from finetune_nets import Net, images_and_labels
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
+
+from sharefold.errors import SharefoldError
+from sharefold.finetune import FinetuneConfig, seeds
+from sharefold.finetune.augment import Augment, Draw
+from sharefold.finetune.batches import Deal, LoaderBatches, MemoryBatches, SampleBatches
+from sharefold.finetune.distributed import World
+from sharefold.finetune.inputs import training_batches, validation_batches
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
+
+
+def _batches(data, **settings):
+    world = settings.pop("world", ALONE)
+    return training_batches(data, Net(), FinetuneConfig(**{"batch_size": 8, "workers": 0, **settings}), world)
+
+
+def _same(left, right):
+    assert len(left) == len(right) > 0
+    for (x, y), (u, v) in zip(left, right, strict=True):
+        assert torch.equal(x, u) and torch.equal(y, v)
+
+
+def test_augment_parses_chains_and_names_an_unknown_part():
+    assert Augment.parse("crop4r+flip+rotate10") == Augment(crop=4, reflect=True, flip=True, rotate=10.0)
+    assert Augment.parse("none") == Augment() == Augment.parse("")
+    with pytest.raises(SharefoldError, match="'swirl'"):
+        Augment.parse("flip+swirl")
+
+
+@pytest.mark.parametrize("reflect", [False, True])
+def test_crop_and_flip_equal_padding_and_slicing(reflect):
+    images = torch.randint(1, 256, (5, 8, 8, 3), dtype=torch.uint8)
+    draw = Draw(
+        torch.tensor([0, -2, 2, 1]), torch.tensor([0, 2, -1, -2]), torch.tensor([False, True, False, True]), None
+    )
+    index = torch.tensor([4, 0, 0, 2])
+    found = Augment(crop=2, flip=True, reflect=reflect).apply(images, index, draw)
+    mode = "reflect" if reflect else "constant"
+    for i in range(4):
+        picture = np.pad(images[index[i]].numpy(), ((2, 2), (2, 2), (0, 0)), mode=mode)
+        top, left = 2 + int(draw.dy[i]), 2 + int(draw.dx[i])
+        expected = picture[top : top + 8, left : left + 8]
+        expected = expected[:, ::-1] if draw.flip[i] else expected
+        assert np.array_equal(found[i].numpy(), expected)
+
+
+def test_draws_cover_every_offset_evenly():
+    draw = Augment(crop=2, flip=True).draw(20_000, torch.Generator().manual_seed(0))
+    counts = torch.bincount(draw.dy + 2, minlength=5)
+    assert counts.shape == (5,) and counts.min() > 3700 and counts.max() < 4300
+    assert 0.48 < float(draw.flip.float().mean()) < 0.52
+
+
+def test_affine_without_ranges_is_the_identity_and_a_quarter_turn_rotates():
+    images = torch.rand(2, 3, 8, 8)
+    chain = Augment(rotate=90)
+    still = chain.draw(2, torch.Generator())
+    theta = torch.tensor([[[1.0, 0, 0], [0, 1, 0]]] * 2)
+    same = chain.warp(images, Draw(still.dy, still.dx, still.flip, theta))
+    assert torch.allclose(same, images, atol=1e-5)
+    turn = torch.tensor([[[0.0, -1, 0], [1, 0, 0]]] * 2)
+    turned = chain.warp(images, Draw(still.dy, still.dx, still.flip, turn))
+    assert torch.allclose(turned, images.rot90(1, (2, 3)), atol=1e-5) or torch.allclose(
+        turned, images.rot90(-1, (2, 3)), atol=1e-5
+    )
+
+
+def test_memory_batches_normalise_and_use_each_image_once():
+    images, labels = images_and_labels(40)
+    batches = _batches((images, labels), augment="none")
+    assert isinstance(batches, MemoryBatches) and batches.steps == 5
+    got = list(batches.epoch(0))
+    seen = torch.cat([x for x, _ in got])
+    expected = (images.float() / 255 - 0.5) / 0.25
+    order = torch.randperm(40, generator=seeds.generator("order", 0, 0))
+    assert torch.allclose(seen, expected[order], atol=1e-5)
+    assert torch.equal(torch.cat([y for _, y in got]), labels[order])
+    assert not torch.equal(order, torch.randperm(40, generator=seeds.generator("order", 0, 1)))
+
+
+def test_channels_last_floats_pass_unchanged():
+    pictures = torch.randn(16, 8, 8, 3)
+    got = torch.cat([x for x, _ in _batches((pictures, torch.zeros(16)), augment="none").epoch(0)])
+    order = torch.randperm(16, generator=seeds.generator("order", 0, 0))
+    assert torch.equal(got, pictures.permute(0, 3, 1, 2)[order])
+
+
+@pytest.mark.parametrize("start", [0, 1, 3])
+def test_an_epoch_can_start_anywhere(start):
+    batches = _batches(images_and_labels(40), augment="crop1+flip+rotate10")
+    _same(list(batches.epoch(2))[start:], list(batches.epoch(2, start)))
+
+
+def test_processes_and_slices_cut_the_same_global_batches():
+    data = images_and_labels(40)
+    whole = list(_batches(data, augment="crop1+flip").epoch(1))
+    ranks = [list(_batches(data, augment="crop1+flip", world=World(r, 2, CPU)).epoch(1)) for r in range(2)]
+    _same(whole, [(torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in zip(*ranks, strict=True)])
+    slices = list(_batches(data, augment="crop1+flip", accumulate=2).epoch(1))
+    pairs = zip(slices[::2], slices[1::2], strict=True)
+    _same(whole, [(torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in pairs])
+
+
+def test_deal_names_a_batch_size_that_works():
+    with pytest.raises(SharefoldError, match="use 8"):
+        Deal(100, 10, accumulate=2, size=2)
+    with pytest.raises(SharefoldError, match="use at most 6"):
+        Deal(6, 8)
+
+
+class Pictures(Dataset):
+    """PIL images with an augmentation that draws from torch, numpy and python."""
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        import random
+
+        noise = torch.rand(3, 8, 8) + float(np.random.rand()) + random.random()
+        return noise + index, index % 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sample_batches_repeat_their_draws_from_any_start_with_any_workers(workers):
+    reference = list(_batches(Pictures()).epoch(0))
+    batches = _batches(Pictures(), workers=workers)
+    assert isinstance(batches, SampleBatches)
+    state = torch.get_rng_state()
+    _same(reference[1:], list(batches.epoch(0, 1)))
+    if workers == 0:
+        assert torch.equal(state, torch.get_rng_state())  # the caller's generator is not touched by samples
+    assert not torch.equal(reference[0][0], next(batches.epoch(1))[0])
+
+
+def test_a_plain_loader_lends_its_data_set_and_batch_size():
+    images, labels = images_and_labels(40)
+    loader = DataLoader(TensorDataset(images.float(), labels), batch_size=10, shuffle=True)
+    batches = _batches(loader)
+    assert isinstance(batches, SampleBatches) and (batches.batch_size, batches.steps) == (10, 4)
+
+
+def test_a_loader_with_its_own_sampler_is_taken_as_it_comes_and_skipped_into():
+    images, labels = images_and_labels(40)
+    sampler = WeightedRandomSampler([1.0] * 40, 24)
+    batches = _batches(DataLoader(TensorDataset(images.float(), labels), batch_size=8, sampler=sampler))
+    assert isinstance(batches, LoaderBatches) and batches.steps == 3
+    _same(list(batches.epoch(1))[1:], list(batches.epoch(1, 1)))
+
+
+def test_data_strings_folders_and_auto_augment(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = np.random.default_rng(i).integers(0, 256, (10, 10, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "train" / name / f"{i}.png")
+    spec = f"imagefolder:{tmp_path}"
+    for settings in ({}, {"auto_augment": "rand-m9-mstd0.5-inc1"}):
+        batches = _batches(spec, batch_size=4, **settings)
+        got = list(batches.epoch(0))
+        assert [tuple(x.shape) for x, _ in got] == [(4, 3, 8, 8)] * 2
+        assert sorted(torch.cat([y for _, y in got]).tolist()) == [0] * 4 + [1] * 4
+        _same(got, list(batches.epoch(0)))
+    images, labels = images_and_labels(16)
+    mixed = _batches((images, labels), auto_augment="rand-m9-mstd0.5-inc1")
+    assert isinstance(mixed, SampleBatches)
+    assert next(mixed.epoch(0))[0].shape == (8, 3, 8, 8)
+
+
+def test_validation_deals_every_image_once_over_processes():
+    images, labels = images_and_labels(21)
+    config = FinetuneConfig(batch_size=8)
+    parts = [list(validation_batches((images, labels), Net(), config, World(r, 2, CPU))) for r in range(2)]
+    assert sum(len(x) for part in parts for x, _ in part) == 21
+    found = torch.cat([y for part in parts for _, y in part])
+    assert sorted(found.tolist()) == sorted(labels.tolist())
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ((torch.zeros(8, 3, 8, 8), torch.zeros(7)), "8 images but 7 labels"),
+        ((torch.zeros(8, 3, 8, dtype=torch.int64), torch.zeros(8)), "want uint8 or float"),
+        (torch.zeros(8, 3, 8, 8), "no labels"),
+        ("nowhere", "unknown kind"),
+        (iter([1]), "want a DATA string"),
+    ],
+)
+def test_unusable_data_says_what_is_wrong(data, message):
+    with pytest.raises(SharefoldError, match=message):
+        _batches(data)

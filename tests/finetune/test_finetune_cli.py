@@ -1,0 +1,187 @@
+"""The verb ``finetune`` on a real, small, untrained network."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import save_file
+
+import sharefold
+from sharefold.finetune.log import read_log
+from sharefold_cli.main import cli
+
+NET = "timm:resnet20_cifar"
+QUICK = ["--epochs", "1", "--batch-size", "16", "--device", "cpu"]
+
+
+def call(*args: object) -> Result:
+    return CliRunner().invoke(cli, [str(arg) for arg in args])
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("data") / "set.npz"
+    images, labels = rng.integers(0, 256, (48, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, 48)
+    np.savez(path, train_x=images, train_y=labels, test_x=images[:20], test_y=labels[:20])
+    return path
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "net"
+    options = ("--no-pretrained", "--calib-count", 20, "--no-repair", "--budget", "60%", "--method", "basis")
+    result = call("convert", NET, *options, "-o", out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def _dense(path: Path, classes: int = 10) -> Path:
+    """A checkpoint of the dense network with random weights."""
+    model = timm.create_model("resnet20_cifar", num_classes=classes)
+    save_file(model.state_dict(), str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _dense(tmp_path_factory.mktemp("teacher") / "dense.safetensors")
+
+
+def test_a_shared_directory_in_a_better_one_out(shared: Path, npz: Path, teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tuned"
+    options = ("--teacher", teacher, "--val-limit", 10, "--limit", 32, "--json", "-o", out)
+    result = call("finetune", shared, "--data", f"npz:{npz}", *QUICK, *options)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert {"top1_before", "top1_after", "epochs", "seconds", "output"} <= set(found)
+    assert (found["epochs"], found["updates"], found["history"][0]["images"]) == (1, 2, 10)
+    assert 0 <= found["top1_after"] <= 1 and found["output"] == str(out)
+    model, before = sharefold.load(out), sharefold.load(shared)
+    assert sum(p.numel() for p in model.parameters()) == found["params"] == sum(p.numel() for p in before.parameters())
+    name = next(name for name in model.state_dict() if name.endswith(".basis"))
+    assert not torch.equal(model.state_dict()[name], before.state_dict()[name])
+    metrics = json.loads((out / "sharefold_config.json").read_text())["metrics"]
+    assert metrics["top1"] == found["top1_after"] and metrics["finetune"]["updates"] == 2
+    assert metrics["finetune"]["config"]["batch_size"] == 16
+    assert "top1" in (out / "README.md").read_text()
+    assert {p.name for p in (tmp_path / "tuned.run").iterdir()} >= {"state.pt", "log.jsonl"}
+    again = call("finetune", shared, "--data", f"npz:{npz}", *QUICK, "-o", out)
+    assert again.exit_code == 2 and "--force" in again.stderr
+
+
+def test_distillation_alone_and_one_file_as_output(shared: Path, npz: Path, teacher: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tuned.safetensors"
+    options = ("--teacher", teacher, "--no-labels", "--no-val", "--block-match", 0.5, "-o", out, "--json")
+    result = call("finetune", shared, "--data", f"npz:{npz}", *QUICK, *options)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["top1_after"] is None
+    train = [r for r in read_log(tmp_path / "tuned.safetensors.run" / "log.jsonl") if r["event"] == "train"]
+    assert {"distill", "blocks", "orthogonality"} <= set(train[-1]) and "labels" not in train[-1]
+    sharefold.load(out)
+
+
+def test_a_published_schedule_trains_a_network_that_shares_by_design(npz: Path, tmp_path: Path) -> None:
+    out = tmp_path / "lrunet"
+    result = call(
+        "finetune",
+        "timm:lrunet",
+        "--no-pretrained",
+        "--data",
+        f"npz:{npz}",
+        "--recipe-schedule",
+        "lrunet",
+        *QUICK,
+        "--limit",
+        32,
+        "--no-val",
+        "-o",
+        out,
+        "--json",
+    )
+    assert result.exit_code == 0, result.output
+    record = json.loads((out / "sharefold_config.json").read_text())
+    assert record["pretrained_cfg"]["mean"] == [0.0, 0.0, 0.0]
+    assert record["metrics"]["finetune"]["config"]["weight_decay"] == 5e-4
+    images = torch.zeros(1, 3, 32, 32)
+    with torch.no_grad():
+        assert sharefold.load(out)(images).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--no-labels",), "--no-labels needs --teacher"),
+        (("--lr", "0"), "lr=0.0: must be positive"),
+        (("--recipe-schedule", "lrunett"), "lrunet"),
+        (("--batch-size", "64"), "use at most 48"),
+        (("--augment", "swirl"), "unknown part 'swirl'"),
+    ],
+)
+def test_refusals_are_one_line_and_leave_nothing(shared: Path, npz: Path, tmp_path: Path, options, words: str) -> None:
+    base = QUICK if "--batch-size" not in options else QUICK[:2]
+    result = call("finetune", shared, "--data", f"npz:{npz}", *base, *options, "-o", tmp_path / "x")
+    assert result.exit_code == 2, result.output
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ") and words in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_of_other_classes_is_refused(shared: Path, npz: Path, tmp_path: Path) -> None:
+    teacher = _dense(tmp_path / "seven.safetensors", classes=7)
+    result = call("finetune", shared, "--data", f"npz:{npz}", *QUICK, "--teacher", teacher, "-o", tmp_path / "x")
+    assert result.exit_code == 2 and "the teacher has 7 classes, the model 10" in result.stderr
+
+
+def test_schedules_are_listed() -> None:
+    result = call("finetune", "--list-schedules")
+    assert result.exit_code == 0 and "filter-bases-cifar10" in result.stdout
+
+
+def test_ctrl_c_saves_exits_130_and_resumes(shared: Path, npz: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "tuned", tmp_path / "tuned.run" / "log.jsonl"
+    command = [
+        sys.executable,
+        "-m",
+        "sharefold_cli",
+        "finetune",
+        str(shared),
+        "--data",
+        f"npz:{npz}",
+        "-o",
+        str(out),
+        "--epochs",
+        "20",
+        "--batch-size",
+        "16",
+        "--log-steps",
+        "1",
+        "--no-val",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (log.exists() and len(read_log(log)) > 2):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "go on with --resume" in said and "Traceback" not in said and not out.exists()
+    done = len(read_log(log))
+    assert 2 < done < 60
+    result = call(*command[3:], "--resume", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["updates"] == 60 and len([r for r in read_log(log) if r["event"] == "train"]) == 60
+    assert (out / "model.safetensors").exists()

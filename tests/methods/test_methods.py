@@ -1,0 +1,136 @@
+"""Every method of the registry: candidates keep their word, solutions have the shapes that loading expects."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import pkgutil
+
+import pytest
+import torch
+from spine_nets import images, net
+
+import sharefold.methods
+from sharefold.errors import SharefoldError
+from sharefold.graph import analyze
+from sharefold.methods import AUTO, METHODS, Method, method_named
+from sharefold.methods.problem import GroupProblem, problem_of
+from sharefold.planner import statistics_of
+
+IMAGES = images(16)
+PLAIN = (
+    "basis",
+    "svd",
+    "spatial",
+    "average",
+    "tied",
+    "cluster-layer",
+    "cluster-filter",
+    "cluster-kernel",
+    "tied-kernels",
+)
+
+
+def problem(kind: str, role: str = "conv") -> GroupProblem:
+    model = net(kind)
+    graph = analyze(model, IMAGES[:1])
+    names = [n for n in graph.layers if n.startswith("stage2") and role in n.rpartition(".")[2]]
+    moments = statistics_of(model, graph, IMAGES).moments(names)
+    return problem_of(model, graph, names, moments)
+
+
+@pytest.fixture(scope="module")
+def residual() -> GroupProblem:
+    return problem("residual")
+
+
+CASES = {"residual": "conv", "grouped": "conv", "depthwise": "depthwise", "convnext": "fc1", "std": "conv"}
+
+
+@pytest.mark.parametrize("kind", list(CASES))
+@pytest.mark.parametrize("name", PLAIN)
+def test_candidates_cost_what_they_say_and_errors_do_not_exceed_them(name: str, kind: str) -> None:
+    method, group = METHODS[name], problem(kind, CASES[kind])
+    choices = method.choices(group)
+    dense = group.weights.numel()
+    for choice in choices:
+        assert 0 < choice.cost < dense or name in ("average", "tied", "tied-kernels")
+        assert method.fits(group.forms, choice.options)
+        # Integer codes count as their bits over 32 on top of the float parameters.
+        assert method.cost(group.forms, choice.options) <= choice.cost + 1e-6
+        assert choice.errors.shape == (len(group.forms),) and bool((choice.errors >= -1e-6).all())
+    for choice in choices[:: max(1, len(choices) // 3)]:
+        solution = method.solve(group, choice.options)
+        blank = method.blank(group.forms, choice.options)
+        assert {k: v.shape for k, v in solution.bank.items()} == {k: v.shape for k, v in blank.bank.items()}
+        for mine, empty in zip(solution.members, blank.members, strict=True):
+            shapes = {(key, value.shape, value.dtype) for key, value in mine.items()}
+            assert shapes == {(key, value.shape, value.dtype) for key, value in empty.items()}
+        if solution.errors is not None:
+            # Candidates are compared after fewer rounds; the full solution is at least about as good.
+            assert float(solution.errors.mean()) <= float(choice.errors.mean()) * 1.1 + 1e-6
+
+
+@pytest.mark.parametrize("name", ["basis", "svd", "spatial", "cluster-filter", "cluster-kernel"])
+def test_more_parameters_leave_less_error(name: str, residual: GroupProblem) -> None:
+    choices = sorted(METHODS[name].choices(residual), key=lambda choice: choice.cost)
+    means = [float(choice.errors.mean()) for choice in choices]
+    assert len(means) > 2
+    assert all(b <= 1.05 * a + 1e-6 for a, b in itertools.pairwise(means)) and means[-1] < 0.7 * means[0]
+
+
+def test_errors_are_relative_data_norms(residual: GroupProblem) -> None:
+    solution = METHODS["basis"].solve(residual, {"rank": 10})
+    coefficients = torch.stack([member["coefficients"] for member in solution.members]).double()
+    approximation = coefficients @ solution.bank["basis"].flatten(1).double()
+    assert solution.errors is not None
+    for k, error in enumerate(solution.errors):
+        scale = residual.row_weights[k].double().sqrt().unsqueeze(1)
+        moment = residual.moments[k, 0].double()
+        exact, rest = (
+            scale * w for w in (residual.weights[k].double(), residual.weights[k].double() - approximation[k])
+        )
+        expected = torch.trace(rest @ moment @ rest.T) / torch.trace(exact @ moment @ exact.T)
+        assert float(error) == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_sharing_beats_averaging_and_data_beats_the_mean(residual: GroupProblem) -> None:
+    def error(name: str, **options: int) -> float:
+        solution = METHODS[name].solve(residual, options)
+        assert solution.errors is not None
+        return float(solution.errors.mean())
+
+    assert error("tied") < error("average")
+    cost = METHODS["tied"].cost(residual.forms, {})
+    rank = cost // (METHODS["basis"].cost(residual.forms, {"rank": 1}))
+    assert error("basis", rank=rank) < error("tied")
+
+
+def test_row_weights_are_those_of_the_norm_behind() -> None:
+    model = net("residual")
+    graph = analyze(model, IMAGES[:1])
+    names = ["stage1.0.conv1", "stage1.1.conv1"]
+    group = problem_of(model, graph, names, statistics_of(model, graph, IMAGES).moments(names))
+    for row, name in zip(group.row_weights, names, strict=True):
+        norm = model.get_submodule(name.replace("conv", "bn"))
+        expected = norm.weight.square() / (norm.running_var + norm.eps)
+        torch.testing.assert_close(row, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_registry_names_every_method_once_with_its_paper() -> None:
+    assert all(name == method.name for name, method in METHODS.items()) and set(AUTO) <= set(METHODS)
+    assert all(method.paper.startswith("https://") for method in METHODS.values())
+    for module in pkgutil.iter_modules(sharefold.methods.__path__):
+        importlib.import_module(f"sharefold.methods.{module.name}")
+    waiting, defined = [Method], set()
+    while waiting:
+        kind = waiting.pop()
+        waiting += kind.__subclasses__()
+        defined |= {kind} if "name" in vars(kind) else set()
+    assert defined == {type(method) for method in METHODS.values()}, "a method that no registry line names"
+
+
+def test_names_and_aliases() -> None:
+    assert method_named("cluster").name == "cluster-filter"
+    with pytest.raises(SharefoldError, match=r"unknown method 'spatil' \(did you mean spatial\?\)"):
+        method_named("spatil")

@@ -1,0 +1,87 @@
+"""Networks with random weights and BatchNorms that do something, and conversion of them by a recipe."""
+
+from __future__ import annotations
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+import sharefold.models  # noqa: F401  (registers the CIFAR networks)
+from sharefold.convert import Conversion, convert_
+from sharefold.models.cifar_resnet import CifarResNet
+from sharefold.plans import Plan
+from sharefold.recipes import build_plan
+
+
+def build(source: str, **kwargs: object) -> nn.Module:
+    library, name = source.split(":")
+    if library == "tv":
+        return torchvision.models.get_model(name, weights=None, **kwargs)
+    return timm.create_model(name, **kwargs)
+
+
+class NarrowResNet(ResNet):
+    """torchvision's ResNet with three blocks a stage and an eighth of the width, so that its solvers take no time."""
+
+    def __init__(self, block: type[BasicBlock] | type[Bottleneck]) -> None:
+        super().__init__(block, [3, 3, 3, 3])
+        self.fc = nn.Linear(self.fc.in_features // 8, 10)
+
+    def _make_layer(self, block: type, planes: int, *rest: int, **named: object) -> nn.Sequential:
+        return super()._make_layer(block, planes // 8, *rest, **named)
+
+
+def narrow_cifar_resnet(blocks: int) -> CifarResNet:
+    """A CIFAR ResNet of 16, 20 and 24 channels instead of 16, 32 and 64."""
+    model = CifarResNet(blocks=blocks)
+    model.layer2, model.layer3 = CifarResNet._stage(16, 20, blocks, 2), CifarResNet._stage(20, 24, blocks, 2)
+    model.linear = nn.Linear(24, 10)
+    return model
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Statistics and affine parameters that no identity hides; in eval mode."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+            nn.init.normal_(module.bias, std=0.1)
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+        elif isinstance(module, nn.Conv2d) and module.bias is not None:
+            nn.init.normal_(module.bias, std=0.1)
+    return model.eval()
+
+
+def settled(model: nn.Module, size: int) -> nn.Module:
+    """Like :func:`randomise`, with running statistics of the network's own maps, so that deep ones stay bounded."""
+    randomise(model)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None
+        norm.reset_running_stats()
+    with torch.no_grad():
+        model.train()(torch.randn(16, 3, size, size))
+    for norm in norms:
+        norm.momentum = 0.1
+    return model.eval()
+
+
+def converted(
+    model: nn.Module, recipe: str, size: int, images: int = 6, repair: bool = False
+) -> tuple[Plan, Conversion]:
+    """Converts ``model`` in place on random images of ``size`` pixels; (plan, what was done)."""
+    batch = torch.randn(images, 3, size, size)
+    plan = build_plan(recipe, model, batch[:1])
+    return plan, convert_(model, plan, calibration=batch, repair=repair)
+
+
+def close(first: Tensor, second: Tensor, rtol: float = 1e-4) -> bool:
+    """Whether two outputs agree up to rounding, and are not trivially constant."""
+    assert second.std() > 1e-4
+    return bool((first - second).abs().max() <= rtol * second.abs().max())
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

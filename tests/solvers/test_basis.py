@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sharefold.errors import SharefoldError
+from sharefold.solvers import basis
+from sharefold.solvers.data_norm import Problem, sqrt_psd
+
+from .problems import non_increasing, problem
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_one_layer_is_the_truncated_whitened_svd(rank: int) -> None:
+    group = problem(members=1)
+    white = group.row_metric[0].sqrt()[:, None] * group.weights[0] @ sqrt_psd(group.second[0])
+    values = torch.linalg.svdvals(white).square()
+    solution = basis.solve(group, rank)
+    assert float(solution.errors) == pytest.approx(float(values[rank:].sum() / values.sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("deficient", [False, True])
+def test_coefficients_are_least_squares(deficient: bool) -> None:
+    group = problem(deficient=deficient)
+    solution = basis.solve(group, 4, rounds=3, ridge=1e-12)
+    for k in range(group.members):
+        root = sqrt_psd(group.second[k])
+        expected = torch.linalg.lstsq((solution.basis @ root).T, (group.weights[k] @ root).T).solution.T
+        approx = group.weights.clone()
+        approx[k] = expected @ solution.basis
+        assert float(solution.errors[k]) == pytest.approx(float(group.errors(approx)[k]), rel=1e-5, abs=1e-9)
+
+
+def test_basis_step_solves_the_kronecker_system() -> None:
+    group = problem()
+    work = basis._Workspace(group, 1e-12)
+    rows = torch.randn(4, 12, dtype=torch.float64)
+    coefficients = torch.randn(3, 6, 4, dtype=torch.float64)
+    got = basis._basis_step(work, rows, work.times_moments(rows), coefficients, None, 200)
+    left = group.apply_left(coefficients) * work.factors[:, None, None]
+    system = sum(torch.kron(left[k].T @ coefficients[k], group.second[k]) for k in range(3))
+    rhs = torch.einsum("kor,kon->rn", left, group.weighted)
+    expected = torch.linalg.solve(system, rhs.flatten()).reshape(4, 12)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    members=st.integers(1, 4),
+    rows=st.integers(1, 7),
+    columns=st.integers(2, 10),
+    share=st.floats(0, 1),
+    unique=st.integers(0, 1),
+    deficient=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_shapes_and_descent(members, rows, columns, share, unique, deficient, dtype) -> None:
+    group = problem(members, rows, columns, deficient=deficient, dtype=dtype)
+    limit = basis.max_rank(group)
+    rank = 1 + round(share * (limit - 1))
+    solution = basis.solve(group, rank, rounds=4, unique=unique)
+    assert solution.basis.shape == (rank, columns) and solution.basis.dtype == dtype
+    assert solution.coefficients.shape == (members, rows, rank + unique)
+    assert non_increasing(solution.history)
+    gram = solution.basis.double() @ solution.basis.double().T
+    torch.testing.assert_close(gram, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-5)
+    torch.testing.assert_close(solution.errors, group.errors(solution.approximation), rtol=1e-2, atol=1e-4)
+    if rank == limit:
+        assert float(solution.errors.max()) < 1e-5
+
+
+def test_alternation_beats_the_one_shot_start() -> None:
+    group = problem(members=5, rows=8, columns=18)
+    solution = basis.solve(group, 6, rounds=30, tol=0)
+    assert solution.history[-1] < 0.98 * solution.history[0]
+    assert solution.history[-1] == pytest.approx(group.error_sum(solution.approximation), rel=1e-3)
+
+
+def test_alternation_reaches_a_stationary_point() -> None:
+    group = problem(members=3, rows=8, columns=10)
+    solution = basis.solve(group, 5, rounds=400, tol=0, cg_steps=30)
+    shared = solution.basis.clone().requires_grad_()
+    gap = group.weights - solution.coefficients @ shared
+    loss = (group.objective_weights * (group.apply_left(gap) * (gap @ group.second)).sum((1, 2))).sum()
+    (gradient,) = torch.autograd.grad(loss, shared)
+    assert float(gradient.norm()) < 1e-2 * float(loss.detach())
+
+
+def test_own_filters_lower_the_error() -> None:
+    group = problem(members=4, rows=8, columns=18)
+    shared, mixed = basis.solve(group, 4), basis.solve(group, 4, unique=2)
+    assert mixed.unique is not None and mixed.unique.shape == (4, 2, 18)
+    assert float(mixed.errors.sum()) < float(shared.errors.sum())
+
+
+def test_float32_agrees_with_float64() -> None:
+    group = problem(members=4, rows=8, columns=18)
+    single = basis.solve(group.to(torch.float32), 6, rounds=3)
+    torch.testing.assert_close(single.errors.double(), basis.solve(group, 6, rounds=3).errors, rtol=1e-3, atol=1e-6)
+
+
+def test_full_output_metric() -> None:
+    group = problem()
+    full = Problem(group.weights, group.moments, left=torch.diag_embed(group.row_metric))
+    torch.testing.assert_close(basis.solve(full, 4).errors, basis.solve(group, 4).errors, rtol=1e-6, atol=1e-9)
+
+
+def test_curve_points_equal_solving_at_their_start() -> None:
+    group = problem(members=3, rows=6, columns=12)
+    for point in basis.curve(group, range(1, 12)):
+        exact = basis.solve(group, point.rank, rounds=0)
+        torch.testing.assert_close(point.errors, exact.errors, rtol=1e-3, atol=1e-5)
+        assert point.cost == point.rank * 12 + 3 * 6 * point.rank
+
+
+def test_corrected_curve_follows_the_alternation() -> None:
+    group = problem(members=5, rows=12, columns=36)
+    ranks = list(range(2, 20))
+    points = basis.curve(group, ranks, als_rounds=5, als_ranks=5)
+    for point in points:
+        exact = float(basis.solve(group, point.rank, rounds=5).errors.sum())
+        assert float(point.errors.sum()) == pytest.approx(exact, rel=0.1)
+
+
+def test_default_curve_stops_where_sharing_stops_saving() -> None:
+    group = problem(members=4, rows=12, columns=36)
+    points = basis.curve(group)
+    assert points[0].rank == 1
+    assert points[-1].cost <= 4 * 12 * 36
+    assert all(a.rank < b.rank for a, b in itertools.pairwise(points))
+
+
+def test_impossible_ranks_are_refused() -> None:
+    with pytest.raises(SharefoldError, match="1 to 12"):
+        basis.solve(problem(), 13)
+    with pytest.raises(SharefoldError, match="own filters"):
+        basis.solve(problem(), 3, unique=7)
+    with pytest.raises(SharefoldError, match="init"):
+        basis.solve(problem(), 3, init=torch.randn(2, 12))
+
+
+def test_dead_layer_is_harmless() -> None:
+    group = problem()
+    moments = group.second.clone()
+    moments[1] = 0
+    solution = basis.solve(Problem(group.weights, moments), 4)
+    assert torch.isfinite(solution.coefficients).all() and torch.isfinite(solution.errors).all()

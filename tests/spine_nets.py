@@ -1,0 +1,129 @@
+"""Small networks of every kind that the main job must take, with lived-in BatchNorms, and images for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from timm.layers import StdConv2d
+from torch import Tensor, nn
+
+SIZE = 12
+
+
+class Block(nn.Module):
+    """Residual block of two 3x3 convolutions."""
+
+    def __init__(self, width: int, groups: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, groups=groups, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, groups=groups, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+
+class Inverted(nn.Module):
+    """MobileNet's block: expand, depthwise, project."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.expand, self.bn1 = nn.Conv2d(width, 2 * width, 1, bias=False), nn.BatchNorm2d(2 * width)
+        self.depthwise = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2 * width, bias=False)
+        self.bn2 = nn.BatchNorm2d(2 * width)
+        self.project, self.bn3 = nn.Conv2d(2 * width, width, 1, bias=False), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn2(self.depthwise(torch.relu(self.bn1(self.expand(x))))))
+        return x + self.bn3(self.project(y))
+
+
+class Next(nn.Module):
+    """ConvNeXt's block: depthwise 5x5, LayerNorm, two Linear layers on channels-last maps."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, 5, padding=2, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        return x + self.fc2(nn.functional.gelu(self.fc1(y))).permute(0, 3, 1, 2)
+
+
+class Std(nn.Module):
+    """Weight-standardised convolutions with GroupNorm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = StdConv2d(width, width, 3, padding=1), nn.GroupNorm(2, width)
+        self.conv2, self.norm2 = StdConv2d(width, width, 3, padding=1), nn.GroupNorm(2, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(x))))))
+
+
+class Net(nn.Module):
+    """Stem, two stages of equal blocks, classifier. Input (N, 3, 12, 12), output (N, 5)."""
+
+    def __init__(self, block: Callable[[int], nn.Module], width: int = 8, blocks: int = 3) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.stage1 = nn.Sequential(*(block(width) for _ in range(blocks)))
+        self.down, self.bn_down = (
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(2 * width),
+        )
+        self.stage2 = nn.Sequential(*(block(2 * width) for _ in range(blocks)))
+        self.fc = nn.Linear(2 * width, 5)
+        self.pretrained_cfg = {"input_size": (3, SIZE, SIZE), "mean": (0.5,) * 3, "std": (0.25,) * 3}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stage1(torch.relu(self.bn(self.stem(x))))
+        x = self.stage2(torch.relu(self.bn_down(self.down(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+BLOCKS: dict[str, Callable[[int], nn.Module]] = {
+    "residual": Block,
+    "grouped": lambda width: Block(width, groups=4),
+    "depthwise": Inverted,
+    "convnext": Next,
+    "std": Std,
+}
+
+
+def images(count: int = 24, seed: int = 1) -> Tensor:
+    """Smooth random images of different contrast and colour, (count, 3, 12, 12)."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(count, 3, SIZE, SIZE, generator=generator)
+    contrast, color = torch.rand(count, 1, 1, 1, generator=generator), torch.randn(count, 3, 1, 1, generator=generator)
+    return (1 + 3 * contrast) * nn.functional.avg_pool2d(noise, 3, 1, 1) + color
+
+
+def net(kind: str = "residual", seed: int = 0, **options: int) -> Net:
+    """A network in eval mode whose BatchNorms have run on images and whose scales and shifts are not 1 and 0."""
+    torch.manual_seed(seed)
+    model = Net(BLOCKS[kind], **options)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+            module.momentum = None  # running statistics become those of all images below
+    with torch.no_grad():
+        model.fc.weight.mul_(4)  # predictions that differ from image to image
+        for step in range(4):
+            model.train()(images(64, 10 + step))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module, seed: int = 2) -> Tensor:
+    """(8, 5) on fixed images."""
+    return model.eval()(images(8, seed))

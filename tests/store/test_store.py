@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import sharefold
+from sharefold.errors import SharefoldError, SharefoldWarning
+from sharefold.measure import agreement
+from sharefold.store import StoreSpec, fake_quantize, file_bytes, parse_store, plan_store, quantize_, snap_
+from sharefold.store.rounding import round_matrix
+from sharefold.store.spec import scaled
+
+from .tiny import Tiny, converted, images
+
+EVERY = ["fp16", *(f"int{b}" for b in range(2, 9)), "kmeans2", "kmeans4", "kmeans8", "mixed:step=0.01"]
+
+
+@pytest.mark.parametrize("text", EVERY)
+def test_round_trip_is_bit_equal_and_the_size_is_known(text: str, tmp_path: Path) -> None:
+    original, model = converted()
+    report = quantize_(model, text, calibration=images(), original=original)
+    file = sharefold.save(model, tmp_path / "tiny.safetensors")
+    assert report.bytes == file.stat().st_size == file_bytes(model, report.spec)
+    loaded = sharefold.load(file, model=Tiny())
+    assert torch.equal(loaded(images()), model.eval()(images()))
+    again = sharefold.save(loaded, tmp_path / "again.safetensors")
+    assert again.stat().st_size == file.stat().st_size
+    for name, tensor in load_file(file).items():
+        assert torch.equal(load_file(again)[name], tensor)
+
+
+def test_round_trip_in_a_new_process(tmp_path: Path) -> None:
+    original, model = converted()
+    quantize_(model, "mixed:step=0.003", calibration=images(), original=original)
+    sharefold.save(model, tmp_path / "tiny.safetensors")
+    torch.save(model(images(8)).detach(), tmp_path / "here.pt")
+    code = (
+        "import sys, pickle, torch, sharefold\n"
+        "from tests.store.tiny import Tiny, images\n"
+        "expected = torch.load('here.pt', weights_only=True)\n"
+        "def never(*a, **k): raise SystemExit('unpickled')\n"
+        "pickle.load = pickle.loads = pickle.Unpickler = torch.load = never\n"
+        "model = sharefold.load('tiny.safetensors', model=Tiny())\n"
+        "sys.exit(0 if torch.equal(model(images(8)), expected) else 'differs')\n"
+    )
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_folder_holds_the_same_bytes_of_weights(tmp_path: Path) -> None:
+    _, model = converted()
+    quantize_(model, "int4", calibration=images())
+    folder = sharefold.save(model, tmp_path / "tiny")
+    assert torch.equal(sharefold.load(folder, model=Tiny())(images(4)), model(images(4)))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_compensation_beats_nearest(shared: bool) -> None:
+    original, model = converted(shared=shared)
+    rounded, nearest = copy.deepcopy(model), copy.deepcopy(model)
+    report = quantize_(rounded, "mixed:step=0.02", calibration=images(), original=original)
+    assert report.sequential
+    snap_(nearest, StoreSpec({n: s for n, s in report.spec.tensors.items() if s.kind == "coded" and "bank" not in n
+                              and "coefficients" not in n}))
+    assert agreement(original, rounded, images()).kl < 0.7 * agreement(original, nearest, images()).kl
+
+
+def test_rounding_under_the_data_norm() -> None:
+    torch.manual_seed(0)
+    matrix, mixing = torch.randn(8, 30), torch.randn(30, 30)
+    metric = (mixing @ mixing.T).unsqueeze(0)
+    spec = scaled("grid", matrix.abs().amax(1) / 3, 3)
+
+    def error(values: torch.Tensor) -> float:
+        gap = matrix - values
+        return float(((gap @ metric[0]) * gap).sum())
+
+    compensated = round_matrix(matrix, spec, metric)
+    assert error(compensated) < 0.6 * error(round_matrix(matrix, spec, None))
+    assert torch.equal(spec.snapped(compensated), compensated)
+    # Every conv group has its own moments.
+    both = torch.cat([metric, 2 * metric.flip(1, 2)])
+    spec2 = scaled("grid", torch.cat([matrix, matrix]).abs().amax(1) / 3, 3)
+    two = round_matrix(torch.cat([matrix, matrix]), spec2, both)
+    assert torch.equal(two[:8], compensated)
+    assert not torch.equal(two[8:], compensated)
+
+
+def test_smaller_steps_and_more_bits_are_closer() -> None:
+    found = {}
+    mixed = ("mixed:step=0.05", "mixed:step=0.01", "mixed:step=0.002")
+    for text in ("int2", "int4", "int8", "kmeans2", "kmeans4", *mixed):
+        original, model = converted(shared=False)
+        quantize_(model, text, calibration=images(), original=original)
+        found[text] = agreement(original, model, images()).kl
+    assert found["int2"] > found["int4"] > found["int8"]
+    assert found["kmeans2"] > found["kmeans4"]
+    assert found["mixed:step=0.05"] > found["mixed:step=0.01"] > found["mixed:step=0.002"]
+
+
+def test_budget_is_met_and_used() -> None:
+    original, model = converted()
+    report = quantize_(model, "mixed:4200B", calibration=images(), original=original)
+    assert 0.9 * 4200 < report.bytes <= 4200
+    request = plan_store(converted()[1], budget_bytes=4200, calibration=images())
+    assert request.step == pytest.approx(report.request.step, rel=0.5)
+    with pytest.raises(SharefoldError, match="cannot hold"):
+        quantize_(converted()[1], "mixed:900B", calibration=images())
+
+
+def test_bases_are_turned_without_changing_the_network() -> None:
+    from sharefold.graph import analyze
+    from sharefold.store.prepare import prepare
+
+    original, model = converted()
+    before = model(images())
+    prepared = prepare(original, model, analyze(original, images(1)), images())
+    assert torch.allclose(model(images()), before, atol=1e-4)
+    basis = next(p for n, p in model.named_parameters() if n.endswith(".basis")).flatten(1).double()
+    metric = next(iter(prepared.metrics.values()))[0]
+    assert torch.allclose(basis @ metric @ basis.T, torch.eye(10, dtype=torch.float64), atol=1e-3)
+
+
+def test_training_under_rounding() -> None:
+    original, model = converted(shared=False)
+    report = quantize_(model, "int2", calibration=images(), original=original)
+    target = original(images()).detach()
+    _, model = converted(shared=False)  # rounded to the nearest: a start that can be improved on
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    losses: list[float] = []
+    with fake_quantize(model, report.spec):
+        for _ in range(80):
+            assert report.spec.fits(dict(model.state_dict()))
+            loss = nn.functional.mse_loss(model(images()), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    assert report.spec.fits(dict(model.state_dict()))
+    # Rounding makes single steps jump: compare with the mean of the last ones.
+    assert sum(losses[-10:]) / 10 < 0.8 * losses[0], losses
+
+
+def test_changed_weights_are_not_lost(tmp_path: Path) -> None:
+    _, model = converted()
+    quantize_(model, "int4", calibration=images())
+    with torch.no_grad():
+        model.head.weight.add_(0.01234)
+    with pytest.warns(SharefoldWarning, match="quantize_"):
+        file = sharefold.save(model, tmp_path / "tiny.safetensors")
+    assert torch.equal(sharefold.load(file, model=Tiny())(images(4)), model(images(4)))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 20, 300, -1])
+def test_truncated_weights_are_refused(keep: int, tmp_path: Path) -> None:
+    _, model = converted()
+    quantize_(model, "mixed:step=0.01", calibration=images())
+    file = sharefold.save(model, tmp_path / "tiny.safetensors")
+    from safetensors import safe_open
+
+    with safe_open(str(file), "pt") as handle:
+        metadata = handle.metadata()
+    blob = load_file(file)["blob"]
+    save_file({"blob": blob[:keep].clone()}, tmp_path / "cut.safetensors", metadata)
+    with pytest.raises(SharefoldError, match="damaged"):
+        sharefold.load(tmp_path / "cut.safetensors", model=Tiny())
+    flipped = blob.clone()
+    flipped[len(blob) // 2] ^= 4
+    save_file({"blob": flipped}, tmp_path / "flip.safetensors", metadata)
+    with pytest.raises(SharefoldError, match="damaged"):
+        sharefold.load(tmp_path / "flip.safetensors", model=Tiny())
+
+
+@pytest.mark.parametrize("text", ["int1", "int9", "int", "kmeans", "mixed:", "mixed:50%", "mixed:step=2", "zip", ""])
+def test_unknown_specs(text: str) -> None:
+    with pytest.raises(SharefoldError):
+        parse_store(text)
+
+
+def test_dense_networks_are_refused_and_small_files_are_small() -> None:
+    with pytest.raises(SharefoldError, match="convert it first"):
+        quantize_(Tiny(), "int4", calibration=images())
+    sizes = {}
+    for text in ("fp16", "int8", "int4", "int2"):
+        model = converted()[1]
+        sizes[text] = quantize_(model, text, calibration=images()).bytes
+    assert sizes["fp16"] > sizes["int8"] > sizes["int4"] > sizes["int2"]
+    raw = sum(t.numel() * t.element_size() for t in converted()[1].state_dict().values())
+    assert sizes["fp16"] < raw / 1.6

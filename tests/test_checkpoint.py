@@ -1,0 +1,288 @@
+"""Saved networks: equal bits in a new process, nothing unpickled, nothing half-written, clear refusals."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from spine_nets import BLOCKS, images, logits, net
+from torch import nn
+
+import sharefold
+from sharefold import checkpoint
+from sharefold.errors import SharefoldError, SharefoldWarning
+from sharefold.measure import model_bytes
+
+NAME = "digits_resnet"
+METHODS = ("basis", "svd", "spatial", "average", "tied", "cluster-layer", "cluster-filter", "cluster-kernel")
+
+
+def registered(method: str = "basis", budget: str = "88%") -> nn.Module:
+    """A shared network whose architecture is in a registry."""
+    torch.manual_seed(0)
+    model = sharefold.open_source(f"timm:{NAME}", pretrained=False).model.eval()
+    x = inputs(16)
+    plan = sharefold.plan(model, budget=budget, calibration=x, method=method, exclude=r"layer2\.[^1]|layer1\.[^23]")
+    sharefold.convert_(model, plan, calibration=x, repair=False)
+    return model
+
+
+def inputs(count: int = 4) -> torch.Tensor:
+    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def run(model: nn.Module) -> torch.Tensor:
+    return model.eval()(inputs())
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return registered()
+
+
+@pytest.fixture
+def saved(model: nn.Module, tmp_path: Path) -> Path:
+    return sharefold.save(model, tmp_path / "net")
+
+
+@pytest.mark.parametrize("target", ["net", "net.safetensors"])
+def test_a_new_process_gives_equal_bits_and_never_unpickles(model: nn.Module, tmp_path: Path, target: str) -> None:
+    path = sharefold.save(model, tmp_path / target)
+    torch.save(inputs(), tmp_path / "x.pt")
+    code = (
+        "import sys, torch, pickle, sharefold\n"
+        "x = torch.load(sys.argv[2], weights_only=True)\n"
+        "def no(*a, **k): raise SystemExit('unpickled')\n"
+        "pickle.load = pickle.loads = torch.load = torch.serialization.load = no\n"
+        "model = sharefold.load(sys.argv[1])\n"
+        "assert not model.training and all(p.requires_grad for p in model.parameters())\n"
+        "with torch.no_grad(): sys.stdout.write(model(x).numpy().tobytes().hex())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path), str(tmp_path / "x.pt")], capture_output=True,
+                          text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == run(model).numpy().tobytes().hex()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_round_trips_and_expands(method: str, tmp_path: Path) -> None:
+    model = registered(method)
+    again = sharefold.load(sharefold.save(model, tmp_path / "net"))
+    assert torch.equal(run(model), run(again))
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in again.named_parameters()}
+    assert again.state_dict().keys() == model.state_dict().keys()
+    stock = sharefold.open_source(f"timm:{NAME}", pretrained=False).model
+    dense = sharefold.expand(again)
+    stock.load_state_dict(dense.state_dict())
+    torch.testing.assert_close(run(stock), run(model), rtol=0, atol=1e-4)
+    assert torch.equal(run(dense), run(stock)) and type(dense) is type(stock)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_network_of_ones_own_is_rebuilt_from_its_dense_module(kind: str, tmp_path: Path) -> None:
+    model = net(kind)
+    sharefold.convert_(model, sharefold.plan(model, budget="70%", calibration=images()), calibration=images())
+    path = sharefold.save(model, tmp_path / "own.safetensors")
+    with pytest.raises(SharefoldError, match=r"pass its dense module as load\(..., model=...\)"):
+        sharefold.load(path)
+    again = sharefold.load(path, model=net(kind, seed=5))
+    assert torch.equal(logits(model), logits(again))
+    torch.testing.assert_close(logits(sharefold.expand(again)), logits(model), rtol=1e-4, atol=1e-4)
+    with pytest.raises(SharefoldError):
+        sharefold.load(path, model=net(kind, blocks=2))
+
+
+def test_the_file_holds_each_tensor_once_and_little_else(model: nn.Module, saved: Path) -> None:
+    file = saved / "model.safetensors"
+    assert sorted(p.name for p in saved.iterdir()) == ["README.md", "model.safetensors", "sharefold_config.json"]
+    assert file.stat().st_size <= model_bytes(model) + 100_000
+    tensors = load_file(file)
+    parameters = dict(model.named_parameters())
+    assert sum(t.numel() for n, t in tensors.items() if n in parameters) == sum(p.numel() for p in parameters.values())
+    config = json.loads((saved / "sharefold_config.json").read_text())
+    with safe_open(str(file), framework="pt") as handle:
+        assert json.loads(handle.metadata()["sharefold"]) == config
+    assert config["format_version"] == 1 and config["base"]["name"] == NAME
+    assert config["sharefold_version"] == sharefold.__version__ and config["plan"]["groups"]
+    card = (saved / "README.md").read_text()
+    assert card.startswith("---\n") and "sharefold.load(" in card
+    embedded = json.loads(card.split("```json\n")[1].split("```")[0])
+    assert embedded["plan"] == config["plan"]
+
+
+def test_metrics_and_saving_again(model: nn.Module, tmp_path: Path) -> None:
+    path = sharefold.save(model, tmp_path / "a", metrics={"top1": 0.5})
+    again = sharefold.load(path)
+    second = sharefold.save(again, tmp_path / "b", metrics={"loss": 1.0})
+    config = json.loads((second / "sharefold_config.json").read_text())
+    assert config["metrics"] == {"top1": 0.5, "loss": 1.0} and "| top1 | 0.5000 |" in (second / "README.md").read_text()
+    assert torch.equal(run(sharefold.load(second)), run(model))
+
+
+def test_trained_weights_are_what_is_saved(tmp_path: Path) -> None:
+    model = registered()
+    sharefold.save(model, tmp_path / "net.safetensors")
+    again = sharefold.load(tmp_path / "net.safetensors")
+    optimizer = torch.optim.SGD(again.parameters(), 0.01)
+    again.train()(inputs()).square().mean().backward()
+    optimizer.step()
+    sharefold.save(again, tmp_path / "net.safetensors", force=True)
+    third = sharefold.load(tmp_path / "net.safetensors")
+    assert torch.equal(run(again), run(third)) and not torch.equal(run(third), run(model))
+
+
+def test_half_precision_stays_half(model: nn.Module, tmp_path: Path) -> None:
+    half = registered().half()
+    again = sharefold.load(sharefold.save(half, tmp_path / "half"))
+    assert all(p.dtype == torch.float16 for p in again.parameters())
+    for name, tensor in half.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+
+
+def edit(path: Path, change: Callable[[dict], None]) -> None:
+    file = path / "sharefold_config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    file.write_text(json.dumps(config))
+
+
+def test_unknown_keys_warn(saved: Path, model: nn.Module) -> None:
+    edit(saved, lambda config: config.update(color="green"))
+    with pytest.warns(SharefoldWarning, match=r"unknown keys \['color'\]"):
+        again = sharefold.load(saved)
+    assert torch.equal(run(again), run(model))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.update(format_version=2), "format_version 2, this sharefold reads up to 1: upgrade"),
+        (lambda c: c.update(format_version="one"), "format_version one"),
+        (lambda c: c.update(plan=[]), "holds no plan"),
+        (lambda c: c["plan"]["groups"][0].update(method="magic"), "unknown method 'magic'"),
+        (lambda c: c["plan"]["groups"][0]["options"].update(rank=1), "does not fit its own plan"),
+        (lambda c: c["plan"]["groups"][0]["options"].update(rank=-4), "must be rank an integer"),
+        (lambda c: c["plan"]["groups"][0].update(members=["gone", "lost"]), "names layer 'gone'"),
+        (lambda c: c["plan"].update(groups=[]), "does not fit its own plan"),
+        (lambda c: c.update(base={"library": "timm", "name": "os.system", "kwargs": {}}), "unknown model"),
+        (lambda c: c.update(base={"library": "os", "name": "system", "kwargs": {}}), "unknown model library"),
+        (lambda c: c["base"].update(kwargs={"checkpoint_path": "/etc/passwd"}), "not allowed here"),
+        (lambda c: c["base"].update(kwargs={"num_classes": 3}), "does not fit its own plan"),
+        (lambda c: c.update(aliases={"linear.bias": "nowhere"}), "tensor 'nowhere' is missing"),
+    ],
+)
+def test_configurations_that_do_not_hold_are_refused_in_one_line(
+    saved: Path, change: Callable[[dict], None], words: str
+) -> None:
+    edit(saved, change)
+    with pytest.raises(SharefoldError, match=words) as caught:
+        sharefold.load(saved)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 5_000, -1])
+def test_truncated_files(saved: Path, keep: int) -> None:
+    file = saved / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    for path in (saved, file):
+        with pytest.raises(SharefoldError, match="is damaged or no safetensors file") as caught:
+            sharefold.load(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_shared_network(tmp_path: Path) -> None:
+    with pytest.raises(SharefoldError, match="does not exist"):
+        sharefold.load(tmp_path / "gone")
+    with pytest.raises(SharefoldError, match=r"holds no model\.safetensors"):
+        sharefold.load(tmp_path)
+    save_file({"a": torch.zeros(2)}, tmp_path / "plain.safetensors")
+    with pytest.raises(SharefoldError, match="holds no sharefold configuration"):
+        sharefold.load(tmp_path / "plain.safetensors")
+    (tmp_path / "pickle.safetensors").write_bytes(pickle.dumps({"a": 1}))
+    with pytest.raises(SharefoldError, match="no safetensors file"):
+        sharefold.load(tmp_path / "pickle.safetensors")
+    with pytest.raises(SharefoldError, match="convert it first"):
+        sharefold.save(nn.Linear(2, 2), tmp_path / "x")
+    with pytest.raises(SharefoldError, match="it is dense already"):
+        sharefold.expand(nn.Linear(2, 2))
+    assert checkpoint.is_sharefold(tmp_path / "plain.safetensors") is False
+
+
+def test_is_sharefold(model: nn.Module, tmp_path: Path, saved: Path) -> None:
+    single = sharefold.save(model, tmp_path / "one.safetensors")
+    assert checkpoint.is_sharefold(saved) and checkpoint.is_sharefold(single) and not checkpoint.is_sharefold(tmp_path)
+
+
+@pytest.mark.parametrize("target", ["net", "net.safetensors"])
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_save_that_fails_leaves_everything_as_it_was(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, failure: BaseException, exists: bool
+) -> None:
+    path = tmp_path / target
+    if exists:
+        sharefold.save(model, path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    def fail(tensors: dict, file: str, metadata: dict) -> None:
+        Path(file).write_bytes(b"half")
+        raise failure
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    expected = SharefoldError if isinstance(failure, OSError) else KeyboardInterrupt
+    with pytest.raises(expected) as caught:
+        sharefold.save(model, path, force=True)
+    if isinstance(failure, OSError):
+        assert "No space left on device" in str(caught.value)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ([target] if exists else [])
+
+
+def test_existing_output(model: nn.Module, saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(SharefoldError, match="exists: pass --force"):
+        sharefold.save(model, saved)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    with pytest.raises(SharefoldError, match="a folder that sharefold did not write"):
+        sharefold.save(model, tmp_path / "mine", force=True)
+    with pytest.raises(SharefoldError, match="does not exist: create it first"):
+        sharefold.save(model, tmp_path / "no" / "net")
+    sharefold.save(model, saved, force=True)
+    shutil.rmtree(saved)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years" and len(list(tmp_path.iterdir())) == 1
+
+
+class Tied(nn.Module):
+    """A stock network that ties two weights itself, and holds a view into a larger storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)))
+        self.stem, self.out, self.back = nn.Conv2d(3, 8, 1), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.back.weight = self.out.weight
+        self.register_buffer("window", torch.arange(1000.0)[100:110])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.back(self.out(self.body(self.stem(x)).mean((2, 3)))) + self.window.mean()
+
+
+def test_weights_tied_by_the_network_itself_stay_tied(tmp_path: Path) -> None:
+    model = Tied().eval()
+    model.pretrained_cfg = {"input_size": (3, 12, 12)}
+    plan = sharefold.plan(model, budget="60%", calibration=images(), exclude="out|back")
+    sharefold.convert_(model, plan, calibration=images())
+    path = sharefold.save(model, tmp_path / "tied.safetensors")
+    assert path.stat().st_size < 4 * (sum(p.numel() for p in model.parameters()) + 10) + 10_000
+    again = sharefold.load(path, model=Tied())
+    assert torch.equal(logits(again), logits(model))
+    assert again.back.weight.data_ptr() == again.out.weight.data_ptr()

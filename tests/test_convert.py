@@ -1,0 +1,230 @@
+"""Conversion of small networks of every kind: exactness at full rank, honest errors, refusals that change nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from spine_nets import BLOCKS, images, logits, net
+from torch import Tensor, nn
+
+import sharefold
+from sharefold.errors import SharefoldError
+from sharefold.graph import analyze, find_groups
+from sharefold.layers import SharedConv, banks, shared_layers
+from sharefold.measure import agreement
+from sharefold.planner import statistics_of
+from sharefold.plans import GroupPlan, Plan
+
+KINDS = list(BLOCKS)
+CALIBRATION = images()
+
+
+def full_plan(model: nn.Module, method: str) -> Plan:
+    """A plan for every group of isomorphic layers, with options at which ``method`` loses nothing."""
+    graph = analyze(model, CALIBRATION[:1])
+    plans = []
+    for group in find_groups(graph):
+        outputs, inputs, height, width = group.weight_shape
+        features, layers = inputs * height * width, len(group.members)
+        if (method in ("svd", "spatial") and group.groups > 1) or (method == "spatial" and height * width == 1):
+            continue
+        if method == "cluster-layer" and group.groups > 1:
+            continue
+        options = {
+            "basis": {"rank": min(features, layers * outputs)},
+            "svd": {"rank": min(features, outputs)},
+            "spatial": {"rank": min(inputs * height, outputs * width)},
+            "cluster-layer": {"count": layers},
+        }[method]
+        plans.append(GroupPlan(group.name, method, group.members, options))
+    return Plan(plans, 0, 0, "full rank")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["basis", "svd", "spatial", "cluster-layer"])
+def test_full_rank_is_the_original(kind: str, method: str) -> None:
+    model = net(kind)
+    plan = full_plan(model, method)
+    if not plan.groups:
+        # Grouped convolutions have no low-rank form here, and 1x1 kernels nothing to split.
+        assert (kind, method) in {("grouped", "svd"), ("grouped", "spatial"), ("grouped", "cluster-layer"),
+                                  ("depthwise", "spatial"), ("convnext", "spatial")}  # fmt: skip
+        return
+    before = logits(model)
+    done = sharefold.convert_(model, plan, calibration=CALIBRATION, repair=False)
+    assert shared_layers(model).keys() == {m for g in plan.groups for m in g.members}
+    assert all(g.error is not None and g.error < 1e-6 for g in done.plan.groups)
+    torch.testing.assert_close(logits(model), before, rtol=1e-3, atol=2e-3)
+    assert done.agreement == 1.0 and done.kl < 1e-5
+
+
+def test_equal_layers_lose_nothing_when_averaged() -> None:
+    model = net()
+    first = model.stage2[0].conv1.weight.data
+    for block in model.stage2:
+        block.conv1.weight.data.copy_(first), block.conv2.weight.data.copy_(first)
+    names = tuple(f"stage2.{i}.conv{j}" for i in range(3) for j in (1, 2))
+    before = logits(model)
+    params = sum(p.numel() for p in model.parameters())
+    done = sharefold.convert_(
+        model, Plan([GroupPlan("s", "average", names)], 0, 0), calibration=CALIBRATION, repair=False
+    )
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+    assert done.plan.groups[0].error == pytest.approx(0, abs=1e-9)
+    assert done.plan.params_after == params - 5 * first.numel() == sum(p.numel() for p in model.parameters())
+    torch.testing.assert_close(banks(model)["s"].weight.detach(), first)
+
+
+@torch.no_grad()
+def output_error(dense: nn.Module, shared: nn.Module, name: str, norm: str) -> float:
+    """Relative centred error of a layer's scaled outputs, on the inputs that the dense network gives it."""
+    inputs: list[Tensor] = []
+    handle = dense.get_submodule(name).register_forward_hook(lambda module, args, out: inputs.append(args[0]))
+    dense(CALIBRATION)
+    handle.remove()
+    batch_norm = dense.get_submodule(norm)
+    scale = (batch_norm.weight * torch.rsqrt(batch_norm.running_var + batch_norm.eps)).view(1, -1, 1, 1)
+    y = dense.get_submodule(name)(inputs[0]) * scale
+    z = shared.get_submodule(name)(inputs[0]) * scale
+    y, z = (t - t.mean((0, 2, 3), keepdim=True) for t in (y, z))
+    return float((y - z).square().sum() / y.square().sum())
+
+
+@pytest.mark.parametrize("kind", ["residual", "grouped"])
+@pytest.mark.parametrize("method", ["basis", "svd", "spatial", "average", "tied", "cluster-filter", "cluster-kernel"])
+def test_reported_errors_are_those_of_the_layers_outputs(kind: str, method: str) -> None:
+    model = net(kind)
+    options = {"basis": {"rank": 14}, "svd": {"rank": 3}, "spatial": {"rank": 5}, "cluster-filter": {"count": 20},
+               "cluster-kernel": {"count": 12}}.get(method, {})  # fmt: skip
+    if kind == "grouped" and method in ("svd", "spatial"):
+        return
+    names = tuple(f"stage2.{i}.conv{j}" for i in range(3) for j in (1, 2))
+    done = sharefold.convert_(
+        model, Plan([GroupPlan("s", method, names, options)], 0, 0), calibration=CALIBRATION, repair=False
+    )
+    errors = [output_error(done.original, model, name, name.replace("conv", "bn")) for name in names]
+    reported = done.plan.groups[0].error
+    assert reported is not None and reported > 0.01
+    # The moment of 24 images is shrunk a little towards the identity, which weighs all errors alike.
+    assert reported == pytest.approx(sum(errors) / len(errors), rel=0.05)
+
+
+def test_dense_copy_is_untouched_and_original_is_returned() -> None:
+    model = net()
+    state = copy.deepcopy(model.state_dict())
+    plan = sharefold.plan(model, budget="50%", calibration=CALIBRATION)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+    done = sharefold.convert_(model, plan, calibration=CALIBRATION)
+    assert all(torch.equal(done.original.state_dict()[key], value) for key, value in state.items())
+    assert not shared_layers(done.original) and shared_layers(model)
+    held = CALIBRATION[::5]
+    found = agreement(done.original, model, held)
+    assert (found.top1, found.kl) == (pytest.approx(done.agreement), pytest.approx(done.kl, rel=1e-4, abs=1e-7))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_seed_same_network(kind: str) -> None:
+    one, two = net(kind), net(kind)
+    for model in (one, two):
+        sharefold.convert_(model, sharefold.plan(model, budget="60%", calibration=CALIBRATION), calibration=CALIBRATION)
+    assert torch.equal(logits(one), logits(two))
+
+
+def test_repair_does_not_raise_the_divergence() -> None:
+    model = net(blocks=4)
+    plan = sharefold.plan(model, budget="35%", calibration=CALIBRATION)
+    plain, repaired = copy.deepcopy(model), copy.deepcopy(model)
+    without = sharefold.convert_(plain, plan, calibration=CALIBRATION, repair=False)
+    done = sharefold.convert_(repaired, plan, calibration=CALIBRATION)
+    assert done.kl <= without.kl and without.steps == {} and set(done.steps) == {"refit", "norms"}
+
+
+def test_moments_are_taken_from_the_dense_network_alone() -> None:
+    """Solutions do not depend on which groups were converted before."""
+    model = net()
+    names = [tuple(f"stage{s}.{i}.conv{j}" for i in range(3) for j in (1, 2)) for s in (1, 2)]
+    both = Plan([GroupPlan(f"g{i}", "basis", n, {"rank": 9}) for i, n in enumerate(names)], 0, 0)
+    one = Plan([both.groups[1]], 0, 0)
+    first, second = copy.deepcopy(model), copy.deepcopy(model)
+    sharefold.convert_(first, both, calibration=CALIBRATION, repair=False)
+    sharefold.convert_(second, one, calibration=CALIBRATION, repair=False)
+    for name in names[1]:
+        assert torch.equal(first.get_submodule(name).weight, second.get_submodule(name).weight)
+
+
+def test_statistics_can_be_handed_over() -> None:
+    model = net()
+    graph = analyze(model, CALIBRATION[:1])
+    statistics = statistics_of(model, graph, CALIBRATION)
+    plan = sharefold.plan(model, budget="50%", statistics=statistics, graph=graph)
+    passes = statistics.passes
+    done = sharefold.convert_(model, plan, statistics=statistics, graph=graph, repair=False)
+    assert statistics.passes == passes and done.plan.params_after <= 0.5 * plan.params_before
+
+
+MEMBERS = ("stage2.0.conv1", "stage2.1.conv1")
+
+
+@pytest.mark.parametrize(
+    ("group", "words"),
+    [
+        (GroupPlan("g", "basis", ("stage2.0.conv1", "nowhere"), {"rank": 2}), "names layer 'nowhere'"),
+        (GroupPlan("g", "magic", MEMBERS), "unknown method 'magic'"),
+        (GroupPlan("g", "basis", MEMBERS), "do not fit method basis"),
+        (GroupPlan("g", "basis", MEMBERS, {"rank": "all"}), "do not fit method basis"),
+        (GroupPlan("g", "basis", MEMBERS, {"rank": -1}), "must be rank an integer from 1 to 144"),
+        (GroupPlan("g", "basis", MEMBERS, {"rank": 0}), "must be rank"),
+        (GroupPlan("g", "basis", MEMBERS, {"rank": 10**30}), "do not fit method basis"),
+        (GroupPlan("g", "svd", MEMBERS, {"rank": 17}), "from 1 to 16"),
+        (GroupPlan("g", "spatial", MEMBERS, {"rank": 2.5}), "rank': 2.5"),
+        (GroupPlan("g", "cluster-layer", MEMBERS, {"count": 3}), "from 1 to 2"),
+        (GroupPlan("g", "cluster-kernel", MEMBERS, {"count": True}), "must be count"),
+        (GroupPlan("g", "basis", ("stage1.0.conv1", "stage2.0.conv1"), {"rank": 2}), "must be isomorphic"),
+        (GroupPlan("g", "basis", ("stage2.0.conv1", "stage2.0.bn1"), {"rank": 2}), "is a BatchNorm2d"),
+    ],
+)
+def test_a_plan_that_does_not_fit_changes_nothing(group: GroupPlan, words: str) -> None:
+    model = net()
+    before = {name: type(module) for name, module in model.named_modules()}
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(SharefoldError, match=words) as caught:
+        sharefold.convert_(model, Plan([group], 0, 0), calibration=CALIBRATION)
+    assert "\n" not in str(caught.value)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
+    assert not hasattr(model, "sharefold_config") and not banks(model)
+
+
+def test_a_shared_network_is_not_converted_again() -> None:
+    model = net()
+    plan = Plan([GroupPlan("g", "basis", MEMBERS, {"rank": 4})], 0, 0)
+    sharefold.convert_(model, plan, calibration=CALIBRATION, repair=False)
+    with pytest.raises(SharefoldError, match="is shared already"):
+        sharefold.convert_(model, plan, calibration=CALIBRATION, repair=False)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "words"),
+    [
+        (torch.zeros(0, 3, 12, 12), "no images"),
+        (torch.zeros(4, 1, 12, 12), "1 channels, the model takes 3"),
+        (torch.zeros(4, 3, 12, 12, dtype=torch.uint8), "not a float tensor"),
+        (torch.full((4, 3, 12, 12), float("nan")), "NaN"),
+        ([1, 2], "list is not a float tensor"),
+    ],
+)
+def test_bad_calibration_images(calibration: object, words: str) -> None:
+    model = net()
+    for verb in (lambda: sharefold.plan(model, calibration=calibration),
+                 lambda: sharefold.convert_(model, Plan([], 0, 0), calibration=calibration)):  # fmt: skip
+        with pytest.raises(SharefoldError, match=words):
+            verb()
+
+
+def test_procedural_images_stand_in() -> None:
+    model = net()
+    done = sharefold.convert_(model, sharefold.plan(model, budget="60%"))
+    assert done.plan.size <= 0.6 and any(isinstance(m, SharedConv) for m in model.modules())
+    assert torch.isfinite(logits(model)).all()

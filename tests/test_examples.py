@@ -1,0 +1,52 @@
+"""The examples run as they stand, offline, and print what they promise."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sharefold
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name: str, place: Path, *arguments: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments], cwd=place, env=environment, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_examples_are_short(script: Path) -> None:
+    assert len(script.read_text().splitlines()) < 40
+
+
+def test_quickstart(tmp_path: Path) -> None:
+    out = run("quickstart.py", tmp_path)
+    kept, before = re.search(r"([\d,]+) parameters in quickstart-shared", out), 198_898
+    assert kept is not None and int(kept[1].replace(",", "")) <= before / 2
+    assert "parameters (" in out and float(re.search(r"differs by (\S+)", out)[1]) < 1e-3  # type: ignore[index]
+    model = sharefold.load(tmp_path / "quickstart-shared")
+    assert f"{sum(p.numel() for p in model.parameters()):,}" == kept[1]
+
+
+def test_own_network(tmp_path: Path) -> None:
+    out = run("own_network.py", tmp_path, "net")
+    assert "logits identical: True" in out and "parameters (" in out
+    assert (tmp_path / "net" / "model.safetensors").is_file()
+
+
+def test_finetune_shared(tmp_path: Path) -> None:
+    out = run("finetune_shared.py", tmp_path, "tuned", "2")
+    original, converted, tuned = (float(share) / 100 for share in re.findall(r": +([\d.]+)%", out))
+    assert original > 0.95 and converted < original and tuned > converted
+    assert sharefold.load(tmp_path / "tuned").sharefold_config["plan"]["params_after"] <= 0.08 * 198_898

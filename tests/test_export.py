@@ -1,0 +1,234 @@
+"""Exported files compute what the network computes, hold shared tensors once, and need no sharefold."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import sharefold
+import sharefold.models
+from sharefold.errors import SharefoldError
+from sharefold.export import TOLERANCE, export
+from sharefold.layers import shared_layers
+
+IMAGES = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def stock() -> nn.Module:
+    return timm.create_model("digits_resnet", blocks=3, width=16).eval()
+
+
+def converted(method: str, budget: str = "60%") -> nn.Module:
+    model = stock()
+    images = torch.randn(40, 1, 8, 8)
+    plan = sharefold.plan(model, budget=budget, method=method, calibration=images)
+    sharefold.convert_(model, plan, calibration=images, repair=False)
+    return model
+
+
+def run_onnx(path: Path, images: Tensor) -> Tensor:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def logits(model: nn.Module, images: Tensor = IMAGES) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(images)
+
+
+def stored_once(path: Path, model: nn.Module) -> None:
+    """The file holds no more floats than the network, and is no larger than the safetensors file plus 10 %."""
+    plain = path.with_suffix(".safetensors")
+    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, plain)
+    assert path.stat().st_size <= 1.1 * plain.stat().st_size
+    floats = sum(
+        len(tensor.raw_data) for tensor in onnx.load(path).graph.initializer
+        if tensor.data_type == onnx.TensorProto.FLOAT
+    )  # fmt: skip
+    assert floats <= 4 * sum(t.numel() for t in model.state_dict().values() if t.is_floating_point()) + 1024
+
+
+@pytest.fixture(scope="module")
+def shared() -> nn.Module:
+    torch.manual_seed(0)
+    return converted("basis", "40%")
+
+
+@pytest.fixture(scope="module")
+def onnx_file(shared: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("onnx") / "net.onnx"
+    done = export(shared, path)
+    assert done.format == "onnx" and done.path == path and done.bytes == path.stat().st_size
+    assert done.inputs == ("images",) and done.outputs == ("logits",) and done.dynamic_batch
+    assert done.max_difference < TOLERANCE
+    return path
+
+
+def test_onnx_computes_the_same_at_any_batch_size(shared: nn.Module, onnx_file: Path) -> None:
+    for count in (1, 2, 5):
+        assert torch.allclose(run_onnx(onnx_file, IMAGES[:count]), logits(shared, IMAGES[:count]), atol=1e-4)
+    batch = onnx.load(onnx_file).graph.input[0].type.tensor_type.shape.dim[0]
+    assert batch.dim_param == "batch"
+
+
+def test_onnx_holds_the_bank_once_and_composes_in_the_graph(shared: nn.Module, onnx_file: Path) -> None:
+    stored_once(onnx_file, shared)
+    graph = onnx.load(onnx_file)
+    onnx.checker.check_model(graph, full_check=True)
+    bank = next(name for name, _ in shared.named_parameters() if name.startswith("sharefold_banks"))
+    users = [node for node in graph.graph.node if bank in node.input]
+    members = [layer for layer in shared_layers(shared).values() if layer.bank is not None]
+    assert bank in {tensor.name for tensor in graph.graph.initializer} and len(members) > 1
+    assert 1 <= len(users) <= len(members)
+    text = onnx_file.read_bytes()
+    assert str(Path(sharefold.__file__).parent).encode() not in text, "source paths of this machine are in the file"
+
+
+@pytest.mark.parametrize("method", ["average", "cluster", "spatial"])
+def test_onnx_of_other_methods(method: str, tmp_path: Path) -> None:
+    model = converted(method, "75%")
+    export(model, tmp_path / "net.onnx")
+    assert torch.allclose(run_onnx(tmp_path / "net.onnx", IMAGES), logits(model), atol=1e-4)
+    stored_once(tmp_path / "net.onnx", model)
+
+
+def test_a_fixed_batch(shared: nn.Module, tmp_path: Path) -> None:
+    done = export(shared, tmp_path / "one.onnx", example_input=IMAGES[:1], dynamic_batch=False)
+    assert not done.dynamic_batch
+    assert run_onnx(done.path, IMAGES[:1]).shape == (1, 10)
+    with pytest.raises(Exception, match=r"(?i)dimension|shape"):
+        run_onnx(done.path, IMAGES)
+
+
+ALONE = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("sharefold", "sharefold_cli", "timm"):
+            raise ImportError("blocked: " + name)
+sys.meta_path.insert(0, Blocked())
+import torch
+program = torch.export.load(sys.argv[1])
+model = program.module()
+images = torch.load(sys.argv[2], weights_only=True)
+torch.save({"logits": model(images).detach(), "one": model(images[:1]).detach()}, sys.argv[3])
+assert not any(name.partition(".")[0] in ("sharefold", "timm") for name in sys.modules)
+"""
+
+
+def test_an_archive_runs_where_sharefold_is_not_installed(shared: nn.Module, tmp_path: Path) -> None:
+    done = export(shared, tmp_path / "net.pt2")
+    assert done.format == "pt2" and done.dynamic_batch and done.max_difference < TOLERANCE
+    torch.save(IMAGES, tmp_path / "images.pt")
+    files = [str(tmp_path / name) for name in ("net.pt2", "images.pt", "out.pt")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", ALONE, *files], check=True, cwd=tmp_path, env=environment, timeout=120)
+    result = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert torch.allclose(result["logits"], logits(shared), atol=1e-5)
+    assert torch.allclose(result["one"], logits(shared, IMAGES[:1]), atol=1e-5)
+    stored = torch.export.load(tmp_path / "net.pt2").state_dict
+    assert sum(t.numel() for t in stored.values()) <= sum(t.numel() for t in shared.state_dict().values())
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_dense_is_a_stock_state_dict(shared: nn.Module, tmp_path: Path, suffix: str) -> None:
+    done = export(shared, tmp_path / f"net{suffix}")
+    assert done.format == "dense" and done.max_difference < TOLERANCE
+    state = load_file(done.path) if suffix == ".safetensors" else torch.load(done.path, weights_only=True)
+    dense = stock()
+    dense.load_state_dict(state)
+    assert torch.allclose(logits(dense), logits(shared), atol=1e-4)
+
+
+def test_modes_caches_and_results_stay(shared: nn.Module, tmp_path: Path) -> None:
+    before = logits(shared)
+    shared.train()
+    shared.layer1.eval()
+    modes = {name: module.training for name, module in shared.named_modules()}
+    export(shared, tmp_path / "net.pt2")
+    assert {name: module.training for name, module in shared.named_modules()} == modes
+    assert torch.equal(logits(shared), before)
+
+
+def test_a_difference_is_refused_and_leaves_nothing(shared: nn.Module, tmp_path: Path) -> None:
+    for name in ("net.onnx", "net.pt2", "net.safetensors"):
+        with pytest.raises(SharefoldError, match=r"differs from the network by .* more than -1"):
+            export(shared, tmp_path / name, tolerance=-1)
+    assert not list(tmp_path.iterdir())
+
+
+class Branches(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if float(x.sum()) > 0 else x - 1
+
+
+class TwoOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.conv(x)
+        return {"map": y, "mean": y.mean((2, 3))}
+
+
+def test_several_outputs(tmp_path: Path) -> None:
+    done = export(TwoOutputs(), tmp_path / "two.onnx", example_input=torch.randn(2, 3, 9, 9))
+    assert done.outputs == ("output_0", "output_1")
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "words"),
+    [
+        ("net.bin", None, "unknown kind '.bin'"),
+        ("net.onnx", "pt2", "format pt2 ends in .pt2"),
+        ("net.onnx", "tflite", "'tflite' is not known"),
+        ("missing/net.onnx", None, "does not exist"),
+    ],
+)
+def test_bad_requests(shared: nn.Module, tmp_path: Path, name: str, format: str | None, words: str) -> None:
+    with pytest.raises(SharefoldError, match=words):
+        export(shared, tmp_path / name, format)
+
+
+def test_networks_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    example = torch.randn(2, 3, 9, 9)
+    with pytest.raises(SharefoldError, match="cannot be traced"):
+        export(Branches(), tmp_path / "net.pt2", example_input=example)
+    with pytest.raises(SharefoldError, match="dense already"):
+        export(TwoOutputs(), tmp_path / "net.pt", example_input=example)
+    export(TwoOutputs(), tmp_path / "net.pt2", example_input=example)
+    with pytest.raises(SharefoldError, match="--force"):
+        export(TwoOutputs(), tmp_path / "net.pt2", example_input=example)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(SharefoldError, match=r"package onnxruntime: pip install 'sharefold\[onnx\]'"):
+        export(TwoOutputs(), tmp_path / "net.onnx", example_input=example)
+
+
+FAMILIES = (
+    "resnet10t", "mobilenetv2_035", "efficientnet_b0", "densenet121", "regnetx_002", "convnext_atto", "repvgg_a0",
+    "dla46_c", "vgg11_bn", "ghostnet_050", "mnasnet_small", "hrnet_w18_small", "nf_resnet26", "resnetv2_50",
+    "convmixer_768_32", "seresnet18", "tf_efficientnet_b0", "mixnet_s", "cspresnet50", "mobilenetv3_small_050",
+)  # fmt: skip
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_passes_through_onnx(family: str, tmp_path: Path) -> None:
+    images = torch.randn(8, 3, 64, 64)
+    model = timm.create_model(family).eval()
+    plan = sharefold.plan(model, budget="70%", calibration=images)
+    sharefold.convert_(model, plan, calibration=images, repair=False)
+    done = export(model, tmp_path / "net.onnx", example_input=images[:2])
+    assert done.max_difference < TOLERANCE
+    stored_once(done.path, model)

@@ -1,0 +1,141 @@
+"""Budgets are kept, floors are told, exclusions hold."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from spine_nets import BLOCKS, images, net
+from torch import nn
+
+import sharefold
+from sharefold.errors import SharefoldError
+from sharefold.graph import analyze
+from sharefold.measure import model_bytes
+from sharefold.planner import find_units, statistics_of
+
+CALIBRATION = images(16)
+METHODS = ("basis", "svd", "spatial", "average", "tied", "cluster-layer", "cluster-filter", "cluster-kernel")
+
+
+class Prepared:
+    """A network whose statistics are taken once."""
+
+    def __init__(self, kind: str) -> None:
+        self.model = net(kind)
+        self.graph = analyze(self.model, CALIBRATION[:1])
+        self.statistics = statistics_of(self.model, self.graph, CALIBRATION)
+        self.params = count(self.model)
+
+    def plan(self, budget: str | float, method: str = "auto", **options: str) -> sharefold.Plan:
+        return sharefold.plan(
+            self.model, budget=budget, method=method, statistics=self.statistics, graph=self.graph, **options
+        )
+
+    def carried_out(self, plan: sharefold.Plan) -> nn.Module:
+        model = copy.deepcopy(self.model)
+        sharefold.convert_(model, plan, statistics=self.statistics, graph=self.graph, repair=False)
+        return model
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.fixture(scope="module", params=list(BLOCKS))
+def prepared(request: pytest.FixtureRequest) -> Prepared:
+    return Prepared(request.param)
+
+
+@pytest.fixture(scope="module")
+def residual() -> Prepared:
+    return Prepared("residual")
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(share=st.floats(0.45, 0.99))
+def test_the_plan_keeps_its_budget_and_its_word(prepared: Prepared, share: float) -> None:
+    try:
+        plan = prepared.plan(share)
+    except SharefoldError as error:
+        assert "the floor is" in str(error)
+        return
+    assert plan.params_before == prepared.params and plan.params_after <= share * prepared.params
+    model = prepared.carried_out(plan)
+    assert count(model) == plan.params_after
+    assert prepared.params - sum(g.params_before - g.params_after for g in plan.groups) == plan.params_after
+    members = [m for g in plan.groups for m in g.members]
+    assert len(members) == len(set(members))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_keeps_the_budget(residual: Prepared, method: str) -> None:
+    plan = residual.plan("70%", method)
+    assert plan.groups and {g.method for g in plan.groups} == {method}
+    assert count(residual.carried_out(plan)) == plan.params_after <= 0.7 * residual.params
+    assert "70%" in plan.source and method in plan.source
+
+
+@pytest.mark.parametrize("method", ["auto", "basis", "average", "spatial"])
+def test_the_floor_is_told_and_can_be_reached(residual: Prepared, method: str) -> None:
+    with pytest.raises(SharefoldError, match="is below what") as caught:
+        residual.plan(10, method)
+    found = re.search(r"the floor is ([\d,]+) parameters", str(caught.value))
+    assert found and "\n" not in str(caught.value)
+    floor = int(found[1].replace(",", ""))
+    plan = residual.plan(floor, method)
+    assert plan.params_after <= floor and count(residual.carried_out(plan)) == plan.params_after
+    with pytest.raises(SharefoldError, match="the floor is"):
+        residual.plan(floor - 1, method)
+
+
+def test_more_budget_is_never_worse(residual: Prepared) -> None:
+    def damage(plan: sharefold.Plan) -> float:
+        return sum((g.error or 0) * len(g.members) for g in plan.groups)
+
+    errors = [damage(residual.plan(share)) for share in (0.4, 0.5, 0.6, 0.75, 0.9)]
+    assert errors == sorted(errors, reverse=True)
+    assert residual.plan("100%").groups == [] and residual.plan("100%").params_after == residual.params
+
+
+def test_auto_is_at_least_as_good_as_each_of_its_methods(residual: Prepared) -> None:
+    def damage(method: str) -> float:
+        return sum((g.error or 0) * len(g.members) for g in residual.plan("45%", method).groups)
+
+    assert damage("auto") <= min(damage(method) for method in ("basis", "svd", "spatial")) * 1.01
+
+
+def test_budgets_in_parameters_and_bytes(residual: Prepared) -> None:
+    half = residual.params // 2
+    assert residual.plan(half).params_after <= half
+    assert residual.plan(f"{half / 1000}k").params_after <= half
+    size = model_bytes(residual.model) * 0.6
+    model = residual.carried_out(residual.plan(f"{size / 1000}kB", "basis"))
+    assert model_bytes(model) <= size
+
+
+def test_exclude(residual: Prepared) -> None:
+    plan = residual.plan("70%", exclude=r"^stage1|^stem")
+    assert plan.groups and not any(m.startswith(("stage1", "stem")) for g in plan.groups for m in g.members)
+    with pytest.raises(SharefoldError, match="not a regular expression"):
+        residual.plan("70%", exclude="[")
+    assert not any("conv1" in m for unit in find_units(residual.graph, "conv1") for m in unit.members)
+
+
+def test_units_cover_every_layer_once(prepared: Prepared) -> None:
+    members = [m for unit in find_units(prepared.graph) for m in unit.members]
+    assert sorted(members) == sorted(prepared.graph.layers)
+
+
+@pytest.mark.parametrize("budget", ["lots", "-3", "0", "150%", "5 lightyears"])
+def test_budgets_that_are_none(residual: Prepared, budget: str) -> None:
+    with pytest.raises(SharefoldError, match="budget"):
+        residual.plan(budget)
+
+
+def test_unknown_methods_name_the_nearest(residual: Prepared) -> None:
+    with pytest.raises(SharefoldError, match="did you mean basis"):
+        residual.plan("50%", "basiss")

@@ -1,0 +1,73 @@
+"""The promised figures, on CIFAR-10 and public weights: all 10,000 test images, no labels, no fine-tuning."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from doc_blocks import ROOT
+
+import sharefold
+from sharefold.measure import count_parameters
+from sharefold_cli.main import cli
+
+pytestmark = pytest.mark.realdata
+NET20, NET56 = "resnet20-12fca82f.th", "resnet56-4bfd9763.th"
+
+
+@pytest.fixture(scope="session")
+def npz(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """5,000 training and all test images as DATA ``npz:FILE``."""
+    spec = importlib.util.spec_from_file_location("cifar", ROOT / "benchmarks" / "cifar.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["cifar"] = module
+    spec.loader.exec_module(module)
+    return module.write_npz(shared_data, tmp_path_factory.mktemp("cifar") / "cifar10.npz", train_sprites=5)
+
+
+def call(*arguments: object) -> dict:
+    result = CliRunner().invoke(cli, [*map(str, arguments), "--json", "--quiet"])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def top1(source: Path, npz: Path) -> float:
+    report = call("eval", source, "--data", f"npz:{npz}")
+    assert report["images"] == 10_000
+    return report["top1"]
+
+
+def test_original_resnet20(shared_data: Path, npz: Path) -> None:
+    assert top1(shared_data / "weights" / NET20, npz) == pytest.approx(0.9173, abs=1e-4)
+
+
+def test_original_resnet56_on_2000_images(shared_data: Path, npz: Path) -> None:
+    report = call("eval", shared_data / "weights" / NET56, "--data", f"npz:{npz}", "--limit", 2000)
+    assert report["top1"] == pytest.approx(0.9339, abs=0.012)  # two standard errors of 2,000 images
+
+
+@pytest.mark.parametrize(
+    ("weights", "budget", "calibrated", "least"),
+    [
+        (NET20, "50%", True, 0.870),
+        (NET20, "65%", False, 0.880),
+        # Minutes each: with `pytest -m "realdata and sweep"`.
+        pytest.param(NET56, "50%", True, 0.922, marks=pytest.mark.sweep),
+        pytest.param(NET56, "35%", True, 0.885, marks=pytest.mark.sweep),
+    ],
+)
+def test_converted(
+    shared_data: Path, npz: Path, tmp_path: Path, weights: str, budget: str, calibrated: bool, least: float
+) -> None:
+    out = tmp_path / "net"
+    images = ["--calib", f"npz:{npz}"] if calibrated else []
+    report = call("convert", shared_data / "weights" / weights, *images, "--budget", budget, "-o", out)
+    allowed = float(budget[:-1]) / 100 * report["params"]["before"]
+    model = sharefold.load(out)
+    assert count_parameters(model) == report["params"]["after"] <= allowed
+    assert top1(out, npz) >= least

@@ -1,0 +1,72 @@
+"""Several budgets of one network: sizes, order, statistics gathered once."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sharefold
+from sharefold.calibrate.statistics import Statistics
+from sharefold.errors import SharefoldError
+from sharefold.sweep import parse_budgets, sweep, to_csv
+
+
+def scores(model: nn.Module) -> dict[str, Any]:
+    return {"top1": 0.5, "top5": 0.9, "loss": float(sum(p.numel() for p in model.parameters()))}
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return sharefold.open_source("timm:digits_resnet", pretrained=False).model
+
+
+def test_every_budget_is_kept_and_the_network_stays(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    made: list[Statistics] = []
+    original = Statistics.__init__
+    monkeypatch.setattr(Statistics, "__init__", lambda self, *a, **k: (made.append(self), original(self, *a, **k))[1])
+    kept: dict[str, tuple[nn.Module, dict]] = {}
+    points = sweep(
+        net, ["60%", "40%"], scores, torch.randn(40, 1, 8, 8), method="basis", repair=False,
+        keep=lambda budget, model, metrics: kept.update({budget: (model, metrics)}),
+    )  # fmt: skip
+    assert [point.budget for point in points] == ["dense", "60%", "40%"] and len(made) == 1 and made[0].passes == 1
+    assert points[0].params == 198_898 and points[0].share == 1 and points[0].agreement == 1
+    assert points[1].params <= 0.6 * 198_898 and points[2].params <= 0.4 * 198_898 < points[1].params
+    for point in points[1:]:
+        model, metrics = kept[point.budget]
+        assert sum(p.numel() for p in model.parameters()) == point.params == point.loss == metrics["params"]
+        assert point.share == point.params / 198_898 and 0 < point.macs <= points[0].macs and 0 <= point.agreement <= 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    rows = list(csv.DictReader(io.StringIO(to_csv(points))))
+    assert [row["budget"] for row in rows] == ["dense", "60%", "40%"] and float(rows[2]["share"]) == points[2].share
+
+
+def test_results_do_not_depend_on_the_other_budgets(net: nn.Module) -> None:
+    images = torch.randn(40, 1, 8, 8)
+    alone = sweep(net, ["40%"], scores, images, method="basis", repair=False)[1]
+    second = sweep(net, ["60%", "40%"], scores, images, method="basis", repair=False)[2]
+    assert (alone.params, alone.agreement) == (second.params, second.agreement)
+    assert alone.kl == pytest.approx(second.kl, rel=1e-3)
+
+
+def test_an_unreachable_budget_is_refused_before_any_conversion(net: nn.Module) -> None:
+    kept: list[str] = []
+    with pytest.raises(SharefoldError, match="the floor is"):
+        sweep(net, ["60%", "1%"], scores, torch.randn(40, 1, 8, 8), method="basis", keep=lambda *a: kept.append(a[0]))
+    assert not kept
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("", "no budgets"), (" , ", "no budgets"), ("50%,x", "'x'"), ("50%,0.5", "twice")]
+)
+def test_bad_budgets(text: str, words: str) -> None:
+    with pytest.raises(SharefoldError, match=words):
+        parse_budgets(text)
+    assert [b.text for b in parse_budgets("25%, 2M")] == ["25%", "2M"]
