@@ -82,9 +82,13 @@ def command(
     model = opened.model.to(device).eval()
     timer.lap("load")
     preprocess = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size, mean=mean, std=std)
-    count = calib_count or default_count(*preprocess.size[1:])
-    images = calibration_images(calib, preprocess, count, run.seed, calib_split, resize=calib_resize)
-    if calib is None:
+    # A recipe's plan, or a given one, needs no images until it is carried out.
+    planned_without = request.dry_run and (request.recipe is not None or request.plan is not None)
+    images = torch.zeros(1, *preprocess.size)
+    if calib is not None or not planned_without:
+        count = calib_count or default_count(*preprocess.size[1:])
+        images = calibration_images(calib, preprocess, count, run.seed, calib_split, resize=calib_resize)
+    if calib is None and not planned_without:
         images = matched(model, images, run.seed)
     example = torch.zeros(1, *preprocess.size, device=device)
     timer.lap("calibration_images")

@@ -37,6 +37,11 @@ def pytest_runtest_makereport(
     return report
 
 
+# Parallel test processes of one thread each: with all threads in each of them they would only wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

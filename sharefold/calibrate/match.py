@@ -24,7 +24,7 @@ def match_statistics(
     """Images moved so that the batch statistics at every BatchNorm of ``model`` approach its running statistics.
 
     Args:
-        model: a network in any mode; left as it was. Without BatchNorms the images come back unchanged.
+        model: a network in any mode; left as it was. Without trained BatchNorms the images come back unchanged.
         images: (n, C, H, W) normalised; unchanged, the result is a new tensor within their range of each channel.
         steps: Adam steps a batch.
         rate: Adam's step, in normalised pixel values; falls linearly to 0.
@@ -67,7 +67,13 @@ def mismatch(model: nn.Module, images: Tensor) -> float:
 
 
 def _norms(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, NORMS) and m.running_mean is not None]
+    """BatchNorms that have seen data: one as it was initialised remembers nothing worth matching."""
+    return [m for m in model.modules() if isinstance(m, NORMS) and m.running_mean is not None and _trained(m)]
+
+
+def _trained(norm: nn.Module) -> bool:
+    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    return bool((mean != 0).any() or (variance != 1).any())
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from sharefold.layers import Bank, BasisConv, ConvForm, SharedConv
 from sharefold.methods.base import Choice, Method, Solution, curve_effort, rank_grid, solve_effort
 from sharefold.methods.problem import GroupProblem
 from sharefold.solvers import basis
+from sharefold.solvers.data_norm import Problem
 
 
 class Basis(Method):
@@ -26,8 +27,9 @@ class Basis(Method):
         ranks = rank_grid(min((dense - 1) // per_rank, form.features), points=24)
         if not ranks:
             return []
-        points = basis.curve(problem.flat(), ranks, **curve_effort(form.features))
-        return [Choice({"rank": p.rank}, p.rank * per_rank, self._per_layer(problem, p.errors)) for p in points]
+        flat = problem.flat()
+        points = basis.curve(flat, ranks, **curve_effort(form.features))
+        return [Choice({"rank": p.rank}, p.rank * per_rank, self._per_layer(layers, flat, p.errors)) for p in points]
 
     def solve(self, problem: GroupProblem, options: dict[str, Any]) -> Solution:
         form = problem.forms[0]
@@ -38,7 +40,7 @@ class Basis(Method):
         return Solution(
             {"basis": result.basis.reshape(shape).float()},
             [{"coefficients": c.float()} for c in coefficients],
-            self._per_layer(problem, result.errors),
+            self._per_layer(len(problem.forms), flat, result.errors),
         )
 
     def largest(self, forms: list[ConvForm]) -> dict[str, int]:
@@ -55,8 +57,7 @@ class Basis(Method):
         return BasisConv(form, tensors["coefficients"], bank, bias=kept.get("bias"), gain=kept.get("gain"))
 
     @staticmethod
-    def _per_layer(problem: GroupProblem, errors: Tensor) -> Tensor:
+    def _per_layer(layers: int, flat: Problem, errors: Tensor) -> Tensor:
         """(K,) layer errors from the (K * G,) errors of conv groups, weighted by their share of the energy."""
-        flat = problem.flat()
-        energy = flat.energy.reshape(len(problem.forms), -1)
+        energy = flat.energy.reshape(layers, -1)
         return (errors.reshape_as(energy) * energy).sum(1) / energy.sum(1).clamp_min(1e-30)
