@@ -119,8 +119,10 @@ class SharedConv(nn.Module):
         return share <= FACTORED_SHARE
 
     def _composed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        # Tracers and compilers must see the composition itself, and a cached tensor would cut the gradient.
-        if self.training or torch.is_grad_enabled() or isinstance(x, fx.Proxy) or torch.compiler.is_compiling():
+        # Tracers and compilers must see the composition itself, and a cached tensor would cut the gradient. On the meta
+        # device there are no values to keep.
+        symbolic = isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or x.is_meta
+        if self.training or torch.is_grad_enabled() or symbolic:
             return self.form.standardized(self.compose(), self.gain), self.bias
         key = tuple((t.data_ptr(), t._version, t.dtype) for t in self._sources()) + (
             torch.is_autocast_enabled(x.device.type),
