@@ -30,6 +30,13 @@ def test_links_and_verbs_exist(path: Path) -> None:
             assert line.split()[1] in available(), line
 
 
+def test_the_index_lists_every_page() -> None:
+    index = ROOT / "docs" / "README.md"
+    linked = {(index.parent / target).resolve() for target in re.findall(r"\]\(([^)#]+)", index.read_text())}
+    api = ROOT / "docs" / "api"  # has an index of its own
+    assert {path for path in DOCUMENTS if path.parent != api} <= {*linked, index} and api / "README.md" in linked
+
+
 def test_every_method_that_a_budget_can_choose_has_a_page() -> None:
     from sharefold.methods import METHODS
 
