@@ -12,7 +12,9 @@ from torch import nn
 
 from sharefold.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load, read_config
 from sharefold.errors import SharefoldError
+from sharefold.sources.hub import offline_when_unreachable
 
+__all__ = ["load_from_hub", "push_to_hub"]
 FILES = ("README.md", CONFIG_NAME, WEIGHTS_NAME)
 
 
@@ -63,12 +65,40 @@ def load_from_hub(
     Raises:
         SharefoldError: not reachable, not of sharefold, or as :func:`sharefold.load`.
     """
+    return load(_snapshot(repo_id, revision, token), model=model, device=device)
+
+
+def shared_folder(identifier: str) -> Path | None:
+    """A local copy of the repository ``owner/name[@revision]``, or None where :func:`push_to_hub` did not write it.
+
+    One small file tells which it is. Without a network the cache is asked, and what it lacks counts as not written.
+
+    Raises:
+        SharefoldError: no such repository or revision, no access to it, or the download failed.
+    """
+    hub, errors = importlib.import_module("huggingface_hub"), importlib.import_module("huggingface_hub.errors")
+    repo_id, _, revision = identifier.partition("@")
+
+    def marked() -> bool:
+        try:
+            hub.hf_hub_download(repo_id, CONFIG_NAME, revision=revision or None)
+        except errors.EntryNotFoundError:  # also what is not in the cache of a machine without a network
+            return False
+        return True
+
+    with offline_when_unreachable():
+        if not _hub(marked, f"{identifier} could not be read"):
+            return None
+        return _snapshot(repo_id, revision or None)
+
+
+def _snapshot(repo_id: str, revision: str | None, token: str | None = None) -> Path:
     hub = importlib.import_module("huggingface_hub")
 
     def fetch() -> str:
         return hub.snapshot_download(repo_id, revision=revision, token=token, allow_patterns=list(FILES))
 
-    return load(_hub(fetch, f"{repo_id} could not be read"), model=model, device=device)
+    return Path(_hub(fetch, f"{repo_id} could not be read"))
 
 
 def _hub(call: Callable[[], Any], what: str) -> Any:

@@ -13,6 +13,8 @@ import huggingface_hub
 import pytest
 import timm
 import torch
+from click.testing import CliRunner, Result
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,6 +25,7 @@ from sharefold.errors import SharefoldError
 from sharefold.export import export
 from sharefold.hub import load_from_hub, push_to_hub
 from sharefold.layers import shared_layers
+from sharefold_cli.main import cli
 
 IMAGES = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(2))
 
@@ -55,6 +58,7 @@ class Hub:
         monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda api, *a, **k: self.create(*a, **k))
         monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda api, **k: self.upload(**k))
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.download)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", self.file)
 
     def create(self, repo_id: str, **options: Any) -> None:
         self.calls.append(("create", options))
@@ -70,9 +74,17 @@ class Hub:
         return type("Commit", (), {"commit_url": f"https://hub/{repo_id}/commit/1"})()
 
     def download(self, repo_id: str, **options: Any) -> str:
+        self.calls.append(("download", options.get("revision")))
         if not (self.root / repo_id).is_dir():
             raise FileNotFoundError(f"404: {repo_id}")
         return str(self.root / repo_id)
+
+    def file(self, repo_id: str, name: str, *, revision: str | None) -> str:
+        self.calls.append(("file", revision))
+        path = self.root / repo_id / name
+        if not path.exists():
+            raise EntryNotFoundError(f"404: {name}")
+        return str(path)
 
 
 def test_a_saved_directory_is_a_model_repository(shared: nn.Module, saved: Path) -> None:
@@ -98,9 +110,68 @@ def test_push_and_load(shared: nn.Module, saved: Path, tmp_path: Path, monkeypat
     ]  # fmt: skip
     assert torch.equal(logits(load_from_hub("me/net")), logits(shared))
     push_to_hub(local, "me/net", create=False)
-    assert [name for name, _ in hub.calls] == ["create", "upload", "upload"]
+    assert [name for name, _ in hub.calls] == ["create", "upload", "download", "upload"]
     with pytest.raises(SharefoldError, match=r"me/nothing could not be read: 404"):
         load_from_hub("me/nothing")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def test_a_pushed_network_is_a_source(
+    shared: nn.Module, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(tmp_path / "hub", monkeypatch)
+    push_to_hub(saved, "me/net")
+    opened = sharefold.open_source("hf-hub:me/net@v1")
+    assert opened.shared and opened.kind == "hf-hub" and opened.name == "digits_resnet"
+    assert hub.calls[-2:] == [("file", "v1"), ("download", "v1")]
+    assert opened.base == shared.sharefold_config["base"] and opened.pretrained_cfg["input_size"] == (1, 8, 8)
+    assert torch.equal(logits(opened.model), logits(shared))
+    with pytest.raises(SharefoldError, match=r"hf-hub:me/net is a converted network .*: leave --num-classes out"):
+        sharefold.open_source("hf-hub:me/net", num_classes=3)
+
+    result = run("eval", "hf-hub:me/net", "--data", "digits", "--limit", 50, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["images"] == 50
+    tuned = tmp_path / "tuned"
+    result = run("finetune", "hf-hub:me/net", "--data", "digits", "--teacher", "timm:digits_resnet", "--epochs", 1,
+                 "--limit", 64, "--batch-size", 32, "--val-limit", 20, "-o", tuned, "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    again = sharefold.load(tuned)
+    assert shared_layers(again).keys() == shared_layers(shared).keys()
+    assert not torch.equal(logits(again), logits(shared))
+
+
+def test_a_repository_of_timm_is_still_timms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Hub(tmp_path, monkeypatch).create("someone/stock", exist_ok=True)
+    made = timm.create_model("digits_resnet", num_classes=4).eval()
+    monkeypatch.setattr("timm.models.load_model_config_from_hf", lambda _: ({}, "digits_resnet", {}))
+    monkeypatch.setattr("timm.create_model", lambda name, **_: made if name == "hf-hub:someone/stock" else None)
+    opened = sharefold.open_source("hf-hub:someone/stock")
+    assert opened.model is made and not opened.shared and opened.base["kwargs"] == {"num_classes": 4}
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (LocalEntryNotFoundError("offline and\nnot in the cache"), "could not download weights of hf-hub:me/net: offline and"),
+        (ConnectionError("Cannot reach the Hub\nstack"), "Hugging Face Hub: me/net could not be read: Cannot reach the Hub"),
+        (HFValidationError("Repo id must be"), "Hugging Face Hub: me/net could not be read: Repo id must be"),
+    ],
+)
+def test_the_hub_out_of_reach(error: Exception, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr("timm.models.load_model_config_from_hf", fail)
+    for verb in (["eval", "--data", "digits"], ["finetune", "--data", "digits", "-o", tmp_path / "tuned"]):
+        result = run(verb[0], "hf-hub:me/net", *verb[1:])
+        assert result.exit_code == 2 and result.stdout == "" and not list(tmp_path.iterdir())
+        assert result.stderr.count("\n") == 1 and words in result.stderr
 
 
 def test_what_cannot_be_pushed(shared: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

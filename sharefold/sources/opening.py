@@ -6,7 +6,7 @@ import importlib
 import json
 import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Source:
         pretrained_cfg: ``input_size`` (C, H, W), ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``num_classes``.
         name: of the architecture.
         kind: ``timm`` | ``torchvision`` | ``hf-hub`` | ``sharefold`` | ``checkpoint`` | ``pickle``.
-        shared: whether it is a converted network.
+        shared: whether it is a converted network, from a file or the Hub.
         meta: for checkpoints, what was unwrapped and dropped, extras such as the stored accuracy, other architectures
             with the same tensors (``others``) and why this one was chosen (``rule``), absent buffers (``absent``).
     """
@@ -65,8 +65,9 @@ def open_source(
     """Opens a network.
 
     Args:
-        source: ``timm:NAME``, ``tv:NAME`` (both with ``:key=value,...`` for the builder), ``hf-hub:ID``, a sharefold
-            directory or file, or a checkpoint file.
+        source: ``timm:NAME``, ``tv:NAME`` (both with ``:key=value,...`` for the builder), ``hf-hub:OWNER/NAME[@REVISION]``
+            (a repository of timm, or one that :func:`sharefold.hub.push_to_hub` wrote), a sharefold directory or file,
+            or a checkpoint file.
         arch: architecture of a checkpoint, ``NAME``, ``timm:NAME:k=v`` or ``tv:NAME:k=v``; found by names and shapes
             when left out.
         pretrained: published weights for named models; files are read in any case.
@@ -95,6 +96,11 @@ def open_source(
     opener = {"timm": open_timm, "torchvision": open_torchvision, "hf-hub": open_hub}[kind]
     if not name:
         raise SharefoldError(f"no model name in {text!r}: write for example timm:resnet50")
+    if kind == "hf-hub":
+        folder = importlib.import_module("sharefold.hub").shared_folder(name)
+        if folder is not None:
+            _refuse_options(text, num_classes=num_classes, in_chans=in_chans)
+            return replace(_open_sharefold(folder), kind=kind)
     model, base = opener(name, kwargs, pretrained)
     return Source(model, base, preprocessing(model, base), base["name"], kind)
 
@@ -125,9 +131,7 @@ def _open_path(
     from sharefold.checkpoint import is_sharefold
 
     if is_sharefold(path):
-        for option, value in (("--arch", arch), ("--num-classes", num_classes)):
-            if value is not None:
-                raise SharefoldError(f"{path} is a converted network and knows its architecture: leave {option} out")
+        _refuse_options(path, arch=arch, num_classes=num_classes, in_chans=in_chans)
         return _open_sharefold(path)
     hub: dict[str, Any] = {}
     if path.is_dir():
@@ -216,6 +220,13 @@ def _parse_arch(arch: str) -> tuple[str, str, dict[str, Any]]:
         kind = "torchvision" if plain not in registry("timm") and plain in registry("torchvision") else "timm"
     check_name(kind, name)
     return kind, name, kwargs
+
+
+def _refuse_options(source: str | Path, **options: Any) -> None:
+    for name, value in options.items():
+        if value is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise SharefoldError(f"{source} is a converted network and knows its architecture: leave {option} out")
 
 
 def _open_sharefold(path: Path) -> Source:

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -118,6 +119,10 @@ class TestNamed:
         fails("timm:resnet18", "leave --arch out", arch="resnet50", pretrained=False)
 
 
+def lacks_it(repo_id: str, name: str, **_: Any) -> str:
+    raise EntryNotFoundError(f"404: {repo_id} holds no {name}")
+
+
 class TestDownloads:
     """No test touches the network: downloads are replaced where the library is called."""
 
@@ -129,6 +134,7 @@ class TestDownloads:
         monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", no_network)
         monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", no_network)
         monkeypatch.setattr("timm.models.load_model_config_from_hf", no_network)
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", lacks_it)
         for name in ("timm:resnet18", "timm:resnet20_cifar", "tv:resnet18", "hf-hub:someone/model"):
             text = fails(name, f"could not download weights of {name}: Name or service not known: use")
             assert "local file" in text and "Check this" not in text
@@ -177,6 +183,7 @@ class TestDownloads:
 
     def test_hub_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
         made = random_model("resnet20_cifar", num_classes=4)
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", lacks_it)
         monkeypatch.setattr(
             "timm.models.load_model_config_from_hf", lambda _: ({}, "resnet20_cifar", {"global_pool": "avg"})
         )
@@ -397,3 +404,4 @@ class TestSharefoldFiles:
         save_file({"a": torch.ones(1)}, str(tmp_path / "m.safetensors"), {"sharefold": "{}"})
         self.check(self.opened(tmp_path / "m.safetensors", monkeypatch))
         fails(tmp_path / "m.safetensors", "leave --arch out", arch="resnet18")
+        fails(tmp_path / "m.safetensors", "leave --in-chans out", in_chans=1)
