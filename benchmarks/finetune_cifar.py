@@ -1,6 +1,7 @@
 """How much accuracy fine-tuning brings back on CIFAR-10: converts, fine-tunes, writes one JSON record a seed.
 
-    python benchmarks/finetune_cifar.py resnet20-4epochs --source resnet20.th --data npz:cifar10.npz
+    torchrun --nproc-per-node 2 benchmarks/finetune_cifar.py resnet20-4epochs --source resnet20.th \\
+        --data npz:cifar10.npz --set eval_epochs=4      # two cores: two processes are faster than two threads
     python benchmarks/finetune_cifar.py resnet20 resnet56-319k resnet56-202k --source-dir weights --data ... --seeds 3
 
 The cases and their targets stand in CASES. Calibration takes training images without labels, fine-tuning the training
@@ -113,6 +114,7 @@ def measure(name: str, case: Case, source: str, options: argparse.Namespace, see
         "finetune_seconds": round(max(seconds, report.seconds), 1),
         "finetune_cpu_seconds": round(cpu_seconds, 1),
         "minutes_allowed": case.minutes,
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "images_per_second": {"shared": rates[0], "dense": rates[1], "ratio": round(rates[0] / rates[1], 3)},
         "top1_by_epoch": [r["top1"] for r in report.history if "top1" in r], "hardware": hardware(),
     }  # fmt: skip
@@ -153,14 +155,17 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # one group for all runs of this script
+        torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     records = []
     for name in options.cases:
         case = CASES[name]
         for seed in range(options.seeds):
             record = measure(name, case, options.source or str(options.source_dir / case.weights), options, seed)
             records.append(record)
-            print(json.dumps(record))
-            write(options.out, record)
+            if int(os.environ.get("RANK", "0")) == 0:
+                print(json.dumps(record))
+                write(options.out, record)
     return records
 
 

@@ -1,4 +1,4 @@
-"""Writes the measured tables into README.md and docs/methods/recipes.md, between ``<!-- table: NAME -->`` and ``<!-- end -->``.
+"""Writes the measured tables into README.md and pages of docs/, between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 
 python benchmarks/tables.py            # from benchmarks/results/*.json
 python benchmarks/tables.py --demo sharefold-demo    # takes the figures of that demonstration first
@@ -105,7 +105,8 @@ def finetune() -> str | None:
             f"{statistics.mean(r['finetune_seconds'] for r in records) / 60:.1f}", machine(first["hardware"]),
         ])  # fmt: skip
     head = ["case", "parameters", "epochs", "original [%]", "converted [%]", "tuned [%]", "minutes", "on"]
-    return table(head, rows) + "\n\n`python benchmarks/finetune_cifar.py`, CIFAR-10, 10,000 test images."
+    note = "`benchmarks/finetune_cifar.py`, CIFAR-10, 10,000 test images; minutes are those of fine-tuning, evaluation included."
+    return table(head, rows) + "\n\n" + note
 
 
 def recipes() -> str | None:
@@ -122,21 +123,38 @@ def recipes() -> str | None:
             published = "" if r["top1_published"] is None else f"{100 * r['top1_published']:.2f}"
             rows.append([f"`{r['recipe']}`", f"{r['params_after']:,}", *steps, published])
         head = ["recipe", "parameters", "converted", "refined, no labels", "fine-tuned", "published, from scratch"]
-        title = f"{network.replace('resnet', 'ResNet-')} on CIFAR-10, top-1 [%]; the original has "
-        title += f"{100 * original['top1']['original']:.2f} with {original['params_after']:,} parameters:"
-        parts.append(title + "\n\n" + table(head, rows))
-    first = next(r for r in data if r["recipe"] != "original")
-    note = (f"`python benchmarks/recipes_cifar.py`, seed {first['seed']}, {first['test_images']:,} test images, "
-            f"{machine(first['hardware'])}. Refined: {first['refine_epochs']} epochs on {first['calibration_images']:,} "
-            f"images without labels. Fine-tuned: {first['finetune_epochs']} epoch(s) on {first['finetune_images']:,} "
-            "labelled ones. Published figures took 300 epochs on 50,000.")  # fmt: skip
+        first = next(r for r in records if r["recipe"] != "original")
+        title = f"{network.replace('resnet', 'ResNet-')} on CIFAR-10, top-1 [%] of {first['test_images']:,} test images; "
+        title += f"the original has {100 * original['top1']['original']:.2f} with {original['params_after']:,} parameters:"
+        note = (f"Refined: {first['refine_epochs']} epochs on {first['calibration_images']:,} images without labels. "
+                f"Fine-tuned: {first['finetune_epochs']} epoch(s) on {first['finetune_images']:,} labelled ones; the "
+                "published figures took 300 epochs on 50,000.")  # fmt: skip
+        parts.append(title + "\n\n" + table(head, rows) + "\n\n" + note)
+    first = data[0]
+    note = f"`python benchmarks/recipes_cifar.py`, seed {first['seed']}, {machine(first['hardware'])}."
     return "\n\n".join([*parts, note])
 
 
+def ablation() -> str | None:
+    data = read("finetune_ablation.json")
+    if data is None:
+        return None
+    first = data["rows"][0]["top1"]
+    rows = [
+        [row["part"], f"{100 * row['top1']:.2f}", f"{100 * (row['top1'] - first):+.2f}",
+         "" if row["stdev"] is None else f"{100 * row['stdev']:.2f}"]
+        for row in data["rows"]
+    ]  # fmt: skip
+    note = (f"`python benchmarks/finetune_ablation.py`: {data['source']} converted to {data['params_after']:,} parameters "
+            f"(method basis), {data['epochs']} epoch(s) on {data['train_images']:,} images, {data['test_images']:,} test "
+            f"images, {data['seeds']} seeds, {machine(data['hardware'])}.")  # fmt: skip
+    return table(["run", "top-1 [%]", "change", "spread of seeds"], rows) + "\n\n" + note
+
+
 TABLES: dict[str, Callable[[], str | None]] = {
-    "demo": demo, "methods": methods, "finetune": finetune, "recipes": recipes,
+    "demo": demo, "methods": methods, "finetune": finetune, "ablation": ablation, "recipes": recipes,
 }  # fmt: skip
-PAGES = (ROOT / "README.md", ROOT / "docs" / "methods" / "recipes.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "fine-tuning.md", ROOT / "docs" / "methods" / "recipes.md")
 
 
 def render(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 @click.command("convert")
 @source_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory or .safetensors file.")
-@click.option("--budget", metavar="SIZE", help=f"50%, 2.1M parameters or 8MB.  [default: {DEFAULT_BUDGET}]")
+@click.option("--budget", metavar="SIZE", help=f"50%, 2.1M parameters, or a file of 8MB.  [default: {DEFAULT_BUDGET}]")
 @click.option("--keep-agreement", metavar="SHARE", help="Smallest size whose predictions agree this often, e.g. 99%.")
 @click.option("--method", metavar="NAME", help="auto, or a method, or several: basis,svd.  [default: auto]")
 @click.option("--plan", type=click.Path(path_type=Path), help="A plan written by --dry-run --json, perhaps edited.")
@@ -68,11 +69,10 @@ def command(
 
     import sharefold
     from sharefold.calibrate.inputs import default_count, matched
-    from sharefold.convert import split_held_out
+    from sharefold.candidates import find_candidates
     from sharefold.data import Preprocess, calibration_images
-    from sharefold.measure import agreement, count_macs, count_parameters, model_bytes, peak_memory
+    from sharefold.measure import count_macs, count_parameters, model_bytes, peak_memory
     from sharefold.planner import statistics_of
-    from sharefold.store import quantize_
 
     timer = Timer()
     check_names(request)
@@ -97,27 +97,36 @@ def command(
     graph = sharefold.analyze(model, example)
     # One pass over the images serves planning and solving, and every trial of --keep-agreement.
     statistics = statistics_of(model, graph, images, run.seed)
+    config = {"base": opened.base, "pretrained_cfg": jsonable({**opened.pretrained_cfg, **preprocess.cfg})}
     with run.progress() as progress:
+        candidates = None
+        if request.recipe is None and request.plan is None:
+            methods = request.methods or "auto"
+            candidates = find_candidates(model, graph, statistics, methods, request.exclude, progress)
 
         def decide(dense: nn.Module, budget: Budget | float | None) -> Plan:
-            if request.recipe is not None:
-                return sharefold.build_plan(request.recipe, dense, example, graph)
-            return sharefold.plan(
-                dense, example, budget, method=request.methods or "auto", exclude=request.exclude,
-                statistics=statistics, graph=graph, seed=run.seed, progress=progress,
-            )  # fmt: skip
+            if request.plan is not None:
+                plan = request.plan
+            elif request.recipe is not None:
+                plan = sharefold.build_plan(request.recipe, dense, example, graph)
+            else:
+                plan = sharefold.plan(
+                    dense, example, budget, statistics=statistics, graph=graph, candidates=candidates, seed=run.seed,
+                    progress=progress,
+                )  # fmt: skip
+            return plan if request.store is None else replace(plan, store=request.store)
 
         def carry_out(dense: nn.Module, plan: Plan) -> Conversion:
             return sharefold.convert_(
                 dense, plan, example_input=example, repair=request.repair, refine=request.refine,
-                statistics=statistics, graph=graph, seed=run.seed, progress=progress,
+                statistics=statistics, graph=graph, config=config, seed=run.seed, progress=progress,
             )  # fmt: skip
 
         if request.keep is not None:
             model, done = smallest_keeping(model, request.keep, lambda net, share: carry_out(net, decide(net, share)))
             plan = done.plan
         else:
-            plan = request.plan or decide(model, request.budget)
+            plan = decide(model, request.budget)
         timer.lap("plan")
         if request.dry_run:
             report_plan(run, request, plan, before, timer, peak_memory(device))
@@ -135,19 +144,10 @@ def command(
         "groups": group_rows(done.plan),
         "agreement": done.agreement,
         "kl": done.kl,
+        **({} if not done.plan.store else {"store": done.plan.store}),
         "steps": done.steps,
     }
     assert request.output is not None
-    model.sharefold_config = {  # type: ignore[assignment]
-        "base": opened.base,
-        "pretrained_cfg": jsonable({**opened.pretrained_cfg, **preprocess.cfg}),
-        "plan": done.plan.to_dict(),
-    }
-    if request.store is not None:
-        quantize_(model, request.store, calibration=images, original=done.original, seed=run.seed)
-        found = agreement(done.original, model, split_held_out(images)[0])
-        result.update(store=request.store, agreement=found.top1, kl=found.kl)
-        timer.lap("store")
     metrics = {key: value for key, value in result.items() if key not in ("groups", "steps")}
     sharefold.save(model, request.output, metrics=jsonable(metrics), force=request.force)
     timer.lap("save")

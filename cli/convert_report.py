@@ -57,6 +57,9 @@ def group_rows(plan: Plan) -> list[dict[str, Any]]:
 
 def print_plan(run: Run, plan: Plan) -> None:
     """The groups as a table."""
+    if not plan.groups:
+        run.say("no layer is shared")
+        return
     run.table(
         ["group", "method", "layers", "rank", "before", "after", "kept", "error"],
         [
@@ -96,13 +99,16 @@ def report_conversion(
     """Before and after, for people."""
     print_plan(run, done.plan)
     kept = {key: f"{after[key] / max(before[key], 1):.1%}" for key in before}
+    size = "MB in memory" if done.plan.store else "MB"
     run.table(
         ["", "before", "after", "kept"],
         [
             ["parameters", before["params"], after["params"], kept["params"]],
-            ["MB", f"{before['bytes'] / 1e6:.3f}", f"{after['bytes'] / 1e6:.3f}", kept["bytes"]],
+            [size, f"{before['bytes'] / 1e6:.3f}", f"{after['bytes'] / 1e6:.3f}", kept["bytes"]],
             ["MMACs", f"{before['macs'] / 1e6:,.1f}", f"{after['macs'] / 1e6:,.1f}", kept["macs"]],
             ["agreement", "", f"{done.agreement:.2%}", ""],
         ],
     )
+    if done.plan.store:
+        run.say(f"stored as {done.plan.store}: {weight_file_bytes(output) / 1e6:.3f} MB of weights in the file")
     run.say(f"{output} written ({timer.total()['total']:.1f} s); agreement is top-1, on held-out calibration images")

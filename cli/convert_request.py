@@ -123,6 +123,11 @@ def check_request(
     bound = None
     if plan is None and recipe is None and keep_agreement is None:
         bound = parse_budget(budget or DEFAULT_BUDGET)
+        if bound.unit == "bytes" and store is not None:
+            raise SharefoldError(
+                f"--budget {bound.text} is the size of the file and chooses its number types: leave --store out, or give "
+                "the budget as a share or in parameters"
+            )
     if not dry_run:
         output = output or default_output(source.source)
         check_output(output, force)

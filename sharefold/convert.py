@@ -20,8 +20,9 @@ from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.measure import agreement
 from sharefold.methods import Solution, method_named
-from sharefold.planner import Progress, statistics_of
-from sharefold.plans import GroupPlan, Plan
+from sharefold.planner import statistics_of
+from sharefold.plans import GroupPlan, Plan, Progress
+from sharefold.store import parse_store, quantize_
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Conversion:
 def convert_(
     model: nn.Module, plan: Plan, *, calibration: Tensor | None = None, example_input: Tensor | None = None,
     repair: bool = True, refine: str | int | bool | Effort | None = None,
-    statistics: Statistics | None = None, graph: NetworkGraph | None = None,
+    statistics: Statistics | None = None, graph: NetworkGraph | None = None, config: dict[str, Any] | None = None,
     seed: int = 0, progress: Progress | None = None,
 ) -> Conversion:  # fmt: skip
     """Converts ``model`` in place as ``plan`` says and returns what was done.
@@ -60,6 +61,7 @@ def convert_(
         repair: refit coefficients and BatchNorms on the converted prefix; kept only where held-out KL falls.
         refine: label-free distillation on the calibration images: epochs, a time such as ``"4m"``, or ``"auto"``.
         statistics, graph: of ``model`` while dense; reused when given, so that planning and solving share one pass.
+        config: entries of the saved configuration (``base``, ``pretrained_cfg``) known better than :func:`describe` can.
 
     Raises:
         SharefoldError: the plan does not fit the model; the model is then unchanged.
@@ -92,7 +94,7 @@ def convert_(
         method_named(group.method).finish(model, graph, group)
     done = replace(plan, groups=groups, params_after=sum(p.numel() for p in model.parameters()))
 
-    model.sharefold_config = describe(original, done)  # type: ignore[assignment]
+    model.sharefold_config = {**describe(original, done), **(config or {})}  # type: ignore[assignment]
 
     held_out, fitting = split_held_out(images)
     steps: dict[str, Any] = {}
@@ -106,10 +108,14 @@ def convert_(
 
         start = time.perf_counter()
         steps["refine"] = run_refine(
-            original, model, fitting, held_out, epochs=effort.epochs, seconds=effort.seconds, blocks=graph.blocks,
+            original, model, fitting, held_out, epochs=effort.epochs, seconds=effort.seconds, graph=graph,
             seed=seed, progress=progress,
         )  # fmt: skip
         seconds["refine"] = time.perf_counter() - start
+    if plan.store:
+        start = time.perf_counter()
+        quantize_(model, plan.store, calibration=images, original=original, seed=seed, progress=progress)
+        seconds["store"] = time.perf_counter() - start
     found = agreement(original, model, held_out)
     return Conversion(done, original, found.top1, found.kl, steps, seconds)
 
@@ -135,11 +141,13 @@ def split_held_out(images: Tensor, share: float = 0.2) -> tuple[Tensor, Tensor]:
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:
-    """Checks that every member exists, is dense, and that the members of a group are isomorphic.
+    """Checks that every member exists, is dense, that the members of a group are isomorphic, and the stored types.
 
     Raises:
         SharefoldError: names the group and the layer.
     """
+    if plan.store:
+        parse_store(plan.store)
     for group in plan.groups:
         method = method_named(group.method)
         for name in group.members:

@@ -1,54 +1,37 @@
-"""Chooses what each group shares under a budget: candidates of every method compete, a knapsack decides."""
+"""``plan``: what each group of a network shall share under a budget."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from sharefold.budget import Budget, parse_budget
 from sharefold.calibrate.inputs import calibration_or_procedural
 from sharefold.calibrate.means import output_mean_owner
 from sharefold.calibrate.statistics import Statistics
-from sharefold.errors import SharefoldError
-from sharefold.graph import Group, NetworkGraph, analyze, find_groups
-from sharefold.methods import AUTO, Choice, Method, method_named
-from sharefold.methods.problem import GroupProblem, problem_of
-from sharefold.plans import GroupPlan, Plan
-from sharefold.solvers.allocate import Choice as Item
-from sharefold.solvers.allocate import allocate
-
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Option:
-    """One way to treat a unit: its group plans (none = keep), cost in parameters, and expected damage."""
-
-    plans: tuple[GroupPlan, ...]
-    cost: float
-    value: float
+from sharefold.candidates import Candidates, find_candidates
+from sharefold.graph import NetworkGraph, analyze
+from sharefold.plans import Plan, Progress
 
 
 def plan(
     model: nn.Module, example_input: Tensor | None = None, budget: str | float | Budget = "50%", *,
     calibration: Tensor | None = None, method: str | Sequence[str] = "auto", exclude: str | None = None,
-    statistics: Statistics | None = None, graph: NetworkGraph | None = None, seed: int = 0,
-    progress: Progress | None = None,
+    statistics: Statistics | None = None, graph: NetworkGraph | None = None, candidates: Candidates | None = None,
+    seed: int = 0, progress: Progress | None = None,
 ) -> Plan:  # fmt: skip
     """Decides what every group of ``model`` shares so that the whole model fits ``budget``.
 
     Args:
         model: a dense network; not changed.
         example_input: (B, C, H, W) for tracing; by default one calibration image.
-        budget: share, parameters or bytes, as :func:`sharefold.budget.parse_budget` reads it.
+        budget: share, parameters or bytes, as :func:`sharefold.budget.parse_budget` reads it. Bytes are those of the
+            saved file, whose number types are then part of the plan.
         calibration: (n, C, H, W) normalised images, no labels; by default procedural images.
         method: ``"auto"``, a method's name, or several.
         exclude: regular expression; layers whose name it matches stay as they are.
-        statistics, graph: reused when given.
+        statistics, graph, candidates: reused when given; candidates settle ``method`` and ``exclude``.
         seed: of everything random.
         progress: called with (what, done, total).
 
@@ -64,25 +47,13 @@ def plan(
         graph = analyze(model, images[:1] if example_input is None else example_input)
     if statistics is None:
         statistics = statistics_of(model, graph, images, seed)
-    before = sum(p.numel() for p in model.parameters())
-    methods = [method_named(name) for name in ((AUTO if method == "auto" else (method,)) if isinstance(method, str)
-                                               else method)]
-    units = find_units(graph, exclude)
-    options = unit_options(model, graph, statistics, units, methods, progress)
-    dense = [sum(_weights(graph, name) for name in unit.members) for unit in units]
-    fixed = before - sum(dense)
-    floor = fixed + sum(int(min(option.cost for option in row)) for row in options)
-    limit = bound.parameters(before) if bound.unit != "bytes" else _parameters_for_bytes(model, bound)
-    if limit < floor:
-        raise SharefoldError(
-            f"budget {bound.text} ({limit:,} parameters) is below what {_names(method)} can reach on this model: "
-            f"the floor is {floor:,} parameters ({floor / before:.1%}); raise the budget or allow more methods"
-        )
-    rows = [[Item(option.cost, option.value) for option in row] for row in options]
-    picks = allocate(rows, limit - fixed)
-    chosen = [plan for row, pick in zip(options, picks, strict=True) for plan in row[pick].plans]
-    saved = sum(g.params_before - g.params_after for g in chosen)
-    return Plan(chosen, before, before - saved, f"budget {bound.text}, method {_names(method)}")
+    if candidates is None:
+        candidates = find_candidates(model, graph, statistics, method, exclude, progress)
+    if bound.unit == "bytes":
+        from sharefold.file_budget import plan_bytes
+
+        return plan_bytes(model, candidates, bound, graph, statistics, seed=seed, progress=progress)
+    return candidates.pick(bound.parameters(candidates.before), bound.text)
 
 
 def statistics_of(model: nn.Module, graph: NetworkGraph, images: Tensor, seed: int = 0) -> Statistics:
@@ -93,152 +64,3 @@ def statistics_of(model: nn.Module, graph: NetworkGraph, images: Tensor, seed: i
     }
     batch = max(1, min(100, 100 * 3 * 64 * 64 // max(1, images[0].numel())))
     return Statistics(model, images, centered=centered, batch_size=batch, seed=seed)
-
-
-def find_units(graph: NetworkGraph, exclude: str | None = None) -> list[Group]:
-    """Every group of isomorphic layers, and every other convertible layer as a group of one."""
-    pattern = _compiled(exclude)
-    wanted = [name for name in graph.layers if pattern is None or not pattern.search(name)]
-    groups = [
-        replace(group, members=tuple(m for m in group.members if m in set(wanted)))
-        for group in find_groups(graph)
-    ]
-    groups = [group for group in groups if len(group.members) > 1]
-    grouped = {name for group in groups for name in group.members}
-    singles = [
-        Group(name, r.stage, r.role, (name,), r.weight_shape, r.groups)
-        for name, r in graph.layers.items()
-        if name in wanted and name not in grouped
-    ]
-    order = {name: index for index, name in enumerate(graph.layers)}
-    return sorted(groups + singles, key=lambda group: order[group.members[0]])
-
-
-def unit_options(
-    model: nn.Module, graph: NetworkGraph, statistics: Statistics, units: Sequence[Group], methods: Sequence[Method],
-    progress: Progress | None = None,
-) -> list[list[Option]]:  # fmt: skip
-    """For every unit its undominated options, "keep" first; statistics are gathered a bounded batch at a time."""
-    result: list[list[Option]] = []
-    sensitivity = statistics.sensitivity()
-    for batch in statistics.batches([unit.members for unit in units]):
-        moments = statistics.moments([name for index in batch for name in units[index].members])
-        for index in batch:
-            problem = problem_of(model, graph, units[index].members, moments)
-            problem.importance = importance(problem, [sensitivity.get(name) for name in units[index].members])
-            result.append(_options(units[index], problem, methods))
-            if progress:
-                progress("planning", len(result), len(units))
-    return result
-
-
-def importance(problem: GroupProblem, sensitivity: Sequence[Tensor | None]) -> Tensor:
-    """(K,) factor on each layer's relative error: the square root of the KL that losing the whole output would cost.
-
-    The second-order estimate itself ranks layers well while errors are small and far too sharply when they are large;
-    its square root lies half way, in the logarithm, between it and equal weights.
-    """
-    if any(s is None for s in sensitivity):
-        return torch.ones_like(problem.importance)
-    rows = torch.stack([s for s in sensitivity if s is not None]).to(problem.weights)
-    damage = replace(problem, row_weights=rows).energy / 2
-    return damage.clamp_min(1e-12).sqrt()
-
-
-def _options(unit: Group, problem: GroupProblem, methods: Sequence[Method]) -> list[Option]:
-    dense = problem.weights.numel()
-    table = _per_layer_table(unit, problem, [m for m in methods if m.smallest_group == 1])
-    options = [Option((), dense, 0.0)]
-    if len(table) == 1:
-        return _undominated(options + table[0])
-    prices = [price / dense for price in torch.logspace(-2, 3, 40).tolist()]
-    best = [[min(row, key=lambda o: o.value + price * o.cost) for row in table] for price in prices]
-    options += [_together(picks) for picks in best]
-    for method in methods:
-        if method.smallest_group > 1:
-            for choice in method.choices(problem):
-                options.append(_shared(unit, problem, method, choice, list(range(len(table)))))
-                options += _partly_shared(unit, problem, method, choice, prices, best)
-    return _undominated(options)
-
-
-def _per_layer_table(unit: Group, problem: GroupProblem, methods: Sequence[Method]) -> list[list[Option]]:
-    """For every member what it may become on its own, "keep" first."""
-    table = []
-    for index, name in enumerate(unit.members):
-        part = problem.only(index)
-        one = replace(unit, name=name, members=(name,))
-        row = [Option((), part.weights.numel(), 0.0)]
-        for method in methods:
-            row += [_shared(one, part, method, choice, [0]) for choice in method.choices(part)]
-        table.append(row)
-    return table
-
-
-def _partly_shared(
-    unit: Group, problem: GroupProblem, method: Method, choice: Choice, prices: list[float], best: list[list[Option]]
-) -> list[Option]:  # fmt: skip
-    """``choice`` without the members that do better on their own at some price of a parameter.
-
-    The others' errors are those of sharing with everybody; solved again without the leavers they can only fall.
-    """
-    size = len(unit.members)
-    own = (choice.cost - method.cost(problem.forms[:1], choice.options)) / max(size - 1, 1)
-    values = (choice.errors * problem.importance).tolist()
-    seen, options = set(), []
-    for price, alone in zip(prices, best, strict=True):
-        stay = [k for k in range(size) if values[k] + price * own <= alone[k].value + price * alone[k].cost]
-        key = (tuple(stay), tuple(id(alone[k]) for k in range(size) if k not in stay))
-        if 1 < len(stay) < size and key not in seen and method.fits([problem.forms[k] for k in stay], choice.options):
-            seen.add(key)
-            kept = _shared(unit, problem, method, choice, stay)
-            options.append(_together([kept, *(alone[k] for k in range(size) if k not in stay)]))
-    return options
-
-
-def _shared(unit: Group, problem: GroupProblem, method: Method, choice: Choice, stay: list[int]) -> Option:
-    forms = [problem.forms[k] for k in stay]
-    cost = choice.cost if len(stay) == len(unit.members) else method.cost(forms, choice.options)
-    errors = choice.errors[stay]
-    group = GroupPlan(
-        unit.name, method.name, tuple(unit.members[k] for k in stay), choice.options,
-        sum(form.out_channels * form.features for form in forms), method.cost(forms, choice.options),
-        float(errors.mean()), unit.stage, unit.role,
-    )  # fmt: skip
-    return Option((group,), cost, float((errors * problem.importance[stay]).sum()))
-
-
-def _together(options: Sequence[Option]) -> Option:
-    plans = tuple(plan for option in options for plan in option.plans)
-    return Option(plans, sum(o.cost for o in options), sum(o.value for o in options))
-
-
-def _undominated(options: list[Option]) -> list[Option]:
-    """Options by falling cost, without those that another beats in cost and value; "keep" stays first."""
-    best: list[Option] = []
-    for option in sorted(options, key=lambda o: (o.cost, o.value)):
-        if not best or option.value < best[-1].value:
-            best.append(option)
-    return best[::-1]
-
-
-def _weights(graph: NetworkGraph, name: str) -> int:
-    o, i, h, w = graph.layers[name].weight_shape
-    return o * i * h * w
-
-
-def _parameters_for_bytes(model: nn.Module, bound: Budget) -> int:
-    """Parameters that fit the bytes when everything is stored as float32, buffers counted."""
-    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
-    return int((bound.value - buffers) // 4)
-
-
-def _compiled(exclude: str | None) -> re.Pattern[str] | None:
-    try:
-        return None if not exclude else re.compile(exclude)
-    except re.error as error:
-        raise SharefoldError(f"--exclude {exclude!r} is not a regular expression: {error}") from None
-
-
-def _names(method: str | Sequence[str]) -> str:
-    return method if isinstance(method, str) else " + ".join(method)

@@ -6,12 +6,16 @@ A recipe, the planner and a hand-edited JSON file all produce the same :class:`P
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from sharefold.errors import SharefoldError
 
 PLAN_VERSION = 1
+
+# Called with (what, done, total) during long work.
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,14 @@ class Plan:
         groups: the groups that change; every other layer stays as it is.
         params_before, params_after: ``sum(p.numel())`` of the whole model.
         source: what decided, such as ``"budget 50%"`` or ``"recipe sharesnet"``.
+        store: number types of the saved file as :func:`sharefold.store.parse_store` reads them; "" for float32.
     """
 
     groups: list[GroupPlan]
     params_before: int
     params_after: int
     source: str = ""
+    store: str = ""
 
     @property
     def size(self) -> float:
@@ -99,6 +105,9 @@ class Plan:
                 f"{where} has plan_version {data['plan_version']}, this sharefold reads up to "
                 f"{PLAN_VERSION}: upgrade sharefold"
             )
+        store = data.get("store", "")
+        if not isinstance(store, str):
+            raise SharefoldError(f"{where}: store must be a text such as int8, not {store!r}")
         groups = [_group(entry, index, where) for index, entry in enumerate(data["groups"])]
         owner: dict[str, str] = {}
         names: set[str] = set()
@@ -112,7 +121,8 @@ class Plan:
                         f"{where}: layer {member!r} is in groups {owner[member]!r} and {group.name!r}: keep it in one"
                     )
                 owner[member] = group.name
-        return cls(groups, data.get("params_before", 0), data.get("params_after", 0), str(data.get("source", "")))
+        source = str(data.get("source", ""))
+        return cls(groups, data.get("params_before", 0), data.get("params_after", 0), source, store)
 
     def __str__(self) -> str:
         head = ["group", "method", "layers", "options", "params", "kept", "error"]
@@ -135,7 +145,7 @@ class Plan:
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         total = f"{self.params_before:,} -> {self.params_after:,} parameters ({self.size:.1%} kept)"
-        return "\n".join([*lines, total])
+        return "\n".join([*lines, total, *([f"stored as {self.store}"] if self.store else [])])
 
 
 def _group(entry: Any, index: int, where: str) -> GroupPlan:

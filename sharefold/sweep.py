@@ -16,11 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.budget import Budget, parse_budget
+from sharefold.candidates import find_candidates
 from sharefold.convert import convert_
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
 from sharefold.measure import count_macs, count_parameters, model_bytes
-from sharefold.planner import Progress, plan, statistics_of
+from sharefold.planner import plan, statistics_of
+from sharefold.plans import Progress
+from sharefold.store import StoreSpec, file_bytes
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,9 @@ def sweep(
     example = images[:1]
     graph = analyze(model, example)
     statistics = statistics_of(model, graph, images, seed)
+    candidates = find_candidates(model, graph, statistics, method, exclude)
     plans = [
-        plan(model, example, bound, method=method, exclude=exclude, statistics=statistics, graph=graph, seed=seed)
+        plan(model, example, bound, statistics=statistics, graph=graph, candidates=candidates, seed=seed)
         for bound in bounds
     ]
     points = [_point("dense", model, count_parameters(model), evaluate(model), 1.0, 0.0, 0.0, example)]
@@ -113,9 +117,15 @@ def _point(
     params = count_parameters(model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return Point(
-        budget, params, params / max(dense, 1), model_bytes(model), count_macs(model, example.to(device)),
+        budget, params, params / max(dense, 1), _bytes(model), count_macs(model, example.to(device)),
         scores["top1"], scores["top5"], scores["loss"], agreement, kl, seconds,
     )  # fmt: skip
+
+
+def _bytes(model: nn.Module) -> int:
+    """Of the file where small number types were chosen for it, else of the tensors in memory."""
+    store = (getattr(model, "sharefold_config", None) or {}).get("store")
+    return model_bytes(model) if store is None else file_bytes(model, StoreSpec.from_dict(dict(store)))
 
 
 def to_csv(points: Sequence[Point]) -> str:

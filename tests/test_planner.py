@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,10 +13,11 @@ from spine_nets import BLOCKS, images, net
 from torch import nn
 
 import sharefold
+from sharefold.candidates import find_units
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
-from sharefold.measure import model_bytes
-from sharefold.planner import find_units, statistics_of
+from sharefold.measure import agreement, model_bytes
+from sharefold.planner import statistics_of
 
 CALIBRATION = images(16)
 METHODS = ("basis", "svd", "spatial", "average", "tied", "cluster-layer", "cluster-filter", "cluster-kernel")
@@ -108,13 +110,33 @@ def test_auto_is_at_least_as_good_as_each_of_its_methods(residual: Prepared) -> 
     assert damage("auto") <= min(damage(method) for method in ("basis", "svd", "spatial")) * 1.01
 
 
-def test_budgets_in_parameters_and_bytes(residual: Prepared) -> None:
+def test_budgets_in_parameters(residual: Prepared) -> None:
     half = residual.params // 2
     assert residual.plan(half).params_after <= half
     assert residual.plan(f"{half / 1000}k").params_after <= half
-    size = model_bytes(residual.model) * 0.6
-    model = residual.carried_out(residual.plan(f"{size / 1000}kB", "basis"))
-    assert model_bytes(model) <= size
+
+
+@pytest.mark.parametrize("share", [0.3, 0.12])
+def test_a_budget_in_bytes_is_that_of_the_file(residual: Prepared, tmp_path: Path, share: float) -> None:
+    size = int(model_bytes(residual.model) * share)
+    plan = residual.plan(f"{size}B", "basis")
+    assert plan.store == f"mixed:{size}B" and sharefold.Plan.from_json(plan.to_json()) == plan
+    assert f"stored as {plan.store}" in str(plan)
+    model = residual.carried_out(plan)
+    sharefold.save(model, tmp_path / "net.safetensors")
+    assert 0.9 * size < (tmp_path / "net.safetensors").stat().st_size <= size
+    wanted = agreement(residual.model, model, CALIBRATION)
+    assert wanted.top1 >= 0.9 and sharefold.load(tmp_path / "net.safetensors", model=residual.model) is not None
+
+
+def test_bytes_that_hold_the_network_as_it_is_change_nothing(residual: Prepared) -> None:
+    plan = residual.plan("1GB")
+    assert plan.groups == [] and plan.store == ""
+
+
+def test_bytes_that_hold_nothing_are_refused(residual: Prepared) -> None:
+    with pytest.raises(SharefoldError, match="below what a file"):
+        residual.plan("900B")
 
 
 def test_exclude(residual: Prepared) -> None:

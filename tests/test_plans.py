@@ -34,7 +34,8 @@ def plans(draw: st.DrawFn) -> Plan:
         )
         for title in titles
     ]  # fmt: skip
-    return Plan(groups, draw(counts), draw(counts), draw(st.text(max_size=20)))
+    stores = st.sampled_from(["", "int8", "mixed:0.2MB"])
+    return Plan(groups, draw(counts), draw(counts), draw(st.text(max_size=20)), draw(stores))
 
 
 @given(plans())
@@ -101,6 +102,11 @@ def test_what_is_no_plan_is_refused_in_one_line(text: str, words: str) -> None:
 def test_totals_of_a_wrong_kind_are_refused(key: str, value: Any) -> None:
     with pytest.raises(SharefoldError):
         Plan.from_dict({"groups": [], key: value})
+
+
+def test_a_store_of_a_wrong_kind_is_refused() -> None:
+    with pytest.raises(SharefoldError, match="store must be a text"):
+        Plan.from_dict({"groups": [], "store": 8})
 
 
 @pytest.mark.parametrize("changes", [{"name": 3}, {"method": None}, {"params_after": "few"}, {"stage": []}])

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sharefold.calibrate.augment import random_views
+from sharefold.calibrate.folded import norms_folded
 from sharefold.calibrate.lockstep import largest_map
 from sharefold.errors import SharefoldError
-from sharefold.graph import analyze
+from sharefold.graph import NetworkGraph, analyze
 from sharefold.layers import shared_layers
 from sharefold.measure import agreement, first_logits
 
@@ -41,8 +42,8 @@ BATCH_ELEMENTS = 1 << 24
 
 def refine(
     original: nn.Module, model: nn.Module, images: Tensor, held_out: Tensor, *, epochs: int | None = None,
-    seconds: float | None = None, batch_size: int | None = None, blocks: Sequence[str] | None = None,
-    block_weight: float = 1.0, step: float = STEP, seed: int = 0,
+    seconds: float | None = None, batch_size: int | None = None, graph: NetworkGraph | None = None,
+    blocks: Sequence[str] | None = None, block_weight: float = 1.0, step: float = STEP, seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Trains all of ``model``'s parameters in place; never leaves it with a higher held-out KL than it came with.
@@ -56,7 +57,8 @@ def refine(
         seconds: wall-clock budget; the learning rate falls to 0 over it. With both, the one that ends first counts;
             with neither, 210 seconds or 100 epochs.
         batch_size: images a step; by default 64, fewer for large feature maps.
-        blocks: names of the modules whose outputs are compared; by default the blocks that the graph pass finds.
+        graph: of ``original``; by default the graph pass runs here.
+        blocks: names of the modules whose outputs are compared; by default the blocks of the graph.
         block_weight: weight of the block outputs' error, 0 compares outputs alone.
         step: largest relative change of a tensor a step (AdamW's rate is this times the tensor's own size).
         progress: called with ("refining", parts done, parts) as time or epochs pass.
@@ -74,7 +76,13 @@ def refine(
     clock = _Clock(len(images), MOST_EPOCHS if epochs is None else epochs, seconds)
     before = agreement(original, model, held_out).kl
     guard = _Guard(original, model, held_out, before)
-    with _training(original, model) as parameters:
+    if graph is None:
+        graph = analyze(original, images[:1].to(next(model.parameters()).device))
+    norms = {name: record.norm for name, record in graph.layers.items()}
+    blocks = graph.blocks if blocks is None else blocks
+    if not block_weight:
+        blocks = []
+    with _training(original, model) as parameters, norms_folded(original, norms), norms_folded(model, norms):
         try:
             loop = _train(original, model, images, parameters, clock, batch_size, blocks, block_weight, step, seed)
             for share in loop:
@@ -142,15 +150,13 @@ class _Guard:
 
 def _train(
     original: nn.Module, model: nn.Module, images: Tensor, parameters: list[nn.Parameter], clock: _Clock,
-    batch_size: int | None, blocks: Sequence[str] | None, block_weight: float, step: float, seed: int,
+    batch_size: int | None, blocks: Sequence[str], block_weight: float, step: float, seed: int,
 ) -> Iterator[float]:  # fmt: skip
     """Trains, and yields the share of the budget used after every step; the last one is 1."""
     generator = torch.Generator().manual_seed(seed)
     if batch_size is None:
         largest = largest_map(original, images[:1].to(parameters[0].device))
         batch_size = min(BATCH, max(SMALLEST_BATCH, BATCH_ELEMENTS // largest))
-    if blocks is None:
-        blocks = analyze(original, images[:1].to(parameters[0].device)).blocks if block_weight else []
     names, spreads = _comparable(original, model, images[: max(2, batch_size)].to(parameters[0].device), blocks)
     optimizer = torch.optim.AdamW(_groups(parameters, step), weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]

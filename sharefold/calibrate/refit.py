@@ -16,6 +16,9 @@ from sharefold.measure import agreement
 
 # Pull towards the coefficients so far, as a share of the mean diagonal of the normal equations.
 RIDGE = 1e-3
+# Positions of all images together that a layer's normal equations are summed over: neighbours say much the same, and
+# early layers have hundreds of thousands.
+POSITIONS = 1 << 16
 # Activations of all images and both networks that may live at once.
 MEMORY_BYTES = 2 << 30
 
@@ -84,10 +87,11 @@ def _refit_layer(
     cross = torch.zeros(groups, rows, size, dtype=torch.float64)
     mean_a, mean_y = torch.zeros(groups, size, dtype=torch.float64), torch.zeros(groups, rows, dtype=torch.float64)
     tiled = filters.repeat(groups, 1, 1, 1)
+    every = _spacing(targets, rows * groups)
     count = 0
     for x, y in zip(inputs, targets, strict=True):
-        a = _columns(layer.form.apply(x, tiled, None), groups, kind)
-        b = _columns(y, groups, kind)
+        a = _columns(layer.form.apply(x, tiled, None), groups, kind, every)
+        b = _columns(y, groups, kind, every)
         gram += (a @ a.transpose(1, 2)).to(gram)
         cross += (b @ a.transpose(1, 2)).to(cross)
         mean_a += a.sum(2).to(mean_a)
@@ -139,9 +143,10 @@ def _rescale_layer(
     linear = isinstance(layer, nn.Linear) or (isinstance(layer, SharedConv) and layer.form.kind == "linear")
     kind = "linear" if linear else "conv2d"
     sums: list[Tensor] = []
+    every = _spacing(targets, targets[0].shape[-1 if linear else 1])
     count = 0
     for x, y in zip(inputs, targets, strict=True):
-        a, b = (_columns(t, 1, kind)[0].double() for t in (layer(x), y))
+        a, b = (_columns(t, 1, kind, every)[0].double() for t in (layer(x), y))
         part = torch.stack([a.sum(1), b.sum(1), (a * a).sum(1), (a * b).sum(1)])
         sums = [part] if not sums else [sums[0] + part]
         count += a.shape[1]
@@ -155,7 +160,16 @@ def _rescale_layer(
     fold_scale(new, scale.float())
 
 
-def _columns(y: Tensor, groups: int, kind: str) -> Tensor:
-    """(G, channels / G, samples) of a map (B, C, H, W) or of Linear outputs (..., C)."""
-    flat = y.reshape(-1, y.shape[-1]).T if kind == "linear" else y.transpose(0, 1).flatten(1)
+def _spacing(targets: list[Tensor], channels: int) -> int:
+    """Distance between the positions taken: odd, so that the sampled columns of a map shift from row to row."""
+    positions = sum(t.numel() for t in targets) // channels
+    return max(1, positions // POSITIONS) // 2 * 2 + 1
+
+
+def _columns(y: Tensor, groups: int, kind: str, every: int) -> Tensor:
+    """(G, channels / G, samples) of a map (B, C, H, W) or of Linear outputs (..., C), each ``every``-th position."""
+    if kind == "linear":
+        flat = y.reshape(-1, y.shape[-1])[::every].T
+    else:
+        flat = y.flatten(2)[..., ::every].transpose(0, 1).flatten(1)
     return flat.reshape(groups, -1, flat.shape[1])

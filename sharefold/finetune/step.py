@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..calibrate.folded import norms_folded
 from ..errors import SharefoldError
+from ..graph import analyze
 from .batches import Batch
 from .blocks import Taps, matching_blocks
 from .config import FinetuneConfig
@@ -29,6 +31,14 @@ def autocast_for(config: FinetuneConfig, device: torch.device) -> tuple[torch.dt
     if dtype is None:
         return None, nullcontext
     return dtype, lambda: torch.autocast(device.type, dtype=dtype)
+
+
+def _norms_of(teacher: nn.Module, example: Tensor) -> dict[str, str | None]:
+    """The norm behind each of the teacher's layers; nothing for a network that the graph pass cannot read."""
+    try:
+        return {name: record.norm for name, record in analyze(teacher, example).layers.items()}
+    except SharefoldError:
+        return {}
 
 
 class Updater:
@@ -67,6 +77,7 @@ class Updater:
         self.forward: Any = torch.compile(forward) if config.compile else forward
         self.wrapped = forward
         self.teacher_forward: Any = torch.compile(teacher) if config.compile and teacher is not None else teacher
+        self.teacher_norms = {} if teacher is None or config.compile else _norms_of(teacher, example[:1])
 
     def _classes(self, example: Tensor) -> int:
         was_training = self.model.training
@@ -90,8 +101,10 @@ class Updater:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Block outputs are recorded while active."""
+        """While active, block outputs are recorded, and the teacher runs its BatchNorms inside of its convolutions."""
         with ExitStack() as stack:
+            if self.teacher is not None:
+                stack.enter_context(norms_folded(self.teacher, self.teacher_norms))
             networks = [m for m in (self.model, self.teacher) if m is not None]
             self._taps = [stack.enter_context(Taps(network, self.blocks)) for network in networks]
             yield

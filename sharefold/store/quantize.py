@@ -108,13 +108,25 @@ def plan_store(
     Raises:
         SharefoldError: even the coarsest rounding needs more.
     """
+    return preview_store(model, statistics, budget_bytes, calibration=calibration, seed=seed)[0]
+
+
+def preview_store(
+    model: nn.Module, statistics: Any = None, budget_bytes: int = 0, *, calibration: Tensor | None = None, seed: int = 0
+) -> tuple[StoreRequest, nn.Module]:
+    """:func:`plan_store`'s request and a copy of ``model`` rounded to the nearest values that such a file holds.
+
+    A fraction of :func:`quantize_`'s work, to compare conversions with; error compensation comes on top.
+    """
     if calibration is None and statistics is not None:
         calibration = statistics.images
     images = calibration_or_procedural(model, calibration, seed)
     trial = copy.deepcopy(model)
     dense = to_dense(trial).eval()
     prepared = prepare(dense, trial, analyze(dense, images[:1]), images)
-    return _step_for(trial, prepared, StoreRequest("coded", budget=budget_bytes))
+    request = _step_for(trial, prepared, StoreRequest("coded", budget=budget_bytes))
+    snap_(trial, _nearest(trial, prepared, request.step))
+    return request, trial
 
 
 def snap_(model: nn.Module, spec: StoreSpec) -> None:
@@ -165,16 +177,20 @@ def _tensor_spec(
     return entry
 
 
+def _nearest(model: nn.Module, prepared: Prepared, step: float) -> StoreSpec:
+    """Coded matrices at ``step``, everything else as halves."""
+    spec, request = _halves(model), StoreRequest("coded", step=step)
+    for name, tensor in matrices(model).items():
+        spec.tensors[name] = _tensor_spec(name, tensor, prepared, request, None)
+    return spec
+
+
 def _step_for(model: nn.Module, prepared: Prepared, request: StoreRequest) -> StoreRequest:
     """Bisects the step at which rounding to the nearest gives a file of the budget."""
     assert request.budget is not None
 
     def size(step: float) -> int:
-        spec = _halves(model)
-        trial = StoreRequest("coded", step=step)
-        for name, tensor in matrices(model).items():
-            spec.tensors[name] = _tensor_spec(name, tensor, prepared, trial, None)
-        return file_bytes(model, spec, snapped=True, folded=True)
+        return file_bytes(model, _nearest(model, prepared, step), snapped=True, folded=True)
 
     low, high = math.log(1e-5), math.log(0.3)
     if size(math.exp(high)) > request.budget:

@@ -81,6 +81,14 @@ def test_without_norms_or_steps_images_come_back(trained: nn.Module) -> None:
         assert torch.equal(same, images) and same is not images
 
 
+def test_norms_that_saw_no_data_are_not_matched() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).eval()
+    images = torch.randn(4, 3, 12, 12)
+    assert torch.equal(match_statistics(model, images, 5), images)
+    model[3].running_mean.fill_(0.5)
+    assert not torch.equal(match_statistics(model, images, 5), images)
+
+
 def test_progress_counts_batches(trained: nn.Module) -> None:
     calls: list[tuple[str, int, int]] = []
     match_statistics(trained, torch.randn(25, 3, 12, 12), 1, batch_size=10, progress=lambda *a: calls.append(a))

@@ -138,6 +138,24 @@ def test_dry_run_writes_a_plan_that_convert_carries_out(tmp_path: Path, monkeypa
     assert {group["name"] for group in carried["groups"]} == names
 
 
+def test_a_budget_in_bytes_is_the_size_of_the_file(tmp_path: Path) -> None:
+    result = call("convert", NET, *FAST, "--budget", "200kB", "-o", tmp_path / "small.safetensors", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["store"] == "mixed:200000B" and report["bytes"]["after"] > 200_000
+    assert 150_000 < report["file_bytes"] == (tmp_path / "small.safetensors").stat().st_size <= 200_000
+    assert sharefold.load(tmp_path / "small.safetensors").sharefold_config["plan"]["store"] == report["store"]
+
+
+def test_a_recipe_is_planned_without_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(*arguments: object, **options: object) -> None:
+        raise AssertionError("images were drawn")
+
+    monkeypatch.setattr("sharefold.data.calibration_images", drawn)
+    result = call("convert", NET, "--no-pretrained", "--recipe", "sharesnet", "--dry-run", "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["params"]["after"] < 269_722
+
+
 def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
     for name in ("a", "b"):
         out = tmp_path / f"{name}.safetensors"
@@ -207,6 +225,8 @@ def test_bisection_gives_up_at_once_where_nothing_helps() -> None:
         (["--input-size", "3,x"], "input size"),
         (["--device", "cuda:99"], "device 'cuda:99'"),
         (["--refine", "soon"], "not understood"),
+        (["--budget", "0.2MB", "--store", "int8"], "chooses its number types"),
+        (["--budget", "3kB", "--method", "basis"], "below what a file"),
     ],
 )
 def test_convert_refuses_in_one_line_and_writes_nothing(tmp_path: Path, arguments: list[str], words: str) -> None:
