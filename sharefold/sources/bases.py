@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from sharefold.errors import SharefoldError
-from sharefold.sources.build import build_on_meta, make_base
+from sharefold.sources.build import BASE_NOTE, build_on_meta, make_base
 from sharefold.sources.match import exact_match
 from sharefold.sources.shapes import shapes_of
 
@@ -20,20 +21,27 @@ _DROP = re.compile(r"\(?\w*drop\w*\)?: .*|Drop\w+\([^)]*\)", re.I)
 def base_of(model: nn.Module) -> dict[str, Any] | None:
     """How :func:`build_base` rebuilds ``model``'s architecture, or None when no registry has it.
 
-    A candidate counts only when its modules print the same as the model's, so that equal shapes with other strides or
-    activations are not mistaken for it.
+    What :func:`build_base` or :func:`open_source` noted on the model comes first, with the builder's arguments that
+    neither a name nor shapes tell. Any candidate counts only when it is of the model's class, its modules print the
+    same and its tensors have the same shapes: equal shapes with other strides or activations are not mistaken for it,
+    and a network that was changed after it was built is not taken for what it was.
     """
+    printed, shapes = _printed(model), shapes_of(model.state_dict())
     for base in _candidates(model):
         try:
-            if _printed(build_on_meta(base)) == _printed(model):
-                return base
+            built = build_on_meta(base)
         except SharefoldError:
             continue
+        if type(built) is type(model) and _printed(built) == printed and shapes_of(built.state_dict()) == shapes:
+            return base
     return None
 
 
 def _candidates(model: nn.Module) -> list[dict[str, Any]]:
     found = []
+    noted = getattr(model, BASE_NOTE, None)
+    if isinstance(noted, dict):
+        found.append(copy.deepcopy(noted))
     config = getattr(model, "pretrained_cfg", None)
     name = config.get("architecture") if isinstance(config, Mapping) else getattr(config, "architecture", None)
     if name:
@@ -56,4 +64,4 @@ def _candidates(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _printed(model: nn.Module) -> str:
-    return _DROP.sub("", f"{type(model).__qualname__}\n{model}")
+    return _DROP.sub("", str(model))

@@ -6,6 +6,7 @@ It may come from a file, so names are only ever looked up in the two registries 
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import warnings
@@ -20,6 +21,7 @@ from sharefold.errors import SharefoldError
 from sharefold.sources.spec import close_matches
 
 LIBRARIES = ("timm", "torchvision")
+BASE_NOTE = "sharefold_base"  # attribute of a built model that holds its base; copies of the model have it too
 # Arguments that would download or read something, or replace the configuration; `weights` is torchvision's name.
 _BLOCKED = ("pretrained", "weights", "checkpoint", "cache_dir", "progress", "backbone", "features_only", "scriptable")
 # torchvision's own pretrained weights for these two were trained with this input transform, which builders switch on.
@@ -29,6 +31,8 @@ _GOOGLE_NETS = ("googlenet", "inception_v3")
 def build_base(base: dict[str, Any]) -> nn.Module:
     """The architecture that ``base`` names, with random weights, in eval mode; downloads and imports nothing.
 
+    The base is noted on the model, where :func:`base_of` finds it.
+
     Raises:
         SharefoldError: unknown library or model, an argument that is no literal or that the model does not take.
     """
@@ -37,7 +41,7 @@ def build_base(base: dict[str, Any]) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return builder(name, kwargs).eval()
+            return note_base(builder(name, kwargs).eval(), make_base(library, name, kwargs))
     except SharefoldError:
         raise
     except Exception as error:
@@ -68,6 +72,12 @@ class _WeightsOnMeta(TorchFunctionMode):
         if func in (torch.empty, torch.zeros, torch.ones) and kwargs.get("device") is None:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
+
+
+def note_base(model: nn.Module, base: dict[str, Any]) -> nn.Module:
+    """``model``, which from now on knows the base that it was built from."""
+    setattr(model, BASE_NOTE, copy.deepcopy(base))
+    return model
 
 
 def make_base(library: str, name: str, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError, SharefoldWarning
-from sharefold.sources.build import build_base, check_arguments, check_name, registry
+from sharefold.sources.build import build_base, check_arguments, check_name, note_base, registry
 from sharefold.sources.hub import open_hub, open_timm, open_torchvision
 from sharefold.sources.match import Match, exact_match, match_architecture, named_architecture
 from sharefold.sources.preprocess import preprocessing
@@ -102,7 +102,7 @@ def open_source(
             _refuse_options(text, num_classes=num_classes, in_chans=in_chans)
             return replace(_open_sharefold(folder), kind=kind)
     model, base = opener(name, kwargs, pretrained)
-    return Source(model, base, preprocessing(model, base), base["name"], kind)
+    return Source(note_base(model, base), base, preprocessing(model, base), base["name"], kind)
 
 
 def _split(text: str) -> tuple[str | None, str]:
