@@ -25,7 +25,7 @@ def command(run: Run, shared: Path, output: Path, force: bool) -> None:
     \b
     sharefold expand resnet20-shared -o resnet20-dense.safetensors
     """
-    from sharefold.files import check_output, write_file
+    from sharefold.files import check_output
 
     if output.suffix not in SUFFIXES:
         raise SharefoldError(f"output {output}: unknown kind {output.suffix!r}: end it in {KINDS}")
@@ -33,20 +33,13 @@ def command(run: Run, shared: Path, output: Path, force: bool) -> None:
         raise SharefoldError(f"output {output} is a folder: name a file")
     target = check_output(output, force)
     run.setup()
-    import torch
-    from safetensors.torch import save_file
-
     import sharefold
+    from sharefold.export import write_dense
     from sharefold.measure import count_parameters
 
     model = sharefold.load(shared)
     dense = sharefold.expand(model)
-    # Clones: a tensor tied inside the stock network is written in full under each name, as its loaders expect.
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in dense.state_dict().items()}
-    if output.suffix == ".safetensors":
-        write_file(target, lambda path: save_file(state, str(path), {"format": "pt"}))
-    else:
-        write_file(target, lambda path: torch.save(state, path))
+    write_dense(dense, target)
     before, after = count_parameters(model), count_parameters(dense)
     size = target.stat().st_size
     run.table(["", "shared", "dense"], [["parameters", before, after]])

@@ -25,6 +25,7 @@ from sharefold.errors import SharefoldError
 from sharefold.files import check_output, write_file
 from sharefold.measure import evaluating, model_bytes
 
+__all__ = ["Exported", "export"]
 FORMATS = {"onnx": (".onnx",), "pt2": (".pt2",), "dense": (".safetensors", ".pt", ".pth")}
 TOLERANCE = 1e-4
 # Elements. Shapes and axes are folded into the ONNX graph; a weight that is put together from shared tensors is not,
@@ -92,7 +93,7 @@ def export(
         example = torch.cat([example, example])  # tracing would take a batch of one for a constant
     with evaluating(network), _calm():
         if kind == "dense":
-            difference = _write_dense(network, target, example, tolerance)
+            difference = _write_expanded(network, target, example, tolerance)
             names: Names = ((), ())
         else:
             check = [example, _random((3, *example.shape[1:]))] if dynamic_batch else [example]
@@ -283,18 +284,32 @@ def _package(name: str) -> Any:
     return module
 
 
-def _write_dense(model: nn.Module, target: Path, example: Tensor, tolerance: float) -> float:
+def write_dense(dense: nn.Module, target: Path) -> None:
+    """Writes the state dict of a dense network, as safetensors or with ``torch.save`` as the suffix says.
+
+    Args:
+        dense: from :func:`sharefold.expand`, on any device; the file holds its tensors for the CPU.
+        target: a file ending in .safetensors, .pt or .pth; one that is there is replaced.
+
+    Raises:
+        SharefoldError: another suffix, or the file cannot be written; nothing is half-written.
+    """
     from safetensors.torch import save_file
 
+    format_of(target, "dense")
+    # Clones: a tensor tied inside the stock network is written in full under each name, as its loaders expect.
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in dense.state_dict().items()}
+    if target.suffix == ".safetensors":
+        write_file(target, lambda temporary: save_file(state, str(temporary), {"format": "pt"}))
+    else:
+        write_file(target, lambda temporary: torch.save(state, temporary))
+
+
+def _write_expanded(model: nn.Module, target: Path, example: Tensor, tolerance: float) -> float:
     from sharefold.checkpoint import expand
 
     dense = expand(model)
     gap = _difference(model, lambda batch: _tensors(dense(batch)), [example])
     _accept(gap, tolerance, "the dense network")
-    # Clones: a tensor tied inside the stock network is written in full under each name, as its loaders expect.
-    state = {name: tensor.detach().contiguous().clone() for name, tensor in dense.state_dict().items()}
-    if target.suffix == ".safetensors":
-        write_file(target, lambda temporary: save_file(state, str(temporary), {"format": "pt"}))
-    else:
-        write_file(target, lambda temporary: torch.save(state, temporary))
+    write_dense(dense, target)
     return gap
