@@ -40,6 +40,7 @@ def pytest_runtest_makereport(
 # Parallel test processes of one thread each: with all threads in each of them they would only wait for each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 STAND_INS = (
     ("timm:resnet50 ", "timm:resnet20_cifar --no-pretrained --calib-count 20 "),
     ("tv:resnet18", "tv:resnet18 --no-pretrained --method svd --calib-count 4 --input-size 3,32,32"),
+    ("tv:resnet50 --recipe sharesnet -o resnet50-shares", "tv:resnet50 --recipe sharesnet --dry-run"),  # minutes
     ("imagefolder:/data/imagenet", "imagefolder:pictures"),
     ("--keep-agreement 97%", "--keep-agreement 1% --method svd --calib-count 20"),
 )

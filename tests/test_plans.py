@@ -47,9 +47,10 @@ def test_json_round_trip(plan: Plan) -> None:
 
 
 @given(plans())
-def test_table_says_every_group_and_the_totals(plan: Plan) -> None:
+def test_table_says_every_group_the_totals_and_the_store(plan: Plan) -> None:
     text = str(plan)
-    assert f"{plan.params_before:,} -> {plan.params_after:,} parameters" in text.splitlines()[-1]
+    assert f"{plan.params_before:,} -> {plan.params_after:,} parameters" in text
+    assert not plan.store or text.endswith(f"stored as {plan.store}")
     for group in plan.groups:
         assert group.name in text and f"{group.params_before:,} -> {group.params_after:,}" in text
 

@@ -23,7 +23,7 @@ from sharefold.calibrate.folded import norms_folded
 from sharefold.calibrate.lockstep import largest_map
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph, analyze
-from sharefold.layers import shared_layers
+from sharefold.layers import running
 from sharefold.measure import agreement, first_logits
 
 # Wall-clock budget when neither epochs nor seconds are given: inside of four minutes with start and end included.
@@ -254,30 +254,22 @@ def _outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tenso
 
 @contextmanager
 def _training(original: nn.Module, model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Both networks in eval mode, gradients on for all of ``model``'s parameters; all of it is undone at the end.
-
-    Layers run composed: their weights are small beside the maps, and one convolution a layer passes over memory once.
-    """
+    """Both networks in eval mode, gradients on for all of ``model``'s parameters; all of it is undone at the end."""
     modes = [(m, m.training) for net in (original, model) for m in net.modules()]
     flags = [(p, p.requires_grad, p.grad) for net in (original, model) for p in net.parameters()]
-    layers = shared_layers(model).values()
-    runtimes = [(layer, layer.runtime) for layer in layers]
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     try:
         original.eval()
         model.eval()
-        for layer in layers:
-            layer.runtime = "composed"
         for parameter in original.parameters():
             parameter.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
             parameter.grad = None
-        with torch.enable_grad():
+        # A composed weight is small beside the maps, and one convolution a layer passes over memory once.
+        with torch.enable_grad(), running(model, "composed"):
             yield parameters
     finally:
-        for layer, runtime in runtimes:
-            layer.runtime = runtime
         for parameter, flag, grad in flags:
             parameter.requires_grad_(flag)
             parameter.grad = grad

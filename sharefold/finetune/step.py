@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..calibrate.folded import norms_folded
 from ..errors import SharefoldError
 from ..graph import analyze
+from ..layers import running
 from .batches import Batch
 from .blocks import Taps, matching_blocks
 from .config import FinetuneConfig
@@ -101,8 +102,13 @@ class Updater:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """While active, block outputs are recorded, and the teacher runs its BatchNorms inside of its convolutions."""
+        """While active, block outputs are recorded, shared layers run composed, and the teacher runs its BatchNorms
+        inside of its convolutions.
+
+        A composed weight is small beside the maps, and one convolution a layer passes over memory once.
+        """
         with ExitStack() as stack:
+            stack.enter_context(running(self.model, "composed"))
             if self.teacher is not None:
                 stack.enter_context(norms_folded(self.teacher, self.teacher_norms))
             networks = [m for m in (self.model, self.teacher) if m is not None]

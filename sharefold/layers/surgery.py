@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -21,6 +23,19 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def shared_layers(model: nn.Module) -> dict[str, SharedConv]:
     """Every shared layer of ``model`` by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SharedConv)}
+
+
+@contextmanager
+def running(model: nn.Module, runtime: str) -> Iterator[None]:
+    """While active, shared layers of ``model`` whose runtime is ``auto`` run as ``runtime`` says (see ``RUNTIMES``)."""
+    layers = [layer for layer in shared_layers(model).values() if layer.runtime == "auto"]
+    try:
+        for layer in layers:
+            layer.runtime = runtime
+        yield
+    finally:
+        for layer in layers:
+            layer.runtime = "auto"
 
 
 def to_dense(model: nn.Module) -> nn.Module:

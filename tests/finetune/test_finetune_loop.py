@@ -198,13 +198,13 @@ def _interrupting(model, at, number=signal.SIGINT):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_finishes_the_step_saves_and_the_resumed_run_ends_bit_identical(tmp_path, number, code):
-    straight = shared_net()
+    straight, handler = shared_net(), signal.getsignal(signal.SIGINT)
     reference = tune(straight, val=images_and_labels(32, seed=1), run_dir=tmp_path / "a")
     with pytest.raises(Interrupted) as stopped:
         tune(_interrupting(shared_net(), 6, number), val=images_and_labels(32, seed=1), run_dir=tmp_path / "b")
     assert stopped.value.exit_code == code
     assert read_state(tmp_path / "b" / "state.pt")["updates"] == 6
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     resumed = shared_net(seed=5)  # its own weights do not matter
     report = tune(resumed, val=images_and_labels(32, seed=1), run_dir=tmp_path / "b", resume=True)
     assert digest(resumed) == digest(straight)
