@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from sharefold.layers import form_of
+
 BATCH_NORM_KEYS = ("running_mean", "running_var")
 _OTHER_CONVS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _ALL_LAYERS = (nn.Conv2d, nn.Linear, *_OTHER_CONVS)
@@ -120,6 +122,8 @@ def _obstacle(module: nn.Module) -> str | None:
         return "its weight is not an ordinary parameter (weight norm, quantisation or a computed weight)"
     if not weight.is_floating_point():
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}: only real floating-point weights are shared"
+    if form_of(module) is None:
+        return f"{type(module).__name__} has a forward of its own, which a shared layer could not stand in for"
     return None
 
 

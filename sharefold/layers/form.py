@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame, pad_same
+from timm.layers import Linear as TimmLinear
 from torch import Tensor, nn
 
 _STANDARDIZED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
@@ -134,7 +135,7 @@ class ConvForm:
 def form_of(module: nn.Module) -> ConvForm | None:
     """The form of a dense layer, or None when a shared layer cannot stand in for it."""
     if isinstance(module, nn.Linear):
-        if type(module).forward is not nn.Linear.forward:
+        if type(module).forward not in (nn.Linear.forward, TimmLinear.forward):
             return None
         return ConvForm("linear", module.in_features, module.out_features, module_class=type(module).__name__)
     if not isinstance(module, nn.Conv2d) or isinstance(module, nn.ConvTranspose2d):
