@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sharefold.errors import SharefoldError
 from sharefold.solvers.data_norm import Problem, moment_floors
 
 
@@ -59,6 +60,9 @@ def nested_errors(problem: Problem, filters: Tensor, ridge: float) -> Tensor:
     Args:
         filters: (R, N), or (K, R, N) when every layer has its own; rows near orthonormal, most important first.
         ridge: floor of the moments, relative to their mean diagonal.
+
+    Raises:
+        SharefoldError: a moment or weight is NaN or infinite.
     """
     floors = moment_floors(problem, ridge)
     size = filters.shape[-2]
@@ -67,6 +71,8 @@ def nested_errors(problem: Problem, filters: Tensor, ridge: float) -> Tensor:
     for k in range(problem.members):
         rows = filters if filters.dim() == 2 else filters[k]
         gram = rows @ problem.second[k] @ rows.T + floors[k] * (rows @ rows.T)
+        if not bool(torch.isfinite(gram).all()):  # no jitter would ever help
+            raise SharefoldError("the moments of a layer are not finite: check its weights and the calibration images")
         jitter = 0.0
         factor, info = torch.linalg.cholesky_ex(gram)
         while bool(info):

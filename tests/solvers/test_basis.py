@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sharefold.errors import SharefoldError
 from sharefold.solvers import basis
+from sharefold.solvers.curves import nested_errors
 from sharefold.solvers.data_norm import Problem, sqrt_psd
 
 from .problems import non_increasing, problem
@@ -149,3 +150,9 @@ def test_dead_layer_is_harmless() -> None:
     moments[1] = 0
     solution = basis.solve(Problem(group.weights, moments), 4)
     assert torch.isfinite(solution.coefficients).all() and torch.isfinite(solution.errors).all()
+
+
+def test_moments_that_are_not_finite_end_with_an_error() -> None:
+    problem = Problem(torch.randn(2, 4, 9), torch.eye(9).repeat(2, 1, 1) * float("nan"))
+    with pytest.raises(SharefoldError, match="not finite"):
+        nested_errors(problem, torch.eye(9)[:3], 1e-6)
