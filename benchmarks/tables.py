@@ -31,7 +31,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def machine(hardware: dict[str, Any]) -> str:
-    where = hardware.get("gpu") or f"{hardware['threads']} thread(s) of a {hardware['cpu']}"
+    threads = "one thread" if hardware["threads"] == 1 else f"{hardware['threads']} threads"
+    where = hardware.get("gpu") or f"{threads} of {hardware['cpu']}"
     return f"{where}, torch {hardware['torch']}"
 
 
@@ -102,7 +103,8 @@ def finetune() -> str | None:
             case, f"{first['params_before']:,} -> {first['params_after']:,}", str(epochs),
             f"{100 * first['top1_dense']:.2f}",
             f"{100 * first['top1_converted']:.2f}", f"{statistics.mean(top1):.2f}{spread}",
-            f"{statistics.mean(r['finetune_seconds'] for r in records) / 60:.1f}", machine(first["hardware"]),
+            f"{statistics.mean(r['finetune_seconds'] for r in records) / 60:.1f}",
+            (f"{first['processes']} processes, each " if first.get("processes", 1) > 1 else "") + machine(first["hardware"]),
         ])  # fmt: skip
     head = ["case", "parameters", "epochs", "original [%]", "converted [%]", "tuned [%]", "minutes", "on"]
     note = "`benchmarks/finetune_cifar.py`, CIFAR-10, 10,000 test images; minutes are those of fine-tuning, evaluation included."
