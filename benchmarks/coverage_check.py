@@ -7,7 +7,6 @@ real (:func:`convert_for_real`), with random weights; large ones on the meta dev
 
 from __future__ import annotations
 
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 import sharefold
 from sharefold.calibrate.inputs import input_config
-from sharefold.candidates import find_units
+from sharefold.candidates import find_candidates, find_units
 from sharefold.convert import check_plan
 from sharefold.errors import SharefoldError
 from sharefold.graph import Group, NetworkGraph, analyze, find_groups
@@ -206,18 +205,12 @@ def convert_for_real(
     before = count_parameters(model)
     statistics = statistics_of(model, graph, images)
     common: dict[str, Any] = {"calibration": images, "statistics": statistics, "graph": graph}
-    limit, note = int(BUDGET * before), ""
-    try:
-        plan = sharefold.plan(model, budget=f"{limit}", method=method, **common)
-    except SharefoldError as error:
-        floor = re.search(r"the floor is ([\d,]+) parameters", str(error))
-        if floor is None:
-            raise
-        limit = int(floor.group(1).replace(",", ""))
-        if limit >= before:
-            raise Stated(NOTHING) from None
-        note = _above(limit / before)
-        plan = sharefold.plan(model, budget=f"{limit}", method=method, **common)
+    candidates = find_candidates(model, graph, statistics, method)
+    limit = max(int(BUDGET * before), candidates.floor)
+    if limit >= before:
+        raise Stated(NOTHING)
+    note = _above(limit / before) if limit > BUDGET * before else ""
+    plan = candidates.pick(limit, f"{limit:,}")
     done = sharefold.convert_(model, plan, repair=False, **common)
     after = count_parameters(model)
     assert after <= limit, f"{after:,} parameters are more than the budget of {limit:,}"

@@ -2,8 +2,8 @@
 
     python benchmarks/finetune_ablation.py --source resnet20.th --data npz:cifar10.npz --limit 10000 --seeds 3
 
-Prints a table and writes results/finetune_ablation.json. The network is converted once, with one bank a stage (method
-``basis``), so that the parts that concern banks have something to act on. Accuracy is on all test images.
+Prints a table and writes results/finetune_ablation.json, after every row. The network is converted once, with one bank
+a stage (method ``basis``), so that the parts that concern banks have something to act on. Top-1 is of the test images.
 """
 
 from __future__ import annotations
@@ -119,7 +119,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     test = limited(test, options.test_limit) if options.test_limit else test
     start = converted(dense, options.data, cfg, options.params, "basis", 0)
     common = {"epochs": options.epochs, "batch_size": options.batch_size, "amp": options.amp, "device": options.device}
-    rows = []
+    record: dict[str, Any] = {
+        "source": opened.name, "params_after": sum(p.numel() for p in start.parameters()), "train_images": len(train),
+        "test_images": len(test), **common, "seeds": options.seeds, "hardware": hardware(),
+    }  # fmt: skip
+    rows: list[dict[str, Any]] = []
     for name, part in PARTS.items():
         if options.parts and not any(word in name for word in options.parts):
             continue
@@ -128,12 +132,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         rows.append({"part": name, "settings": part, "top1": statistics.mean(top1), "stdev": spread, "runs": top1})
         first = rows[0]["top1"]
         print(f"{name:45} {rows[-1]['top1']:.2%}  {rows[-1]['top1'] - first:+.2%}", flush=True)
-    record = {
-        "source": opened.name, "params_after": sum(p.numel() for p in start.parameters()), "train_images": len(train),
-        "test_images": len(test), **common, "seeds": options.seeds, "rows": rows, "hardware": hardware(),
-    }  # fmt: skip
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
+        record["rows"] = rows
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
     return record
 
 

@@ -95,14 +95,15 @@ def measure(name: str, case: Case, source: str, options: argparse.Namespace, see
     convert_seconds = time.perf_counter() - start
     settings = {"device": options.device, "seed": seed, **case.settings, **options.set}
     settings["epochs"] = options.epochs or case.epochs
-    few = options.limit or 20 * settings.get("batch_size", 128)
-    rates = [throughput(network, dense, train, settings, few) for network in (model, dense)]
     start, cpu = time.perf_counter(), time.process_time()
     folder = options.run_dir / f"{name}-{options.method}-{seed}" if options.run_dir else None
     report = finetune(
         model, train, test, teacher=dense, quiet=options.quiet, run_dir=folder, resume=bool(folder), **settings
     )
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+    # After the run that is timed: with --set compile=true a warm cache of compiled code would flatter it.
+    few = options.limit or 20 * settings.get("batch_size", 128)
+    rates = [throughput(network, dense, train, settings, few) for network in (model, dense)]
     return {
         "case": name, "source": opened.name, "method": options.method, "seed": seed,
         "params_before": sum(p.numel() for p in dense.parameters()),

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-Progress = Callable[[str, int, int], None]
+    from sharefold.plans import Progress
+
 PIPE_WIDTH = 200  # columns where no terminal says otherwise: a table in a file should not be cut
 
 

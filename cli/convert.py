@@ -83,13 +83,13 @@ def command(
     timer.lap("load")
     preprocess = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size, mean=mean, std=std)
     # A recipe's plan, or a given one, needs no images until it is carried out.
-    planned_without = request.dry_run and (request.recipe is not None or request.plan is not None)
-    images = torch.zeros(1, *preprocess.size)
-    if calib is not None or not planned_without:
+    if calib is None and request.dry_run and (request.recipe is not None or request.plan is not None):
+        images = torch.zeros(1, *preprocess.size)
+    else:
         count = calib_count or default_count(*preprocess.size[1:])
         images = calibration_images(calib, preprocess, count, run.seed, calib_split, resize=calib_resize)
-    if calib is None and not planned_without:
-        images = matched(model, images, run.seed)
+        if calib is None:
+            images = matched(model, images, run.seed)
     example = torch.zeros(1, *preprocess.size, device=device)
     timer.lap("calibration_images")
     before = {"params": count_parameters(model), "bytes": model_bytes(model), "macs": count_macs(model, example)}

@@ -106,7 +106,7 @@ def report_conversion(
             ["parameters", before["params"], after["params"], kept["params"]],
             [size, f"{before['bytes'] / 1e6:.3f}", f"{after['bytes'] / 1e6:.3f}", kept["bytes"]],
             ["MMACs", f"{before['macs'] / 1e6:,.1f}", f"{after['macs'] / 1e6:,.1f}", kept["macs"]],
-            ["agreement", "", f"{done.agreement:.2%}", ""],
+            ["agreement", "", "no logits" if done.agreement is None else f"{done.agreement:.2%}", ""],
         ],
     )
     if done.plan.store:

@@ -43,6 +43,8 @@ def smallest_keeping(
                 raise
             low = share
         else:
+            if done.agreement is None:
+                raise SharefoldError("--keep-agreement: this network returns no logits to compare: give --budget")
             if done.agreement >= keep:
                 best, high = (candidate, done), done.plan.size
             elif best is None:

@@ -27,8 +27,8 @@ from sharefold.errors import SharefoldError
 from sharefold.layers import SharedConv, shared_layers
 from sharefold.layers.shared import FACTORED_SHARE
 from sharefold.measure import evaluating
+from sharefold.plans import Progress
 
-Progress = Callable[[str, int, int], None]
 FORMS = ("composed", "factored", "auto")
 WARMUP = 3
 

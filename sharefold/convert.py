@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from sharefold.calibrate.refit import refit
 from sharefold.calibrate.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph, analyze
-from sharefold.measure import agreement
+from sharefold.measure import agreement, gives_logits
 from sharefold.methods import Solution, method_named
 from sharefold.planner import statistics_of
 from sharefold.plans import GroupPlan, Plan, Progress
@@ -32,16 +33,17 @@ class Conversion:
     Attributes:
         plan: the plan as carried out, with measured errors and resolved options.
         original: the dense network, a copy; the teacher of any fine-tuning.
-        agreement: share of held-out calibration images on which both networks' top-1 agree.
-        kl: mean KL(original || converted) on them, nats.
+        agreement: share of held-out calibration images on which both networks' top-1 agree; None for networks that
+            return no logits (detectors).
+        kl: mean KL(original || converted) on them, nats; None likewise.
         steps: the repairs that ran and whether they were kept.
         seconds: wall-clock seconds of each step.
     """
 
     plan: Plan
     original: nn.Module
-    agreement: float
-    kl: float
+    agreement: float | None
+    kl: float | None
     steps: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -64,7 +66,8 @@ def convert_(
         config: entries of the saved configuration (``base``, ``pretrained_cfg``) known better than :func:`describe` can.
 
     Raises:
-        SharefoldError: the plan does not fit the model; the model is then unchanged.
+        SharefoldError: the plan does not fit the model, or refinement is asked of a network that returns no logits; the
+            model is then unchanged.
     """
     seconds: dict[str, float] = {}
     effort = parse_effort(refine)
@@ -73,6 +76,9 @@ def convert_(
     if graph is None:
         graph = analyze(model, images[:1] if example_input is None else example_input)
     original = copy.deepcopy(model).eval()
+    compared = gives_logits(original, images[:2])
+    if effort is not None and not compared:
+        raise SharefoldError("refine: this network returns no logits to learn from (a detector?): convert without it")
     if statistics is None:
         statistics = statistics_of(original, graph, images, seed)
     elif statistics.model is model:
@@ -94,11 +100,13 @@ def convert_(
         method_named(group.method).finish(model, graph, group)
     done = replace(plan, groups=groups, params_after=sum(p.numel() for p in model.parameters()))
 
-    model.sharefold_config = {**describe(original, done), **(config or {})}  # type: ignore[assignment]
+    model.sharefold_config = describe(original, done, config)  # type: ignore[assignment]
 
     held_out, fitting = split_held_out(images)
     steps: dict[str, Any] = {}
-    if repair:
+    if repair and not compared:
+        steps["refit"] = steps["norms"] = {"kept": False, "reason": "the network returns no logits to decide by"}
+    elif repair:
         start = time.perf_counter()
         steps["refit"] = refit(original, model, graph, fitting, held_out, progress=progress)
         steps["norms"] = reestimate_norms(original, model, fitting, held_out)
@@ -116,19 +124,25 @@ def convert_(
         start = time.perf_counter()
         quantize_(model, plan.store, calibration=images, original=original, seed=seed, progress=progress)
         seconds["store"] = time.perf_counter() - start
-    found = agreement(original, model, held_out)
-    return Conversion(done, original, found.top1, found.kl, steps, seconds)
+    found = agreement(original, model, held_out) if compared else None
+    return Conversion(done, original, found and found.top1, found and found.kl, steps, seconds)
 
 
-def describe(original: nn.Module, plan: Plan) -> dict[str, Any]:
+def describe(original: nn.Module, plan: Plan, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What ``save`` needs to know: how to build the dense architecture, how it wants its images, and the plan.
 
     ``base`` is what :func:`sharefold.open_source` noted on the model, or the registered architecture that its names
-    and shapes identify; None for a network of the user's own, which ``load`` then asks for.
+    and shapes identify; None for a network of the user's own, which ``load`` then asks for. Entries in ``known`` are
+    taken over and not looked for.
     """
     from sharefold.sources import base_of
 
-    return {"base": base_of(original), "pretrained_cfg": input_config(original), "plan": plan.to_dict()}
+    config: dict[str, Any] = {**(known or {}), "plan": plan.to_dict()}
+    if "base" not in config:
+        config["base"] = base_of(original)
+    if "pretrained_cfg" not in config:
+        config["pretrained_cfg"] = input_config(original)
+    return config
 
 
 def split_held_out(images: Tensor, share: float = 0.2) -> tuple[Tensor, Tensor]:

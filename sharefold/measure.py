@@ -46,7 +46,7 @@ def first_logits(output: Any) -> Tensor:
     """The first tensor of a model's output: a tensor, or the first in a (possibly nested) dict, tuple or list.
 
     Raises:
-        SharefoldError: no tensor in it.
+        SharefoldError: no tensor in it, or one dictionary of boxes an image.
     """
     if isinstance(output, Tensor):
         return output
@@ -54,12 +54,29 @@ def first_logits(output: Any) -> Tensor:
     if isinstance(output, Mapping):
         values = [output[key] for key in ("out", "logits") if key in output] or output.values()
     elif isinstance(output, (tuple, list)):
+        if output and isinstance(output[0], Mapping) and "boxes" in output[0]:
+            raise SharefoldError("the model returns detections: those are no logits to compare or to count by")
         values = output
     elif hasattr(output, "logits"):
         values = [output.logits]
     for value in values:
         return first_logits(value)
     raise SharefoldError(f"the model returned {type(output).__name__}, which holds no tensor of logits")
+
+
+def gives_logits(model: nn.Module, images: Tensor) -> bool:
+    """Whether two networks can be compared by what ``model`` returns: a row of logits for every image.
+
+    Detectors return boxes instead, another number of them for every image and every network.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with evaluating(model):
+        output = model(images.to(device))
+    try:
+        logits = first_logits(output)
+    except SharefoldError:
+        return False
+    return logits.ndim > 1 and len(logits) == len(images)
 
 
 @contextmanager

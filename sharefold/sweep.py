@@ -100,6 +100,7 @@ def sweep(
         )  # fmt: skip
         seconds = time.perf_counter() - start
         scores = evaluate(converted)
+        assert done.agreement is not None and done.kl is not None  # `evaluate` has counted its logits
         points.append(
             _point(bound.text, converted, points[0].params, scores, done.agreement, done.kl, seconds, example)
         )  # fmt: skip

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 from doc_blocks import ROOT
+from script_loader import load_script
 
 import sharefold
 
@@ -21,12 +21,7 @@ FOLDER = ROOT / "docs" / "api"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("api_reference", ROOT / "scripts" / "api_reference.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["api_reference"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scripts/api_reference.py")
 
 
 @pytest.fixture(scope="module")

@@ -93,12 +93,14 @@ def output_error(dense: nn.Module, shared: nn.Module, name: str, norm: str) -> f
 
 
 @pytest.mark.parametrize("kind", ["residual", "grouped"])
-@pytest.mark.parametrize("method", ["basis", "svd", "spatial", "average", "tied", "cluster-filter", "cluster-kernel"])
+@pytest.mark.parametrize(
+    "method", ["basis", "svd", "spatial", "tucker", "average", "tied", "cluster-filter", "cluster-kernel"]
+)
 def test_reported_errors_are_those_of_the_layers_outputs(kind: str, method: str) -> None:
     model = net(kind)
-    options = {"basis": {"rank": 14}, "svd": {"rank": 3}, "spatial": {"rank": 5}, "cluster-filter": {"count": 20},
-               "cluster-kernel": {"count": 12}}.get(method, {})  # fmt: skip
-    if kind == "grouped" and method in ("svd", "spatial"):
+    options = {"basis": {"rank": 14}, "svd": {"rank": 3}, "spatial": {"rank": 5}, "tucker": {"rank": 9, "width": 5},
+               "cluster-filter": {"count": 20}, "cluster-kernel": {"count": 12}}.get(method, {})  # fmt: skip
+    if kind == "grouped" and method in ("svd", "spatial", "tucker"):
         return
     names = tuple(f"stage2.{i}.conv{j}" for i in range(3) for j in (1, 2))
     done = sharefold.convert_(

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from script_loader import load_script
 from spine_nets import Inverted, Net, Next, images
 from timm.layers import BatchNormAct2d, CondConv2d, Conv2dSame, Linear, MixedConv2d, ScaledStdConv2dSame, StdConv2d
 from torch import Tensor, nn
@@ -22,21 +20,9 @@ from sharefold.graph import analyze
 from sharefold.layers import shared_layers
 from sharefold.measure import count_parameters
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
-
-def _script(name: str, file: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 # Not as "coverage", which is the name of a package that pytest plugins import.
-check = _script("coverage_check", "coverage_check.py")
-coverage = _script("coverage_benchmark", "coverage.py")
+check = load_script("benchmarks/coverage_check.py")
+coverage = load_script("benchmarks/coverage.py", "coverage_benchmark")
 
 
 class Residual(nn.Module):

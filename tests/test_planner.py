@@ -20,7 +20,7 @@ from sharefold.measure import agreement, model_bytes
 from sharefold.planner import statistics_of
 
 CALIBRATION = images(16)
-METHODS = ("basis", "svd", "spatial", "average", "tied", "cluster-layer", "cluster-filter", "cluster-kernel")
+METHODS = ("basis", "svd", "spatial", "tucker", "average", "tied", "cluster-layer", "cluster-filter", "cluster-kernel")
 
 
 class Prepared:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from doc_blocks import ROOT
+from script_loader import load_script
 
 import sharefold
 from sharefold.measure import count_parameters
@@ -22,12 +20,8 @@ NET20, NET56 = "resnet20-12fca82f.th", "resnet56-4bfd9763.th"
 @pytest.fixture(scope="session")
 def npz(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """5,000 training and all test images as DATA ``npz:FILE``."""
-    spec = importlib.util.spec_from_file_location("cifar", ROOT / "benchmarks" / "cifar.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["cifar"] = module
-    spec.loader.exec_module(module)
-    return module.write_npz(shared_data, tmp_path_factory.mktemp("cifar") / "cifar10.npz", train_sprites=5)
+    out = tmp_path_factory.mktemp("cifar") / "cifar10.npz"
+    return load_script("benchmarks/cifar.py").write_npz(shared_data, out, train_sprites=5)
 
 
 def call(*arguments: object) -> dict:

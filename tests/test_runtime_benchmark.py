@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from doc_blocks import ROOT
+from script_loader import load_script
 
 from sharefold.layers import ConvForm
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-_spec = importlib.util.spec_from_file_location("runtime_benchmark", BENCHMARKS / "runtime.py")
-assert _spec is not None and _spec.loader is not None
-runtime = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(runtime)
+runtime = load_script("benchmarks/runtime.py", "runtime_benchmark")
 
 
 def test_regret_by_hand() -> None:
@@ -36,7 +32,7 @@ def test_layers_cost_about_the_share_asked_for() -> None:
 
 
 def test_the_committed_result_follows_from_its_rows() -> None:
-    results = json.loads((BENCHMARKS / "results" / "runtime.json").read_text())
+    results = json.loads((ROOT / "benchmarks" / "results" / "runtime.json").read_text())
     assert results
     for device in results.values():
         for name in ("all", "basis", "spatial"):

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from sharefold.errors import SharefoldError
 from sharefold.measure import first_logits
 
 IMAGES = 256
@@ -61,7 +62,7 @@ def output_sensitivity(
                 loss = nn.functional.cross_entropy(rows.float(), chosen.to(device), reduction="sum")
                 # With respect to the images: the parameters' own gradients are neither needed nor touched.
                 torch.autograd.grad(loss, leaf)
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError, SharefoldError):
         return {}
     finally:
         for handle in handles:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
+from sharefold.plans import Progress
 
 SOURCE, DATA, SAVED, PICTURE, RECORD = "timm:digits_resnet", "digits", "digits-shared", "demo.png", "demo.json"
 METHODS = ("average", "basis", "auto")
@@ -22,7 +23,6 @@ TUNED = "auto"
 CALIBRATION = 300
 # Further sizes of the curves in the picture, as shares of the parameters; averaging does not reach the small one.
 SIZES = (0.12, 0.45)
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

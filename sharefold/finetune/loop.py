@@ -24,7 +24,7 @@ from .interrupt import Interrupted, StopRequest
 from .log import RunLog, draw_curve
 from .schedule import Schedule, build_optimizer
 from .state import check_same_run, read_state, write_state
-from .step import Updater
+from .step import Updater, freeze_norms
 
 STATE_FILE = "state.pt"
 
@@ -230,9 +230,7 @@ class _Run:
     def _train_mode(self) -> None:
         self.model.train()
         if self.config.freeze_norm:
-            for module in self.model.modules():
-                if isinstance(module, nn.modules.batchnorm._NormBase):
-                    module.eval()
+            freeze_norms(self.model)
 
     def _note(self, parts: dict[str, Tensor]) -> None:
         """Adds a step's numbers up on the device and remembers the first step whose loss is not finite."""

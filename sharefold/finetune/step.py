@@ -42,6 +42,13 @@ def _norms_of(teacher: nn.Module, example: Tensor) -> dict[str, str | None]:
         return {}
 
 
+def freeze_norms(model: nn.Module) -> None:
+    """BatchNorms in eval mode: their statistics stay, their weights and biases still learn."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.eval()
+
+
 class Updater:
     """Student, teacher, optimizer and the loss between them.
 
@@ -78,7 +85,7 @@ class Updater:
         self.forward: Any = torch.compile(forward) if config.compile else forward
         self.wrapped = forward
         self.teacher_forward: Any = torch.compile(teacher) if config.compile and teacher is not None else teacher
-        self.teacher_norms = {} if teacher is None or config.compile else _norms_of(teacher, example[:1])
+        self.norms = {} if teacher is None or config.compile else _norms_of(teacher, example[:1])
 
     def _classes(self, example: Tensor) -> int:
         was_training = self.model.training
@@ -102,15 +109,19 @@ class Updater:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """While active, block outputs are recorded, shared layers run composed, and the teacher runs its BatchNorms
-        inside of its convolutions.
+        """While active, block outputs are recorded, shared layers run composed, and BatchNorms whose statistics are fixed
+        (the teacher's, and with ``freeze_norm`` the student's) run inside of their convolutions.
 
         A composed weight is small beside the maps, and one convolution a layer passes over memory once.
         """
         with ExitStack() as stack:
             stack.enter_context(running(self.model, "composed"))
             if self.teacher is not None:
-                stack.enter_context(norms_folded(self.teacher, self.teacher_norms))
+                stack.enter_context(norms_folded(self.teacher, self.norms))
+                # One class wires its layers in one way, whatever they share.
+                if self.config.freeze_norm and type(self.model) is type(self.teacher):
+                    freeze_norms(self.model)
+                    stack.enter_context(norms_folded(self.model, self.norms))
             networks = [m for m in (self.model, self.teacher) if m is not None]
             self._taps = [stack.enter_context(Taps(network, self.blocks)) for network in networks]
             yield

@@ -11,10 +11,10 @@ from sharefold.layers.shared import SharedConv
 from sharefold.layers.spatial import SpatialConv
 from sharefold.layers.surgery import replace_module, running, shared_layers, to_dense
 from sharefold.layers.tied import TiedConv
+from sharefold.layers.tucker import TuckerConv
 
 __all__ = [
     "Again", "Bank", "BasisConv", "CodebookConv", "ConvForm", "GroupedPointwise", "RepeatedBlock", "SharedConv", "SpatialConv",
-    "TiedConv", "add_bank", "bank_key", "banks", "code_dtype", "fold", "fold_scale", "form_of", "own_modules", "plain_norm",
-    "replace_module", "resolve", "running",
-    "shared_layers", "shared_parameters", "takes_scale", "to_dense",
+    "TiedConv", "TuckerConv", "add_bank", "bank_key", "banks", "code_dtype", "fold", "fold_scale", "form_of", "own_modules",
+    "plain_norm", "replace_module", "resolve", "running", "shared_layers", "shared_parameters", "takes_scale", "to_dense",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from sharefold.methods.reuse import Reuse
 from sharefold.methods.spatial import Spatial
 from sharefold.methods.svd import Svd
 from sharefold.methods.tied_kernels import TiedKernels
+from sharefold.methods.tucker import Tucker
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -22,6 +23,7 @@ METHODS: dict[str, Method] = {
         Basis(),  # shared filter basis: https://arxiv.org/abs/2006.05066
         Svd(),  # data-norm low rank per layer: https://arxiv.org/abs/2509.25136
         Spatial(),  # column and row filters per layer: https://arxiv.org/abs/1405.3866
+        Tucker(),  # shared input space and filters: https://arxiv.org/abs/1511.06530
         Average(),  # the mean kernel: https://arxiv.org/abs/2210.14151
         Tied(),  # data-norm optimum of one kernel, scaled: https://arxiv.org/abs/2212.09849
         ClusterLayers(),  # k-means over layers: https://arxiv.org/abs/2210.14151
@@ -33,7 +35,7 @@ METHODS: dict[str, Method] = {
         Grouped(),  # grouped pointwise pair: https://doi.org/10.13164/mendel.2022.1.023
     )
 }
-# What `--method auto` lets compete; the others are never better at any budget measured (docs/methods).
+# What `--method auto` lets compete; the others were never chosen or never better at any budget measured (docs/methods).
 AUTO = ("basis", "svd", "spatial")
 ALIASES = {"cluster": "cluster-filter"}
 

@@ -13,6 +13,7 @@ from sharefold.calibrate.means import output_mean_owner
 from sharefold.calibrate.sensitivity import output_sensitivity
 from sharefold.graph import NetworkGraph
 from sharefold.layers import BasisConv, ConvForm, SharedConv, SpatialConv, TiedConv, banks, form_of
+from sharefold.solvers.tucker import lift
 from sharefold.store.moments import Inputs, gather, runs
 from sharefold.store.rounding import unabsorbed
 
@@ -197,6 +198,10 @@ def _basis_metric(
     weights = {name: float((rows[name] * found[name].variance).sum()) for name in layers}
     metric = sum(found[name].gram.double().mean(0) * weights[name] for name in layers) / sum(weights.values())
     assert isinstance(metric, Tensor)
+    whole, projection = metric, getattr(bank, "projection", None)
+    if projection is not None:
+        lifted = lift(torch.eye(basis[0].numel(), dtype=torch.float64), projection.detach().cpu().double())
+        metric = lifted @ whole @ lifted.T
     # Every turn needs all coefficients that multiply the basis; own filters or a norm in between leave them apart.
     simple = all(layer.norm is None and layer.unique is None for layer in layers.values())
     if simple and len(layers) == bank.uses:
@@ -209,6 +214,13 @@ def _basis_metric(
     key = f"{bank_name}.basis"
     plan.metrics[key] = metric.unsqueeze(0)
     plan.rows[key] = power * unabsorbed(metric.unsqueeze(0))
+    if projection is not None:
+        taps = basis[0, 0].numel()
+        marginal = whole.reshape(-1, taps, len(whole) // taps, taps).diagonal(dim1=1, dim2=3).mean(-1)
+        carried = torch.einsum("r,rjt->j", power, basis.detach().cpu().double().flatten(2).square())
+        key = f"{bank_name}.projection"
+        plan.metrics[key] = marginal.unsqueeze(0)
+        plan.rows[key] = carried * unabsorbed(marginal.unsqueeze(0))
 
 
 def _turn(basis: nn.Parameter, layers: dict[str, BasisConv], metric: Tensor, rows: dict[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ from sharefold.calibrate.means import output_mean_owner
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.layers import BasisConv, SharedConv, SpatialConv, to_dense
+from sharefold.plans import Progress
 from sharefold.solvers.quantize import kmeans_codebook, search_scale
 from sharefold.store.moments import Gatherer, Inputs, gather, runs
 from sharefold.store.norms import fold_norms
@@ -32,7 +33,6 @@ _ROUNDS = 4
 # A file this much below its budget is close enough.
 _SLACK = 0.01
 
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass

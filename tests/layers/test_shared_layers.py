@@ -18,6 +18,7 @@ from sharefold.layers import (
     CodebookConv,
     SpatialConv,
     TiedConv,
+    TuckerConv,
     add_bank,
     banks,
     form_of,
@@ -99,6 +100,25 @@ def test_spatial_conv_equals_its_composition_for_strides_and_dilation():
     factored = layer(x)
     layer.runtime = "composed"
     torch.testing.assert_close(factored, layer(x), rtol=1e-4, atol=1e-4)
+    filters, coefficients = layer.linear_part()
+    torch.testing.assert_close((coefficients @ filters.flatten(1)).reshape(layer.weight.shape), layer.weight)
+
+
+@settings(max_examples=40, deadline=None)
+@given(conv_variants().filter(lambda v: v["groups"] == 1 and v["kernel"] != (1, 1)))
+def test_tucker_conv_equals_its_composition_in_both_forms(variant):
+    torch.manual_seed(0)
+    conv = _conv(variant)
+    form = form_of(conv)
+    bank = Bank({"projection": torch.randn(5, 8), "basis": torch.randn(7, 5, *form.kernel_size)}, uses=1)
+    layer = TuckerConv(form, torch.randn(12, 7), bank, bias=conv.bias).eval()
+    expected = torch.einsum("or,rjhw,ji->oihw", layer.coefficients, bank.basis, bank.projection)
+    torch.testing.assert_close(layer.weight, expected, rtol=1e-4, atol=1e-4)
+    x = torch.randn(2, 8, 13, 11)
+    for runtime in ("composed", "factored"):
+        layer.runtime = runtime
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), layer.dense()(x), rtol=1e-4, atol=1e-3)
     filters, coefficients = layer.linear_part()
     torch.testing.assert_close((coefficients @ filters.flatten(1)).reshape(layer.weight.shape), layer.weight)
 

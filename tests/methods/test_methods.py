@@ -11,8 +11,9 @@ import torch
 from spine_nets import images, net
 
 import sharefold.methods
+from sharefold.data import Preprocess, calibration_images
 from sharefold.errors import SharefoldError
-from sharefold.graph import analyze
+from sharefold.graph import analyze, find_groups
 from sharefold.methods import AUTO, METHODS, Method, method_named
 from sharefold.methods.problem import GroupProblem, problem_of
 from sharefold.planner import statistics_of
@@ -22,6 +23,7 @@ PLAIN = (
     "basis",
     "svd",
     "spatial",
+    "tucker",
     "average",
     "tied",
     "cluster-layer",
@@ -71,12 +73,30 @@ def test_candidates_cost_what_they_say_and_errors_do_not_exceed_them(name: str, 
             assert float(solution.errors.mean()) <= float(choice.errors.mean()) * 1.1 + 1e-6
 
 
-@pytest.mark.parametrize("name", ["basis", "svd", "spatial", "cluster-filter", "cluster-kernel"])
+@pytest.mark.parametrize("name", ["basis", "svd", "spatial", "tucker", "cluster-filter", "cluster-kernel"])
 def test_more_parameters_leave_less_error(name: str, residual: GroupProblem) -> None:
     choices = sorted(METHODS[name].choices(residual), key=lambda choice: choice.cost)
     means = [float(choice.errors.mean()) for choice in choices]
     assert len(means) > 2
     assert all(b <= 1.05 * a + 1e-6 for a, b in itertools.pairwise(means)) and means[-1] < 0.7 * means[0]
+
+
+def test_tucker_beats_the_basis_in_a_small_group_of_a_trained_network() -> None:
+    """Where filters cost more than coefficients; other groups get no candidates."""
+    opened = sharefold.open_source("timm:digits_resnet")
+    digits = calibration_images("digits", Preprocess.from_cfg(opened.pretrained_cfg), 300, 0)
+    graph = analyze(opened.model, digits[:1])
+    group = next(group for group in find_groups(graph) if group.weight_shape == (48, 48, 3, 3))
+    moments = statistics_of(opened.model, graph, digits).moments(group.members)
+    trained = problem_of(opened.model, graph, group.members, moments)
+    assert 48 * 9 > 48 * len(group.members)
+
+    def best(name: str) -> float:
+        choices = METHODS[name].choices(trained)
+        return min(float(c.errors.mean()) for c in choices if c.cost <= 0.12 * trained.weights.numel())
+
+    assert best("tucker") < 0.95 * best("basis")
+    assert METHODS["tucker"].choices(problem("convnext", "fc1")) == []
 
 
 def test_errors_are_relative_data_norms(residual: GroupProblem) -> None:

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from own_nets import OwnNet
 from torch import nn
 
 import sharefold
@@ -92,16 +93,6 @@ def test_a_note_that_no_longer_holds() -> None:
     model = open_source("tv:resnet18:num_classes=4", pretrained=False).model
     model.sharefold_base = {"library": "timm", "name": "os.system", "kwargs": {}}  # type: ignore[assignment]
     assert base_of(model) == {"library": "torchvision", "name": "resnet18", "kwargs": {"num_classes": 4}}
-
-
-class OwnNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.fc = nn.Linear(4, 6)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.conv(x).mean((2, 3)))
 
 
 def test_networks_of_the_users_own() -> None:

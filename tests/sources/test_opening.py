@@ -14,6 +14,7 @@ import timm
 import torch
 import torchvision
 from huggingface_hub.errors import EntryNotFoundError
+from own_nets import OwnNet
 from safetensors.torch import save_file
 from torch import nn
 
@@ -341,16 +342,6 @@ class TestHubLayout:
     def test_damaged_configuration(self, tmp_path: Path) -> None:
         (self.folder(tmp_path) / "config.json").write_text("{")
         fails(tmp_path, r"config\.json is not JSON")
-
-
-class OwnNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.fc = nn.Linear(4, 6)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(self.conv(x).mean((2, 3)))
 
 
 class TestPickles:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,9 +67,9 @@ def test_folder_holds_the_same_bytes_of_weights(tmp_path: Path) -> None:
     assert torch.equal(sharefold.load(folder, model=Tiny())(images(4)), model(images(4)))
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_compensation_beats_nearest(shared: bool) -> None:
-    original, model = converted(shared=shared)
+@pytest.mark.parametrize("form", [{}, {"shared": False}, {"method": "tucker"}])
+def test_compensation_beats_nearest(form: dict[str, Any]) -> None:
+    original, model = converted(**form)
     rounded, nearest = copy.deepcopy(model), copy.deepcopy(model)
     report = quantize_(rounded, "mixed:step=0.02", calibration=images(), original=original)
     assert report.sequential
@@ -120,16 +121,17 @@ def test_budget_is_met_and_used() -> None:
         quantize_(converted()[1], "mixed:900B", calibration=images())
 
 
-def test_bases_are_turned_without_changing_the_network() -> None:
+@pytest.mark.parametrize("method", ["basis", "tucker"])
+def test_bases_are_turned_without_changing_the_network(method: str) -> None:
     from sharefold.graph import analyze
     from sharefold.store.prepare import prepare
 
-    original, model = converted()
+    original, model = converted(method=method)
     before = model(images())
     prepared = prepare(original, model, analyze(original, images(1)), images())
     assert torch.allclose(model(images()), before, atol=1e-4)
     basis = next(p for n, p in model.named_parameters() if n.endswith(".basis")).flatten(1).double()
-    metric = next(iter(prepared.metrics.values()))[0]
+    metric = next(metric for name, metric in prepared.metrics.items() if name.endswith(".basis"))[0]
     assert torch.allclose(basis @ metric @ basis.T, torch.eye(10, dtype=torch.float64), atol=1e-3)
 
 

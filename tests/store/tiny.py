@@ -56,12 +56,13 @@ def images(count: int = 48) -> Tensor:
     )
 
 
-def converted(*, shared: bool = True) -> tuple[Tiny, Tiny]:
-    """(dense original, converted network): a shared basis, a spatial factorisation, the rest dense."""
+def converted(*, shared: bool = True, method: str = "basis") -> tuple[Tiny, Tiny]:
+    """(dense original, converted network): one shared bank, a spatial factorisation, the rest dense."""
     original, model = trained(), trained()
     total = sum(p.numel() for p in model.parameters())
+    options = {"rank": 10, "width": 8} if method == "tucker" else {"rank": 10}
     groups = [
-        GroupPlan("first", "basis", ("blocks.0.conv1", "blocks.1.conv1"), {"rank": 10}, 2592, 1320),
+        GroupPlan("first", method, ("blocks.0.conv1", "blocks.1.conv1"), options, 2592, 1320),
         GroupPlan("third", "spatial", ("blocks.2.conv1",), {"rank": 8}, 1296, 576),
     ]
     convert_(model, Plan(groups if shared else [], total, total), calibration=images(), repair=False)
