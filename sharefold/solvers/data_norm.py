@@ -21,6 +21,8 @@ from sharefold.errors import SharefoldError
 
 Pair = int | Sequence[int]
 FLOAT64_LIMIT = 1024
+# Rounding error of a summed second moment, in units of the type's precision.
+ROUNDING = 16
 PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
 
@@ -83,7 +85,10 @@ class Moments:
         moment = self.gram / self._total()
         if centered:
             mean = self.mean
+            # Of inputs that hardly vary the difference is rounding error, and may be negative: a floor makes it harmless.
+            floor = ROUNDING * torch.finfo(moment.dtype).eps * moment.diagonal(dim1=1, dim2=2).mean(1)
             moment = moment - mean.unsqueeze(2) * mean.unsqueeze(1)
+            moment.diagonal(dim1=1, dim2=2).add_(floor.unsqueeze(1))
         return (moment + moment.transpose(1, 2)) / 2
 
 

@@ -106,6 +106,21 @@ def test_moments_stream_and_merge() -> None:
     torch.testing.assert_close(whole.mean, patches.mean(0))
 
 
+@pytest.mark.parametrize("spread", [0.0, 1e-5, 1e-2, 1.0])
+def test_the_covariance_of_nearly_constant_inputs_stays_positive(spread: float) -> None:
+    """Far from zero and hardly varying: float32 sums leave a difference of rounding errors (efficientvit_m0)."""
+    torch.manual_seed(0)
+    noise = torch.randn(4000, 12)
+    taken = Moments(12)
+    for part in (3 + spread * noise).split(100):
+        taken.update(part)
+    found = taken.covariance(centered=True)[0]
+    assert float(torch.linalg.eigvalsh(found.double()).min()) > 0
+    if spread >= 1e-2:
+        exact = (spread * noise.double()).T.cov(correction=0)
+        assert float((found - exact).norm() / exact.norm()) < (0.02 if spread == 1 else 0.5)
+
+
 def test_moments_refuse_wrong_shapes_and_emptiness() -> None:
     with pytest.raises(SharefoldError, match="no patch"):
         Moments(4).covariance()
