@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
 from finetune_nets import Net, digest, images_and_labels, shared_net
 from torch import nn
 
-import sharefold.finetune
+import sharefold.finetune.step
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.finetune import FinetuneReport
 from sharefold.finetune.interrupt import Interrupted
@@ -96,6 +97,24 @@ def test_freeze_norm_keeps_the_statistics():
     model = shared_net()
     tune(model, freeze_norm=True)
     assert torch.equal(model.bn.running_mean, torch.zeros(8)) and int(model.bn.num_batches_tracked) == 0
+
+
+def test_frozen_norms_run_inside_of_the_convolutions_and_learn_the_same(monkeypatch):
+    settings = {"teacher": Net(), "freeze_norm": True, "optimizer": "sgd", "epochs": 1, "ema": 0.0}
+    folded, plain = shared_net(), shared_net()
+    start = folded.layer1[0].bn1.weight.detach().clone()
+    passes = []
+    handle = folded.layer1[0].bn1.register_forward_hook(lambda module, inputs, output: passes.append(output is inputs[0]))
+    tune(folded, **settings)
+    handle.remove()
+    assert len(passes) > 4 and all(passes[1:]), "once training begins the norm hands on what the convolution gave"
+    monkeypatch.setattr(sharefold.finetune.step, "norms_folded", lambda *_: nullcontext())
+    tune(plain, **settings)
+    assert not torch.equal(folded.layer1[0].bn1.weight, start)
+    for name, tensor in plain.state_dict().items():
+        assert torch.allclose(folded.state_dict()[name].float(), tensor.float(), atol=1e-5), name
+    images = torch.rand(2, 3, 8, 8)
+    assert torch.allclose(folded.eval()(images), plain.eval()(images), atol=1e-4)
 
 
 def test_the_average_is_that_of_the_weights_along_the_way(monkeypatch):
