@@ -28,6 +28,7 @@ from sharefold.layers import SharedConv, shared_layers
 from sharefold.layers.shared import FACTORED_SHARE
 from sharefold.measure import evaluating
 from sharefold.plans import Progress
+from sharefold.state_dicts import load_tensors
 
 FORMS = ("composed", "factored", "auto")
 WARMUP = 3
@@ -284,7 +285,7 @@ def race_loading(
         del state
 
         def read_dense() -> None:
-            build_base(base).load_state_dict(load_file(theirs), assign=True)
+            load_tensors(build_base(base), load_file(theirs), assign=True)
 
         sizes = {"dense": theirs.stat().st_size, "shared": ours.stat().st_size}
         runs: dict[str, Callable[[], Any]] = {"dense": read_dense, "shared": lambda: load(ours)}

@@ -25,6 +25,7 @@ from sharefold.files import check_output, write_file, write_folder
 from sharefold.layers import shared_layers, to_dense
 from sharefold.methods import method_named
 from sharefold.plans import Plan
+from sharefold.state_dicts import load_tensors
 from sharefold.version import __version__
 
 FORMAT_VERSION = 1
@@ -129,7 +130,7 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: str | torc
             raise SharefoldError(f"{path} is damaged: tensor {name!r} is missing")
         state[alias] = state[name]
     try:
-        model.load_state_dict(state, assign=True)
+        load_tensors(model, state, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise SharefoldError(f"{path} does not fit its own plan: {reason[:300]}") from None

@@ -25,6 +25,7 @@ from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.layers import running
 from sharefold.measure import agreement, first_logits
+from sharefold.state_dicts import load_tensors
 
 # Wall-clock budget when neither epochs nor seconds are given: inside of four minutes with start and end included.
 DEFAULT_SECONDS = 210.0
@@ -91,7 +92,7 @@ def refine(
                 if not guard.passes(share):
                     break
         finally:
-            model.load_state_dict(guard.saved)
+            load_tensors(model, guard.saved)
     return {
         "kept": guard.best < before, "kl_before": before, "kl_after": guard.best, "epochs": clock.epochs(),
         "seconds": clock.elapsed(), "history": guard.history,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SharefoldError
+from ..state_dicts import load_tensors
 from . import seeds
 from .batches import Data, EvalBatches, TrainBatches
 from .config import FinetuneConfig
@@ -306,7 +307,7 @@ class _Run:
     def _finish(self) -> None:
         """Puts the weights to return into the model."""
         if self.best is not None:
-            self.model.load_state_dict(self.best[1])
+            load_tensors(self.model, self.best[1])
         elif self.ema is not None:
             self.model.load_state_dict(self.ema.module.state_dict())
         _same_everywhere(self.model, self.world)
@@ -367,11 +368,11 @@ class _Run:
         self.seconds, self.history, self.before = state["seconds"], state["history"], state["before"]
         self.last, self.epoch_loss = state["last"], state["epoch_loss"]
         self.sums = {k: torch.tensor(v, device=self.world.device) for k, v in state["sums"].items()}
-        self.model.load_state_dict(state["model"])
+        load_tensors(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.updater.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
+            load_tensors(self.ema.module, state["ema"])
         if state["best"] is not None:
             self.best = (state["best"]["top1"], state["best"]["weights"])
         self.schedule.step(self.updates)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError, SharefoldWarning
+from sharefold.state_dicts import load_tensors
 
 Shapes = dict[str, tuple[int, ...]]
 _STATISTICS = ("running_mean", "running_var")
@@ -86,7 +87,7 @@ def load_weights(
         raise SharefoldError(f"{where} does not fit {name}: {difference}: choose another --arch, or leave it out")
     present = {*state, *kept}
     absent = [key for key in target if key not in present and not key.endswith(_COUNTER)]
-    model.load_state_dict({key: tensor for key, tensor in state.items() if key in target}, strict=False)
+    load_tensors(model, {key: tensor for key, tensor in state.items() if key in target}, strict=False)
     lost = [key for key in absent if key.endswith(_STATISTICS)]
     if lost:
         warnings.warn(

@@ -1,0 +1,54 @@
+"""Modules that ask a state dict for its version, as torchvision's MNASNet does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from spine_nets import images, net
+from torch import nn
+
+import sharefold
+from sharefold.state_dicts import load_tensors
+
+
+class Versioned(nn.Module):
+    """Refuses tensors without a version."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):  # type: ignore[no-untyped-def]
+        if local_metadata.get("version") != 2:
+            raise ValueError(f"version should be 2 instead of {local_metadata.get('version')}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def test_a_plain_dictionary_gets_the_versions_of_the_model() -> None:
+    model, other = Versioned(), Versioned()
+    with torch.no_grad():
+        other.net.fc.weight.add_(1)
+    tensors = dict(other.state_dict())
+    with pytest.raises(ValueError, match="version"):
+        model.load_state_dict(tensors)
+    load_tensors(model, tensors)
+    assert torch.equal(model.net.fc.weight, other.net.fc.weight)
+    with pytest.raises(RuntimeError, match="Missing"):
+        load_tensors(model, {})
+    load_tensors(model, {}, strict=False)
+
+
+def test_a_network_with_versions_is_refined_saved_and_loaded(tmp_path: Path) -> None:
+    model = Versioned().eval()
+    plan = sharefold.plan(model, budget="60%", calibration=images())
+    sharefold.convert_(model, plan, calibration=images(), refine=1)
+    path = sharefold.save(model, tmp_path / "net.safetensors")
+    loaded = sharefold.load(path, model=Versioned())
+    assert torch.equal(loaded(images()), model.eval()(images()))
