@@ -119,11 +119,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     test = limited(test, options.test_limit) if options.test_limit else test
     start = converted(dense, options.data, cfg, options.params, "basis", 0)
     common = {"epochs": options.epochs, "batch_size": options.batch_size, "amp": options.amp, "device": options.device}
-    record: dict[str, Any] = {
-        "source": opened.name, "params_after": sum(p.numel() for p in start.parameters()), "train_images": len(train),
-        "test_images": len(test), **common, "seeds": options.seeds, "hardware": hardware(),
-    }  # fmt: skip
     rows: list[dict[str, Any]] = []
+    record = {
+        "source": opened.name, "params_after": sum(p.numel() for p in start.parameters()), "train_images": len(train),
+        "test_images": len(test), **common, "seeds": options.seeds, "rows": rows, "hardware": hardware(),
+    }  # fmt: skip
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     for name, part in PARTS.items():
         if options.parts and not any(word in name for word in options.parts):
             continue
@@ -132,8 +133,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         rows.append({"part": name, "settings": part, "top1": statistics.mean(top1), "stdev": spread, "runs": top1})
         first = rows[0]["top1"]
         print(f"{name:45} {rows[-1]['top1']:.2%}  {rows[-1]['top1'] - first:+.2%}", flush=True)
-        record["rows"] = rows
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(record, indent=1) + "\n")
     return record
 

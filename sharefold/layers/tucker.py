@@ -20,15 +20,18 @@ class TuckerConv(BasisConv):
     The bank holds ``projection`` (J, I) and ``basis`` (R, J, h, w).
     """
 
+    def _shared(self) -> tuple[Tensor, Tensor]:
+        """The bank's basis and projection."""
+        assert self.bank is not None
+        return cast(Tensor, self.bank.basis), cast(Tensor, self.bank.projection)
+
     def filters(self) -> Tensor:
         """The filters on the layer's own input channels, (R, I, h, w)."""
-        assert self.bank is not None
-        basis, projection = cast(Tensor, self.bank.basis), cast(Tensor, self.bank.projection)
+        basis, projection = self._shared()
         return torch.einsum("rjhw,ji->rihw", basis, projection)
 
     def factored_share(self) -> float:
-        assert self.bank is not None
-        form, width = self.form, len(cast(Tensor, self.bank.projection))
+        form, width = self.form, len(self._shared()[1])
         # The projection runs before the stride.
         before = width * form.in_channels * form.stride[0] * form.stride[1]
         taps = form.kernel_size[0] * form.kernel_size[1]
@@ -36,8 +39,7 @@ class TuckerConv(BasisConv):
         return (before + inner) / (form.out_channels * form.features)
 
     def factored(self, x: Tensor) -> Tensor:
-        assert self.bank is not None
-        basis, projection = cast(Tensor, self.bank.basis), cast(Tensor, self.bank.projection)
+        basis, projection = self._shared()
         # A projection without a bias commutes with every kind of padding.
         responses = self.form.apply(F.conv2d(x, projection[:, :, None, None]), basis, None)
         return F.conv2d(responses, self.coefficients[:, :, None, None], self.own_bias)

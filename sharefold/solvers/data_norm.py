@@ -84,12 +84,19 @@ class Moments:
         """``E[x x^T]`` of shape (G, N, N); with ``centered`` the covariance, for layers whose mean a bias absorbs."""
         moment = self.gram / self._total()
         if centered:
-            mean = self.mean
-            # Of inputs that hardly vary the difference is rounding error, and may be negative: a floor makes it harmless.
-            floor = ROUNDING * torch.finfo(moment.dtype).eps * moment.diagonal(dim1=1, dim2=2).mean(1)
-            moment = moment - mean.unsqueeze(2) * mean.unsqueeze(1)
-            moment.diagonal(dim1=1, dim2=2).add_(floor.unsqueeze(1))
+            moment = without_mean(moment, self.mean)
         return (moment + moment.transpose(1, 2)) / 2
+
+
+def without_mean(moment: Tensor, mean: Tensor) -> Tensor:
+    """``E[x x^T] - m m^T`` (G, N, N) of second moments and means (G, N).
+
+    Of inputs that hardly vary the difference is rounding error, and may be negative: a floor makes it harmless.
+    """
+    floor = ROUNDING * torch.finfo(moment.dtype).eps * moment.diagonal(dim1=1, dim2=2).mean(1)
+    result = moment - mean.unsqueeze(2) * mean.unsqueeze(1)
+    result.diagonal(dim1=1, dim2=2).add_(floor.unsqueeze(1))
+    return result
 
 
 def _pair(value: Pair) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sharefold.calibrate.statistics import SAMPLES_FLOOR, SAMPLES_PER_FEATURE, patches_of
 from sharefold.layers import ConvForm
-from sharefold.solvers.data_norm import sample_patches
+from sharefold.solvers.data_norm import sample_patches, without_mean
 
 CACHE_BYTES = 1 << 30
 
@@ -61,7 +61,7 @@ class Gatherer:
         variance = square - mean_y.square() if centered else square
         if centered:
             small, small_y = mean.to(gram), mean_y.to(gram)
-            gram = gram - small.unsqueeze(2) * small.unsqueeze(1)
+            gram = without_mean(gram, small)
             cross = cross - small_y.unsqueeze(2) * small.unsqueeze(1)
         return Inputs(gram, mean, cross, mean_y, variance.clamp_min(0).flatten())
 

@@ -34,7 +34,6 @@ _ROUNDS = 4
 _SLACK = 0.01
 
 
-
 @dataclass
 class StoreReport:
     """``spec``, ``bytes`` of the single file, ``request`` as carried out (with its step), ``sequential``: whether
