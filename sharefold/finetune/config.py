@@ -72,6 +72,9 @@ class FinetuneConfig:
     mixup: float = _option(0.0, "mixup alpha")
     cutmix: float = _option(0.0, "cutmix alpha")
     random_erase: float = _option(0.0, "probability of random erasing")
+    small_images: float = _option(
+        0.0, "share of the updates, the first ones, with images of 3/4 their side: faster, for any input size"
+    )
     mean: tuple[float, ...] = _option((), "channel means, images in 0..1; default from the model")
     std: tuple[float, ...] = _option((), "channel deviations, images in 0..1; default from the model")
     workers: int = _option(4, "loader processes for images that are not kept in memory")
@@ -106,7 +109,7 @@ class FinetuneConfig:
         for name in ("epochs", "batch_size", "accumulate", "eval_epochs", "log_steps"):
             if getattr(self, name) < 1:
                 raise SharefoldError(f"finetune: {name}={getattr(self, name)}: must be at least 1")
-        for name in ("distill", "label_smoothing", "ema", "random_erase"):
+        for name in ("distill", "label_smoothing", "ema", "random_erase", "small_images"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SharefoldError(f"finetune: {name}={getattr(self, name)}: must lie between 0 and 1")
         for name in ("lr", "temperature"):

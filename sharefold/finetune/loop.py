@@ -193,7 +193,7 @@ class _Run:
                 stream = self.batches.epoch(epoch, first)
                 for step in range(first, self.batches.steps):
                     seeds.seed_everything(seeds.mixed("step", config.seed, epoch, step, self.world.rank))
-                    self._note(self.updater.update(stream))
+                    self._note(self.updater.update(stream, small=self.updates < config.small_images * total))
                     self.updates += 1
                     self.schedule.step(self.updates)
                     if self.ema is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -14,6 +15,7 @@ from ..calibrate.folded import norms_folded
 from ..errors import SharefoldError
 from ..graph import analyze
 from ..layers import running
+from .augment import shrunk
 from .batches import Batch
 from .blocks import Taps, matching_blocks
 from .config import FinetuneConfig
@@ -79,9 +81,12 @@ class Updater:
         forward: nn.Module = model
         if world.size > 1:
             gpu = [world.device.index] if world.device.type == "cuda" else None
-            forward = nn.parallel.DistributedDataParallel(
-                model, device_ids=gpu, find_unused_parameters=config.find_unused
-            )
+            # Frozen statistics are equal everywhere: sending them before every step would be waiting for nothing.
+            parallel = nn.parallel.DistributedDataParallel
+            known = inspect.signature(parallel).parameters
+            sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch < 2.13
+            options: dict[str, Any] = {sync: not config.freeze_norm, "gradient_as_bucket_view": True}
+            forward = parallel(model, device_ids=gpu, find_unused_parameters=config.find_unused, **options)
         self.forward: Any = torch.compile(forward) if config.compile else forward
         self.wrapped = forward
         self.teacher_forward: Any = torch.compile(teacher) if config.compile and teacher is not None else teacher
@@ -155,12 +160,18 @@ class Updater:
             parts["top1"] = (logits.argmax(1) == labels).float().mean()
         return {"loss": total, **parts}
 
-    def update(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
-        """Takes ``accumulate`` batches, makes one step, returns the mean of the loss's parts (detached)."""
+    def update(self, batches: Iterator[Batch], small: bool = False) -> dict[str, Tensor]:
+        """Takes ``accumulate`` batches, makes one step, returns the mean of the loss's parts (detached).
+
+        Args:
+            small: shrink the images to 3/4 of their side, for both networks.
+        """
         count = self.config.accumulate
         sums: dict[str, Tensor] = {}
         for i in range(count):
             images, labels = next(batches)
+            if small:
+                images = shrunk(images)
             if self.config.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             images, labels = self.mixing(images, labels)

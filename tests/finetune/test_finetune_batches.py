@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomS
 
 from sharefold.errors import SharefoldError
 from sharefold.finetune import FinetuneConfig, seeds
-from sharefold.finetune.augment import Augment, Draw
+from sharefold.finetune.augment import Augment, Draw, shrunk
 from sharefold.finetune.batches import Deal, LoaderBatches, MemoryBatches, SampleBatches
 from sharefold.finetune.distributed import World
 from sharefold.finetune.inputs import training_batches, validation_batches
@@ -72,6 +72,14 @@ def test_affine_without_ranges_is_the_identity_and_a_quarter_turn_rotates():
     assert torch.allclose(turned, images.rot90(1, (2, 3)), atol=1e-5) or torch.allclose(
         turned, images.rot90(-1, (2, 3)), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("side, small", [(32, 24), (64, 48), (224, 168), (28, 20), (16, 12), (8, 8)])
+def test_shrunk_images_keep_their_mean_and_fit_strides(side, small):
+    images = torch.rand(2, 3, side, side).cumsum(3) / side
+    found = shrunk(images)
+    assert found.shape == (2, 3, small, small)
+    torch.testing.assert_close(found.mean((2, 3)), images.mean((2, 3)), rtol=0.02, atol=0)
 
 
 def test_memory_batches_normalise_and_use_each_image_once():

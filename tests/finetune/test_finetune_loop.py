@@ -93,6 +93,16 @@ def test_accumulation_changes_nothing_where_images_do_not_meet():
         assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_small_images_come_first_and_both_networks_see_them():
+    model, teacher, sides = shared_net(), Net(), {"model": [], "teacher": []}
+    model.register_forward_pre_hook(lambda module, inputs: sides["model"].append(inputs[0].shape[-1]))
+    teacher.register_forward_pre_hook(lambda module, inputs: sides["teacher"].append(inputs[0].shape[-1]))
+    images, labels = images_and_labels(64)
+    images = nn.functional.interpolate(images.float(), 16)
+    tune(model, (images, labels), teacher=teacher, small_images=0.5, augment="none", ema=0.0)
+    assert all(seen[-8:] == [12, 12, 12, 12, 16, 16, 16, 16] for seen in sides.values()), sides
+
+
 def test_freeze_norm_keeps_the_statistics():
     model = shared_net()
     tune(model, freeze_norm=True)
