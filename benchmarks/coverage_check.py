@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import sharefold
 from sharefold.calibrate.inputs import input_config
-from sharefold.candidates import find_candidates, find_units
+from sharefold.calibrate.statistics import statistics_of
 from sharefold.convert import check_plan
 from sharefold.errors import SharefoldError
 from sharefold.graph import Group, NetworkGraph, analyze, find_groups
@@ -30,7 +30,7 @@ from sharefold.graph.trace import tensors_in
 from sharefold.measure import count_parameters
 from sharefold.methods import method_named
 from sharefold.methods.base import checked_form
-from sharefold.planner import statistics_of
+from sharefold.planner import find_candidates, find_units
 from sharefold.plans import GroupPlan, Plan
 from sharefold.procedural import dead_leaves
 from sharefold.sources.build import build_base, build_on_meta, make_base
@@ -210,7 +210,7 @@ def convert_for_real(
     if limit >= before:
         raise Stated(NOTHING)
     note = _above(limit / before) if limit > BUDGET * before else ""
-    plan = candidates.pick(limit, f"{limit:,}")
+    plan = candidates.plan(candidates.pick(limit, f"{limit:,}"), f"{limit:,}")
     done = sharefold.convert_(model, plan, repair=False, **common)
     after = count_parameters(model)
     assert after <= limit, f"{after:,} parameters are more than the budget of {limit:,}"

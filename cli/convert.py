@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 @click.command("convert")
 @source_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory or .safetensors file.")
-@click.option("--budget", metavar="SIZE", help=f"50%, 2.1M parameters, or a file of 8MB.  [default: {DEFAULT_BUDGET}]")
+@click.option("--budget", metavar="SIZE", help=f"50%, 2.1M, 8MB (of the file), 50% MACs, 4ms ...  [default: {DEFAULT_BUDGET}]")
 @click.option("--keep-agreement", metavar="SHARE", help="Smallest size whose predictions agree this often, e.g. 99%.")
 @click.option("--method", metavar="NAME", help="auto, or a method, or several: basis,svd.  [default: auto]")
+@click.option("--objective", metavar="NAME", help="What the plan keeps small: joint, fisher, kl, error.  [default: joint]")
 @click.option("--plan", type=click.Path(path_type=Path), help="A plan written by --dry-run --json, perhaps edited.")
 @click.option("--calib", metavar="DATA", help="Images without labels.  [default: procedural images]")
 @click.option("--calib-count", type=click.IntRange(min=1), metavar="N", help="How many.  [default: by image size]")
@@ -69,10 +70,10 @@ def command(
 
     import sharefold
     from sharefold.calibrate.inputs import default_count, matched
-    from sharefold.candidates import find_candidates
+    from sharefold.calibrate.statistics import statistics_of
     from sharefold.data import Preprocess, calibration_images
     from sharefold.measure import count_macs, count_parameters, model_bytes, peak_memory
-    from sharefold.planner import statistics_of
+    from sharefold.planner import Planner
 
     timer = Timer()
     check_names(request)
@@ -99,10 +100,10 @@ def command(
     statistics = statistics_of(model, graph, images, run.seed)
     config = {"base": opened.base, "pretrained_cfg": jsonable({**opened.pretrained_cfg, **preprocess.cfg})}
     with run.progress() as progress:
-        candidates = None
-        if request.recipe is None and request.plan is None:
-            methods = request.methods or "auto"
-            candidates = find_candidates(model, graph, statistics, methods, request.exclude, progress)
+        planner = Planner(
+            model, graph, statistics, example, method=request.methods or "auto", exclude=request.exclude,
+            objective=request.objective, seed=run.seed, progress=progress,
+        )  # fmt: skip
 
         def decide(dense: nn.Module, budget: Budget | float | None) -> Plan:
             if request.plan is not None:
@@ -110,10 +111,8 @@ def command(
             elif request.recipe is not None:
                 plan = sharefold.build_plan(request.recipe, dense, example, graph)
             else:
-                plan = sharefold.plan(
-                    dense, example, budget, statistics=statistics, graph=graph, candidates=candidates, seed=run.seed,
-                    progress=progress,
-                )  # fmt: skip
+                assert budget is not None
+                plan = planner.plan(budget)
             return plan if request.store is None else replace(plan, store=request.store)
 
         def carry_out(dense: nn.Module, plan: Plan) -> Conversion:
@@ -166,6 +165,7 @@ def command(
 def check_names(request: Request) -> None:
     """Unknown methods, recipes and stored types are refused before the network is read."""
     from sharefold.methods import method_named
+    from sharefold.planner.objectives import objective_named
     from sharefold.recipes import parse_recipe
     from sharefold.store import parse_store
 
@@ -175,3 +175,4 @@ def check_names(request: Request) -> None:
         parse_store(request.store)
     for name in request.methods:
         method_named(name)
+    objective_named(request.objective)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sharefold.plans import Plan
 
 DEFAULT_BUDGET = "50%"
+DEFAULT_OBJECTIVE = "joint"
 
 
 def default_output(source: str) -> Path:
@@ -54,6 +55,7 @@ class Request:
     budget: Budget | None
     keep: float | None
     method: str
+    objective: str
     plan: Plan | None
     exclude: str | None
     refine: Effort | None
@@ -98,15 +100,18 @@ def check_writable(output: Path) -> None:
 
 def check_request(
     source: SourceOptions, output: Path | None, budget: str | None, keep_agreement: str | None, method: str | None,
-    plan: Path | None, exclude: str | None, refine: str | None, recipe: str | None, store: str | None,
-    repair: bool, dry_run: bool, force: bool,
+    objective: str | None, plan: Path | None, exclude: str | None, refine: str | None, recipe: str | None,
+    store: str | None, repair: bool, dry_run: bool, force: bool,
 ) -> Request:  # fmt: skip
     """Everything that is wrong with the options alone.
 
     Raises:
         SharefoldError: contradicting options, a malformed budget, share, plan or expression, an output that exists.
     """
-    deciders = {"--method": method, "--budget": budget, "--keep-agreement": keep_agreement, "--exclude": exclude}
+    deciders = {
+        "--method": method, "--budget": budget, "--keep-agreement": keep_agreement, "--exclude": exclude,
+        "--objective": objective,
+    }  # fmt: skip
     idle = [name for name, value in deciders.items() if value is not None]
     if plan is not None and idle:
         raise SharefoldError(f"{idle[0]} has no effect with --plan, which already decides: leave one out")
@@ -133,6 +138,6 @@ def check_request(
         check_output(output, force)
         check_writable(output)
     return Request(
-        source, output, bound, share_of(keep_agreement, "--keep-agreement"), method or "auto",
+        source, output, bound, share_of(keep_agreement, "--keep-agreement"), method or "auto", objective or DEFAULT_OBJECTIVE,
         None if plan is None else read_plan(plan), exclude, parse_effort(refine), recipe, store, repair, dry_run, force,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Budgets as users write them: ``50%``, ``2.1M``, ``400k``, ``8MB``."""
+"""Budgets as users write them: ``50%``, ``2.1M``, ``8MB``, ``60% MACs``, ``4ms``."""
 
 from __future__ import annotations
 
@@ -9,27 +9,39 @@ from sharefold.errors import SharefoldError
 
 _COUNT = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}
 _BYTES = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
+# What the word behind a number says is counted.
+_WORDS = {"parameters": "parameters", "params": "parameters", "macs": "macs", "latency": "seconds"}
+_HINT = (
+    "write a share (50%), parameters (2.1M), bytes of the file (8MB), multiply-accumulates (40M MACs or 50% MACs) or "
+    "time for an image (4ms or 60% latency)"
+)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """An upper bound: ``unit`` is ``"parameters"``, ``"bytes"`` or ``"share"`` (of the parameters, 0 to 1)."""
+    """An upper bound of what ``unit`` counts in the whole model.
+
+    Attributes:
+        value: an amount, or with ``share`` a fraction of the dense model's, 0 to 1.
+        unit: ``"parameters"``, ``"bytes"`` (of the file), ``"macs"`` or ``"seconds"``.
+        text: as the user wrote it.
+    """
 
     value: float
     unit: str
     text: str
+    share: bool = False
 
-    def parameters(self, before: int) -> int:
-        """The bound as a number of parameters of a model that has ``before``."""
-        if self.unit == "share":
-            return int(self.value * before)
-        if self.unit == "bytes":
-            raise ValueError("a budget in bytes depends on the stored types; ask the planner")
-        return int(self.value)
+    def limit(self, total: float) -> float:
+        """The bound for a dense model of ``total``; parameters and multiply-accumulates are whole numbers."""
+        limit = self.value * total if self.share else self.value
+        return limit if self.unit == "seconds" else int(limit)
 
 
 def parse_budget(budget: str | float | Budget) -> Budget:
-    """Reads a budget: a share (``"50%"``, 0.5), parameters (``"2.1M"``, 94400) or bytes (``"8MB"``).
+    """Reads a budget: a share (``"50%"``, 0.5), parameters (``"2.1M"``, 94400), bytes (``"8MB"``), multiply-accumulates
+    (``"40M MACs"``, ``"50% MACs"``) or time (``"4ms"``, ``"60% latency"``).
 
     Raises:
         SharefoldError: not one of these, or not positive.
@@ -37,24 +49,26 @@ def parse_budget(budget: str | float | Budget) -> Budget:
     if isinstance(budget, Budget):
         return budget
     text = str(budget).strip()
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(%|[a-z]*)", text.replace("_", "").replace(",", ""), re.I)
-    hint = "write a share (50%), a number of parameters (2.1M) or bytes (8MB)"
+    pattern = r"([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(%|[a-z]*?)\s*(parameters|params|macs|latency|)"
+    match = re.fullmatch(pattern, text.replace("_", "").replace(",", ""), re.I)
     if not match:
-        raise SharefoldError(f"budget {text!r} is not understood: {hint}")
-    number, unit = float(match[1]), match[2].lower()
+        raise SharefoldError(f"budget {text!r} is not understood: {_HINT}")
+    number, suffix, word = float(match[1]), match[2].lower(), match[3].lower()
     if number <= 0:
-        raise SharefoldError(f"budget {text!r} is not positive: {hint}")
-    if unit == "%":
-        number /= 100
-    if unit == "%" or (unit == "" and number < 1):
+        raise SharefoldError(f"budget {text!r} is not positive: {_HINT}")
+    unit = _WORDS.get(word, "parameters")
+    if suffix == "%" or (suffix == "" and number < 1 and not word):
+        number /= 100 if suffix == "%" else 1
         if number > 1:
-            raise SharefoldError(f"budget {text!r} is more than the whole model: {hint}")
-        return Budget(number, "share", text)
-    if unit in _COUNT and unit != "b":
-        return Budget(number * _COUNT[unit], "parameters", text)
-    if unit in _BYTES:
-        return Budget(number * _BYTES[unit], "bytes", text)
-    raise SharefoldError(f"budget {text!r} has the unknown unit {match[2]!r}: {hint}")
+            raise SharefoldError(f"budget {text!r} is more than the whole model: {_HINT}")
+        return Budget(number, unit, text, share=True)
+    if suffix in _SECONDS and unit == ("seconds" if word else "parameters"):
+        return Budget(number * _SECONDS[suffix], "seconds", text)
+    if suffix in _COUNT and suffix != "b" and unit != "seconds":
+        return Budget(number * _COUNT[suffix], unit, text)
+    if suffix in _BYTES and not word:
+        return Budget(number * _BYTES[suffix], "bytes", text)
+    raise SharefoldError(f"budget {text!r} has the unknown unit {' '.join((match[2] + ' ' + match[3]).split())!r}: {_HINT}")
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from sharefold.calibrate.inputs import calibration_or_procedural, input_config
 from sharefold.calibrate.means import absorb_means
 from sharefold.calibrate.norms import reestimate_norms
 from sharefold.calibrate.refit import refit
-from sharefold.calibrate.statistics import Statistics
+from sharefold.calibrate.statistics import Statistics, statistics_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.measure import agreement, gives_logits
 from sharefold.methods import Solution, method_named
-from sharefold.planner import statistics_of
+from sharefold.methods.solved import is_solved, solution_of
 from sharefold.plans import GroupPlan, Plan, Progress
 from sharefold.store import parse_store, quantize_
 
@@ -194,10 +194,10 @@ def _solve(
     layers = {group.name: method_named(group.method).layers(graph, group) for group in plan.groups}
     solutions: list[Solution] = []
     for run in statistics.batches([layers[group.name] for group in plan.groups]):
-        statistics.moments([name for index in run for name in layers[plan.groups[index].name]])
+        needed = [plan.groups[index] for index in run if not is_solved(statistics, plan.groups[index])]
+        statistics.moments([name for group in needed for name in layers[group.name]])
         for index in run:
-            group = plan.groups[index]
-            solutions.append(method_named(group.method).fit(original, graph, statistics, group))
+            solutions.append(solution_of(original, graph, statistics, plan.groups[index]))
             if progress:
                 progress("solving", len(solutions), len(plan.groups))
     return solutions

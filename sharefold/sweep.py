@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.budget import Budget, parse_budget
-from sharefold.candidates import find_candidates
+from sharefold.calibrate.statistics import statistics_of
 from sharefold.convert import convert_
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
 from sharefold.measure import count_macs, count_parameters, model_bytes
-from sharefold.planner import plan, statistics_of
+from sharefold.planner import Planner
 from sharefold.plans import Progress
 from sharefold.store import StoreSpec, file_bytes
 
@@ -53,7 +53,7 @@ def parse_budgets(text: str | Sequence[str]) -> list[Budget]:
     if not parts:
         raise SharefoldError("no budgets are given: write for example 25%,50%")
     budgets = [parse_budget(part) for part in parts]
-    keys = [(budget.value, budget.unit) for budget in budgets]
+    keys = [(budget.value, budget.unit, budget.share) for budget in budgets]
     for key, part in zip(keys, parts, strict=True):
         if keys.count(key) > 1:
             raise SharefoldError(f"budget {part!r} is there twice: leave one out")
@@ -85,11 +85,8 @@ def sweep(
     example = images[:1]
     graph = analyze(model, example)
     statistics = statistics_of(model, graph, images, seed)
-    candidates = find_candidates(model, graph, statistics, method, exclude)
-    plans = [
-        plan(model, example, bound, statistics=statistics, graph=graph, candidates=candidates, seed=seed)
-        for bound in bounds
-    ]
+    planner = Planner(model, graph, statistics, example, method=method, exclude=exclude, seed=seed)
+    plans = [planner.plan(bound) for bound in bounds]
     points = [_point("dense", model, count_parameters(model), evaluate(model), 1.0, 0.0, 0.0, example)]
     for index, (bound, decided) in enumerate(zip(bounds, plans, strict=True)):
         start = time.perf_counter()

@@ -111,7 +111,7 @@ def test_layers_are_timed_on_their_own_inputs(shared: nn.Module) -> None:
     for row in rows:
         assert row["share"] == layers[row["name"]].factored_share()
         assert row["faster"] == ("factored" if row["ratio"] < 1 else "composed")
-        assert row["auto"] == ("factored" if layers[row["name"]]._runs_factored() else "composed")
+        assert row["auto"] == ("factored" if layers[row["name"]].runs_factored() else "composed")
 
 
 def test_loading_reads_what_it_wrote(shared: nn.Module) -> None:

@@ -10,11 +10,11 @@ from spine_nets import BLOCKS, images, logits, net
 from torch import Tensor, nn
 
 import sharefold
+from sharefold.calibrate.statistics import statistics_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze, find_groups
 from sharefold.layers import SharedConv, banks, shared_layers
 from sharefold.measure import agreement
-from sharefold.planner import statistics_of
 from sharefold.plans import GroupPlan, Plan
 
 KINDS = list(BLOCKS)

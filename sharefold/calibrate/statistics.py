@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sharefold.calibrate.means import output_mean_owner
 from sharefold.calibrate.sensitivity import output_sensitivity
 from sharefold.errors import SharefoldError
+from sharefold.graph import NetworkGraph
 from sharefold.layers import ConvForm, form_of
+from sharefold.methods.problem import target_weight
 from sharefold.solvers.data_norm import Moments, sample_patches
 
 # Samples a layer needs for its N x N moment: this many a row, and never fewer than the floor.
 SAMPLES_PER_FEATURE = 16
 SAMPLES_FLOOR = 16_384
 CACHE_BYTES = 2 << 30
+# Beyond so many features a layer's moments are those of its inputs in the space of its filters; see `Statistics.frames`.
+WIDE = 8192
 
 
 class _Done(Exception):
@@ -27,6 +33,10 @@ class Statistics:
 
     One pass over the images collects every layer asked for at once; moments stay in memory up to ``cache_bytes``, the
     oldest go first, so that a large network is served stage by stage.
+
+    A layer of more than ``WIDE`` features N and fewer rows O (VGG's first Linear: 25,088 and 4,096) would need an N x N
+    moment. Whatever low-rank approximation the data norm prefers lies in the space of the layer's own rows, so that an
+    orthonormal basis of it says all: ``frames`` holds it, (N, O), and ``moments`` are of x in it, (1, O, O).
 
     Args:
         model: the dense network; its mode and hooks are left as they were.
@@ -45,7 +55,9 @@ class Statistics:
         self.batch_size, self.seed, self.cache_bytes = batch_size, seed, cache_bytes
         self.cache: dict[str, Tensor] = {}
         self.means: dict[str, Tensor] = {}
+        self.frames: dict[str, Tensor] = {}
         self.passes = 0
+        self.solved: dict[str, Any] = {}  # see sharefold/methods/solved.py
         self._sensitivity: dict[str, Tensor] | None = None
 
     def moments(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -70,7 +82,7 @@ class Statistics:
         total = 0
         for name in names:
             form = _form(self.model, name)
-            total += 4 * form.groups * form.features**2
+            total += 4 * form.groups * (form.out_channels if is_wide(form) else form.features) ** 2
         return total
 
     def batches(self, groups: Sequence[Sequence[str]]) -> list[list[int]]:
@@ -91,7 +103,14 @@ class Statistics:
         self.passes += 1
         forms = {name: _form(self.model, name) for name in names}
         device = next(self.model.parameters()).device
-        sums = {name: Moments(form.features, form.groups, device=device) for name, form in forms.items()}
+        for name, form in forms.items():
+            if is_wide(form) and name not in self.frames:
+                rows = target_weight(self.model.get_submodule(name), form).float()
+                self.frames[name] = torch.linalg.qr(rows.T).Q
+        sums = {
+            name: Moments(self.frames[name].shape[1] if name in self.frames else form.features, form.groups, device=device)
+            for name, form in forms.items()
+        }
         generator = torch.Generator().manual_seed(self.seed)
         waiting: set[str] = set()
         handles = []
@@ -103,7 +122,8 @@ class Statistics:
                 module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name, form: ConvForm = form,
                 positions: int = positions,
             ) -> None:  # fmt: skip
-                sums[name].update(patches_of(form, inputs[0], positions, generator))
+                patches = patches_of(form, inputs[0], positions, generator)
+                sums[name].update(patches @ self.frames[name] if name in self.frames else patches)
                 waiting.discard(name)
                 if not waiting:
                     raise _Done
@@ -130,7 +150,8 @@ class Statistics:
                 raise SharefoldError(f"layer {name} gets NaN or infinite inputs on the calibration images: "
                                      "check the weights and the images' normalisation")
             self.cache[name] = shrunk(moment, float(sums[name].count))
-            self.means[name] = sums[name].mean
+            mean = sums[name].mean
+            self.means[name] = mean @ self.frames[name].to(mean).T if name in self.frames else mean
 
     def _evict(self, keep: set[str]) -> None:
         total = sum(t.numel() * 4 for t in self.cache.values())
@@ -139,6 +160,21 @@ class Statistics:
                 return
             if name not in keep:
                 total -= self.cache.pop(name).numel() * 4
+
+
+def statistics_of(model: nn.Module, graph: NetworkGraph, images: Tensor, seed: int = 0) -> Statistics:
+    """Statistics of all layers of ``graph``; a mean that a BatchNorm or bias can absorb is taken out."""
+    centered = {
+        name: output_mean_owner(model, model.get_submodule(name), record.norm) is not None
+        for name, record in graph.layers.items()
+    }
+    batch = max(1, min(100, 100 * 3 * 64 * 64 // max(1, images[0].numel())))
+    return Statistics(model, images, centered=centered, batch_size=batch, seed=seed)
+
+
+def is_wide(form: ConvForm) -> bool:
+    """Whether the layer's moments are kept in the space of its rows."""
+    return form.groups == 1 and form.features > WIDE and form.out_channels < form.features
 
 
 def patches_of(form: ConvForm, x: Tensor, positions: int | None, generator: torch.Generator) -> Tensor:

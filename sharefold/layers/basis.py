@@ -67,10 +67,10 @@ class BasisConv(SharedConv):
         norm = cast(nn.BatchNorm2d, self.norm)
         return norm.weight * torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps)
 
-    def _runs_factored(self) -> bool:
+    def runs_factored(self) -> bool:
         if self.norm is not None and self.training:
             return True
-        return super()._runs_factored()
+        return super().runs_factored()
 
     def factored_share(self) -> float:
         rank, form = self.rank, self.form

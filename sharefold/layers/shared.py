@@ -105,12 +105,13 @@ class SharedConv(nn.Module):
     # Running -----------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._runs_factored():
+        if self.runs_factored():
             return self.factored(x)
         weight, bias = self._composed(x)
         return self.form.apply(x, weight, bias)
 
-    def _runs_factored(self) -> bool:
+    def runs_factored(self) -> bool:
+        """Whether :meth:`forward` calls :meth:`factored` instead of composing the weight."""
         if self.form.standardize is not None or self.runtime == "composed":
             return False
         share = self.factored_share()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sharefold.graph import NetworkGraph
 from sharefold.graph.records import Space
-from sharefold.methods.problem import GroupProblem, problem_of
+from sharefold.methods.problem import group_problem
 from sharefold.solvers import align
 from sharefold.solvers.data_norm import Problem
 
@@ -122,8 +122,8 @@ def _side(
 ) -> Problem:
     """The members' problem; a space that no member touches on this side gets an entry of no weight."""
     present = [names[m] for m in members if m is not None]
-    problem: GroupProblem = problem_of(model, graph, present, moments)
-    flat = problem.flat()
+    norms = [graph.layers[name].norm for name in present]
+    flat = group_problem(model, present, norms, [moments[name] for name in present]).flat()
     rank = iter(range(len(present)))
     pick = [next(rank) if m is not None else 0 for m in members]
     weight = torch.tensor([0.0 if m is None else 1.0 for m in members]).to(flat.weights)

@@ -52,6 +52,7 @@ class Method(ABC):
     name: ClassVar[str]
     paper: ClassVar[str]
     smallest_group: ClassVar[int] = 2
+    takes_frames: ClassVar[bool] = False  # can solve problems in a space of fewer dimensions than the layer's features
 
     @abstractmethod
     def choices(self, problem: GroupProblem) -> list[Choice]:
@@ -87,8 +88,13 @@ class Method(ABC):
 
     def fit(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, plan: GroupPlan) -> Solution:
         """The best tensors for the plan's members in the dense ``model``."""
-        moments = statistics.moments(plan.members)
-        return self.solve(problem_of(model, graph, plan.members, moments), plan.options)
+        problem = problem_of(model, graph, plan.members, statistics)
+        if problem.frames is not None and not self.takes_frames:
+            raise SharefoldError(
+                f"plan: group {plan.name!r}: {plan.members[0]} has {problem.forms[0].features:,} inputs an output, too many "
+                f"for method {self.name}: take svd"
+            )
+        return self.solve(problem, plan.options)
 
     def finish(self, model: nn.Module, graph: NetworkGraph, plan: GroupPlan) -> None:
         """Last changes to the converted ``model``, after the means were absorbed."""
@@ -106,6 +112,11 @@ class Method(ABC):
             blank = self.blank(forms, options)
         tensors = [*blank.bank.values(), *(t for member in blank.members for t in member.values())]
         return sum(t.numel() for t in tensors if t.is_floating_point())
+
+    def stand_in(self, form: ConvForm, options: dict[str, Any]) -> SharedConv:
+        """One member with unset tensors, on the current default device: for its costs at run time."""
+        blank = self.blank([form], options)
+        return self.member(form, Bank(blank.bank, uses=1) if blank.bank else None, blank.members[0], {})
 
     def largest(self, forms: list[ConvForm]) -> dict[str, int]:
         """For every option that counts something, the largest value that makes sense for these layers."""
@@ -152,7 +163,7 @@ class Method(ABC):
                 solution = self.blank(forms, plan.options)
         bank = None
         if solution.bank:
-            tensors = {name: tensor.to(first.device, first.dtype) for name, tensor in solution.bank.items()}
+            tensors = {name: tensor.to(first.device, first.dtype).clone() for name, tensor in solution.bank.items()}
             bank = add_bank(model, plan.name, Bank(tensors, uses=len(layers)))
             bank.stage = plan.stage
         for name, layer, form, own in zip(plan.members, layers, forms, solution.members, strict=True):

@@ -54,7 +54,7 @@ class FilterBases(Method):
         return Solution(bank, members, errors)
 
     def fit(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, plan: GroupPlan) -> Solution:
-        problem = problem_of(model, graph, plan.members, statistics.moments(plan.members))
+        problem = problem_of(model, graph, plan.members, statistics)
         solution = self.solve(problem, plan.options)
         for index, (name, member) in enumerate(zip(plan.members, solution.members, strict=True)):
             parts = [t.flatten(1) for t in (member.get("unique"), solution.bank.get("basis")) if t is not None]

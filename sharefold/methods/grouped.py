@@ -80,7 +80,7 @@ class Grouped(Method):
         space = graph.spaces.get(graph.layers[name].input_space)
         if not plan.options.get("order") or space is None or space.frozen:
             return False
-        problem = problem_of(model, graph, [name], statistics.moments([name]))
+        problem = problem_of(model, graph, [name], statistics)
         order = _pair(problem.flat(), plan.options, free_inputs=True).input_order
         if order is None or torch.equal(order[0].cpu(), torch.arange(order.shape[1])):
             return False
@@ -89,7 +89,7 @@ class Grouped(Method):
 
     def fit(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, plan: GroupPlan) -> Solution:
         name, options = plan.members[0], plan.options
-        problem = problem_of(model, graph, [name], statistics.moments([name]))
+        problem = problem_of(model, graph, [name], statistics)
         solution = self.solve(problem, options)
         layer = cast(nn.Conv2d, model.get_submodule(name))
         mean = statistics.means[name][0].to(problem.weights)

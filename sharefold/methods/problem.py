@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.layers import ConvForm, form_of
 from sharefold.solvers.data_norm import Problem
+
+if TYPE_CHECKING:
+    from sharefold.calibrate.statistics import Statistics
 
 
 @dataclass
@@ -23,6 +28,8 @@ class GroupProblem:
         moments: (K, G, N, N) input second moments of every conv group (G = groups).
         row_weights: (K, O) squared scale of every output row, from the norm behind the layer.
         importance: (K,) factor on each layer's relative error in the objective; ones by default.
+        frames: (K, N', N), or None: orthonormal rows that span every layer's weight. ``weights`` and ``moments`` are then
+            in this space of N < N' dimensions (``Statistics.frames``).
     """
 
     forms: list[ConvForm]
@@ -30,6 +37,11 @@ class GroupProblem:
     moments: Tensor
     row_weights: Tensor
     importance: Tensor
+    frames: Tensor | None = None
+
+    def full(self, matrices: Tensor) -> Tensor:
+        """Matrices (K, R, N) of the problem's space on the layer's own features, (K, R, I/groups * h * w)."""
+        return matrices if self.frames is None else matrices @ self.frames.to(matrices).transpose(1, 2)
 
     @property
     def energy(self) -> Tensor:
@@ -59,7 +71,7 @@ class GroupProblem:
             self.weights.reshape(k * groups, o // groups, n),
             self.moments.reshape(k * groups, n, n),
             self.row_weights.reshape(k * groups, o // groups),
-            self.forms[0].kernel_size,
+            self._kernel,
             self.layer_weights.repeat_interleave(groups),
         )
 
@@ -69,14 +81,19 @@ class GroupProblem:
         groups = self.moments.shape[1]
         weights = self.weights.reshape(k, groups, o // groups, n)[:, index]
         rows = self.row_weights.reshape(k, groups, o // groups)[:, index]
-        return Problem(weights, self.moments[:, index], rows, self.forms[0].kernel_size, self.layer_weights)
+        return Problem(weights, self.moments[:, index], rows, self._kernel, self.layer_weights)
+
+    @property
+    def _kernel(self) -> tuple[int, int]:
+        return self.forms[0].kernel_size if self.frames is None else (1, 1)
 
     def only(self, index: int) -> GroupProblem:
         """The problem of one layer alone."""
         pick = slice(index, index + 1)
         return GroupProblem(
-            self.forms[pick], self.weights[pick], self.moments[pick], self.row_weights[pick], self.importance[pick]
-        )
+            self.forms[pick], self.weights[pick], self.moments[pick], self.row_weights[pick], self.importance[pick],
+            None if self.frames is None else self.frames[pick],
+        )  # fmt: skip
 
 
 def target_weight(layer: nn.Module, form: ConvForm) -> Tensor:
@@ -106,9 +123,9 @@ def row_scale(layer: nn.Module, norm: nn.Module | None) -> Tensor:
 
 def group_problem(
     model: nn.Module, members: Sequence[str], norms: Sequence[str | None], moments: Sequence[Tensor],
-    importance: Tensor | None = None,
+    importance: Tensor | None = None, frames: Sequence[Tensor] = (),
 ) -> GroupProblem:  # fmt: skip
-    """Builds the problem of the layers ``members``; ``moments[k]`` is (G, N, N)."""
+    """Builds the problem of the layers ``members``; ``moments[k]`` is (G, N, N), ``frames[k]`` (N', N) or none are given."""
     layers = [model.get_submodule(name) for name in members]
     forms = []
     for layer in layers:
@@ -116,6 +133,9 @@ def group_problem(
         assert form is not None
         forms.append(form)
     weights = torch.stack([target_weight(layer, form) for layer, form in zip(layers, forms, strict=True)]).float()
+    frame = torch.stack(list(frames)).to(weights) if frames else None
+    if frame is not None:
+        weights = weights @ frame
     rows = torch.stack(
         [
             row_scale(layer, None if norm is None else model.get_submodule(norm))
@@ -125,16 +145,21 @@ def group_problem(
     # A dead row (gamma 0) still needs a defined solution: it gets a hundredth of the typical weight.
     rows = rows.square()
     rows = torch.maximum(rows, 1e-4 * rows.mean(1, keepdim=True)).clamp_min(1e-20)
+    for name, moment in zip(members, moments, strict=True):
+        if moment.shape[-1] != weights.shape[-1]:
+            raise SharefoldError(f"layer {name} has {forms[0].features:,} inputs an output, too many for this method: exclude it")
     if importance is None:
         importance = torch.ones(len(layers), device=weights.device)
     return GroupProblem(
-        forms, weights, torch.stack(list(moments)).to(weights), rows.to(weights), importance.to(weights)
+        forms, weights, torch.stack(list(moments)).to(weights), rows.to(weights), importance.to(weights), frame
     )
 
 
 def problem_of(
-    model: nn.Module, graph: NetworkGraph, members: Sequence[str], moments: dict[str, Tensor]
+    model: nn.Module, graph: NetworkGraph, members: Sequence[str], statistics: Statistics
 ) -> GroupProblem:
-    """The tensors of a group, given its members' input moments."""
+    """The tensors of a group."""
     norms = [graph.layers[name].norm for name in members]
-    return group_problem(model, members, norms, [moments[name] for name in members])
+    moments = statistics.moments(members)
+    frames = [statistics.frames[name] for name in members if name in statistics.frames]
+    return group_problem(model, members, norms, [moments[name] for name in members], frames=frames)

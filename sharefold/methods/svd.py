@@ -19,6 +19,7 @@ class Svd(Method):
     name = "svd"
     paper = "https://arxiv.org/abs/2509.25136"
     smallest_group = 1
+    takes_frames = True
 
     def choices(self, problem: GroupProblem) -> list[Choice]:
         layers, form = len(problem.forms), problem.forms[0]
@@ -37,7 +38,7 @@ class Svd(Method):
         shape = (-1, *problem.forms[0].weight_shape[1:])
         members = [
             {"coefficients": left.float(), "unique": right.reshape(shape).float()}
-            for left, right in zip(result.left, result.right, strict=True)
+            for left, right in zip(result.left, problem.full(result.right), strict=True)
         ]
         return Solution({}, members, result.errors)
 

@@ -99,7 +99,7 @@ def fit_members(
     model: nn.Module, graph: NetworkGraph, statistics: Statistics, names: Sequence[str], share_bias: bool
 ) -> tuple[ConvForm, TiedFit]:
     """One kernel for the layers ``names``; with scales where every one of them has a BatchNorm that takes them."""
-    problem = problem_of(model, graph, names, statistics.moments(names))
+    problem = problem_of(model, graph, names, statistics)
     layers = [model.get_submodule(name) for name in names]
     biases = means = None
     if share_bias and getattr(layers[0], "bias", None) is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sharefold.calibrate.means import output_mean_owner
 from sharefold.calibrate.sensitivity import output_sensitivity
+from sharefold.calibrate.statistics import WIDE
 from sharefold.graph import NetworkGraph
 from sharefold.layers import BasisConv, ConvForm, SharedConv, SpatialConv, TiedConv, banks, form_of
 from sharefold.solvers.tucker import lift
@@ -71,7 +72,7 @@ def prepare(original: nn.Module, model: nn.Module, graph: NetworkGraph, images: 
         except AttributeError:  # a block that another one stands in for
             continue
         form = layer.form if isinstance(layer, SharedConv) else form_of(layer)
-        if form is not None and form.standardize is None:
+        if form is not None and form.standardize is None and form.features <= WIDE:
             forms[name] = form
             centered[name] = output_mean_owner(model, layer, record.norm) is not None
     plan = Prepared(forms, centered)

@@ -61,7 +61,7 @@ def parse_store(text: str | StoreRequest) -> StoreRequest:
     elif name.startswith("mixed:"):
         budget = parse_budget(text.strip()[6:])
         # A bare number or "400k" can only be a size here.
-        if budget.unit in ("bytes", "parameters"):
+        if budget.unit in ("bytes", "parameters") and not budget.share:
             return StoreRequest("coded", budget=int(budget.value))
     raise SharefoldError(f"store {text!r} is not understood: {HINT}")
 

@@ -7,10 +7,9 @@ import torch
 from spine_nets import BLOCKS, images, net
 from torch import Tensor, nn
 
-from sharefold.calibrate.statistics import Statistics, shrunk
+from sharefold.calibrate.statistics import Statistics, shrunk, statistics_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
-from sharefold.planner import statistics_of
 
 IMAGES = images(10)
 

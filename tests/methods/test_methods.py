@@ -11,12 +11,12 @@ import torch
 from spine_nets import images, net
 
 import sharefold.methods
+from sharefold.calibrate.statistics import statistics_of
 from sharefold.data import Preprocess, calibration_images
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze, find_groups
 from sharefold.methods import AUTO, METHODS, Method, method_named
 from sharefold.methods.problem import GroupProblem, problem_of
-from sharefold.planner import statistics_of
 
 IMAGES = images(16)
 PLAIN = (
@@ -37,8 +37,7 @@ def problem(kind: str, role: str = "conv") -> GroupProblem:
     model = net(kind)
     graph = analyze(model, IMAGES[:1])
     names = [n for n in graph.layers if n.startswith("stage2") and role in n.rpartition(".")[2]]
-    moments = statistics_of(model, graph, IMAGES).moments(names)
-    return problem_of(model, graph, names, moments)
+    return problem_of(model, graph, names, statistics_of(model, graph, IMAGES))
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +86,7 @@ def test_tucker_beats_the_basis_in_a_small_group_of_a_trained_network() -> None:
     digits = calibration_images("digits", Preprocess.from_cfg(opened.pretrained_cfg), 300, 0)
     graph = analyze(opened.model, digits[:1])
     group = next(group for group in find_groups(graph) if group.weight_shape == (48, 48, 3, 3))
-    moments = statistics_of(opened.model, graph, digits).moments(group.members)
-    trained = problem_of(opened.model, graph, group.members, moments)
+    trained = problem_of(opened.model, graph, group.members, statistics_of(opened.model, graph, digits))
     assert 48 * len(group.members) < 48 * 9
 
     def best(name: str) -> float:
@@ -130,7 +128,7 @@ def test_row_weights_are_those_of_the_norm_behind() -> None:
     model = net("residual")
     graph = analyze(model, IMAGES[:1])
     names = ["stage1.0.conv1", "stage1.1.conv1"]
-    group = problem_of(model, graph, names, statistics_of(model, graph, IMAGES).moments(names))
+    group = problem_of(model, graph, names, statistics_of(model, graph, IMAGES))
     for row, name in zip(group.row_weights, names, strict=True):
         norm = model.get_submodule(name.replace("conv", "bn"))
         expected = norm.weight.square() / (norm.running_var + norm.eps)

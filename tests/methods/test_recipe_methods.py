@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from sharefold.calibrate.statistics import statistics_of
 from sharefold.convert import convert_
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
@@ -17,7 +18,6 @@ from sharefold.methods import method_named
 from sharefold.methods.alignment import align_groups, permute_space
 from sharefold.methods.surrogate import descend, gaussian
 from sharefold.models.cifar_resnet import CifarResNet
-from sharefold.planner import statistics_of
 from sharefold.plans import GroupPlan, Plan
 from sharefold.recipes import build_plan
 

@@ -13,11 +13,11 @@ from spine_nets import BLOCKS, images, net
 from torch import nn
 
 import sharefold
-from sharefold.candidates import find_units
+from sharefold.calibrate.statistics import statistics_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
 from sharefold.measure import agreement, model_bytes
-from sharefold.planner import statistics_of
+from sharefold.planner import find_units
 
 CALIBRATION = images(16)
 METHODS = ("basis", "svd", "spatial", "tucker", "average", "tied", "cluster-layer", "cluster-filter", "cluster-kernel")

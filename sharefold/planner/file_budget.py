@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from sharefold.budget import Budget
-from sharefold.calibrate.statistics import Statistics
-from sharefold.candidates import Candidates
 from sharefold.convert import convert_, describe, split_held_out
 from sharefold.errors import SharefoldError
-from sharefold.graph import NetworkGraph
 from sharefold.measure import agreement, model_bytes
-from sharefold.plans import Plan, Progress
+from sharefold.plans import Plan
 from sharefold.store import preview_store
+
+if TYPE_CHECKING:
+    from sharefold.planner.decide import Planner
 
 # Shares of the parameters that compete. Entropy coding already spends few bits on what matters little, so sharing has
 # to earn its place: benchmarks/bytes_cifar.py.
@@ -23,10 +22,7 @@ SHARES = (1.0, 0.75, 0.5, 0.3)
 HEADER = 64 * 1024
 
 
-def plan_bytes(
-    model: nn.Module, candidates: Candidates, budget: Budget, graph: NetworkGraph, statistics: Statistics, *,
-    seed: int = 0, progress: Progress | None = None,
-) -> Plan:  # fmt: skip
+def plan_bytes(planner: Planner, budget: Budget) -> Plan:
     """The plan whose file fits ``budget`` bytes and whose predictions stay nearest to the original's.
 
     At each of a few shares of the parameters the network is converted without repairs and rounded so that it fits;
@@ -34,7 +30,6 @@ def plan_bytes(
     worse than the one before it.
 
     Args:
-        model: the dense network; not changed.
         budget: bytes of the saved ``.safetensors`` file.
 
     Returns:
@@ -43,6 +38,7 @@ def plan_bytes(
     Raises:
         SharefoldError: no share fits.
     """
+    model, statistics, candidates = planner.model, planner.statistics, planner.candidates()
     limit, before = int(budget.value), candidates.before
     nothing = Plan([], before, before, f"budget {budget.text}, method {candidates.method}")
     if model_bytes(model) + HEADER <= limit:
@@ -51,14 +47,14 @@ def plan_bytes(
     best: tuple[float, Plan] | None = None
     refusal: SharefoldError | None = None
     for number, share in enumerate(SHARES):
-        if progress:
-            progress("fitting bytes", number, len(SHARES))
+        if planner.progress:
+            planner.progress("fitting bytes", number, len(SHARES))
         if share < 1 and share * before < candidates.floor:
             break
-        plan = nothing if share == 1 else candidates.pick(int(share * before), budget.text)
+        plan = nothing if share == 1 else planner.within(candidates, int(share * before), budget.text)
         trial = copy.deepcopy(model)
         if plan.groups:
-            convert_(trial, plan, repair=False, statistics=statistics, graph=graph, seed=seed)
+            convert_(trial, plan, repair=False, statistics=statistics, graph=planner.graph, seed=planner.seed)
         else:
             trial.sharefold_config = describe(trial, plan)  # type: ignore[assignment]
         try:
@@ -70,8 +66,8 @@ def plan_bytes(
         if best is not None and found >= best[0]:
             break
         best = found, plan
-    if progress:
-        progress("fitting bytes", len(SHARES), len(SHARES))
+    if planner.progress:
+        planner.progress("fitting bytes", len(SHARES), len(SHARES))
     if best is None:
         raise SharefoldError(f"budget {budget.text} is below what a file of this network can be shrunk to") from refusal
     best[1].store = f"mixed:{limit}B"

@@ -1,0 +1,250 @@
+"""What every group of a network may become: all methods' options with their costs and damages, and the knapsack."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from sharefold.calibrate.statistics import Statistics
+from sharefold.errors import SharefoldError
+from sharefold.graph import Group, NetworkGraph, find_groups
+from sharefold.methods import AUTO, Choice, Method, method_named
+from sharefold.methods.problem import GroupProblem, problem_of
+from sharefold.planner.costs import Cost, Parameters
+from sharefold.planner.objectives import DEFAULT, Objective, objective_named
+from sharefold.plans import GroupPlan, Plan, Progress
+from sharefold.solvers.allocate import Choice as Item
+from sharefold.solvers.allocate import allocate
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to treat a unit: its group plans (none = keep), its cost in what the budget counts, and expected damage."""
+
+    plans: tuple[GroupPlan, ...]
+    cost: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The options of all groups of a network; made once, they serve every budget that counts the same.
+
+    Attributes:
+        options: per group, "keep" first.
+        cost: what is counted.
+        fixed: of the dense network's cost, what no option touches.
+        before: parameters of the whole dense network.
+        method: what was allowed, for messages.
+    """
+
+    options: list[list[Option]]
+    cost: Cost
+    fixed: float
+    before: int
+    method: str
+
+    @property
+    def floor(self) -> float:
+        """Least cost that the whole network can have."""
+        return self.fixed + sum(min(option.cost for option in row) for row in self.options)
+
+    def pick(self, limit: float, budget: str, factors: Sequence[float] | None = None) -> list[int]:
+        """The option of every group, least total damage first, that cost at most ``limit`` with all that stays.
+
+        Args:
+            budget: what the user wrote, for the message.
+            factors: per group, on its damages; by default ones.
+
+        Raises:
+            SharefoldError: below the floor, which it says.
+        """
+        if limit < self.floor:
+            raise SharefoldError(
+                f"budget {budget} ({self.cost.text(limit)}) is below what {self.method} can reach on this model: "
+                f"the floor is {self.cost.text(self.floor)} ({self.floor / self.cost.total:.1%}); raise the budget or "
+                "allow more methods"
+            )
+        weights = [1.0] * len(self.options) if factors is None else factors
+        rows = [
+            [Item(option.cost, option.value * weight) for option in row]
+            for row, weight in zip(self.options, weights, strict=True)
+        ]
+        return allocate(rows, limit - self.fixed)
+
+    def spent(self, picks: Sequence[int]) -> float:
+        """Cost of the whole network with these options."""
+        return self.fixed + sum(row[pick].cost for row, pick in zip(self.options, picks, strict=True))
+
+    def alone(self) -> bool:
+        """Whether every option can be tried by itself: no method reorders channels of the dense network first."""
+        names = {plan.method for row in self.options for option in row for plan in option.plans}
+        return all(type(method_named(name)).align is Method.align for name in names)
+
+    def plan(self, picks: Sequence[int], budget: str) -> Plan:
+        """The plan of these options; ``budget`` is what the user wrote."""
+        chosen = [plan for row, pick in zip(self.options, picks, strict=True) for plan in row[pick].plans]
+        saved = sum(g.params_before - g.params_after for g in chosen)
+        source = f"budget {budget}, method {self.method}"
+        if not isinstance(self.cost, Parameters):
+            source += f": {self.cost.text(self.spent(picks))} of {self.cost.text(self.cost.total)} expected"
+        return Plan(chosen, self.before, self.before - saved, source)
+
+
+def find_candidates(
+    model: nn.Module, graph: NetworkGraph, statistics: Statistics, method: str | Sequence[str] = "auto",
+    exclude: str | None = None, progress: Progress | None = None, cost: Cost | None = None, objective: str = DEFAULT,
+) -> Candidates:  # fmt: skip
+    """Everything that ``method`` offers for the layers of ``model`` that ``exclude`` does not match.
+
+    Args:
+        model: the dense network of ``graph`` and ``statistics``.
+        method: ``"auto"``, a method's name, or several.
+        exclude: regular expression over layer names.
+        progress: called with ("planning", done, total).
+        cost: what budgets will count; by default parameters.
+        objective: a name in :data:`sharefold.planner.OBJECTIVES`.
+
+    Raises:
+        SharefoldError: unknown method or objective, malformed expression.
+    """
+    allowed = (AUTO if method == "auto" else (method,)) if isinstance(method, str) else method
+    methods = [method_named(name) for name in allowed]
+    units = find_units(graph, exclude)
+    cost = cost or Parameters(model, graph)
+    weigh = objective_named(objective)(statistics)
+    options = unit_options(model, graph, statistics, units, methods, cost, weigh, progress)
+    fixed = max(cost.total - sum(cost.dense(name) for unit in units for name in unit.members), 0)
+    before = sum(p.numel() for p in model.parameters())
+    return Candidates(options, cost, fixed, before, method if isinstance(method, str) else " + ".join(method))
+
+
+def find_units(graph: NetworkGraph, exclude: str | None = None) -> list[Group]:
+    """Every group of isomorphic layers, and every other convertible layer as a group of one."""
+    pattern = _compiled(exclude)
+    wanted = [name for name in graph.layers if pattern is None or not pattern.search(name)]
+    groups = [
+        replace(group, members=tuple(m for m in group.members if m in set(wanted)))
+        for group in find_groups(graph)
+    ]
+    groups = [group for group in groups if len(group.members) > 1]
+    grouped = {name for group in groups for name in group.members}
+    singles = [
+        Group(name, r.stage, r.role, (name,), r.weight_shape, r.groups)
+        for name, r in graph.layers.items()
+        if name in wanted and name not in grouped
+    ]
+    order = {name: index for index, name in enumerate(graph.layers)}
+    return sorted(groups + singles, key=lambda group: order[group.members[0]])
+
+
+def unit_options(
+    model: nn.Module, graph: NetworkGraph, statistics: Statistics, units: Sequence[Group], methods: Sequence[Method],
+    cost: Cost, objective: Objective, progress: Progress | None = None,
+) -> list[list[Option]]:  # fmt: skip
+    """For every unit its undominated options, "keep" first; statistics are gathered a bounded batch at a time."""
+    result: list[list[Option]] = []
+    for batch in statistics.batches([unit.members for unit in units]):
+        statistics.moments([name for index in batch for name in units[index].members])
+        for index in batch:
+            problem = problem_of(model, graph, units[index].members, statistics)
+            problem.importance = objective(problem, units[index].members)
+            result.append(_Unit(units[index], problem, cost).options(methods))
+            if progress:
+                progress("planning", len(result), len(units))
+    return result
+
+
+class _Unit:
+    """One group, its tensors and what its options cost."""
+
+    def __init__(self, group: Group, problem: GroupProblem, cost: Cost) -> None:
+        self.group, self.problem, self.cost = group, problem, cost
+
+    def options(self, methods: Sequence[Method]) -> list[Option]:
+        """Undominated ones, "keep" first."""
+        members = self.group.members
+        dense = sum(self.cost.dense(name) for name in members)
+        if self.problem.frames is not None:
+            methods = [method for method in methods if method.takes_frames]
+        table = self._per_layer_table([m for m in methods if m.smallest_group == 1])
+        options = [Option((), dense, 0.0)]
+        if len(table) == 1:
+            return _undominated(options + table[0])
+        prices = [price / max(dense, 1e-12) for price in torch.logspace(-2, 3, 40).tolist()]
+        best = [[min(row, key=lambda o: o.value + price * o.cost) for row in table] for price in prices]
+        options += [_together(picks) for picks in best]
+        for method in methods:
+            if method.smallest_group > 1:
+                for choice in method.choices(self.problem):
+                    options.append(self._shared(method, choice, list(range(len(table)))))
+                    options += self._partly_shared(method, choice, prices, best)
+        return _undominated(options)
+
+    def _per_layer_table(self, methods: Sequence[Method]) -> list[list[Option]]:
+        """For every member what it may become on its own, "keep" first."""
+        table = []
+        for index, name in enumerate(self.group.members):
+            one = _Unit(replace(self.group, name=name, members=(name,)), self.problem.only(index), self.cost)
+            row = [Option((), self.cost.dense(name), 0.0)]
+            for method in methods:
+                row += [one._shared(method, choice, [0]) for choice in method.choices(one.problem)]
+            table.append(row)
+        return table
+
+    def _partly_shared(
+        self, method: Method, choice: Choice, prices: list[float], best: list[list[Option]]
+    ) -> list[Option]:
+        """``choice`` without the members that do better on their own at some price.
+
+        The others' errors are those of sharing with everybody; solved again without the leavers they can only fall.
+        """
+        size, forms = len(self.group.members), self.problem.forms
+        own = self.cost.member(self.group.members, forms, method, choice)
+        values = (choice.errors * self.problem.importance).tolist()
+        seen, options = set(), []
+        for price, alone in zip(prices, best, strict=True):
+            stay = [k for k in range(size) if values[k] + price * own <= alone[k].value + price * alone[k].cost]
+            key = (tuple(stay), tuple(id(alone[k]) for k in range(size) if k not in stay))
+            if 1 < len(stay) < size and key not in seen and method.fits([forms[k] for k in stay], choice.options):
+                seen.add(key)
+                kept = self._shared(method, choice, stay)
+                options.append(_together([kept, *(alone[k] for k in range(size) if k not in stay)]))
+        return options
+
+    def _shared(self, method: Method, choice: Choice, stay: list[int]) -> Option:
+        unit, problem = self.group, self.problem
+        forms = [problem.forms[k] for k in stay]
+        errors = choice.errors[stay]
+        group = GroupPlan(
+            unit.name, method.name, tuple(unit.members[k] for k in stay), choice.options,
+            sum(form.out_channels * form.features for form in forms), method.cost(forms, choice.options),
+            float(errors.mean()), unit.stage, unit.role,
+        )  # fmt: skip
+        cost = self.cost.shared(unit.members, problem.forms, method, choice, stay)
+        return Option((group,), cost, float((errors * problem.importance[stay]).sum()))
+
+
+def _together(options: Sequence[Option]) -> Option:
+    plans = tuple(plan for option in options for plan in option.plans)
+    return Option(plans, sum(o.cost for o in options), sum(o.value for o in options))
+
+
+def _undominated(options: list[Option]) -> list[Option]:
+    """Options by falling cost, without those that another beats in cost and value; "keep" stays first."""
+    best: list[Option] = []
+    for option in sorted(options, key=lambda o: (o.cost, o.value)):
+        if not best or option.value < best[-1].value:
+            best.append(option)
+    return best[::-1]
+
+
+def _compiled(exclude: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if not exclude else re.compile(exclude)
+    except re.error as error:
+        raise SharefoldError(f"--exclude {exclude!r} is not a regular expression: {error}") from None

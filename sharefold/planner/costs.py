@@ -1,0 +1,167 @@
+"""What a budget counts: parameters, multiply-accumulates, or the layers' seconds."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharefold.graph import LayerRecord, NetworkGraph
+from sharefold.layers import ConvForm, form_of
+from sharefold.measure import count_macs, latency
+from sharefold.methods import Choice, Method
+
+# Layers take fractions of a millisecond: their median needs more runs than a whole network's.
+LAYER_REPEATS = 15
+
+
+class Cost(ABC):
+    """Prices of layers and of what they may become.
+
+    Attributes:
+        unit: what is counted, for messages.
+        total: of the whole dense network.
+    """
+
+    unit: str
+    total: float
+
+    @abstractmethod
+    def dense(self, name: str) -> float:
+        """The layer as it is."""
+
+    @abstractmethod
+    def shared(
+        self, names: Sequence[str], forms: Sequence[ConvForm], method: Method, choice: Choice, stay: Sequence[int]
+    ) -> float:
+        """The members ``stay`` of the group ``names`` under ``choice``, which was made for all of them."""
+
+    def member(self, names: Sequence[str], forms: Sequence[ConvForm], method: Method, choice: Choice) -> float:
+        """What every further member adds."""
+        everybody = range(len(names))
+        return self.shared(names, forms, method, choice, everybody) / len(names)
+
+    def text(self, amount: float) -> str:
+        """An amount for people."""
+        return f"{amount:,.0f} {self.unit}"
+
+
+class Parameters(Cost):
+    """Trainable numbers; integer codes count as their bits over 32."""
+
+    unit = "parameters"
+
+    def __init__(self, model: nn.Module, graph: NetworkGraph) -> None:
+        self.graph = graph
+        self.total = sum(p.numel() for p in model.parameters())
+
+    def dense(self, name: str) -> float:
+        o, i, h, w = self.graph.layers[name].weight_shape
+        return o * i * h * w
+
+    def shared(
+        self, names: Sequence[str], forms: Sequence[ConvForm], method: Method, choice: Choice, stay: Sequence[int]
+    ) -> float:
+        if len(stay) == len(names):
+            return choice.cost
+        return method.cost([forms[k] for k in stay], choice.options)
+
+    def member(self, names: Sequence[str], forms: Sequence[ConvForm], method: Method, choice: Choice) -> float:
+        return (choice.cost - method.cost(list(forms[:1]), choice.options)) / max(len(names) - 1, 1)
+
+
+class _PerLayer(Cost):
+    """Costs that add up over the layers, each in the form that it will run in."""
+
+    def __init__(self, graph: NetworkGraph) -> None:
+        self.graph = graph
+
+    @abstractmethod
+    def _factored(self, record: LayerRecord, form: ConvForm, method: Method, options: dict[str, Any]) -> float:
+        """One layer that runs without its composed weight."""
+
+    def shared(
+        self, names: Sequence[str], forms: Sequence[ConvForm], method: Method, choice: Choice, stay: Sequence[int]
+    ) -> float:
+        with torch.device("meta"):
+            factored = method.stand_in(forms[0], choice.options).runs_factored()
+        if not factored:  # runs the composed weight, which is cached, as the dense layer ran its own
+            return sum(self.dense(names[k]) for k in stay)
+        return sum(self._factored(self.graph.layers[names[k]], forms[k], method, choice.options) for k in stay)
+
+
+class Macs(_PerLayer):
+    """Multiply-accumulates of an image."""
+
+    unit = "MACs"
+
+    def __init__(self, model: nn.Module, graph: NetworkGraph, example_input: Tensor) -> None:
+        super().__init__(graph)
+        self.total = count_macs(model, example_input)
+
+    def dense(self, name: str) -> float:
+        record = self.graph.layers[name]
+        o, i, h, w = record.weight_shape
+        return o * i * h * w * record.output_size[0] * record.output_size[1] * record.calls
+
+    def _factored(self, record: LayerRecord, form: ConvForm, method: Method, options: dict[str, Any]) -> float:
+        with torch.device("meta"):
+            return self.dense(record.name) * method.stand_in(form, options).factored_share()
+
+
+class Seconds(_PerLayer):
+    """Median seconds of a forward pass of ``example_input``, measured here, with torch's present number of threads.
+
+    Layers of equal shape are measured once. What runs between the layers counts as it is.
+    """
+
+    unit = "seconds"
+
+    def __init__(self, model: nn.Module, graph: NetworkGraph, example_input: Tensor) -> None:
+        super().__init__(graph)
+        parameter = next(model.parameters())
+        self.model, self.batch, self.like = model, len(example_input), parameter
+        self.known: dict[str, float] = {}
+        self.total = latency(model, example_input.to(parameter.device))
+
+    def dense(self, name: str) -> float:
+        record = self.graph.layers[name]
+        form = form_of(self.model.get_submodule(name))
+        assert form is not None
+        return record.calls * self._measured(record, form, "dense", self.model.get_submodule(name))
+
+    def _factored(self, record: LayerRecord, form: ConvForm, method: Method, options: dict[str, Any]) -> float:
+        with self.like.device:
+            layer = method.stand_in(form, options).to(self.like.dtype)
+        if layer.bank is not None:
+            layer.bank.to(self.like.dtype)
+        for tensor in (*layer.parameters(), *(() if layer.bank is None else layer.bank.parameters())):
+            nn.init.uniform_(tensor, -0.1, 0.1)  # unset memory may hold denormal numbers, which are slow
+        return record.calls * self._measured(record, form, f"{method.name} {json.dumps(options, sort_keys=True)}", layer)
+
+    def _measured(self, record: LayerRecord, form: ConvForm, what: str, layer: nn.Module) -> float:
+        key = f"{form} {record.input_size} {what}"
+        if key not in self.known:
+            shape = (self.batch, form.in_channels, *record.input_size)
+            if form.kind == "linear":
+                shape = (self.batch, *record.input_size, form.in_channels)
+            x = torch.ones(shape, device=self.like.device, dtype=self.like.dtype)
+            with torch.inference_mode():
+                self.known[key] = latency(layer, x, repeats=LAYER_REPEATS)
+        return self.known[key]
+
+    def text(self, amount: float) -> str:
+        return f"{amount * 1e3:,.3g} ms"
+
+
+def cost_of(unit: str, model: nn.Module, graph: NetworkGraph, example_input: Tensor) -> Cost:
+    """The costs that a budget's ``unit`` counts; bytes are planned through parameters."""
+    if unit == "macs":
+        return Macs(model, graph, example_input)
+    if unit == "seconds":
+        return Seconds(model, graph, example_input)
+    return Parameters(model, graph)

@@ -1,0 +1,146 @@
+"""What a plan keeps small: how much each layer's relative output error counts against the others'."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from sharefold.calibrate.statistics import Statistics
+from sharefold.errors import SharefoldError
+from sharefold.measure import evaluating, first_logits
+from sharefold.methods.problem import GroupProblem
+from sharefold.solvers.low_rank import max_rank, svd_curve, svd_solve
+
+# (problem of a group, names of its members) -> (K,) factors on the members' relative errors.
+Objective = Callable[[GroupProblem, Sequence[str]], Tensor]
+
+# The error that one layer is given to see what it does to the output, and on how many images.
+PROBE_ERROR = 0.1
+PROBE_IMAGES = 256
+
+
+def error(statistics: Statistics) -> Objective:
+    """The sum of relative data-norm errors: all layers count the same."""
+    return lambda problem, names: torch.ones_like(problem.importance)
+
+
+def fisher(statistics: Statistics) -> Objective:
+    """The square root of the KL that losing a layer's whole output would cost, by second-order estimate.
+
+    The estimate itself (Martens, arXiv:1412.1193) ranks layers well while errors are small and far too sharply when they
+    are large; its square root lies half way, in the logarithm, between it and equal weights. Equal weights where the
+    output has no gradient.
+    """
+    sensitivity = statistics.sensitivity()
+
+    def factors(problem: GroupProblem, names: Sequence[str]) -> Tensor:
+        if any(name not in sensitivity for name in names):
+            return torch.ones_like(problem.importance)
+        rows = torch.stack([sensitivity[name] for name in names]).to(problem.weights)
+        damage = replace(problem, row_weights=rows).energy / 2
+        return damage.clamp_min(1e-12).sqrt()
+
+    return factors
+
+
+def output_kl(statistics: Statistics) -> Objective:
+    """The square root of KL(original || network with an error in this layer alone) over that error, by a forward pass a
+    layer. As with :func:`fisher`, the ratio itself ranks too sharply.
+
+    Raises:
+        SharefoldError: the network returns no logits.
+    """
+    probe = _Probe(statistics)
+
+    def factors(problem: GroupProblem, names: Sequence[str]) -> Tensor:
+        found = [probe(problem.only(k), name) for k, name in enumerate(names)]
+        return torch.tensor(found).to(problem.importance).clamp_min(1e-12).sqrt()
+
+    return factors
+
+
+class _Probe:
+    """Runs the dense network with one layer's weight at low rank."""
+
+    def __init__(self, statistics: Statistics) -> None:
+        self.statistics = statistics
+        index = torch.linspace(0, len(statistics.images) - 1, min(PROBE_IMAGES, len(statistics.images))).long()
+        self.batches = statistics.images[index].split(max(1, statistics.batch_size))
+        self.reference = self._outputs()
+
+    def _outputs(self) -> list[Tensor]:
+        model = self.statistics.model
+        device = next(model.parameters()).device
+        with torch.no_grad(), evaluating(model):
+            return [first_logits(model(batch.to(device))).float().log_softmax(1) for batch in self.batches]
+
+    def __call__(self, problem: GroupProblem, name: str) -> float:
+        """KL per unit of relative error, nats."""
+        weight = approximation(problem, PROBE_ERROR)
+        found = float(problem.errors(weight)[0])
+        if found < 1e-9:
+            return 0.0
+        layer, form = self.statistics.model.get_submodule(name), problem.forms[0]
+        change = problem.full(weight - problem.weights)[0]
+        shift = torch.zeros(form.out_channels, device=change.device)
+        if self.statistics.centered.get(name):  # what conversion will let a bias or BatchNorm absorb
+            mean = self.statistics.means[name].to(change)
+            shift = torch.einsum("gon,gn->go", change.reshape(len(mean), -1, mean.shape[1]), mean).reshape(-1)
+        gain = getattr(layer, "gain", None)
+        scale = torch.ones_like(shift)
+        if gain is not None and form.standardize is not None:
+            scale = gain.detach().reshape(-1).to(scale) * form.standardize[1]
+        kernel = (change * scale[:, None]).reshape(form.weight_shape)
+        shift = shift * scale if form.kind == "linear" else (shift * scale)[:, None, None]
+
+        def disturb(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output + form.apply(inputs[0], kernel.to(inputs[0]), None) - shift.to(output)
+
+        handle = layer.register_forward_hook(disturb)
+        try:
+            outputs = self._outputs()
+        finally:
+            handle.remove()
+        total = sum(float((a.exp() * (a - b)).sum()) for a, b in zip(self.reference, outputs, strict=True))
+        return max(total, 0.0) / sum(a.numel() // a.shape[1] for a in self.reference) / found
+
+
+def approximation(problem: GroupProblem, wanted: float) -> Tensor:
+    """(1, O, N), in the problem's space: the layer's weight at the rank whose relative error is nearest to ``wanted``.
+
+    Layers of few rows (depthwise ones) have no such rank; they get noise of that error.
+    """
+    flat = problem.flat()
+    ranks = range(1, max_rank(flat)) if len(flat.weights) == 1 else []
+    if ranks:
+        points = svd_curve(flat, list(ranks)[:: max(1, len(ranks) // 64)])
+        rank = min(points, key=lambda p: abs(float(p.errors[0]) - wanted)).rank
+        return svd_solve(flat, rank).approximation.to(problem.weights)
+    noise = torch.randn(problem.weights.shape, generator=torch.Generator().manual_seed(0)).to(problem.weights)
+    scale = (wanted / problem.errors(problem.weights + noise)).sqrt()
+    return problem.weights + noise * scale[:, None, None]
+
+
+# "joint" starts from "fisher" and searches on (sharefold/planner/search.py).
+JOINT = "joint"
+OBJECTIVES: dict[str, Callable[[Statistics], Objective]] = {
+    JOINT: fisher, "fisher": fisher, "kl": output_kl, "error": error,
+}  # fmt: skip
+DEFAULT = JOINT
+
+
+def objective_named(name: str) -> Callable[[Statistics], Objective]:
+    """The objective called ``name``.
+
+    Raises:
+        SharefoldError: there is none; names the nearest.
+    """
+    if name not in OBJECTIVES:
+        near = difflib.get_close_matches(name, OBJECTIVES, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise SharefoldError(f"unknown objective {name!r}{hint}: choose one of {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name]

@@ -1,0 +1,127 @@
+"""Joint search: the knapsack adds up damages as if groups did not meet; here the whole network's output decides."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sharefold.calibrate.folded import norms_folded
+from sharefold.calibrate.means import absorb_means
+from sharefold.calibrate.statistics import Statistics
+from sharefold.graph import NetworkGraph
+from sharefold.measure import evaluating, first_logits
+from sharefold.methods import method_named
+from sharefold.methods.solved import forget_others, solution_of
+from sharefold.planner.candidates import Candidates
+from sharefold.plans import GroupPlan, Progress
+
+# At most so many images, and at most this share of the calibration images but for the fewest that say something.
+IMAGES, SHARE, FEWEST = 500, 2, 16
+ROUNDS = 4
+# A group's damages are corrected by at most this factor a round.
+MOST = 4.0
+# A step that saves this share of what the group holds shows above the noise of a few images.
+STEP = 0.2
+
+
+class Trials:
+    """KL(original || converted) of any picks, before repairs, on a few calibration images; nats.
+
+    Raises:
+        SharefoldError: the network returns no logits.
+    """
+
+    def __init__(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, candidates: Candidates) -> None:
+        self.model, self.graph, self.statistics, self.candidates = model, graph, statistics, candidates
+        images = statistics.images
+        count = min(IMAGES, len(images), max(FEWEST, len(images) // SHARE))
+        index = torch.linspace(0, len(images) - 1, count).long()
+        device = next(model.parameters()).device
+        self.batches = [batch.to(device) for batch in images[index].split(statistics.batch_size)]
+        self.norms = {name: record.norm for name, record in graph.layers.items()}
+        self.reference = self._outputs(model)
+        self.known: dict[tuple[int, ...], float] = {}
+
+    def kl(self, picks: Sequence[int]) -> float:
+        """Of the network with these options; solved and run once."""
+        key = tuple(picks)
+        if key not in self.known:
+            trial = copy.deepcopy(self.model)
+            for plan in self._plans(picks):
+                solution = solution_of(self.model, self.graph, self.statistics, plan)
+                method_named(plan.method).install(trial, plan, solution)
+            absorb_means(self.model, trial, self.graph, self.statistics.means)
+            pairs = zip(self.reference, self._outputs(trial), strict=True)
+            total = sum(float(F.kl_div(b, a, reduction="sum", log_target=True)) for a, b in pairs)
+            self.known[key] = total / sum(len(rows) for rows in self.reference)
+        return self.known[key]
+
+    def forget_others(self, picks: Sequence[int]) -> None:
+        """Frees the solutions that these picks do not use."""
+        forget_others(self.statistics, self._plans(picks))
+
+    def _plans(self, picks: Sequence[int]) -> list[GroupPlan]:
+        return [plan for row, pick in zip(self.candidates.options, picks, strict=True) for plan in row[pick].plans]
+
+    def _outputs(self, model: nn.Module) -> list[Tensor]:
+        """Log-probabilities (rows, classes) of every batch."""
+        with evaluating(model), norms_folded(model, self.norms):
+            outputs = [first_logits(model(batch)).float() for batch in self.batches]
+        return [logits.movedim(1, -1).flatten(0, -2).log_softmax(1) for logits in outputs]
+
+
+def search(
+    candidates: Candidates, trials: Trials, limit: float, picks: list[int], progress: Progress | None = None
+) -> list[int]:
+    """Picks that cost at most ``limit`` and keep the joint KL small.
+
+    From ``picks``, the knapsack's optimum, every group in turn goes one clear step down; what that really costs, over what its
+    damages promised, corrects the group's damages for the next round's knapsack. Picks of a higher KL are not taken.
+
+    Args:
+        progress: called with ("searching", done, total).
+    """
+    factors = [1.0] * len(picks)
+    best = trials.kl(picks)
+    for turn in range(ROUNDS):
+        ratios = _ratios(candidates, trials, picks, turn, progress)
+        middle = math.exp(sum(map(math.log, ratios.values())) / max(len(ratios), 1))
+        for strength in (1.0, 0.5, 0.25):
+            tried = [
+                factor * max(1 / MOST, min(MOST, ratios.get(index, middle) / middle)) ** strength
+                for index, factor in enumerate(factors)
+            ]
+            found = candidates.pick(limit, "", tried)
+            if trials.kl(found) < best:
+                picks, best, factors = found, trials.kl(found), tried
+                break
+        else:
+            break
+        trials.forget_others(picks)
+    trials.forget_others(picks)
+    if progress:
+        progress("searching", 1, 1)
+    return picks
+
+
+def _ratios(
+    candidates: Candidates, trials: Trials, picks: list[int], turn: int, progress: Progress | None
+) -> dict[int, float]:
+    """Per group that can go lower: true over promised damage of one step down, at least a thousandth."""
+    found = {}
+    now, groups = trials.kl(picks), len(candidates.options)
+    for index, (row, pick) in enumerate(zip(candidates.options, picks, strict=True)):
+        lower = [k for k, option in enumerate(row) if option.cost < row[pick].cost and option.value > row[pick].value]
+        if lower:
+            step = min(lower, key=lambda k: abs(row[k].cost - (1 - STEP) * row[pick].cost))
+            promised = row[step].value - row[pick].value
+            true = trials.kl([*picks[:index], step, *picks[index + 1 :]]) - now
+            found[index] = max(true / promised, 1e-3)
+        if progress:
+            progress("searching", turn * groups + index, ROUNDS * groups)
+    return found

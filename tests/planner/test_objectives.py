@@ -1,0 +1,103 @@
+"""Objectives: what each factor claims is what conversion then does."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from spine_nets import BLOCKS, images, net
+from torch import Tensor, nn
+
+import sharefold
+from sharefold.calibrate.statistics import statistics_of
+from sharefold.errors import SharefoldError
+from sharefold.graph import analyze
+from sharefold.measure import agreement
+from sharefold.methods.problem import problem_of
+from sharefold.planner import OBJECTIVES
+from sharefold.planner.objectives import approximation
+from sharefold.plans import GroupPlan, Plan
+
+CALIBRATION = images(32)
+
+
+def factors(model: nn.Module, objective: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Per layer its factor, and the relative error of the approximation that "kl" tries."""
+    graph = analyze(model, CALIBRATION[:1])
+    statistics = statistics_of(model, graph, CALIBRATION)
+    weigh = OBJECTIVES[objective](statistics)
+    problems = {name: problem_of(model, graph, [name], statistics) for name in graph.layers}
+    errors = {name: float(p.errors(approximation(p, 0.1))[0]) for name, p in problems.items()}
+    return {name: float(weigh(p, [name])[0]) for name, p in problems.items()}, errors
+
+
+def test_errors_count_the_same():
+    assert set(factors(net("residual"), "error")[0].values()) == {1.0}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_factors_are_finite_and_differ(kind):
+    for objective in ("fisher", "kl"):
+        found = torch.tensor(list(factors(net(kind), objective)[0].values()))
+        assert bool(torch.isfinite(found).all()) and bool((found >= 0).all())
+        assert found.max() > 2 * found.min()
+
+
+def test_approximations_have_about_the_error_asked_for():
+    for kind in BLOCKS:
+        for name, error in factors(net(kind), "error")[1].items():
+            assert 0.0 <= error < 0.4, (kind, name, error)
+
+
+def test_kl_is_that_of_converting_the_layer_alone():
+    model = net("residual")
+    found, errors = factors(model, "kl")
+    graph = analyze(model, CALIBRATION[:1])
+    for name in ("stage1.0.conv1", "stage1.1.conv2"):
+        name = name if name in graph.layers else next(n for n in graph.layers if "conv" in n)
+        statistics = statistics_of(model, graph, CALIBRATION)
+        problem = problem_of(model, graph, [name], statistics)
+        rank = int(torch.linalg.matrix_rank(approximation(problem, 0.1)[0], rtol=1e-4))
+        group = GroupPlan(name, "svd", (name,), {"rank": rank})
+        converted = copy.deepcopy(model)
+        before = sum(p.numel() for p in model.parameters())
+        done = sharefold.convert_(converted, Plan([group], before, before), calibration=CALIBRATION, repair=False)
+        assert done.plan.groups[0].error == pytest.approx(errors[name], rel=1e-3)
+        assert found[name] ** 2 * errors[name] == pytest.approx(agreement(model, converted, CALIBRATION).kl, rel=0.02, abs=1e-6)
+
+
+def test_kl_leaves_the_network_as_it_was():
+    model = net("convnext")
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    factors(model, "kl")
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_objectives_decide_the_plan_and_keep_the_budget():
+    model = net("residual")
+    limit = sum(p.numel() for p in model.parameters()) // 2
+    plans = [
+        sharefold.plan(model, budget=limit, calibration=CALIBRATION, method="svd", objective=name) for name in OBJECTIVES
+    ]
+    assert all(plan.params_after <= limit for plan in plans)
+    assert len({tuple(group.options["rank"] for group in plan.groups) for plan in plans}) > 1
+
+
+def test_unknown_objectives_name_the_nearest():
+    with pytest.raises(SharefoldError, match="did you mean fisher"):
+        sharefold.plan(net("residual"), budget="50%", calibration=CALIBRATION, objective="fischer")
+
+
+def test_kl_needs_logits():
+    class Boxes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = net("residual")
+
+        def forward(self, x: Tensor) -> list[dict[str, Tensor]]:
+            return [{"boxes": row} for row in self.body(x)]
+
+    with pytest.raises(SharefoldError):
+        sharefold.plan(Boxes().eval(), budget="70%", calibration=CALIBRATION, objective="kl")

@@ -1,0 +1,117 @@
+"""Joint search: its trials tell the truth, it never ends worse than it began, and it keeps the budget."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from spine_nets import BLOCKS, images, net
+from torch import Tensor, nn
+
+import sharefold
+from sharefold.calibrate.statistics import statistics_of
+from sharefold.graph import analyze
+from sharefold.measure import agreement, count_macs
+from sharefold.methods import METHODS
+from sharefold.planner import Planner
+from sharefold.planner.search import Trials, search
+
+CALIBRATION = images(48)
+
+
+def prepared(model: nn.Module, **options: str) -> Planner:
+    graph = analyze(model, CALIBRATION[:1])
+    return Planner(model, graph, statistics_of(model, graph, CALIBRATION), CALIBRATION[:1], **options)
+
+
+def started(planner: Planner, share: float) -> tuple[Trials, list[int], float]:
+    candidates = planner.candidates()
+    limit = max(candidates.floor, share * candidates.before)
+    trials = Trials(planner.model, planner.graph, planner.statistics, candidates)
+    return trials, candidates.pick(limit, ""), limit
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_trial_is_the_conversion_without_repairs(kind):
+    planner = prepared(net(kind))
+    trials, picks, _ = started(planner, 0.6)
+    converted = copy.deepcopy(planner.model)
+    sharefold.convert_(
+        converted, planner.candidates().plan(picks, ""), statistics=planner.statistics, graph=planner.graph, repair=False
+    )
+    wanted = agreement(planner.model, converted, torch.cat(trials.batches)).kl
+    assert wanted > 0 and trials.kl(picks) == pytest.approx(wanted, rel=1e-3)
+    assert 16 <= sum(len(batch) for batch in trials.batches) < len(CALIBRATION)
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+@pytest.mark.parametrize("share", [0.7, 0.45])
+def test_the_search_keeps_the_budget_and_ends_no_worse(kind, share):
+    planner = prepared(net(kind))
+    trials, picks, limit = started(planner, share)
+    found = search(planner.candidates(), trials, limit, picks)
+    assert planner.candidates().spent(found) <= limit
+    assert trials.kl(found) <= trials.kl(picks)
+    plans = trials._plans(found)
+    assert len(planner.statistics.solved) == len(plans)  # nothing that is not needed stays in memory
+
+
+def test_the_search_finds_what_the_sum_of_damages_misses():
+    """Behind a layer whose output hardly matters the estimate is wrong; the whole network's output tells."""
+    better = 0
+    for seed in range(4):
+        planner = prepared(net("residual", seed=seed))
+        trials, picks, limit = started(planner, 0.4)
+        better += trials.kl(search(planner.candidates(), trials, limit, picks)) < 0.98 * trials.kl(picks)
+    assert better >= 2
+
+
+def test_conversion_uses_what_the_search_has_solved(monkeypatch):
+    planner = prepared(net("residual"))
+    plan = planner.plan("50%")
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("solved twice")
+
+    for method in METHODS.values():
+        monkeypatch.setattr(type(method), "fit", refuse)
+    model = copy.deepcopy(planner.model)
+    first = sharefold.convert_(model, plan, statistics=planner.statistics, graph=planner.graph)
+    # Refitting the one changed nothing of what the next is made from.
+    again = copy.deepcopy(planner.model)
+    second = sharefold.convert_(again, plan, statistics=planner.statistics, graph=planner.graph)
+    assert first.kl == second.kl
+    assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
+
+
+def test_plan_searches_unless_told_otherwise():
+    model = net("residual")
+    seen = []
+    common = {"calibration": CALIBRATION, "progress": lambda what, done, total: seen.append(what)}
+    joint = sharefold.plan(model, budget="40%", **common)
+    assert "searching" in seen
+    seen.clear()
+    fisher = sharefold.plan(model, budget="40%", objective="fisher", **common)
+    assert "searching" not in seen and fisher.params_after <= 0.4 * fisher.params_before >= joint.params_after
+
+
+def test_networks_without_logits_are_planned_by_the_sum():
+    class Boxes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = net("residual")
+
+        def forward(self, x: Tensor) -> list[dict[str, Tensor]]:
+            return [{"boxes": row} for row in self.body(x)]
+
+    plan = sharefold.plan(Boxes().eval(), budget="60%", calibration=CALIBRATION)
+    assert plan.groups and plan.params_after <= 0.6 * plan.params_before
+
+
+def test_the_search_keeps_budgets_in_macs():
+    planner = prepared(net("residual"))
+    plan = planner.plan("70% MACs")
+    model = copy.deepcopy(planner.model)
+    sharefold.convert_(model, plan, statistics=planner.statistics, graph=planner.graph, repair=False)
+    assert count_macs(model, CALIBRATION[:1]) <= 0.7 * count_macs(planner.model, CALIBRATION[:1])
