@@ -153,10 +153,33 @@ def ablation() -> str | None:
     return table(["run", "top-1 [%]", "change", "spread of seeds"], rows) + "\n\n" + note
 
 
+def objectives() -> str | None:
+    data = read("objectives_cifar.json")
+    if data is None:
+        return None
+    found: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
+    for row in data["rows"]:
+        cell = found.setdefault((row["network"], row["size"]), {})
+        cell.setdefault(row["objective"], []).append((row["top1"], row["kl_test"]))
+    names = list(dict.fromkeys(row["objective"] for row in data["rows"]))
+    rows = []
+    for (network, size), cell in found.items():
+        cells = [f"{100 * statistics.mean(t for t, _ in cell[n]):.2f} ({statistics.mean(k for _, k in cell[n]):.3f})"
+                 if n in cell else "" for n in names]  # fmt: skip
+        rows.append([network.replace("resnet", "ResNet-"), size, *cells])
+    count = len({row["seed"] for row in data["rows"]})
+    note = (f"Top-1 [%] of 10,000 CIFAR-10 test images straight after conversion, in brackets KL(original || converted) of 2,000 "
+            f"of them; 1,000 calibration images, {count} seed(s). `python benchmarks/objectives_cifar.py`, "
+            f"{machine(data['hardware'])}.")  # fmt: skip
+    return table(["network", "size", *[f"`{n}`" for n in names]], rows) + "\n\n" + note
+
+
 TABLES: dict[str, Callable[[], str | None]] = {
     "demo": demo, "methods": methods, "finetune": finetune, "ablation": ablation, "recipes": recipes,
+    "objectives": objectives,
 }  # fmt: skip
-PAGES = (ROOT / "README.md", ROOT / "docs" / "fine-tuning.md", ROOT / "docs" / "methods" / "recipes.md")
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", DOCS / "fine-tuning.md", DOCS / "planning.md", DOCS / "methods" / "recipes.md")
 
 
 def render(text: str) -> str:

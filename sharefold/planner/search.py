@@ -20,9 +20,12 @@ from sharefold.methods.solved import forget_others, solution_of
 from sharefold.planner.candidates import Candidates
 from sharefold.plans import GroupPlan, Progress
 
-# At most so many images, and at most this share of the calibration images but for the fewest that say something.
-IMAGES, SHARE, FEWEST = 500, 2, 16
-ROUNDS = 4
+# All trials together cost about so many passes over the calibration images: few images a trial for many groups.
+PASSES = 16
+IMAGES, FEWEST = 500, 24
+ROUNDS = 3
+# Less than this is not looked for, and a gain has to be clear: the images are few.
+SMALLEST, GAIN = 1e-3, 0.02
 # A group's damages are corrected by at most this factor a round.
 MOST = 4.0
 # A step that saves this share of what the group holds shows above the noise of a few images.
@@ -39,7 +42,8 @@ class Trials:
     def __init__(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, candidates: Candidates) -> None:
         self.model, self.graph, self.statistics, self.candidates = model, graph, statistics, candidates
         images = statistics.images
-        count = min(IMAGES, len(images), max(FEWEST, len(images) // SHARE))
+        groups = sum(len(row) > 1 for row in candidates.options)
+        count = min(IMAGES, len(images), max(FEWEST, PASSES * len(images) // max(ROUNDS * groups, 1)))
         index = torch.linspace(0, len(images) - 1, count).long()
         device = next(model.parameters()).device
         self.batches = [batch.to(device) for batch in images[index].split(statistics.batch_size)]
@@ -88,7 +92,7 @@ def search(
     """
     factors = [1.0] * len(picks)
     best = trials.kl(picks)
-    for turn in range(ROUNDS):
+    for turn in range(ROUNDS if best > SMALLEST else 0):
         ratios = _ratios(candidates, trials, picks, turn, progress)
         middle = math.exp(sum(map(math.log, ratios.values())) / max(len(ratios), 1))
         for strength in (1.0, 0.5, 0.25):
@@ -97,7 +101,7 @@ def search(
                 for index, factor in enumerate(factors)
             ]
             found = candidates.pick(limit, "", tried)
-            if trials.kl(found) < best:
+            if trials.kl(found) < (1 - GAIN) * best:
                 picks, best, factors = found, trials.kl(found), tried
                 break
         else:

@@ -147,6 +147,16 @@ def test_a_budget_in_bytes_is_the_size_of_the_file(tmp_path: Path) -> None:
     assert sharefold.load(tmp_path / "small.safetensors").sharefold_config["plan"]["store"] == report["store"]
 
 
+def test_a_budget_in_macs_and_an_objective(tmp_path: Path) -> None:
+    options = ["--budget", "60% MACs", "--objective", "error", "--method", "svd", "-o", tmp_path / "net", "--json"]
+    result = call("convert", NET, *FAST, *options)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert 0.5 * report["macs"]["before"] < report["macs"]["after"] <= 0.6 * report["macs"]["before"]
+    source = sharefold.load(tmp_path / "net").sharefold_config["plan"]["source"]
+    assert source.startswith("budget 60% MACs, method svd: ") and "40,551,040 MACs expected" in source
+
+
 def test_a_recipe_is_planned_without_images(monkeypatch: pytest.MonkeyPatch) -> None:
     def drawn(*arguments: object, **options: object) -> None:
         raise AssertionError("images were drawn")
@@ -211,6 +221,11 @@ def test_bisection_gives_up_at_once_where_nothing_helps() -> None:
         (["--budget", "150%"], "more than the whole model"),
         (["--method", "nonsense"], "unknown method 'nonsense'"),
         (["--method", "basis,nonsense"], "unknown method 'nonsense'"),
+        (["--objective", "nonsense"], "unknown objective 'nonsense'"),
+        (["--plan", "/no/plan.json", "--objective", "kl"], "--objective has no effect with --plan"),
+        (["--budget", "1% MACs", "--method", "svd"], "the floor is"),
+        (["--budget", "0.001us", "--method", "svd"], "the floor is"),
+        (["--budget", "5 latency"], "unknown unit"),
         (["--exclude", "["], "not a regular expression"),
         (["--plan", "/no/plan.json"], "no such file"),
         (["--plan", "/no/plan.json", "--budget", "50%"], "no effect with --plan"),

@@ -42,7 +42,7 @@ def test_a_trial_is_the_conversion_without_repairs(kind):
     )
     wanted = agreement(planner.model, converted, torch.cat(trials.batches)).kl
     assert wanted > 0 and trials.kl(picks) == pytest.approx(wanted, rel=1e-3)
-    assert 16 <= sum(len(batch) for batch in trials.batches) < len(CALIBRATION)
+    assert 24 <= sum(len(batch) for batch in trials.batches) <= len(CALIBRATION)
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
