@@ -108,5 +108,6 @@ class Planner:
         picks = candidates.pick(limit, budget)
         if self.objective == JOINT and candidates.alone() and gives_logits(self.model, self.statistics.images[:2]):
             trials = Trials(self.model, self.graph, self.statistics, candidates)
-            picks = search(candidates, trials, limit, picks, self.progress)
+            if trials.rounds:
+                picks = search(candidates, trials, limit, picks, self.progress)
         return candidates.plan(picks, budget)

@@ -24,6 +24,9 @@ from sharefold.plans import GroupPlan, Progress
 PASSES = 16
 IMAGES, FEWEST = 500, 24
 ROUNDS = 3
+# A round solves about every layer again. That many multiplications (rows times features squared, summed over layers) are
+# spent on it at most, so that networks of wide layers get fewer rounds: ResNet-50 one, ResNet-20 all.
+WORK = 5e10
 # Less than this is not looked for, and a gain has to be clear: the images are few.
 SMALLEST, GAIN = 1e-3, 0.02
 # A group's damages are corrected by at most this factor a round.
@@ -42,6 +45,7 @@ class Trials:
     def __init__(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, candidates: Candidates) -> None:
         self.model, self.graph, self.statistics, self.candidates = model, graph, statistics, candidates
         images = statistics.images
+        self.rounds = min(ROUNDS, int(WORK / max(self._work(), 1)))
         groups = sum(len(row) > 1 for row in candidates.options)
         count = min(IMAGES, len(images), max(FEWEST, PASSES * len(images) // max(ROUNDS * groups, 1)))
         index = torch.linspace(0, len(images) - 1, count).long()
@@ -64,6 +68,10 @@ class Trials:
             total = sum(float(F.kl_div(b, a, reduction="sum", log_target=True)) for a, b in pairs)
             self.known[key] = total / sum(len(rows) for rows in self.reference)
         return self.known[key]
+
+    def _work(self) -> float:
+        shapes = [record.weight_shape for record in self.graph.layers.values()]
+        return sum(float(o * (i * h * w) ** 2) for o, i, h, w in shapes)
 
     def forget_others(self, picks: Sequence[int]) -> None:
         """Frees the solutions that these picks do not use."""
@@ -92,7 +100,7 @@ def search(
     """
     factors = [1.0] * len(picks)
     best = trials.kl(picks)
-    for turn in range(ROUNDS if best > SMALLEST else 0):
+    for turn in range(trials.rounds if best > SMALLEST else 0):
         ratios = _ratios(candidates, trials, picks, turn, progress)
         middle = math.exp(sum(map(math.log, ratios.values())) / max(len(ratios), 1))
         for strength in (1.0, 0.5, 0.25):
@@ -127,5 +135,5 @@ def _ratios(
             true = trials.kl([*picks[:index], step, *picks[index + 1 :]]) - now
             found[index] = max(true / promised, 1e-3)
         if progress:
-            progress("searching", turn * groups + index, ROUNDS * groups)
+            progress("searching", turn * groups + index, trials.rounds * groups)
     return found

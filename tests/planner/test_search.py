@@ -15,6 +15,7 @@ from sharefold.graph import analyze
 from sharefold.measure import agreement, count_macs
 from sharefold.methods import METHODS
 from sharefold.planner import Planner
+from sharefold.planner import search as search_module
 from sharefold.planner.search import Trials, search
 
 CALIBRATION = images(48)
@@ -83,6 +84,23 @@ def test_conversion_uses_what_the_search_has_solved(monkeypatch):
     second = sharefold.convert_(again, plan, statistics=planner.statistics, graph=planner.graph)
     assert first.kl == second.kl
     assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
+
+
+def test_networks_of_wide_layers_get_fewer_rounds(monkeypatch):
+    planner = prepared(net("residual"))
+    trials, _, limit = started(planner, 0.4)
+    assert trials.rounds == search_module.ROUNDS
+    work = sum(
+        layer.weight.shape[0] * layer.weight[0].numel() ** 2
+        for layer in planner.model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))
+    )  # fmt: skip
+    monkeypatch.setattr(search_module, "WORK", 1.5 * work)
+    assert started(planner, 0.4)[0].rounds == 1
+    monkeypatch.setattr(search_module, "WORK", 0.9 * work)
+    seen: list[str] = []
+    planner.progress = lambda what, done, total: seen.append(what)
+    plan = planner.plan("40%")
+    assert "searching" not in seen and plan == planner.candidates().plan(planner.candidates().pick(limit, ""), "40%")
 
 
 def test_plan_searches_unless_told_otherwise():
