@@ -26,9 +26,9 @@ from typing import Any
 
 FOLDER = Path(__file__).parent.parent / "docs" / "api"
 MODULES = (
-    "sharefold", "sharefold.sources", "sharefold.data", "sharefold.graph", "sharefold.methods", "sharefold.recipes",
-    "sharefold.store", "sharefold.finetune", "sharefold.export", "sharefold.hub", "sharefold.bench", "sharefold.sweep",
-    "sharefold.report",
+    "sharefold", "sharefold.sources", "sharefold.data", "sharefold.graph", "sharefold.planner", "sharefold.methods",
+    "sharefold.recipes", "sharefold.store", "sharefold.finetune", "sharefold.export", "sharefold.hub", "sharefold.bench",
+    "sharefold.sweep", "sharefold.report",
 )  # fmt: skip
 NOTE = "<!-- Written by scripts/api_reference.py from the docstrings: change those, then run it. -->"
 WIDTH = 100

@@ -65,7 +65,10 @@ def plan(
 class Planner:
     """Plans of one network for any number of budgets; what does not depend on the budget is made once.
 
-    Args: as :func:`plan`.
+    Args:
+        model, graph, statistics: the dense network, :func:`sharefold.analyze` of it, and its statistics.
+        example_input: (B, C, H, W); latency is that of a batch of B.
+        method, exclude, objective, seed, progress: as for :func:`plan`.
 
     Raises:
         SharefoldError: unknown objective.
