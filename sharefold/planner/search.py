@@ -23,6 +23,8 @@ from sharefold.plans import GroupPlan, Progress
 # All trials together cost about so many passes over the calibration images: few images a trial for many groups.
 PASSES = 16
 IMAGES, FEWEST = 500, 24
+# Of per-pixel outputs, about so many pixels a batch.
+ROWS = 4096
 ROUNDS = 3
 # A round solves about every layer again. That many multiplications (rows times features squared, summed over layers) are
 # spent on it at most, so that networks of wide layers get fewer rounds: ResNet-50 one, ResNet-20 all.
@@ -84,7 +86,8 @@ class Trials:
         """Log-probabilities (rows, classes) of every batch."""
         with evaluating(model), norms_folded(model, self.norms):
             outputs = [first_logits(model(batch)).float() for batch in self.batches]
-        return [logits.movedim(1, -1).flatten(0, -2).log_softmax(1) for logits in outputs]
+        rows = [logits.movedim(1, -1).flatten(0, -2) for logits in outputs]
+        return [found[:: max(1, len(found) // ROWS)].log_softmax(1) for found in rows]
 
 
 def search(
