@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-
-from sharefold.errors import SharefoldError
+from sharefold.errors import unknown
 from sharefold.methods.average import Average, Tied
 from sharefold.methods.base import Method
 from sharefold.methods.basis import Basis
@@ -48,7 +46,5 @@ def method_named(name: str) -> Method:
     """
     name = ALIASES.get(name, name)
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise SharefoldError(f"unknown method {name!r}{hint}: choose auto or one of {', '.join(METHODS)}")
+        raise unknown("method", name, ["auto", *METHODS])
     return METHODS[name]

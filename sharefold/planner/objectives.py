@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.calibrate.statistics import Statistics
-from sharefold.errors import SharefoldError
+from sharefold.errors import unknown
 from sharefold.measure import evaluating, first_logits
 from sharefold.methods.problem import GroupProblem
 from sharefold.solvers.low_rank import max_rank, svd_curve, svd_solve
@@ -140,7 +139,5 @@ def objective_named(name: str) -> Callable[[Statistics], Objective]:
         SharefoldError: there is none; names the nearest.
     """
     if name not in OBJECTIVES:
-        near = difflib.get_close_matches(name, OBJECTIVES, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise SharefoldError(f"unknown objective {name!r}{hint}: choose one of {', '.join(OBJECTIVES)}")
+        raise unknown("objective", name, OBJECTIVES)
     return OBJECTIVES[name]

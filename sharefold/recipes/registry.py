@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.calibrate.inputs import input_config
-from sharefold.errors import SharefoldError
+from sharefold.errors import SharefoldError, unknown
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.plans import Plan
 from sharefold.recipes.base import Recipe
@@ -39,9 +38,7 @@ def recipe_named(name: str) -> Recipe:
         SharefoldError: there is none; names the nearest.
     """
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise SharefoldError(f"unknown recipe {name!r}{hint}: choose one of {', '.join(RECIPES)}")
+        raise unknown("recipe", name, RECIPES)
     return RECIPES[name]
 
 

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from spine_nets import BLOCKS, images, net
-from torch import Tensor, nn
+from spine_nets import BLOCKS, Boxes, images, net
+from torch import nn
 
 import sharefold
 from sharefold.calibrate.statistics import statistics_of
@@ -91,13 +91,5 @@ def test_unknown_objectives_name_the_nearest():
 
 
 def test_kl_needs_logits():
-    class Boxes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = net("residual")
-
-        def forward(self, x: Tensor) -> list[dict[str, Tensor]]:
-            return [{"boxes": row} for row in self.body(x)]
-
     with pytest.raises(SharefoldError):
-        sharefold.plan(Boxes().eval(), budget="70%", calibration=CALIBRATION, objective="kl")
+        sharefold.plan(Boxes(net("residual")), budget="70%", calibration=CALIBRATION, objective="kl")

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from spine_nets import BLOCKS, images, net
-from torch import Tensor, nn
+from spine_nets import BLOCKS, Boxes, images, net
+from torch import nn
 
 import sharefold
 from sharefold.calibrate.statistics import statistics_of
@@ -115,15 +115,7 @@ def test_plan_searches_unless_told_otherwise():
 
 
 def test_networks_without_logits_are_planned_by_the_sum():
-    class Boxes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = net("residual")
-
-        def forward(self, x: Tensor) -> list[dict[str, Tensor]]:
-            return [{"boxes": row} for row in self.body(x)]
-
-    plan = sharefold.plan(Boxes().eval(), budget="60%", calibration=CALIBRATION)
+    plan = sharefold.plan(Boxes(net("residual")), budget="60%", calibration=CALIBRATION)
     assert plan.groups and plan.params_after <= 0.6 * plan.params_before
 
 
