@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -54,8 +55,12 @@ class Trials:
         device = next(model.parameters()).device
         self.batches = [batch.to(device) for batch in images[index].split(statistics.batch_size)]
         self.norms = {name: record.norm for name, record in graph.layers.items()}
-        self.reference = self._outputs(model)
         self.known: dict[tuple[int, ...], float] = {}
+
+    @cached_property
+    def reference(self) -> list[Tensor]:
+        """The dense network's outputs; not run where no round is."""
+        return self._outputs(self.model)
 
     def kl(self, picks: Sequence[int]) -> float:
         """Of the network with these options; solved and run once."""
