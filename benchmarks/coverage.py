@@ -27,10 +27,12 @@ import re
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, fields
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -40,7 +42,7 @@ from coverage_check import Row, check
 from sharefold.sources.build import registry, torchvision_builder
 
 RESULTS = Path(__file__).parent / "results" / "coverage.csv"
-COLUMNS = [field.name for field in fields(Row)]
+AnyRow = TypeVar("AnyRow", bound=Any)  # a dataclass with library, model, family, seconds and reason
 SMALL = re.compile(r"atto|femto|pico|nano|tiny|xxs|small|mobile|_050|_s0|_b0|_m0|_t0|18|_xs|_s\b|_0")
 
 
@@ -79,11 +81,11 @@ def sampled(rows: Iterable[Row], count: int | None) -> list[Row]:
 # Running ---------------------------------------------------------------------------------------------------------
 
 
-def guarded(row: Row, seconds: float, limit: int, method: str | list[str]) -> Row:
-    """:func:`check` in a process of its own, ended after ``seconds``."""
+def guarded(job: Callable[[AnyRow], AnyRow], row: AnyRow, seconds: float) -> AnyRow:
+    """``job(row)`` in a process of its own, ended after ``seconds``; how that process ends becomes the reason."""
     context = multiprocessing.get_context("fork")  # what is imported here need not be imported again
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, row, limit, method))
+    process = context.Process(target=_child, args=(sender, job, row))
     process.start()
     sender.close()
     try:
@@ -101,8 +103,8 @@ def guarded(row: Row, seconds: float, limit: int, method: str | list[str]) -> Ro
     return row
 
 
-def _child(sender: Connection, row: Row, limit: int, method: str | list[str]) -> None:
-    sender.send(check(row, limit=limit, method=method))
+def _child(sender: Connection, job: Callable[[AnyRow], AnyRow], row: AnyRow) -> None:
+    sender.send(job(row))
 
 
 # The table -------------------------------------------------------------------------------------------------------
@@ -116,7 +118,7 @@ def read(path: Path) -> dict[tuple[str, str], dict[str, str]]:
         return {(row["library"], row["model"]): row for row in csv.DictReader(file)}
 
 
-def record(path: Path, row: Row) -> None:
+def record(path: Path, row: AnyRow) -> None:
     """Adds or replaces one row; the file is whole at every moment, also with several shards writing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(path.parent, os.O_RDONLY)
@@ -126,7 +128,7 @@ def record(path: Path, row: Row) -> None:
         rows[row.library, row.model] = {k: "" if v is None else str(v) for k, v in asdict(row).items()}
         temporary = path.with_suffix(f".{os.getpid()}")
         with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(file, list(asdict(row)), lineterminator="\n")
             writer.writeheader()
             writer.writerows(sorted(rows.values(), key=lambda r: (r["library"], r["family"], r["model"])))
         temporary.replace(path)
@@ -177,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
         }  # fmt: skip
     waiting = [row for row in rows if (row.library, row.model) not in known]
     for index, row in enumerate(waiting, start=1):
-        row = guarded(row, options.seconds, options.limit_params, method)
+        row = guarded(partial(check, limit=options.limit_params, method=method), row, options.seconds)
         record(options.output, row)
         share = "" if row.reduced_to is None else f"{row.reduced_to:.1%} {row.mode} {row.traced}"
         print(f"{index}/{len(waiting)} {row.library}:{row.model} {row.seconds} s {share} {row.reason}", flush=True)

@@ -129,15 +129,14 @@ def vary(model: nn.Module) -> None:
             parameter.add_(torch.empty_like(parameter).uniform_(0.05, 0.15))
 
 
-def images_for(model: nn.Module) -> Tensor:
-    """A few procedural images of the smallest size that ``model`` takes, (n, C, H, W).
+def images_for(model: nn.Module, sizes: Sequence[int] = SIZES) -> Tensor:
+    """A few procedural images of the first of ``sizes`` that ``model`` takes, or of its own size; (n, C, H, W).
 
     Raises:
         Stated: the network does not run at its own input size either.
     """
     channels, height, width = input_config(model)["input_size"]
-    sizes = [(size, size) for size in SIZES if size < min(height, width)] + [(height, width)]
-    for size in sizes:
+    for size in [(size, size) for size in sizes if size < min(height, width)] + [(height, width)]:
         images = (dead_leaves(IMAGES, size, channels) - 0.5) / 0.25
         try:
             with torch.no_grad():

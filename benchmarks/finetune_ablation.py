@@ -2,7 +2,8 @@
 
     python benchmarks/finetune_ablation.py --source resnet20.th --data npz:cifar10.npz --limit 10000 --seeds 3
 
-Prints a table and writes results/finetune_ablation.json, after every row. The network is converted once, with one bank
+Prints a table and writes results/finetune_ablation.json, after every row; rows of an earlier run with the same settings
+stay unless they are measured again. The network is converted once, with one bank
 a stage (method ``basis``), so that the parts that concern banks have something to act on. Top-1 is of the test images.
 """
 
@@ -95,6 +96,12 @@ def run(start: nn.Module, dense: nn.Module, train: Any, test: Any, settings: dic
     return report.top1_after
 
 
+def earlier(path: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the record at ``path``, if it was made with these ``settings``."""
+    record = json.loads(path.read_text()) if path.exists() else {}
+    return record["rows"] if all(record.get(key) == value for key, value in settings.items()) else []
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", required=True)
@@ -119,20 +126,21 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     test = limited(test, options.test_limit) if options.test_limit else test
     start = converted(dense, options.data, cfg, options.params, "basis", 0)
     common = {"epochs": options.epochs, "batch_size": options.batch_size, "amp": options.amp, "device": options.device}
-    rows: list[dict[str, Any]] = []
-    record = {
+    settings = {
         "source": opened.name, "params_after": sum(p.numel() for p in start.parameters()), "train_images": len(train),
-        "test_images": len(test), **common, "seeds": options.seeds, "rows": rows, "hardware": hardware(),
+        "test_images": len(test), **common, "seeds": options.seeds, "hardware": hardware(),
     }  # fmt: skip
+    rows = earlier(options.out, settings)
+    record = {**settings, "rows": rows}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     for name, part in PARTS.items():
         if options.parts and not any(word in name for word in options.parts):
             continue
         top1 = [run(start, dense, train, test, {**common, **part, "seed": seed}) for seed in range(options.seeds)]
         spread = statistics.stdev(top1) if len(top1) > 1 else None
-        rows.append({"part": name, "settings": part, "top1": statistics.mean(top1), "stdev": spread, "runs": top1})
-        first = rows[0]["top1"]
-        print(f"{name:45} {rows[-1]['top1']:.2%}  {rows[-1]['top1'] - first:+.2%}", flush=True)
+        row = {"part": name, "settings": part, "top1": statistics.mean(top1), "stdev": spread, "runs": top1}
+        rows[:] = sorted([r for r in rows if r["part"] != name] + [row], key=lambda r: list(PARTS).index(r["part"]))
+        print(f"{name:45} {row['top1']:.2%}  {row['top1'] - rows[0]['top1']:+.2%}", flush=True)
         options.out.write_text(json.dumps(record, indent=1) + "\n")
     return record
 

@@ -203,10 +203,7 @@ def _write_onnx(
     outputs = _tensors(model(batches[0][:1]))
     names = ["logits"] if len(outputs) == 1 else [f"output_{index}" for index in range(len(outputs))]
     try:
-        written = torch.onnx.export(
-            program, (batches[0],), dynamo=True, optimize=False, verbose=False, input_names=["images"],
-            output_names=names,
-        )  # fmt: skip
+        written = _translate(program, batches[0], names)
     except Exception as error:
         lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise SharefoldError(f"the network cannot be written as ONNX ({lines[0][:200]}): try --format pt2") from error
@@ -233,6 +230,21 @@ def _write_onnx(
     return found[0], (("images",), tuple(names))
 
 
+def _translate(program: torch.export.ExportedProgram, example: Tensor, names: list[str]) -> Any:
+    """The program as ONNX. What the exporter has no function for, as attention over five axes, is tried once more in
+    torch's elementary operators; not at once, for they make longer graphs."""
+
+    def translated(program: torch.export.ExportedProgram) -> Any:
+        return torch.onnx.export(
+            program, (example,), dynamo=True, optimize=False, verbose=False, input_names=["images"], output_names=names,
+        )  # fmt: skip
+
+    try:
+        return translated(program)
+    except torch.onnx.OnnxExporterError:
+        return translated(program.run_decompositions())
+
+
 def _simplify(graph: Any) -> None:
     """Inlines and folds shapes, but nothing that would copy a shared tensor: no BatchNorm fusion, no composed weight.
 
@@ -252,8 +264,10 @@ def _simplify(graph: Any) -> None:
         )  # fmt: skip
         for step in (passes.IdentityEliminationPass, passes.RemoveUnusedNodesPass, passes.RemoveUnusedFunctionsPass):
             step()(graph)
+    passes.RemoveUnusedOpsetsPass()(graph)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
+    _make_contiguous(graph.graph)
     for done in (
-        passes.RemoveUnusedOpsetsPass(), passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.DeduplicateHashedInitializersPass(), passes.CommonSubexpressionEliminationPass(), passes.OutputFixPass(),
         passes.RemoveUnusedNodesPass(), passes.ClearMetadataAndDocStringPass(), passes.NameFixPass(),
     ):  # fmt: skip
@@ -264,6 +278,15 @@ def _simplify(graph: Any) -> None:
         for value in node.outputs:  # inferred types of inner values are recomputed by every runtime
             if not value.is_graph_output():
                 value.type = value.shape = None
+
+
+def _make_contiguous(graph: Any) -> None:
+    """Copies folded constants that are views of others; the pass that finds equal ones reads their bytes in place."""
+    tensor = importlib.import_module("onnx_ir").tensor
+    for value in graph.initializers.values():
+        array = value.const_value.numpy()
+        if not array.flags.c_contiguous:
+            value.const_value = tensor(array.copy(order="C"), name=value.name)
 
 
 def _name_batch(graph: Any) -> None:
