@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from sharefold.budget import Budget, Effort, parse_budget, parse_effort
 from sharefold.errors import SharefoldError
 from sharefold.files import check_output
+from sharefold.plans import DEFAULT_OBJECTIVE
 
 from .source import SourceOptions
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from sharefold.plans import Plan
 
 DEFAULT_BUDGET = "50%"
-DEFAULT_OBJECTIVE = "joint"
 
 
 def default_output(source: str) -> Path:

@@ -13,6 +13,8 @@ from typing import Any
 from sharefold.errors import SharefoldError
 
 PLAN_VERSION = 1
+# What a plan keeps small unless told otherwise. Here, since the command line asks before torch is imported.
+DEFAULT_OBJECTIVE = "joint"
 
 # Called with (what, done, total) during long work.
 Progress = Callable[[str, int, int], None]

@@ -15,8 +15,8 @@ from sharefold.graph import Group, NetworkGraph, find_groups
 from sharefold.methods import AUTO, Choice, Method, method_named
 from sharefold.methods.problem import GroupProblem, problem_of
 from sharefold.planner.costs import Cost, Parameters
-from sharefold.planner.objectives import DEFAULT, Objective, objective_named
-from sharefold.plans import GroupPlan, Plan, Progress
+from sharefold.planner.objectives import Objective, objective_named
+from sharefold.plans import DEFAULT_OBJECTIVE, GroupPlan, Plan, Progress
 from sharefold.solvers.allocate import Choice as Item
 from sharefold.solvers.allocate import allocate
 
@@ -97,7 +97,7 @@ class Candidates:
 
 def find_candidates(
     model: nn.Module, graph: NetworkGraph, statistics: Statistics, method: str | Sequence[str] = "auto",
-    exclude: str | None = None, progress: Progress | None = None, cost: Cost | None = None, objective: str = DEFAULT,
+    exclude: str | None = None, progress: Progress | None = None, cost: Cost | None = None, objective: str = DEFAULT_OBJECTIVE,
 ) -> Candidates:  # fmt: skip
     """Everything that ``method`` offers for the layers of ``model`` that ``exclude`` does not match.
 

@@ -14,15 +14,15 @@ from sharefold.measure import gives_logits
 from sharefold.planner.candidates import Candidates, find_candidates
 from sharefold.planner.costs import cost_of
 from sharefold.planner.file_budget import plan_bytes
-from sharefold.planner.objectives import DEFAULT, JOINT, objective_named
+from sharefold.planner.objectives import JOINT, objective_named
 from sharefold.planner.search import Trials, search
-from sharefold.plans import Plan, Progress
+from sharefold.plans import DEFAULT_OBJECTIVE, Plan, Progress
 
 
 def plan(
     model: nn.Module, example_input: Tensor | None = None, budget: str | float | Budget = "50%", *,
     calibration: Tensor | None = None, method: str | Sequence[str] = "auto", exclude: str | None = None,
-    objective: str = DEFAULT, statistics: Statistics | None = None, graph: NetworkGraph | None = None, seed: int = 0,
+    objective: str = DEFAULT_OBJECTIVE, statistics: Statistics | None = None, graph: NetworkGraph | None = None, seed: int = 0,
     progress: Progress | None = None,
 ) -> Plan:  # fmt: skip
     """Decides what every group of ``model`` shares so that the whole model fits ``budget``.
@@ -76,7 +76,7 @@ class Planner:
 
     def __init__(
         self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, example_input: Tensor, *,
-        method: str | Sequence[str] = "auto", exclude: str | None = None, objective: str = DEFAULT, seed: int = 0,
+        method: str | Sequence[str] = "auto", exclude: str | None = None, objective: str = DEFAULT_OBJECTIVE, seed: int = 0,
         progress: Progress | None = None,
     ) -> None:  # fmt: skip
         objective_named(objective)

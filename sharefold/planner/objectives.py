@@ -129,7 +129,6 @@ JOINT = "joint"
 OBJECTIVES: dict[str, Callable[[Statistics], Objective]] = {
     JOINT: fisher, "fisher": fisher, "kl": output_kl, "error": error,
 }  # fmt: skip
-DEFAULT = JOINT
 
 
 def objective_named(name: str) -> Callable[[Statistics], Objective]:
