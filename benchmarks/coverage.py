@@ -19,30 +19,22 @@ first. Shards may run at the same time. The default method is ``basis svd``: the
 from __future__ import annotations
 
 import argparse
-import csv
-import fcntl
-import multiprocessing
-import os
 import re
-import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Iterable
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
 
 import timm
 import torch
 import torchvision
+from architectures import guarded, read, record
 from coverage_check import Row, check
 
 from sharefold.sources.build import registry, torchvision_builder
 
 RESULTS = Path(__file__).parent / "results" / "coverage.csv"
-AnyRow = TypeVar("AnyRow", bound=Any)  # a dataclass with library, model, family, seconds and reason
 SMALL = re.compile(r"atto|femto|pico|nano|tiny|xxs|small|mobile|_050|_s0|_b0|_m0|_t0|18|_xs|_s\b|_0")
 
 
@@ -76,64 +68,6 @@ def sampled(rows: Iterable[Row], count: int | None) -> list[Row]:
         if count is None or seen[row.library, row.family] <= count:
             chosen.append(row)
     return chosen
-
-
-# Running ---------------------------------------------------------------------------------------------------------
-
-
-def guarded(job: Callable[[AnyRow], AnyRow], row: AnyRow, seconds: float) -> AnyRow:
-    """``job(row)`` in a process of its own, ended after ``seconds``; how that process ends becomes the reason."""
-    context = multiprocessing.get_context("fork")  # what is imported here need not be imported again
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, job, row))
-    process.start()
-    sender.close()
-    try:
-        if receiver.poll(seconds):
-            row = receiver.recv()
-        else:
-            row.reason, row.seconds = f"timeout: not done after {seconds:g} s", seconds
-    except EOFError:
-        process.join()
-        code = process.exitcode or 0
-        row.reason = f"failed: killed by {signal.Signals(-code).name}" if code < 0 else f"failed: exit code {code}"
-    finally:
-        process.kill()
-        process.join()
-    return row
-
-
-def _child(sender: Connection, job: Callable[[AnyRow], AnyRow], row: AnyRow) -> None:
-    sender.send(job(row))
-
-
-# The table -------------------------------------------------------------------------------------------------------
-
-
-def read(path: Path) -> dict[tuple[str, str], dict[str, str]]:
-    """Rows of an earlier run by (library, model)."""
-    if not path.exists():
-        return {}
-    with path.open(newline="") as file:
-        return {(row["library"], row["model"]): row for row in csv.DictReader(file)}
-
-
-def record(path: Path, row: AnyRow) -> None:
-    """Adds or replaces one row; the file is whole at every moment, also with several shards writing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = os.open(path.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        rows = read(path)
-        rows[row.library, row.model] = {k: "" if v is None else str(v) for k, v in asdict(row).items()}
-        temporary = path.with_suffix(f".{os.getpid()}")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(asdict(row)), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(sorted(rows.values(), key=lambda r: (r["library"], r["family"], r["model"])))
-        temporary.replace(path)
-    finally:
-        os.close(lock)
 
 
 def verdict(row: dict[str, str]) -> str:

@@ -8,10 +8,12 @@ python benchmarks/tables.py --check    # exit 1 when a page is out of date
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,14 +145,14 @@ def ablation() -> str | None:
         return None
     first = data["rows"][0]["top1"]
     rows = [
-        [row["part"], f"{100 * row['top1']:.2f}", f"{100 * (row['top1'] - first):+.2f}",
-         "" if row["stdev"] is None else f"{100 * row['stdev']:.2f}"]
+        [row["part"], f"{100 * row['top1']:.2f}" + (f" ± {100 * row['stdev']:.2f}" if row["stdev"] else ""),
+         f"{100 * (row['top1'] - first):+.2f}"]
         for row in data["rows"]
     ]  # fmt: skip
     note = (f"`python benchmarks/finetune_ablation.py`: {data['source']} converted to {data['params_after']:,} parameters "
             f"(method basis), {data['epochs']} epoch(s) on {data['train_images']:,} images, {data['test_images']:,} test "
-            f"images, {data['seeds']} seeds, {machine(data['hardware'])}.")  # fmt: skip
-    return table(["run", "top-1 [%]", "change", "spread of seeds"], rows) + "\n\n" + note
+            f"images, {data['seeds']} seed(s), {machine(data['hardware'])}.")  # fmt: skip
+    return table(["run", "top-1 [%]", "change"], rows) + "\n\n" + note
 
 
 def objectives() -> str | None:
@@ -174,12 +176,61 @@ def objectives() -> str | None:
     return table(["network", "size", *[f"`{n}`" for n in names]], rows) + "\n\n" + note
 
 
+def label_free() -> str | None:
+    data = read("label_free.json")
+    if data is None:
+        return None
+    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for row in data["rows"]:
+        if row["size"] and "top1" in row:
+            column = row["method"] + (" + refine" if row["refine"] else "")
+            found.setdefault((row["network"], row["size"]), {}).setdefault(column, []).append(100 * row["top1"])
+    columns = list(dict.fromkeys(sorted((c for cell in found.values() for c in cell), key=_RIVALS.index)))
+    rows = []
+    for (network, size), cell in sorted(found.items(), key=lambda item: (item[0][0], -int(item[0][1].rstrip("%")))):
+        rows.append([network.replace("resnet", "ResNet-"), size, *[_mean_cell(cell.get(c, [])) for c in columns]])
+    names = {"auto": "**sharefold**", "auto + refine": "**`--refine`**", "svd": "low rank", "spatial": "spatial low rank"}
+    rounded = [f"{row['network'].replace('resnet', 'ResNet-')} {row['method'].partition('-')[2]} bits {100 * row['top1']:.2f} "
+               f"({row['bytes'] / 1e6:.2f} MB)" for row in data["rows"] if row["method"].startswith("quantize")]  # fmt: skip
+    images = data["rows"][0]["images"]
+    note = (f"Top-1 [%] of 10,000 test images, {images:,} training images without labels; the mean, and where there is one the "
+            "number of seeds behind a spread. Dense networks rounded to nearest, a scale a row: " + ", ".join(rounded)
+            + f". `python benchmarks/label_free.py`, {machine(data['hardware'])}.")  # fmt: skip
+    return table(["network", "parameters kept", *[names.get(c, c) for c in columns]], rows) + "\n\n" + note
+
+
+def onnx() -> str | None:
+    path = RESULTS / "onnx.csv"
+    if not path.exists():
+        return None
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    passed = [row for row in rows if not row["reason"]]
+    worst = max(float(row["difference"]) / max(1.0, float(row["largest"])) for row in passed)
+    ratio = max(float(row["size_ratio"]) for row in passed)
+    reasons = Counter(row["reason"].partition(":")[0] for row in rows if row["reason"])
+    others = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    return (f"Tried on the smallest architecture of each of {len(rows)} families of timm and torchvision, at half its "
+            f"parameters: {len(passed)} pass ({others}). onnxruntime is within {worst:.1e} of PyTorch, relative to the "
+            f"largest output where that is above 1; no file is more than {100 * ratio - 100:.0f} % larger than the "
+            "safetensors file. `python benchmarks/onnx_families.py`, rows in `benchmarks/results/onnx.csv`.")  # fmt: skip
+
+
+_RIVALS = ["auto", "auto + refine", "basis", "spatial", "svd", "pruning", "average"]
+
+
+def _mean_cell(top1: list[float]) -> str:
+    if not top1:
+        return ""
+    return f"{statistics.mean(top1):.2f}" + (f" ± {statistics.stdev(top1):.2f} ({len(top1)})" if len(top1) > 1 else "")
+
+
 TABLES: dict[str, Callable[[], str | None]] = {
     "demo": demo, "methods": methods, "finetune": finetune, "ablation": ablation, "recipes": recipes,
-    "objectives": objectives,
+    "objectives": objectives, "label_free": label_free, "onnx": onnx,
 }  # fmt: skip
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", DOCS / "fine-tuning.md", DOCS / "planning.md", DOCS / "methods" / "recipes.md")
+PAGES = (ROOT / "README.md", DOCS / "fine-tuning.md", DOCS / "planning.md", DOCS / "using.md", DOCS / "methods" / "recipes.md")
 
 
 def render(text: str) -> str:

@@ -22,6 +22,7 @@ from sharefold.measure import count_parameters
 
 # Not as "coverage", which is the name of a package that pytest plugins import.
 check = load_script("benchmarks/coverage_check.py")
+load_script("benchmarks/architectures.py")
 coverage = load_script("benchmarks/coverage.py", "coverage_benchmark")
 
 
