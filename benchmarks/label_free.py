@@ -167,19 +167,7 @@ def main() -> None:
                         print(network, seed, method, size, refine or "", shown, flush=True)
                         target.parent.mkdir(parents=True, exist_ok=True)
                         target.write_text(json.dumps({"hardware": hardware(), "rows": rows}, indent=1) + "\n")
-    fields = [
-        "network",
-        "method",
-        "size",
-        "refine",
-        "seed",
-        "images",
-        "parameters",
-        "bytes",
-        "top1",
-        "seconds",
-        "failed",
-    ]
+    fields = ["network", "method", "size", "refine", "seed", "images", "parameters", "bytes", "top1", "seconds", "failed"]
     with options.out.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fields, extrasaction="ignore")
         writer.writeheader()
