@@ -7,12 +7,13 @@ import fcntl
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
+FAILED = ("failed", "timeout")  # how reasons begin that are none
 AnyRow = TypeVar("AnyRow", bound=Any)  # a dataclass with library, family, model, seconds and reason
 
 
@@ -48,6 +49,14 @@ def read(path: Path) -> dict[tuple[str, str], dict[str, str]]:
         return {}
     with path.open(newline="") as file:
         return {(row["library"], row["model"]): row for row in csv.DictReader(file)}
+
+
+def missing(rows: Sequence[AnyRow], path: Path, again: str | None = None) -> list[AnyRow]:
+    """Those of ``rows`` that have no line at ``path``; with ``again`` also the ``failed`` ones (and timeouts), or ``all``."""
+    known = {} if again == "all" else read(path)
+    if again == "failed":
+        known = {key: line for key, line in known.items() if not line["reason"].startswith(FAILED)}
+    return [row for row in rows if (row.library, row.model) not in known]
 
 
 def record(path: Path, row: AnyRow) -> None:

@@ -29,7 +29,7 @@ from pathlib import Path
 import timm
 import torch
 import torchvision
-from architectures import guarded, read, record
+from architectures import guarded, missing, read, record
 from coverage_check import Row, check
 
 from sharefold.sources.build import registry, torchvision_builder
@@ -106,12 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     part, parts = (int(n) for n in (options.shard or "0/1").split("/"))
     method = "auto" if options.method == ["auto"] else options.method
     rows = sampled(entries(options.library, options.match), options.family_samples)[part::parts]
-    known = read(options.output)
-    if options.again:
-        known = {} if options.again == "all" else {
-            key: row for key, row in known.items() if verdict(row) not in ("failed", "timeout")
-        }  # fmt: skip
-    waiting = [row for row in rows if (row.library, row.model) not in known]
+    waiting = missing(rows, options.output, options.again)
     for index, row in enumerate(waiting, start=1):
         row = guarded(partial(check, limit=options.limit_params, method=method), row, options.seconds)
         record(options.output, row)

@@ -85,7 +85,7 @@ def check(row: Row, *, limit: int = 8_000_000, method: Sequence[str] | str = ("b
     except Stated as stated:
         row.reason = str(stated)
     except Exception as error:  # a crash of one architecture is a line of the table
-        row.reason = f"failed: {_brief(error)}"
+        row.reason = f"failed: {brief(error)}"
     row.seconds = round(time.perf_counter() - start, 1)
     return row
 
@@ -96,7 +96,7 @@ def _check(row: Row, limit: int, method: Sequence[str] | str) -> None:
     try:
         model = build_on_meta(base)
     except SharefoldError as error:
-        raise Stated(f"cannot be built: {_brief(error)}") from None
+        raise Stated(f"cannot be built: {brief(error)}") from None
     row.parameters = count_parameters(model)
     everything = row.library == "torchvision"
     if row.parameters <= limit:
@@ -114,7 +114,7 @@ def _check(row: Row, limit: int, method: Sequence[str] | str) -> None:
         graph = inspect(row, model, image, everything)
     except SharefoldError as error:  # forward code that reads values
         if row.parameters > CPU_LIMIT:
-            raise Stated(f"does not run on the meta device and is too large for memory: {_brief(error)}") from None
+            raise Stated(f"does not run on the meta device and is too large for memory: {brief(error)}") from None
         row.mode = "cpu"
         model, image = build_base(base), torch.rand(image.shape)
         graph = inspect(row, model, image, everything)
@@ -144,7 +144,7 @@ def images_for(model: nn.Module, sizes: Sequence[int] = SIZES) -> Tensor:
             return images
         except Exception as error:  # fixed input sizes, maps that become empty
             cause = error
-    raise Stated(f"does not run at its own input size {height}x{width}: {_brief(cause)}")
+    raise Stated(f"does not run at its own input size {height}x{width}: {brief(cause)}")
 
 
 def inspect(row: Row, model: nn.Module, image: Tensor, everything: bool = True) -> NetworkGraph:
@@ -305,7 +305,7 @@ def _above(share: float) -> str:
     return f"{BUDGET:.0%} is out of reach: {share:.1%} is the floor"
 
 
-def _brief(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
     """An exception in one line of bounded length."""
     text = " ".join(str(error).split())
     return (text if isinstance(error, SharefoldError) else f"{type(error).__name__}: {text}")[:240]

@@ -22,12 +22,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from architectures import guarded, read, record
-from coverage_check import _brief, convert_blank, convert_for_real, images_for, outputs, quick, vary
+from architectures import FAILED, guarded, missing, read, record
+from coverage_check import brief, convert_blank, convert_for_real, images_for, outputs, quick, vary
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sharefold.errors import SharefoldError
 from sharefold.export import TOLERANCE, export
 from sharefold.graph import analyze
 from sharefold.layers import shared_layers
@@ -92,10 +91,8 @@ def check_export(row: Export, limit: int) -> Export:
         model = build_base(make_base(row.library, row.model, {})).eval()
         with tempfile.TemporaryDirectory() as folder, quick():
             _export(row, model, Path(folder), limit)
-    except SharefoldError as error:
-        row.reason = f"failed: {error}"
     except Exception as error:
-        row.reason = f"failed: {_brief(error)}"
+        row.reason = f"failed: {brief(error)}"
     finally:
         row.seconds = round(time.perf_counter() - start, 1)
     return row
@@ -158,20 +155,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     part, parts = (int(number) for number in (options.shard or "0/1").split("/"))
-    bad = ("failed", "timeout")
-    known = {} if options.again == "all" else {
-        key: line for key, line in read(options.output).items()
-        if not (options.again == "failed" and line["reason"].startswith(bad))
-    }  # fmt: skip
     rows = representatives(options.match)[part::parts]
-    for row in rows:
-        if (row.library, row.model) not in known:
-            row = guarded(partial(check_export, limit=options.limit_params), row, options.seconds)
-            record(options.output, row)
-            ratio = "" if row.size_ratio is None else f"difference {row.difference:.1e}, file x {row.size_ratio:.3f}"
-            print(f"{row.library}:{row.model} {row.seconds} s {row.mode} {ratio} {row.reason}", flush=True)
+    for row in missing(rows, options.output, options.again):
+        row = guarded(partial(check_export, limit=options.limit_params), row, options.seconds)
+        record(options.output, row)
+        ratio = "" if row.size_ratio is None else f"difference {row.difference:.1e}, file x {row.size_ratio:.3f}"
+        print(f"{row.library}:{row.model} {row.seconds} s {row.mode} {ratio} {row.reason}", flush=True)
     found = [line for key, line in read(options.output).items() if key in {(row.library, row.model) for row in rows}]
-    failed = [line["model"] for line in found if line["reason"].startswith(bad)]
+    failed = [line["model"] for line in found if line["reason"].startswith(FAILED)]
     passed = sum(not line["reason"] for line in found)
     print(f"{passed} of {len(found)} families pass; failed: {', '.join(failed) or 'none'}")
     return int(bool(failed))

@@ -185,7 +185,7 @@ def label_free() -> str | None:
         if row["size"] and "top1" in row:
             column = row["method"] + (" + refine" if row["refine"] else "")
             found.setdefault((row["network"], row["size"]), {}).setdefault(column, []).append(100 * row["top1"])
-    columns = list(dict.fromkeys(sorted((c for cell in found.values() for c in cell), key=_RIVALS.index)))
+    columns = [column for column in _RIVALS if any(column in cell for cell in found.values())]
     rows = []
     for (network, size), cell in sorted(found.items(), key=lambda item: (item[0][0], -int(item[0][1].rstrip("%")))):
         rows.append([network.replace("resnet", "ResNet-"), size, *[_mean_cell(cell.get(c, [])) for c in columns]])
