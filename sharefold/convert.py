@@ -102,13 +102,15 @@ def convert_(
 
     model.sharefold_config = describe(original, done, config)  # type: ignore[assignment]
 
-    held_out, fitting = split_held_out(images)
+    held, rest = split_indices(len(images))
+    held_out, fitting = images[held], images[rest]
     steps: dict[str, Any] = {}
     if repair and not compared:
         steps["refit"] = steps["norms"] = {"kept": False, "reason": "the network returns no logits to decide by"}
     elif repair:
         start = time.perf_counter()
-        steps["refit"] = refit(original, model, graph, fitting, held_out, progress=progress)
+        telling = images[rest[torch.isin(rest, statistics.chosen)]]
+        steps["refit"] = refit(original, model, graph, telling, held_out, plan.groups, progress=progress)
         steps["norms"] = reestimate_norms(original, model, fitting, held_out)
         seconds["repair"] = time.perf_counter() - start
     if effort is not None:
@@ -145,13 +147,19 @@ def describe(original: nn.Module, plan: Plan, known: Mapping[str, Any] | None = 
     return config
 
 
-def split_held_out(images: Tensor, share: float = 0.2) -> tuple[Tensor, Tensor]:
-    """(held out, for fitting): every fifth image is held out, so both see all of an ordered set."""
-    if len(images) < 5:
-        return images, images
-    index = torch.arange(len(images))
+def split_held_out(images: Tensor) -> tuple[Tensor, Tensor]:
+    """(held out, for fitting) of ``images`` (n, C, H, W); see :func:`split_indices`."""
+    held, rest = split_indices(len(images))
+    return images[held], images[rest]
+
+
+def split_indices(count: int, share: float = 0.2) -> tuple[Tensor, Tensor]:
+    """Indices (held out, for fitting): every fifth is held out, so both see all of an ordered set; fewer than five are both."""
+    index = torch.arange(count)
+    if count < 5:
+        return index, index
     held = index % round(1 / share) == 0
-    return images[held], images[~held]
+    return index[held], index[~held]
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:

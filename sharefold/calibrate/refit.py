@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 
 from sharefold.calibrate.lockstep import largest_map, walk
 from sharefold.calibrate.means import output_mean_owner
+from sharefold.calibrate.own_factors import has_own_factors, solve_on_prefix
 from sharefold.graph import NetworkGraph
 from sharefold.layers import Again, RepeatedBlock, SharedConv, fold_scale, resolve, takes_scale
 from sharefold.measure import agreement
+from sharefold.plans import GroupPlan
 
 # Pull towards the coefficients so far, as a share of the mean diagonal of the normal equations.
 RIDGE = 1e-3
@@ -26,9 +29,11 @@ MEMORY_BYTES = 2 << 30
 @torch.no_grad()
 def refit(
     original: nn.Module, model: nn.Module, graph: NetworkGraph, images: Tensor, held_out: Tensor,
-    ridge: float = RIDGE, progress: Any = None,
+    groups: Sequence[GroupPlan] = (), ridge: float = RIDGE, progress: Any = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Solves the linear part of every shared layer again, in forward order, for the original layer's output.
+
+    Of a layer that shares nothing all factors are solved again, as its plan among ``groups`` says.
 
     With a = F x~ the responses of the layer's filters on the converted prefix and y the original output, both centred:
     C = (Y A^T + rho C0)(A A^T + rho I)^-1; the difference of the means goes into the bias or the BatchNorm's mean.
@@ -50,13 +55,19 @@ def refit(
     size = largest_map(original, images[:1])
     images = images[: max(8, MEMORY_BYTES // (4 * 8 * size))]
     batches = list(images.split(max(1, (1 << 26) // (4 * size))))
+    plans = {name: group for group in groups for name in group.members}
     done = 0
 
     def visit(name: str, inputs: list[Tensor], targets: list[Tensor]) -> None:
         nonlocal done
         layer = layers[name]
         if isinstance(layer, SharedConv) and layer.linear_part() is not None:
-            _refit_layer(original, model, name, graph.layers[name].norm, inputs, targets, ridge)
+            norm = graph.layers[name].norm
+            if has_own_factors(layer, plans.get(name)):
+                centered = output_mean_owner(model, layer, norm) is not None
+                places = max(1, POSITIONS // sum(map(len, inputs)))
+                solve_on_prefix(original, model, name, norm, plans[name], centered, inputs, targets, places)
+            _refit_layer(original, model, name, norm, inputs, targets, ridge)
         else:
             _rescale_layer(original, model, name, cast(str, graph.layers[name].norm), inputs, targets)
         done += 1

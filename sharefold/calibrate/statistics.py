@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharefold.calibrate import sensitivity
+from sharefold.calibrate.choice import least_certain
 from sharefold.calibrate.means import output_mean_owner
-from sharefold.calibrate.sensitivity import output_sensitivity
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.layers import ConvForm, form_of
@@ -41,16 +42,18 @@ class Statistics:
     Args:
         model: the dense network; its mode and hooks are left as they were.
         images: (n, C, H, W), normalised as the network expects.
+        chosen: indices (m,) of those that count here; by default all.
         centered: per layer, whether the mean is taken out (a bias or BatchNorm behind the layer absorbs it).
         batch_size: images a forward pass.
         seed: of the sampled positions.
     """
 
     def __init__(
-        self, model: nn.Module, images: Tensor, *, centered: dict[str, bool] | None = None, batch_size: int = 100,
-        seed: int = 0, cache_bytes: int = CACHE_BYTES,
+        self, model: nn.Module, images: Tensor, *, chosen: Tensor | None = None, centered: dict[str, bool] | None = None,
+        batch_size: int = 100, seed: int = 0, cache_bytes: int = CACHE_BYTES,
     ) -> None:  # fmt: skip
         self.model, self.images = model, images
+        self.chosen = torch.arange(len(images)) if chosen is None else chosen
         self.centered = centered or {}
         self.batch_size, self.seed, self.cache_bytes = batch_size, seed, cache_bytes
         self.cache: dict[str, Tensor] = {}
@@ -72,10 +75,15 @@ class Statistics:
     def sensitivity(self) -> dict[str, Tensor]:
         """Per layer (O,): how much its output matters to the predictions; empty where that cannot be told."""
         if self._sensitivity is None:
-            self._sensitivity = output_sensitivity(
-                self.model, self.centered, self.images, max(1, self.batch_size // 2), self.seed
+            self._sensitivity = sensitivity.output_sensitivity(
+                self.model, self.centered, self.sample(sensitivity.IMAGES), max(1, self.batch_size // 2), self.seed
             )
         return self._sensitivity
+
+    def sample(self, count: int) -> Tensor:
+        """At most ``count`` of the chosen images, evenly spaced."""
+        index = torch.linspace(0, len(self.chosen) - 1, min(count, len(self.chosen))).long()
+        return self.images[self.chosen[index]]
 
     def bytes_of(self, names: Iterable[str]) -> int:
         """Memory that the moments of these layers take."""
@@ -116,7 +124,7 @@ class Statistics:
         handles = []
         for name, form in forms.items():
             wanted = max(SAMPLES_PER_FEATURE * form.features, SAMPLES_FLOOR)
-            positions = max(1, -(-wanted // len(self.images)))
+            positions = max(1, -(-wanted // len(self.chosen)))
 
             def hook(
                 module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name, form: ConvForm = form,
@@ -132,10 +140,10 @@ class Statistics:
         was_training = self.model.training
         self.model.eval()
         try:
-            for batch in self.images.split(self.batch_size):
+            for index in self.chosen.split(self.batch_size):
                 waiting.update(names)
                 try:
-                    self.model(batch.to(device))
+                    self.model(self.images[index].to(device))
                 except _Done:
                     continue
         finally:
@@ -163,13 +171,17 @@ class Statistics:
 
 
 def statistics_of(model: nn.Module, graph: NetworkGraph, images: Tensor, seed: int = 0) -> Statistics:
-    """Statistics of all layers of ``graph``; a mean that a BatchNorm or bias can absorb is taken out."""
+    """Statistics of all layers of ``graph`` on the images that ``model`` is least certain of.
+
+    A mean that a BatchNorm or bias can absorb is taken out.
+    """
     centered = {
         name: output_mean_owner(model, model.get_submodule(name), record.norm) is not None
         for name, record in graph.layers.items()
     }
     batch = max(1, min(100, 100 * 3 * 64 * 64 // max(1, images[0].numel())))
-    return Statistics(model, images, centered=centered, batch_size=batch, seed=seed)
+    chosen = least_certain(model, images, batch)
+    return Statistics(model, images, chosen=chosen, centered=centered, batch_size=batch, seed=seed)
 
 
 def is_wide(form: ConvForm) -> bool:

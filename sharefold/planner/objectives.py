@@ -67,8 +67,7 @@ class _Probe:
 
     def __init__(self, statistics: Statistics) -> None:
         self.statistics = statistics
-        index = torch.linspace(0, len(statistics.images) - 1, min(PROBE_IMAGES, len(statistics.images))).long()
-        self.batches = statistics.images[index].split(max(1, statistics.batch_size))
+        self.batches = statistics.sample(PROBE_IMAGES).split(max(1, statistics.batch_size))
         self.reference = self._outputs()
 
     def _outputs(self) -> list[Tensor]:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -47,13 +46,12 @@ class Trials:
 
     def __init__(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, candidates: Candidates) -> None:
         self.model, self.graph, self.statistics, self.candidates = model, graph, statistics, candidates
-        images = statistics.images
+        images = len(statistics.chosen)
         self.rounds = min(ROUNDS, int(WORK / max(self._work(), 1)))
         groups = sum(len(row) > 1 for row in candidates.options)
-        count = min(IMAGES, len(images), max(FEWEST, PASSES * len(images) // max(ROUNDS * groups, 1)))
-        index = torch.linspace(0, len(images) - 1, count).long()
+        count = min(IMAGES, images, max(FEWEST, PASSES * images // max(ROUNDS * groups, 1)))
         device = next(model.parameters()).device
-        self.batches = [batch.to(device) for batch in images[index].split(statistics.batch_size)]
+        self.batches = [batch.to(device) for batch in statistics.sample(count).split(statistics.batch_size)]
         self.norms = {name: record.norm for name, record in graph.layers.items()}
         self.known: dict[tuple[int, ...], float] = {}
 
