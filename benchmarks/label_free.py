@@ -1,9 +1,10 @@
 """Smaller without labels: sharefold and what a user would pick instead, on the same images, in one run.
 
-    SHAREFOLD_DATA=../shared/data OMP_NUM_THREADS=2 python benchmarks/label_free.py --seeds 3 --refine auto
-    SHAREFOLD_DATA=../shared/data OMP_NUM_THREADS=2 python benchmarks/label_free.py --networks resnet20 --sizes 50%
+    SHAREFOLD_DATA=../shared/data OMP_NUM_THREADS=2 python benchmarks/label_free.py --seeds 0 1 2 --methods auto --refine 20
+    SHAREFOLD_DATA=../shared/data OMP_NUM_THREADS=2 python benchmarks/label_free.py --networks resnet20 --sizes 50% 0.15MB
 
-Rows of one network and seed share the 1,000 calibration images; top-1 is of all 10,000 test images.
+Rows of one network and seed share the 2,000 calibration images; top-1 is of all 10,000 test images. A size in MB is that of
+the whole file, which is written and read back; only sharefold is asked for those.
 
     auto, basis     sharefold
     svd             data-norm low rank per layer, as BALF (arXiv:2509.25136)
@@ -22,6 +23,7 @@ import copy
 import csv
 import json
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,9 @@ from sharefold.solvers.quantize import round_to_grid
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("auto", "basis", "svd", "spatial", "average", "pruning", "quantize-4", "quantize-3")
-SIZES = {"resnet20": ("65%", "50%", "35%"), "resnet56": ("50%", "35%", "25%")}
+SIZES = {
+    "resnet20": ("65%", "50%", "35%", "0.15MB", "0.11MB"), "resnet56": ("50%", "35%", "25%", "0.43MB", "0.33MB", "0.22MB"),
+}  # fmt: skip
 
 
 def quantized(model: nn.Module, bits: int) -> dict[str, Any]:
@@ -74,27 +78,48 @@ def pruned(model: nn.Module, size: float, example: torch.Tensor) -> dict[str, An
     return {"model": found}
 
 
-def measure(model: nn.Module, method: str, size: str, refine: str | None, data: dict[str, Any], seed: int) -> dict:
-    """One row: converts a copy of ``model`` and counts right answers."""
-    model = copy.deepcopy(model)
-    row: dict[str, Any] = {"method": method, "size": size, "seed": seed, "refine": refine or ""}
-    start = time.perf_counter()
-    try:
-        if method.startswith("quantize-"):
-            row.update(quantized(model, int(method.partition("-")[2])))
-        elif method == "pruning":
-            model = pruned(model, float(size.rstrip("%")) / 100, data["calibration"][:1])["model"]
+def converted(model: nn.Module, method: str, size: str, refines: list[str], data: dict[str, Any], seed: int) -> list[dict]:
+    """sharefold's rows: one plan, carried out without refinement and with each of ``refines``."""
+    calibration, start, rows = data["calibration"], time.perf_counter(), []
+    plan = sharefold.plan(model, budget=size, calibration=calibration, method=method, seed=seed)
+    planned = time.perf_counter() - start
+    for refine in ["", *refines]:
+        start, trial = time.perf_counter(), copy.deepcopy(model)
+        done = sharefold.convert_(trial, plan, calibration=calibration, refine=refine or None, seed=seed)
+        row = {"refine": refine, "agreement": done.agreement, "kl": done.kl, "seconds_by_step": done.seconds}
+        row["seconds"] = round(planned + time.perf_counter() - start, 1)
+        if size.endswith("B"):
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / "net.safetensors"
+                sharefold.save(trial, path)
+                row["bytes"], trial = path.stat().st_size, sharefold.load(path)
         else:
-            plan = sharefold.plan(model, budget=size, calibration=data["calibration"], method=method, seed=seed)
-            done = sharefold.convert_(model, plan, calibration=data["calibration"], refine=refine, seed=seed)
-            row.update(agreement=done.agreement, kl=done.kl, seconds_by_step=done.seconds)
+            row["bytes"] = model_bytes(trial)
+        rows.append({**row, **measured(trial, data)})
+    return rows
+
+
+def measured(model: nn.Module, data: dict[str, Any]) -> dict[str, Any]:
+    return {"parameters": count_parameters(model), "top1": correct(model, *data["test"], data["normalize"])}
+
+
+def measure(model: nn.Module, method: str, size: str, refines: list[str], data: dict[str, Any], seed: int) -> list[dict]:
+    """Rows of one method at one size."""
+    try:
+        if method.startswith("quantize-") or method == "pruning":
+            start, row = time.perf_counter(), {"refine": ""}
+            model = copy.deepcopy(model)
+            if method == "pruning":
+                model = pruned(model, float(size.rstrip("%")) / 100, data["calibration"][:1])["model"]
+            else:
+                row.update(quantized(model, int(method.partition("-")[2])))
+            rows = [{**row, "seconds": round(time.perf_counter() - start, 1), **measured(model, data)}]
+            rows[0].setdefault("bytes", model_bytes(model))
+        else:
+            rows = converted(model, method, size, refines, data, seed)
     except Exception as error:  # a rival that does not run is a result
-        return {**row, "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
-    row["seconds"] = round(time.perf_counter() - start, 1)
-    row["parameters"] = count_parameters(model)
-    row.setdefault("bytes", model_bytes(model))
-    row["top1"] = correct(model, *data["test"], data["normalize"])
-    return row
+        rows = [{"refine": "", "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}]
+    return [{"method": method, "size": size, "seed": seed, **row} for row in rows]
 
 
 def load(network: str, seed: int, count: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -126,14 +151,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         for row in rows:
             if row["network"] == network and "top1" in row:
                 label = "quantize" if row["method"].startswith("quantize") else row["method"]
-                label += " + refine" if row["refine"] else ""
+                label += (", rounded" if row["size"].endswith("B") else "") + (" + refine" if row["refine"] else "")
                 points = series.setdefault(label, {})
                 points.setdefault(row["method"] + row["size"], []).append((row["bytes"] / 1e6, 100 * row["top1"]))
         for label, points in sorted(series.items()):
             mean = sorted(tuple(statistics.mean(v) for v in zip(*p, strict=True)) for p in points.values())
             axis.plot(*zip(*mean, strict=True), marker="o", label=label, lw=2.5 if "auto" in label else 1.2)
-        axis.set(title=network, xlabel="size, MB", ylabel="top-1, %")
-        axis.set_ylim(bottom=max(40, axis.get_ylim()[0]))
+        axis.set(title=network, xlabel="size, MB", ylabel="top-1, %", xscale="log")
+        axis.set_ylim(bottom=max(60, axis.get_ylim()[0]))
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.tight_layout()
@@ -145,28 +171,30 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--sizes", nargs="+", help="default: by network")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--refine", help="also measure auto after refinement: epochs, a time (4m) or auto")
     parser.add_argument("--out", type=Path, default=RESULTS / "label_free")
     options = parser.parse_args()
     target = options.out.with_suffix(".json")
     rows = json.loads(target.read_text())["rows"] if target.exists() else []
     for network in options.networks:
-        for seed in range(options.seeds):
+        for seed in options.seeds:
             model, data = load(network, seed, options.images)
             for method in options.methods:
-                single = method.startswith("quantize")
-                for size in ("",) if single else options.sizes or SIZES[network]:
-                    for refine in (None, options.refine) if method == "auto" and options.refine else (None,):
-                        row = {"network": network, **measure(model, method, size, refine, data, seed)}
-                        row["images"] = options.images
+                sizes = options.sizes or SIZES[network]
+                if method != "auto":
+                    sizes = [""] if method.startswith("quantize") else [size for size in sizes if size.endswith("%")]
+                for size in sizes:
+                    refines = [options.refine] if method == "auto" and options.refine else []
+                    for row in measure(model, method, size, refines, data, seed):
+                        row = {"network": network, **row, "images": options.images}
                         key = ("network", "method", "size", "seed", "refine", "images")
                         rows = [r for r in rows if any(r[k] != row[k] for k in key)] + [row]
-                        shown = row.get("failed") or f"{row['top1']:.4f}  {row['parameters']:,}  {row['seconds']} s"
-                        print(network, seed, method, size, refine or "", shown, flush=True)
-                        target.parent.mkdir(parents=True, exist_ok=True)
-                        target.write_text(json.dumps({"hardware": hardware(), "rows": rows}, indent=1) + "\n")
+                        shown = row.get("failed") or " ".join(str(row[k]) for k in ("top1", "parameters", "bytes", "seconds"))
+                        print(network, seed, method, size, row["refine"], shown, flush=True)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_text(json.dumps({"hardware": hardware(), "rows": rows}, indent=1) + "\n")
     fields = ["network", "method", "size", "refine", "seed", "images", "parameters", "bytes", "top1", "seconds", "failed"]
     with options.out.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fields, extrasaction="ignore")

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES))
     parser.add_argument("--sizes", nargs="+", help="default: by network")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     rows: list[dict[str, Any]] = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
@@ -49,7 +49,7 @@ def main() -> None:
             for objective in options.objectives:
                 statistics = statistics_of(model, graph, images, seed)
                 planner = Planner(model, graph, statistics, images[:1], objective=objective, seed=seed)
-                for size in options.sizes or SIZES[network]:
+                for size in options.sizes or [size for size in SIZES[network] if size.endswith("%")]:
                     start, converted = time.perf_counter(), copy.deepcopy(model)
                     plan = planner.plan(size)
                     planned = time.perf_counter() - start

@@ -171,8 +171,8 @@ def objectives() -> str | None:
         rows.append([network.replace("resnet", "ResNet-"), size, *cells])
     count = len({row["seed"] for row in data["rows"]})
     note = (f"Top-1 [%] of 10,000 CIFAR-10 test images straight after conversion, in brackets KL(original || converted) of 2,000 "
-            f"of them; 1,000 calibration images, {count} seed(s). `python benchmarks/objectives_cifar.py`, "
-            f"{machine(data['hardware'])}.")  # fmt: skip
+            f"of them; {data['rows'][0]['images']:,} calibration images, {count} seed(s). "
+            f"`python benchmarks/objectives_cifar.py`, {machine(data['hardware'])}.")  # fmt: skip
     return table(["network", "size", *[f"`{n}`" for n in names]], rows) + "\n\n" + note
 
 

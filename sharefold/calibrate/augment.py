@@ -1,45 +1,68 @@
-"""Endless new views of a few unlabelled images: shifts, flips, and mixtures of pairs.
+"""Endless new views of a few unlabelled images: warped, recoloured, and mixed in pairs.
 
-Nothing here needs a label to stay valid: the original network says what every view means. Aggressive mixing over a long
-schedule is what lets a student follow a teacher's function from few images (Beyer et al., "Knowledge distillation: a
+Nothing here needs a label to stay valid: the original network says what every view means. A network knows the images that
+it was trained on, and their shifts and mirror images; views have to go beyond those to say what it does with new ones
+(aggressive views and a long schedule let a student follow a teacher's function: Beyer et al., "Knowledge distillation: a
 good teacher is patient and consistent", CVPR 2022, https://arxiv.org/abs/2106.05237; mixup: Zhang et al.,
 https://arxiv.org/abs/1710.09412).
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Largest rotation, degrees; largest change of size and of the sides' ratio, as natural logarithms; largest shift, half sides.
+ROTATION, SIZE, ASPECT, SHIFT = 15.0, 0.2, 0.1, 0.2
+# Largest change of contrast and of colour (distance from grey), logarithms; of brightness and of a channel's, normalised values.
+CONTRAST, COLOUR, BRIGHTNESS, TINT = 0.3, 0.6, 0.3, 0.1
+# Share of the images that another one is blended into, with at most half of the weight.
+MIX = 0.5
 
-def random_views(images: Tensor, generator: torch.Generator, *, shift: float = 1 / 8, mix: float = 0.5) -> Tensor:
+
+def random_views(images: Tensor, generator: torch.Generator, *, strength: float = 1.0, mix: float = MIX) -> Tensor:
     """One random view of each image of a batch (B, C, H, W); same shape, dtype and device.
 
     Args:
+        images: normalised to about unit variance; the border is mirrored where a view looks outside.
         generator: a CPU generator; the same state gives the same views on every device.
-        shift: largest shift as a share of each side; what comes in is 0, the mean colour of a normalised image.
+        strength: factor on how far images are warped and recoloured; 0 only mirrors and mixes.
         mix: share of the images that another image of the batch is blended into, with at most half of the weight.
     """
-    moved = _shifted(images, generator, shift)
+    views = _recoloured(_warped(images, generator, strength), generator, strength)
     partner = torch.randperm(len(images), generator=generator)
     chosen = torch.rand(len(images), generator=generator) < mix
     weight = 0.5 * torch.rand(len(images), generator=generator) * chosen
-    weight = weight.to(images)[:, None, None, None]
-    return torch.lerp(moved, moved[partner.to(images.device)], weight)
+    return torch.lerp(views, views[partner.to(images.device)], weight.to(images)[:, None, None, None])
 
 
-def _shifted(images: Tensor, generator: torch.Generator, shift: float) -> Tensor:
-    """Every image moved by its own whole number of pixels, and mirrored with probability 1/2."""
-    count, _, height, width = images.shape
-    reach_y, reach_x = round(shift * height), round(shift * width)
-    down = torch.randint(0, 2 * reach_y + 1, (count, 1), generator=generator)
-    right = torch.randint(0, 2 * reach_x + 1, (count, 1), generator=generator)
-    mirrored = torch.rand(count, 1, generator=generator) < 0.5
-    rows = down + torch.arange(height)
-    columns = right + torch.arange(width)
-    columns = torch.where(mirrored, columns.flip(1), columns)
-    device = images.device
-    padded = F.pad(images, (reach_x, reach_x, reach_y, reach_y)).movedim(1, -1)
-    index = torch.arange(count, device=device)[:, None, None]
-    return padded[index, rows.to(device)[:, :, None], columns.to(device)[:, None, :]].movedim(-1, 1).contiguous()
+def _warped(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:
+    """Turned, scaled, stretched and shifted, and mirrored with probability 1/2."""
+
+    def within(limit: float) -> Tensor:
+        return strength * limit * (2 * torch.rand(len(images), generator=generator) - 1)
+
+    angle, size, aspect = within(math.radians(ROTATION)), within(SIZE).exp(), within(ASPECT).exp()
+    across, down = within(SHIFT), within(SHIFT)
+    mirror = 1 - 2 * (torch.rand(len(images), generator=generator) < 0.5).float()
+    first = torch.stack([mirror * size * aspect * angle.cos(), -mirror * size * aspect * angle.sin(), across], 1)
+    second = torch.stack([size / aspect * angle.sin(), size / aspect * angle.cos(), down], 1)
+    grid = F.affine_grid(torch.stack([first, second], 1).to(images), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
+def _recoloured(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:
+    """Other contrast, colour, brightness and tint."""
+
+    def within(limit: float, channels: int = 1) -> Tensor:
+        drawn = 2 * torch.rand(len(images), channels, 1, 1, generator=generator) - 1
+        return (strength * limit * drawn).to(images)
+
+    mean = images.mean((1, 2, 3), keepdim=True)
+    views = mean + (images - mean) * within(CONTRAST).exp()
+    grey = views.mean(1, keepdim=True)
+    views = grey + (views - grey) * within(COLOUR).exp()
+    return views + within(BRIGHTNESS) + within(TINT, images.shape[1])

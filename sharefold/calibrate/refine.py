@@ -1,9 +1,10 @@
 """Label-free refinement: the converted network learns to answer as the original does, on the calibration images alone.
 
-The loss is KL(original || converted) of the outputs plus the squared difference of block outputs over their variance
-(Hinton et al., https://arxiv.org/abs/1503.02531; hints: Romero et al., https://arxiv.org/abs/1412.6550), on random
-views of the images. BatchNorm statistics stay as they are: a few mixed images would only blur those of the training
-data. The best state on held-out images is what remains, and that may be the one it was given.
+The loss is the squared difference of block outputs and of logits, each over its variance (hints: Romero et al.,
+https://arxiv.org/abs/1412.6550), on random views of the images. It has no divergence of the predictions: a network is
+nearly certain of the images that it was trained on, and a student that learns to be as certain of those follows it less
+well on new ones (docs/planning.md has the figures). BatchNorm statistics stay as they are: a few mixed images would only
+blur those of the training data. The best state on held-out images is what remains, and that may be the one it was given.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sharefold.calibrate.augment import random_views
@@ -32,7 +32,7 @@ DEFAULT_SECONDS = 210.0
 # Small networks get through many epochs in that time; beyond this many the images have nothing more to say.
 MOST_EPOCHS = 100
 # A step moves a tensor by at most about this share of its size, so one default serves networks of any scale.
-STEP = 0.005
+STEP = 0.002
 SMALLEST_SCALE = 1e-2
 WARMUP = 0.1
 CHECKS = 10
@@ -44,7 +44,7 @@ BATCH_ELEMENTS = 1 << 24
 def refine(
     original: nn.Module, model: nn.Module, images: Tensor, held_out: Tensor, *, epochs: int | None = None,
     seconds: float | None = None, batch_size: int | None = None, graph: NetworkGraph | None = None,
-    blocks: Sequence[str] | None = None, block_weight: float = 1.0, step: float = STEP, seed: int = 0,
+    blocks: Sequence[str] | None = None, step: float = STEP, seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Trains all of ``model``'s parameters in place; never leaves it with a higher held-out KL than it came with.
@@ -59,8 +59,7 @@ def refine(
             with neither, 210 seconds or 100 epochs.
         batch_size: images a step; by default 64, fewer for large feature maps.
         graph: of ``original``; by default the graph pass runs here.
-        blocks: names of the modules whose outputs are compared; by default the blocks of the graph.
-        block_weight: weight of the block outputs' error, 0 compares outputs alone.
+        blocks: names of the modules whose outputs are compared beside the logits; by default the blocks of the graph.
         step: largest relative change of a tensor a step (AdamW's rate is this times the tensor's own size).
         progress: called with ("refining", parts done, parts) as time or epochs pass.
 
@@ -81,11 +80,9 @@ def refine(
         graph = analyze(original, images[:1].to(next(model.parameters()).device))
     norms = {name: record.norm for name, record in graph.layers.items()}
     blocks = graph.blocks if blocks is None else blocks
-    if not block_weight:
-        blocks = []
     with _training(original, model) as parameters, norms_folded(original, norms), norms_folded(model, norms):
         try:
-            loop = _train(original, model, images, parameters, clock, batch_size, blocks, block_weight, step, seed)
+            loop = _train(original, model, images, parameters, clock, batch_size, blocks, step, seed)
             for share in loop:
                 if progress:
                     progress("refining", round(share * 100), 100)
@@ -151,7 +148,7 @@ class _Guard:
 
 def _train(
     original: nn.Module, model: nn.Module, images: Tensor, parameters: list[nn.Parameter], clock: _Clock,
-    batch_size: int | None, blocks: Sequence[str], block_weight: float, step: float, seed: int,
+    batch_size: int | None, blocks: Sequence[str], step: float, seed: int,
 ) -> Iterator[float]:  # fmt: skip
     """Trains, and yields the share of the budget used after every step; the last one is 1."""
     generator = torch.Generator().manual_seed(seed)
@@ -171,10 +168,10 @@ def _train(
                 batch = random_views(images[index], generator).to(parameters[0].device)
                 with torch.no_grad():
                     wanted = first_logits(original(batch))
-                loss = divergence(first_logits(model(batch)), wanted)
-                if names:
-                    inner = block_error([ours[n] for n in names], [theirs[n] for n in names], spreads)
-                    loss = loss + block_weight * inner
+                found = first_logits(model(batch))
+                loss = relative_error(
+                    [centred(found), *(ours[n] for n in names)], [centred(wanted), *(theirs[n] for n in names)], spreads
+                )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -185,14 +182,13 @@ def _train(
                     return
 
 
-def divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) in nats, mean over predictions; both logits (B, classes, ...)."""
-    found, wanted = (F.log_softmax(logits.float(), dim=1) for logits in (student, teacher))
-    return F.kl_div(found, wanted, reduction="none", log_target=True).sum(1).mean()
+def centred(logits: Tensor) -> Tensor:
+    """Logits (B, classes, ...) less their mean over the classes, which no prediction depends on."""
+    return logits.float() - logits.float().mean(1, keepdim=True)
 
 
-def block_error(student: Sequence[Tensor], teacher: Sequence[Tensor], spreads: Sequence[float]) -> Tensor:
-    """Mean over blocks of the mean squared difference of two equally shaped outputs over the teacher's variance."""
+def relative_error(student: Sequence[Tensor], teacher: Sequence[Tensor], spreads: Sequence[float]) -> Tensor:
+    """Mean over outputs of the mean squared difference of two equally shaped ones over the teacher's variance."""
     pairs = zip(student, teacher, spreads, strict=True)
     return torch.stack([(s.float() - t.float()).square().mean() / spread for s, t, spread in pairs]).mean()
 
@@ -216,16 +212,20 @@ def _groups(parameters: list[nn.Parameter], step: float) -> list[dict[str, Any]]
 def _comparable(
     original: nn.Module, model: nn.Module, batch: Tensor, blocks: Sequence[str]
 ) -> tuple[list[str], list[float]]:
-    """Those blocks whose outputs are single tensors of one shape in both networks, and the original's variances."""
+    """Those blocks whose outputs are single tensors of one shape in both networks, and the original's variances.
+
+    Before those comes the mean square of the centred logits: one image has no variance of its own.
+    """
     modules = dict(model.named_modules())
     names = [name for name in blocks if name in modules]
     with _outputs(original, names) as theirs, _outputs(model, names) as ours:
-        original(batch)
+        logits = first_logits(original(batch))
         model(batch)
         both = [name for name in names if name in theirs and name in ours and theirs[name].shape == ours[name].shape]
         spreads = [_spread(theirs[name]) for name in both]
     usable = [(name, spread) for name, spread in zip(both, spreads, strict=True) if spread > 0]
-    return [name for name, _ in usable], [spread for _, spread in usable]
+    outputs = max(float(centred(logits).square().mean()), 1e-12)
+    return [name for name, _ in usable], [outputs, *(spread for _, spread in usable)]
 
 
 def _spread(output: Tensor) -> float:
