@@ -176,6 +176,20 @@ def objectives() -> str | None:
     return table(["network", "size", *[f"`{n}`" for n in names]], rows) + "\n\n" + note
 
 
+def across() -> str | None:
+    data = read("across_shapes.json")
+    if data is None:
+        return None
+    ways = ("across", "per shape", "svd", "spatial")
+    rows = [[row["network"].replace("resnet", "ResNet-"), f"{row['share']:.0%}", *(f"{row[way]:.3f}" for way in ways)]
+            for row in data["rows"]]  # fmt: skip
+    note = (f"Mean relative output error of the 3x3 convolutions of all stages, at so many of their parameters; "
+            f"{data['rows'][0]['images']:,} images, seed {data['rows'][0]['seed']}. `python benchmarks/across_shapes.py`, "
+            f"{machine(data['hardware'])}.")  # fmt: skip
+    head = ["network", "kept", "one bank for all widths", "a bank a shape", "low rank", "spatial low rank"]
+    return table(head, rows) + "\n\n" + note
+
+
 def label_free() -> str | None:
     data = read("label_free.json")
     if data is None:
@@ -187,16 +201,20 @@ def label_free() -> str | None:
             found.setdefault((row["network"], row["size"]), {}).setdefault(column, []).append(100 * row["top1"])
     columns = [column for column in _RIVALS if any(column in cell for cell in found.values())]
     rows = []
-    for (network, size), cell in sorted(found.items(), key=lambda item: (item[0][0], -int(item[0][1].rstrip("%")))):
+    order = sorted(found.items(), key=lambda item: (item[0][0], item[0][1].endswith("B"), -float(item[0][1].rstrip("%MB"))))
+    for (network, size), cell in order:
         rows.append([network.replace("resnet", "ResNet-"), size, *[_mean_cell(cell.get(c, [])) for c in columns]])
     names = {"auto": "**sharefold**", "auto + refine": "**`--refine`**", "svd": "low rank", "spatial": "spatial low rank"}
     rounded = [f"{row['network'].replace('resnet', 'ResNet-')} {row['method'].partition('-')[2]} bits {100 * row['top1']:.2f} "
                f"({row['bytes'] / 1e6:.2f} MB)" for row in data["rows"] if row["method"].startswith("quantize")]  # fmt: skip
     images = data["rows"][0]["images"]
+    epochs = ", ".join(dict.fromkeys(f"{row['refine']} epochs for {row['network'].replace('resnet', 'ResNet-')}"
+                                     for row in data["rows"] if row["refine"]))  # fmt: skip
     note = (f"Top-1 [%] of 10,000 test images, {images:,} training images without labels; the mean, and where there is one the "
-            "number of seeds behind a spread. Dense networks rounded to nearest, a scale a row: " + ", ".join(rounded)
+            "number of seeds behind a spread. Sizes in % are of the parameters, in MB of the whole file. "
+            f"Refined: {epochs}. Dense networks rounded to nearest, a scale a row: " + ", ".join(rounded)
             + f". `python benchmarks/label_free.py`, {machine(data['hardware'])}.")  # fmt: skip
-    return table(["network", "parameters kept", *[names.get(c, c) for c in columns]], rows) + "\n\n" + note
+    return table(["network", "size", *[names.get(c, c) for c in columns]], rows) + "\n\n" + note
 
 
 def onnx() -> str | None:
@@ -227,7 +245,7 @@ def _mean_cell(top1: list[float]) -> str:
 
 TABLES: dict[str, Callable[[], str | None]] = {
     "demo": demo, "methods": methods, "finetune": finetune, "ablation": ablation, "recipes": recipes,
-    "objectives": objectives, "label_free": label_free, "onnx": onnx,
+    "objectives": objectives, "across": across, "label_free": label_free, "onnx": onnx,
 }  # fmt: skip
 DOCS = ROOT / "docs"
 PAGES = (ROOT / "README.md", DOCS / "fine-tuning.md", DOCS / "planning.md", DOCS / "using.md", DOCS / "methods" / "recipes.md")

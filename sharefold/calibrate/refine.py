@@ -3,7 +3,7 @@
 The loss is the squared difference of block outputs and of logits, each over its variance (hints: Romero et al.,
 https://arxiv.org/abs/1412.6550), on random views of the images. It has no divergence of the predictions: a network is
 nearly certain of the images that it was trained on, and a student that learns to be as certain of those follows it less
-well on new ones (docs/planning.md has the figures). BatchNorm statistics stay as they are: a few mixed images would only
+well on new ones. BatchNorm statistics stay as they are: a few mixed images would only
 blur those of the training data. The best state on held-out images is what remains, and that may be the one it was given.
 """
 

@@ -22,7 +22,7 @@ class BasisConv(SharedConv):
     Args:
         form: the replaced layer's form.
         coefficients: (O, Ru + R).
-        bank: holds ``basis`` (R, I/groups, h, w), or None.
+        bank: holds ``basis`` (R, I/groups, h, w) or a wider one, whose first channels count here; or None.
         unique: own filters (Ru, I/groups, h, w), or None.
         norm: BatchNorm2d over the Ru + R filter outputs, or None. While it trains, the layer runs factored.
     """
@@ -45,7 +45,8 @@ class BasisConv(SharedConv):
         """Own filters, then the shared basis: (Ru + R, I/groups, h, w)."""
         parts: list[Tensor] = [] if self.unique is None else [self.unique]
         if self.bank is not None:
-            parts.append(cast(Tensor, self.bank.basis))
+            # A bank that serves layers of several widths is as wide as the widest.
+            parts.append(cast(Tensor, self.bank.basis)[:, : self.form.weight_shape[1]])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def compose(self) -> Tensor:

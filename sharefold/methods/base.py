@@ -13,6 +13,7 @@ from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.layers import Bank, ConvForm, SharedConv, add_bank, form_of, replace_module
 from sharefold.methods.problem import GroupProblem, problem_of
+from sharefold.methods.ragged import can_share
 from sharefold.plans import GroupPlan
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Method(ABC):
     name: ClassVar[str]
     paper: ClassVar[str]
     smallest_group: ClassVar[int] = 2
+    takes_ragged: ClassVar[bool] = False  # members may differ in their numbers of channels (sharefold/methods/ragged.py)
     takes_frames: ClassVar[bool] = False  # can solve problems in a space of fewer dimensions than the layer's features
 
     @abstractmethod
@@ -137,6 +139,8 @@ class Method(ABC):
         """
         forms = [checked_form(name, model.get_submodule(name)) for name in plan.members]
         for name, form in zip(plan.members, forms, strict=True):
+            if self.takes_ragged and form.kernel_size == forms[0].kernel_size and can_share(forms):
+                continue
             if form.weight_shape != forms[0].weight_shape or form.groups != forms[0].groups:
                 raise SharefoldError(
                     f"plan: group {plan.name!r}: {name} has weight {form.weight_shape} and {plan.members[0]} "

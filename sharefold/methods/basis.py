@@ -2,54 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sharefold.graph import NetworkGraph
 from sharefold.layers import Bank, BasisConv, ConvForm, SharedConv
-from sharefold.methods.base import Choice, Method, Solution, curve_effort, rank_grid, solve_effort
+from sharefold.methods.base import Choice, Method, Solution, checked_form, curve_effort, rank_grid, solve_effort
 from sharefold.methods.problem import GroupProblem
+from sharefold.methods.ragged import RaggedProblem, is_ragged, ragged_problem
+from sharefold.plans import GroupPlan
 from sharefold.solvers import basis
 from sharefold.solvers.data_norm import Problem
 
+if TYPE_CHECKING:
+    from sharefold.calibrate.statistics import Statistics
+
 
 class Basis(Method):
-    """What_k = C_k B by alternating least squares under the data norm. Options: ``rank``."""
+    """What_k = C_k B by alternating least squares under the data norm. Options: ``rank``.
+
+    Members may differ in width: then B is as wide as the widest and the others use its first channels.
+    """
 
     name = "basis"
     paper = "https://arxiv.org/abs/2006.05066"
+    takes_ragged = True
 
-    def choices(self, problem: GroupProblem) -> list[Choice]:
-        layers, form = len(problem.forms), problem.forms[0]
-        per_rank = form.features + layers * form.out_channels
-        dense = layers * form.out_channels * form.features
-        ranks = rank_grid(min((dense - 1) // per_rank, form.features), points=24)
+    def choices(self, problem: GroupProblem | RaggedProblem) -> list[Choice]:
+        forms = problem.forms
+        widest = max(form.features for form in forms)
+        per_rank = widest + sum(form.out_channels for form in forms)
+        dense = sum(form.out_channels * form.features for form in forms)
+        ranks = rank_grid(min((dense - 1) // per_rank, widest), points=24)
         if not ranks:
             return []
         flat = problem.flat()
-        points = basis.curve(flat, ranks, **curve_effort(form.features))
-        return [Choice({"rank": p.rank}, p.rank * per_rank, self._per_layer(layers, flat, p.errors)) for p in points]
+        points = basis.curve(flat, ranks, **curve_effort(widest))
+        return [Choice({"rank": p.rank}, p.rank * per_rank, self._per_layer(len(forms), flat, p.errors)) for p in points]
 
-    def solve(self, problem: GroupProblem, options: dict[str, Any]) -> Solution:
-        form = problem.forms[0]
-        flat = problem.flat()
-        result = basis.solve(flat, int(options["rank"]), **solve_effort(form.features))
-        shape = (-1, *form.weight_shape[1:])
-        coefficients = result.coefficients.reshape(len(problem.forms), form.out_channels, -1)
+    def fit(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, plan: GroupPlan) -> Solution:
+        if is_ragged([checked_form(name, model.get_submodule(name)) for name in plan.members]):
+            return self.solve(ragged_problem(model, graph, plan.members, statistics), plan.options)
+        return super().fit(model, graph, statistics, plan)
+
+    def solve(self, problem: GroupProblem | RaggedProblem, options: dict[str, Any]) -> Solution:
+        forms, flat = problem.forms, problem.flat()
+        widest = max(forms, key=lambda form: form.features)
+        result = basis.solve(flat, int(options["rank"]), **solve_effort(widest.features))
+        coefficients = result.coefficients.reshape(len(forms), -1, result.coefficients.shape[-1])
         return Solution(
-            {"basis": result.basis.reshape(shape).float()},
-            [{"coefficients": c.float()} for c in coefficients],
-            self._per_layer(len(problem.forms), flat, result.errors),
+            {"basis": result.basis.reshape(-1, *widest.weight_shape[1:]).float()},
+            [{"coefficients": c[: form.out_channels].float()} for c, form in zip(coefficients, forms, strict=True)],
+            self._per_layer(len(forms), flat, result.errors),
         )
 
     def largest(self, forms: list[ConvForm]) -> dict[str, int]:
-        return {"rank": forms[0].features}
+        return {"rank": max(form.features for form in forms)}
 
     def blank(self, forms: list[ConvForm], options: dict[str, Any]) -> Solution:
-        rank, form = int(options["rank"]), forms[0]
+        rank, widest = int(options["rank"]), max(forms, key=lambda form: form.features)
         return Solution(
-            {"basis": torch.zeros(rank, *form.weight_shape[1:])},
+            {"basis": torch.zeros(rank, *widest.weight_shape[1:])},
             [{"coefficients": torch.zeros(f.out_channels, rank)} for f in forms],
         )
 

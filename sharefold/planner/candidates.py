@@ -12,8 +12,11 @@ from torch import nn
 from sharefold.calibrate.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.graph import Group, NetworkGraph, find_groups
+from sharefold.layers import form_of
 from sharefold.methods import AUTO, Choice, Method, method_named
+from sharefold.methods.base import checked_form
 from sharefold.methods.problem import GroupProblem, problem_of
+from sharefold.methods.ragged import RaggedProblem, can_share, is_ragged, ragged_problem
 from sharefold.planner.costs import Cost, Parameters
 from sharefold.planner.objectives import Objective, objective_named
 from sharefold.plans import DEFAULT_OBJECTIVE, GroupPlan, Plan, Progress
@@ -115,6 +118,8 @@ def find_candidates(
     allowed = (AUTO if method == "auto" else (method,)) if isinstance(method, str) else method
     methods = [method_named(name) for name in allowed]
     units = find_units(graph, exclude)
+    if any(method.takes_ragged for method in methods):
+        units = together(model, units)
     cost = cost or Parameters(model, graph)
     weigh = objective_named(objective)(statistics)
     options = unit_options(model, graph, statistics, units, methods, cost, weigh, progress)
@@ -142,6 +147,26 @@ def find_units(graph: NetworkGraph, exclude: str | None = None) -> list[Group]:
     return sorted(groups + singles, key=lambda group: order[group.members[0]])
 
 
+def together(model: nn.Module, units: Sequence[Group]) -> list[Group]:
+    """``units``, with the single layers of a stage that one bank can serve, though they differ in width, in one unit."""
+    sets: dict[tuple[object, ...], list[Group]] = {}
+    for unit in units:
+        form = form_of(model.get_submodule(unit.members[0]))
+        if len(unit.members) == 1 and unit.stage is not None and form is not None:
+            sets.setdefault((unit.stage, form.kind, form.kernel_size, form.standardize), []).append(unit)
+    result = list(units)
+    for found in sets.values():
+        names = tuple(unit.members[0] for unit in found)
+        forms = [checked_form(name, model.get_submodule(name)) for name in names]
+        if len(found) > 1 and can_share(forms):
+            height, width = forms[0].kernel_size
+            kind = "linear" if forms[0].kind == "linear" else f"conv{height}x{width}"
+            unit = replace(found[0], name=f"stage{found[0].stage}.{kind}-widths", members=names)
+            result[result.index(found[0])] = unit
+            result = [unit for unit in result if unit not in found]
+    return result
+
+
 def unit_options(
     model: nn.Module, graph: NetworkGraph, statistics: Statistics, units: Sequence[Group], methods: Sequence[Method],
     cost: Cost, objective: Objective, progress: Progress | None = None,
@@ -151,25 +176,41 @@ def unit_options(
     for batch in statistics.batches([unit.members for unit in units]):
         statistics.moments([name for index in batch for name in units[index].members])
         for index in batch:
-            problem = problem_of(model, graph, units[index].members, statistics)
-            problem.importance = objective(problem, units[index].members)
+            problem = _weighed(model, graph, statistics, units[index].members, objective)
             result.append(_Unit(units[index], problem, cost).options(methods))
             if progress:
                 progress("planning", len(result), len(units))
     return result
 
 
+def _weighed(
+    model: nn.Module, graph: NetworkGraph, statistics: Statistics, members: Sequence[str], objective: Objective
+) -> GroupProblem | RaggedProblem:
+    """The tensors of a unit, with the objective's factors."""
+    if not is_ragged([checked_form(name, model.get_submodule(name)) for name in members]):
+        problem = problem_of(model, graph, members, statistics)
+        problem.importance = objective(problem, members)
+        return problem
+    ragged = ragged_problem(model, graph, members, statistics)
+    for one, name in zip(ragged.alone, members, strict=True):
+        one.importance = objective(one, [name])
+    ragged.importance = torch.cat([one.importance for one in ragged.alone])
+    return ragged
+
+
 class _Unit:
     """One group, its tensors and what its options cost."""
 
-    def __init__(self, group: Group, problem: GroupProblem, cost: Cost) -> None:
+    def __init__(self, group: Group, problem: GroupProblem | RaggedProblem, cost: Cost) -> None:
         self.group, self.problem, self.cost = group, problem, cost
 
     def options(self, methods: Sequence[Method]) -> list[Option]:
         """Undominated ones, "keep" first."""
         members = self.group.members
         dense = sum(self.cost.dense(name) for name in members)
-        if self.problem.frames is not None:
+        if isinstance(self.problem, RaggedProblem):
+            methods = [method for method in methods if method.takes_ragged or method.smallest_group == 1]
+        elif self.problem.frames is not None:
             methods = [method for method in methods if method.takes_frames]
         table = self._per_layer_table([m for m in methods if m.smallest_group == 1])
         options = [Option((), dense, 0.0)]
@@ -180,7 +221,7 @@ class _Unit:
         options += [_together(picks) for picks in best]
         for method in methods:
             if method.smallest_group > 1:
-                for choice in method.choices(self.problem):
+                for choice in method.choices(self.problem):  # type: ignore[arg-type]
                     options.append(self._shared(method, choice, list(range(len(table)))))
                     options += self._partly_shared(method, choice, prices, best)
         return _undominated(options)
@@ -189,10 +230,11 @@ class _Unit:
         """For every member what it may become on its own, "keep" first."""
         table = []
         for index, name in enumerate(self.group.members):
-            one = _Unit(replace(self.group, name=name, members=(name,)), self.problem.only(index), self.cost)
+            problem = self.problem.only(index)
+            one = _Unit(replace(self.group, name=name, members=(name,)), problem, self.cost)
             row = [Option((), self.cost.dense(name), 0.0)]
             for method in methods:
-                row += [one._shared(method, choice, [0]) for choice in method.choices(one.problem)]
+                row += [one._shared(method, choice, [0]) for choice in method.choices(problem)]
             table.append(row)
         return table
 

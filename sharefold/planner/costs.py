@@ -87,11 +87,17 @@ class _PerLayer(Cost):
     def shared(
         self, names: Sequence[str], forms: Sequence[ConvForm], method: Method, choice: Choice, stay: Sequence[int]
     ) -> float:
-        with torch.device("meta"):
-            factored = method.stand_in(forms[0], choice.options).runs_factored()
-        if not factored:  # runs the composed weight, which is cached, as the dense layer ran its own
-            return sum(self.dense(names[k]) for k in stay)
-        return sum(self._factored(self.graph.layers[names[k]], forms[k], method, choice.options) for k in stay)
+        total, factored = 0.0, {}
+        for k in stay:
+            key = (forms[k].weight_shape, forms[k].stride)
+            if key not in factored:
+                with torch.device("meta"):
+                    factored[key] = method.stand_in(forms[k], choice.options).runs_factored()
+            if factored[key]:
+                total += self._factored(self.graph.layers[names[k]], forms[k], method, choice.options)
+            else:  # runs the composed weight, which is cached, as the dense layer ran its own
+                total += self.dense(names[k])
+        return total
 
 
 class Macs(_PerLayer):

@@ -197,7 +197,9 @@ def _basis_metric(
     assert bank is not None
     basis: nn.Parameter = bank.basis  # type: ignore[assignment]
     weights = {name: float((rows[name] * found[name].variance).sum()) for name in layers}
-    metric = sum(found[name].gram.double().mean(0) * weights[name] for name in layers) / sum(weights.values())
+    size = basis[0].numel()  # layers that are narrower than the bank use its first channels
+    grams = {name: _widened(found[name].gram.double().mean(0), size) for name in layers}
+    metric = sum(grams[name] * weights[name] for name in layers) / sum(weights.values())
     assert isinstance(metric, Tensor)
     whole, projection = metric, getattr(bank, "projection", None)
     if projection is not None:
@@ -222,6 +224,11 @@ def _basis_metric(
         key = f"{bank_name}.projection"
         plan.metrics[key] = marginal.unsqueeze(0)
         plan.rows[key] = carried * unabsorbed(marginal.unsqueeze(0))
+
+
+def _widened(gram: Tensor, size: int) -> Tensor:
+    """(size, size): moments of inputs that are followed by ones that are always 0; wider moments stay as they are."""
+    return nn.functional.pad(gram, (0, max(size - len(gram), 0)) * 2)
 
 
 def _turn(basis: nn.Parameter, layers: dict[str, BasisConv], metric: Tensor, rows: dict[str, Tensor]) -> None:
