@@ -166,6 +166,16 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def write(rows: list[dict[str, Any]], out: Path) -> None:
+    """The rows as .csv and .png beside ``out``.json."""
+    fields = ["network", "method", "size", "refine", "seed", "images", "parameters", "bytes", "top1", "seconds", "failed"]
+    with out.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(rows, out.with_suffix(".png"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
@@ -195,12 +205,7 @@ def main() -> None:
                         print(network, seed, method, size, row["refine"], shown, flush=True)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.write_text(json.dumps({"hardware": hardware(), "rows": rows}, indent=1) + "\n")
-    fields = ["network", "method", "size", "refine", "seed", "images", "parameters", "bytes", "top1", "seconds", "failed"]
-    with options.out.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    plot(rows, options.out.with_suffix(".png"))
+    write(rows, options.out)
 
 
 if __name__ == "__main__":
