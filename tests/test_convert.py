@@ -183,7 +183,7 @@ MEMBERS = ("stage2.0.conv1", "stage2.1.conv1")
         (GroupPlan("g", "spatial", MEMBERS, {"rank": 2.5}), "rank': 2.5"),
         (GroupPlan("g", "cluster-layer", MEMBERS, {"count": 3}), "from 1 to 2"),
         (GroupPlan("g", "cluster-kernel", MEMBERS, {"count": True}), "must be count"),
-        (GroupPlan("g", "basis", ("stage1.0.conv1", "stage2.0.conv1"), {"rank": 2}), "must be isomorphic"),
+        (GroupPlan("g", "svd", ("stage1.0.conv1", "stage2.0.conv1"), {"rank": 2}), "must be isomorphic"),
         (GroupPlan("g", "basis", ("stage2.0.conv1", "stage2.0.bn1"), {"rank": 2}), "is a BatchNorm2d"),
     ],
 )
