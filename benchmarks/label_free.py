@@ -150,16 +150,17 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         series: dict[str, dict[str, list[tuple[float, float]]]] = {}
         for row in rows:
             if row["network"] == network and "top1" in row:
-                label = "quantize" if row["method"].startswith("quantize") else row["method"]
+                label = "dense, rounded" if row["method"].startswith("quantize") else row["method"].replace("auto", "sharefold")
                 label += (", rounded" if row["size"].endswith("B") else "") + (" + refine" if row["refine"] else "")
                 points = series.setdefault(label, {})
                 points.setdefault(row["method"] + row["size"], []).append((row["bytes"] / 1e6, 100 * row["top1"]))
         for label, points in sorted(series.items()):
             mean = sorted(tuple(statistics.mean(v) for v in zip(*p, strict=True)) for p in points.values())
-            axis.plot(*zip(*mean, strict=True), marker="o", label=label, lw=2.5 if "auto" in label else 1.2)
+            axis.plot(*zip(*mean, strict=True), marker="o", label=label, lw=2.5 if "sharefold" in label else 1.2)
         axis.set(title=network, xlabel="size, MB", ylabel="top-1, %", xscale="log")
         axis.set_ylim(bottom=max(60, axis.get_ylim()[0]))
         axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     figure.tight_layout()

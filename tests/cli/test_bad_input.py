@@ -148,7 +148,7 @@ def test_calibration_files_that_are_none(tmp_path: Path) -> None:
         '{"groups": [{"name": "g", "method": "basis", "members": ["nowhere", "lost"], "options": {"rank": 2}}]}',
         '{"groups": [{"name": "g", "method": "magic", "members": ["layer1.0.conv1"]}]}',
         '{"groups": [{"name": "g", "method": "basis", "members": ["layer1.0.conv1"], "options": {"rank": -2}}]}',
-        '{"groups": [{"name": "g", "method": "basis", "members": ["layer1.0.conv1", "layer2.1.conv1"],'
+        '{"groups": [{"name": "g", "method": "svd", "members": ["layer1.0.conv1", "layer2.1.conv1"],'
         ' "options": {"rank": 2}}]}',
         '{"groups": [{"name": "g", "method": "basis", "members": ["layer1.0.bn1"], "options": {"rank": 2}}]}',
         '{"groups": [], "plan_version": 99}',
