@@ -26,11 +26,12 @@ from typing import Any
 import torch
 from cifar import WEIGHTS, hardware
 from label_free import load
-from torch import Tensor, nn
+from torch import nn
 
 from sharefold.calibrate.statistics import statistics_of
 from sharefold.graph import analyze
 from sharefold.methods.problem import problem_of
+from sharefold.methods.ragged import ragged_problem
 from sharefold.solvers import basis, low_rank
 from sharefold.solvers.allocate import Choice, allocate
 from sharefold.solvers.curves import CurvePoint
@@ -40,8 +41,8 @@ RESULTS = Path(__file__).parent / "results" / "across_shapes.json"
 SHARES = (0.5, 0.35, 0.25, 0.15)
 
 
-def problems(network: str, seed: int, count: int) -> dict[int, Problem]:
-    """The 3x3 convolutions with as many inputs as outputs, by that number."""
+def problems(network: str, seed: int, count: int) -> tuple[Problem, list[Problem]]:
+    """The 3x3 convolutions with as many inputs as outputs: all as one problem, and a problem for each shape."""
     model, data = load(network, seed, count)
     graph = analyze(model, data["calibration"][:1])
     statistics = statistics_of(model, graph, data["calibration"], seed)
@@ -50,24 +51,8 @@ def problems(network: str, seed: int, count: int) -> dict[int, Problem]:
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3) and layer.in_channels == layer.out_channels:
             shapes.setdefault(layer.in_channels, []).append(name)
-    return {width: problem_of(model, graph, names, statistics).flat() for width, names in shapes.items()}
-
-
-def padded(groups: dict[int, Problem]) -> Problem:
-    """All layers as the widest ones, what they lack being zero."""
-    widest = max(groups)
-
-    def pad(tensor: Tensor, *sides: int) -> Tensor:
-        amounts = [n for side, have in zip(reversed(sides), reversed(tensor.shape[1:]), strict=True) for n in (0, side - have)]
-        return nn.functional.pad(tensor, amounts)
-
-    size = 9 * widest
-    return Problem(
-        torch.cat([pad(p.weights, widest, size) for p in groups.values()]),
-        torch.cat([pad(p.second, size, size) for p in groups.values()]),
-        torch.cat([pad(p.row_metric, widest) for p in groups.values()]),
-        (3, 3),
-    )
+    everything = ragged_problem(model, graph, [name for names in shapes.values() for name in names], statistics)
+    return everything.flat(), [problem_of(model, graph, names, statistics).flat() for names in shapes.values()]
 
 
 def allocated(curves: list[list[CurvePoint]], budget: float) -> list[int]:
@@ -76,13 +61,11 @@ def allocated(curves: list[list[CurvePoint]], budget: float) -> list[int]:
     return [points[pick].rank for points, pick in zip(curves, picks, strict=True)]
 
 
-def measure(groups: dict[int, Problem], share: float) -> dict[str, float]:
+def measure(everything: Problem, shared: list[Problem], share: float) -> dict[str, float]:
     """Mean relative error of every way, at ``share`` of the parameters."""
-    budget = share * sum(p.members * p.rows * p.columns for p in groups.values())
-    rows = sum(p.members * p.rows for p in groups.values())
-    across = basis.solve(padded(groups), int(budget / (9 * max(groups) + rows)))
-    errors = {"across": [across.errors]}
-    shared = list(groups.values())
+    budget = share * sum(p.members * p.rows * p.columns for p in shared)
+    rows = sum(p.members * p.rows for p in shared)
+    errors = {"across": [basis.solve(everything, int(budget / (everything.columns + rows))).errors]}
     ranks = allocated([basis.curve(p, range(1, basis.max_rank(p)), als_rounds=2) for p in shared], budget)
     errors["per shape"] = [basis.solve(p, rank).errors for p, rank in zip(shared, ranks, strict=True)]
     alone = [p.select([k]) for p in shared for k in range(p.members)]
@@ -103,10 +86,11 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for network in options.networks:
-        groups = problems(network, options.seed, options.images)
+        everything, shared = problems(network, options.seed, options.images)
         for share in options.shares:
             start = time.perf_counter()
-            row = {"network": network, "share": share, "images": options.images, "seed": options.seed, **measure(groups, share)}
+            row = {"network": network, "share": share, "images": options.images, "seed": options.seed}
+            row |= measure(everything, shared, share)
             rows.append({**row, "seconds": round(time.perf_counter() - start, 1)})
             print(rows[-1], flush=True)
             options.out.parent.mkdir(parents=True, exist_ok=True)

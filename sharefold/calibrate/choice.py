@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sharefold.errors import SharefoldError
-from sharefold.measure import evaluating, first_logits
+from sharefold.measure import evaluating, first_logits, gives_logits
 
 SHARE = 0.5
 # Fewer would cost more in sampling noise than the choice gains.
@@ -29,18 +28,13 @@ def least_certain(model: nn.Module, images: Tensor, batch_size: int = 100) -> Te
     """
     everything = torch.arange(len(images))
     count = max(FEWEST, round(SHARE * len(images)))
-    if count >= len(images):
+    if count >= len(images) or not gives_logits(model, images[:2]):
         return everything
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     found = []
     with evaluating(model):
         for batch in images.split(batch_size):
-            try:
-                logits = first_logits(model(batch.to(device))).float()
-            except SharefoldError:
-                return everything
-            if logits.dim() < 2 or len(logits) != len(batch):
-                return everything
+            logits = first_logits(model(batch.to(device))).float()
             entropy = torch.special.entr(logits.softmax(1)).sum(1)
             found.append(entropy.reshape(len(batch), -1).mean(1).cpu())  # of every pixel, where those are the predictions
     return torch.cat(found).topk(count).indices.sort().values

@@ -138,9 +138,10 @@ class Method(ABC):
             SharefoldError: a member cannot be converted, members differ in shape, or options do not fit.
         """
         forms = [checked_form(name, model.get_submodule(name)) for name in plan.members]
+        ragged = self.takes_ragged and can_share(forms)
         for name, form in zip(plan.members, forms, strict=True):
-            if self.takes_ragged and form.kernel_size == forms[0].kernel_size and can_share(forms):
-                continue
+            if ragged:
+                break
             if form.weight_shape != forms[0].weight_shape or form.groups != forms[0].groups:
                 raise SharefoldError(
                     f"plan: group {plan.name!r}: {name} has weight {form.weight_shape} and {plan.members[0]} "

@@ -34,12 +34,14 @@ class RaggedProblem:
 
     Attributes:
         alone: the problems of the layers, one layer each, none in a space of frames.
-        importance: (K,) factor on each layer's relative error.
     """
 
     alone: list[GroupProblem]
-    importance: Tensor
-    frames: None = None
+
+    @property
+    def importance(self) -> Tensor:
+        """(K,) factor on each layer's relative error."""
+        return torch.cat([problem.importance for problem in self.alone])
 
     @property
     def forms(self) -> list[ConvForm]:
@@ -76,8 +78,7 @@ def ragged_problem(
     model: nn.Module, graph: NetworkGraph, members: Sequence[str], statistics: Statistics
 ) -> RaggedProblem:
     """The tensors of layers of different widths."""
-    alone = [problem_of(model, graph, [name], statistics) for name in members]
-    return RaggedProblem(alone, torch.ones(len(alone), device=alone[0].weights.device))
+    return RaggedProblem([problem_of(model, graph, [name], statistics) for name in members])
 
 
 def can_share(forms: Sequence[ConvForm]) -> bool:

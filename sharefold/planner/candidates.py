@@ -12,7 +12,7 @@ from torch import nn
 from sharefold.calibrate.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.graph import Group, NetworkGraph, find_groups
-from sharefold.layers import form_of
+from sharefold.layers import ConvForm
 from sharefold.methods import AUTO, Choice, Method, method_named
 from sharefold.methods.base import checked_form
 from sharefold.methods.problem import GroupProblem, problem_of
@@ -149,21 +149,20 @@ def find_units(graph: NetworkGraph, exclude: str | None = None) -> list[Group]:
 
 def together(model: nn.Module, units: Sequence[Group]) -> list[Group]:
     """``units``, with the single layers of a stage that one bank can serve, though they differ in width, in one unit."""
-    sets: dict[tuple[object, ...], list[Group]] = {}
+    sets: dict[tuple[object, ...], list[tuple[Group, ConvForm]]] = {}
     for unit in units:
-        form = form_of(model.get_submodule(unit.members[0]))
-        if len(unit.members) == 1 and unit.stage is not None and form is not None:
-            sets.setdefault((unit.stage, form.kind, form.kernel_size, form.standardize), []).append(unit)
+        form = checked_form(unit.members[0], model.get_submodule(unit.members[0]))
+        if len(unit.members) == 1 and unit.stage is not None:
+            sets.setdefault((unit.stage, form.kind, form.kernel_size, form.standardize), []).append((unit, form))
     result = list(units)
     for found in sets.values():
-        names = tuple(unit.members[0] for unit in found)
-        forms = [checked_form(name, model.get_submodule(name)) for name in names]
+        singles, forms = zip(*found, strict=True)
         if len(found) > 1 and can_share(forms):
             height, width = forms[0].kernel_size
             kind = "linear" if forms[0].kind == "linear" else f"conv{height}x{width}"
-            unit = replace(found[0], name=f"stage{found[0].stage}.{kind}-widths", members=names)
-            result[result.index(found[0])] = unit
-            result = [unit for unit in result if unit not in found]
+            names = tuple(unit.members[0] for unit in singles)
+            merged = replace(singles[0], name=f"stage{singles[0].stage}.{kind}-widths", members=names)
+            result = [merged if unit is singles[0] else unit for unit in result if unit not in singles[1:]]
     return result
 
 
@@ -194,7 +193,6 @@ def _weighed(
     ragged = ragged_problem(model, graph, members, statistics)
     for one, name in zip(ragged.alone, members, strict=True):
         one.importance = objective(one, [name])
-    ragged.importance = torch.cat([one.importance for one in ragged.alone])
     return ragged
 
 

@@ -89,11 +89,10 @@ class _PerLayer(Cost):
     ) -> float:
         total, factored = 0.0, {}
         for k in stay:
-            key = (forms[k].weight_shape, forms[k].stride)
-            if key not in factored:
+            if forms[k] not in factored:
                 with torch.device("meta"):
-                    factored[key] = method.stand_in(forms[k], choice.options).runs_factored()
-            if factored[key]:
+                    factored[forms[k]] = method.stand_in(forms[k], choice.options).runs_factored()
+            if factored[forms[k]]:
                 total += self._factored(self.graph.layers[names[k]], forms[k], method, choice.options)
             else:  # runs the composed weight, which is cached, as the dense layer ran its own
                 total += self.dense(names[k])
