@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.budget import Effort, parse_effort
+from sharefold.calibrate.augment import blended
 from sharefold.calibrate.inputs import calibration_or_procedural, input_config
 from sharefold.calibrate.means import absorb_means
 from sharefold.calibrate.norms import reestimate_norms
@@ -60,7 +61,8 @@ def convert_(
         model: the dense network that the plan was made for.
         plan: from :func:`sharefold.plan`, a recipe, or :meth:`Plan.from_json`.
         calibration: (n, C, H, W) normalised images, no labels; by default procedural images.
-        repair: refit coefficients and BatchNorms on the converted prefix; kept only where held-out KL falls.
+        repair: refit coefficients and BatchNorms on the converted prefix; kept only where the KL on held-out images and
+            blends of them falls.
         refine: label-free distillation on the calibration images: epochs, a time such as ``"4m"``, or ``"auto"``.
         statistics, graph: of ``model`` while dense; reused when given, so that planning and solving share one pass.
         config: entries of the saved configuration (``base``, ``pretrained_cfg``) known better than :func:`describe` can.
@@ -104,21 +106,22 @@ def convert_(
 
     held, rest = split_indices(len(images))
     held_out, fitting = images[held], images[rest]
+    deciding = with_blends(held_out, seed)
     steps: dict[str, Any] = {}
     if repair and not compared:
         steps["refit"] = steps["norms"] = {"kept": False, "reason": "the network returns no logits to decide by"}
     elif repair:
         start = time.perf_counter()
         telling = images[rest[torch.isin(rest, statistics.chosen)]]
-        steps["refit"] = refit(original, model, graph, telling, held_out, plan.groups, progress=progress)
-        steps["norms"] = reestimate_norms(original, model, fitting, held_out)
+        steps["refit"] = refit(original, model, graph, telling, deciding, plan.groups, progress=progress)
+        steps["norms"] = reestimate_norms(original, model, fitting, deciding)
         seconds["repair"] = time.perf_counter() - start
     if effort is not None:
         from sharefold.calibrate.refine import refine as run_refine
 
         start = time.perf_counter()
         steps["refine"] = run_refine(
-            original, model, fitting, held_out, epochs=effort.epochs, seconds=effort.seconds, graph=graph,
+            original, model, fitting, deciding, epochs=effort.epochs, seconds=effort.seconds, graph=graph,
             seed=seed, progress=progress,
         )  # fmt: skip
         seconds["refine"] = time.perf_counter() - start
@@ -160,6 +163,15 @@ def split_indices(count: int, share: float = 0.2) -> tuple[Tensor, Tensor]:
         return index, index
     held = index % round(1 / share) == 0
     return index[held], index[~held]
+
+
+def with_blends(held_out: Tensor, seed: int = 0) -> Tensor:
+    """Images (2n, C, H, W) that decide on repairs: ``held_out`` (n, C, H, W), and each with another one blended in.
+
+    A network knows its training images nearly by heart, so that on a few of them KL is a matter of chance. Of blends it
+    is not certain, and they tell its conversions apart as new images do.
+    """
+    return torch.cat([held_out, blended(held_out, torch.Generator().manual_seed(seed))])
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:

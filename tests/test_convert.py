@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import sharefold
 from sharefold.calibrate.statistics import statistics_of
+from sharefold.convert import split_held_out, with_blends
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze, find_groups
 from sharefold.layers import SharedConv, banks, shared_layers
@@ -140,7 +141,19 @@ def test_repair_does_not_raise_the_divergence() -> None:
     plain, repaired = copy.deepcopy(model), copy.deepcopy(model)
     without = sharefold.convert_(plain, plan, calibration=CALIBRATION, repair=False)
     done = sharefold.convert_(repaired, plan, calibration=CALIBRATION)
-    assert done.kl <= without.kl and without.steps == {} and set(done.steps) == {"refit", "norms"}
+    deciding = with_blends(split_held_out(CALIBRATION)[0])
+    before, after = (agreement(done.original, network, deciding).kl for network in (plain, repaired))
+    assert after <= before and without.steps == {} and set(done.steps) == {"refit", "norms"}
+    assert done.steps["refit"]["kl_before"] == pytest.approx(before, rel=1e-4, abs=1e-8)
+
+
+def test_blends_stand_beside_the_held_out_images() -> None:
+    held_out = torch.randn(9, 3, 6, 6)
+    deciding = with_blends(held_out)
+    assert torch.equal(deciding[:9], held_out) and torch.equal(deciding, with_blends(held_out))
+    apart = (deciding[9:, None] - held_out[None]).flatten(2).norm(dim=2)
+    assert bool((apart.argmin(1) == torch.arange(9)).all())  # at most half of the weight is another image's
+    assert int((apart.amin(1) > 1e-3).sum()) >= 5
 
 
 def test_moments_are_taken_from_the_dense_network_alone() -> None:

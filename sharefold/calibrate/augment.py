@@ -32,11 +32,15 @@ def random_views(images: Tensor, generator: torch.Generator, *, strength: float 
         strength: factor on how far images are warped and recoloured; 0 only mirrors and mixes.
         mix: share of the images that another image of the batch is blended into, with at most half of the weight.
     """
-    views = _recoloured(_warped(images, generator, strength), generator, strength)
+    return blended(_recoloured(_warped(images, generator, strength), generator, strength), generator, mix)
+
+
+def blended(images: Tensor, generator: torch.Generator, share: float = 1.0) -> Tensor:
+    """Images (B, C, H, W), a ``share`` of them with another of the batch blended in, with at most half of the weight."""
     partner = torch.randperm(len(images), generator=generator)
-    chosen = torch.rand(len(images), generator=generator) < mix
+    chosen = torch.rand(len(images), generator=generator) < share
     weight = 0.5 * torch.rand(len(images), generator=generator) * chosen
-    return torch.lerp(views, views[partner.to(images.device)], weight.to(images)[:, None, None, None])
+    return torch.lerp(images, images[partner.to(images.device)], weight.to(images)[:, None, None, None])
 
 
 def _warped(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:

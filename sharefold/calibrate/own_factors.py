@@ -13,13 +13,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sharefold.calibrate.statistics import patches_of
-from sharefold.layers import ConvForm, SharedConv
+from sharefold.calibrate.pairs import Gatherer
+from sharefold.layers import SharedConv
 from sharefold.methods import method_named
 from sharefold.methods.base import LARGE_FEATURES
 from sharefold.methods.problem import group_problem
 from sharefold.plans import GroupPlan
-from sharefold.solvers.data_norm import sample_patches, solve_psd, without_mean
+from sharefold.solvers.data_norm import solve_psd
 
 # Pull towards the original weight, as a share of the mean diagonal of the inputs' moment.
 RIDGE = 1e-3
@@ -51,32 +51,17 @@ def solve_on_prefix(
         seed: of the drawn positions.
     """
     layer = cast(SharedConv, model.get_submodule(name))
-    form, size, rows = layer.form, layer.form.features, layer.form.out_channels
-    gram, cross = inputs[0].new_zeros(size, size, dtype=torch.float64), inputs[0].new_zeros(rows, size, dtype=torch.float64)
-    mean_x, mean_y, count = gram.new_zeros(size), gram.new_zeros(rows), 0
-    for number, (x, y) in enumerate(zip(inputs, targets, strict=True)):
-        patches, outputs = _pairs(form, x, y, positions, seed + number)
-        gram += (patches.T @ patches).to(gram)
-        cross += (outputs.T @ patches).to(cross)
-        mean_x += patches.sum(0).to(mean_x)
-        mean_y += outputs.sum(0).to(mean_y)
-        count += len(patches)
-    gram, cross, mean_x, mean_y = gram / count, cross / count, mean_x / count, mean_y / count
-    if centered:
-        gram = without_mean(gram[None], mean_x[None])[0]
-        cross = cross - torch.outer(mean_y, mean_x)
+    gatherer = Gatherer(layer.form, 1, seed, positions)
+    for x, y in zip(inputs, targets, strict=True):
+        gatherer.add(x, y)
+    found = gatherer.result(centered)
+    if found is None:
+        return
+    gram, cross = found.gram[0].double(), found.cross[0].double()
     rho = ridge * gram.diagonal().mean().clamp_min(1e-12)
-    gram = gram + rho * torch.eye(size, dtype=gram.dtype, device=gram.device)
+    gram = gram + rho * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     problem = group_problem(original, [name], [norm], [gram[None]])
     best = solve_psd(gram, (cross + rho * problem.weights[0].to(cross)).T).T
     solution = method_named(plan.method).solve(replace(problem, weights=best[None].to(problem.weights)), plan.options)
     for key, tensor in solution.members[0].items():
         cast(Tensor, getattr(layer, key)).copy_(tensor)
-
-
-def _pairs(form: ConvForm, x: Tensor, y: Tensor, positions: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Patches (P, N) of x and outputs (P, O) of y at the same drawn positions."""
-    first, second = (torch.Generator().manual_seed(seed) for _ in range(2))
-    patches = patches_of(form, x, positions, first).squeeze(1)
-    kernel = None if form.kind == "linear" else (1, 1)
-    return patches, sample_patches(y, kernel, positions=positions, generator=second).squeeze(1)

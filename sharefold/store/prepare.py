@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.calibrate.means import output_mean_owner
+from sharefold.calibrate.pairs import Inputs
 from sharefold.calibrate.sensitivity import output_sensitivity
 from sharefold.calibrate.statistics import WIDE
 from sharefold.graph import NetworkGraph
 from sharefold.layers import BasisConv, ConvForm, SharedConv, SpatialConv, TiedConv, banks, form_of
 from sharefold.solvers.tucker import lift
-from sharefold.store.moments import Inputs, gather, runs
+from sharefold.store.moments import gather, runs
 from sharefold.store.rounding import unabsorbed
 
 # Tensors smaller than this are kept as halves.

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from sharefold.calibrate.inputs import calibration_or_procedural
 from sharefold.calibrate.lockstep import largest_map, walk
 from sharefold.calibrate.means import output_mean_owner
+from sharefold.calibrate.pairs import Gatherer, Inputs
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.layers import BasisConv, SharedConv, SpatialConv, to_dense
 from sharefold.plans import Progress
 from sharefold.solvers.quantize import kmeans_codebook, search_scale
-from sharefold.store.moments import Gatherer, Inputs, gather, runs
+from sharefold.store.moments import gather, runs
 from sharefold.store.norms import fold_norms
 from sharefold.store.prepare import Prepared, matrices, prepare, vertical_metric
 from sharefold.store.rounding import round_matrix
