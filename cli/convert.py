@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option("--budget", metavar="SIZE", help=f"50%, 2.1M, 8MB (of the file), 50% MACs, 4ms ...  [default: {DEFAULT_BUDGET}]")
 @click.option("--keep-agreement", metavar="SHARE", help="Smallest size whose predictions agree this often, e.g. 99%.")
 @click.option("--method", metavar="NAME", help="auto, or a method, or several: basis,svd.  [default: auto]")
-@click.option("--objective", metavar="NAME", help="What the plan keeps small: joint, fisher, kl, error.  [default: joint]")
+@click.option("--objective", metavar="NAME", help="What the plan keeps small: fisher, joint, kl, error.  [default: fisher]")
 @click.option("--plan", type=click.Path(path_type=Path), help="A plan written by --dry-run --json, perhaps edited.")
 @click.option("--calib", metavar="DATA", help="Images without labels.  [default: procedural images]")
 @click.option("--calib-count", type=click.IntRange(min=1), metavar="N", help="How many.  [default: by image size]")

@@ -7,6 +7,7 @@ that the original had. Walking both networks together costs one forward pass of 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,15 +15,39 @@ from torch import Tensor, fx, nn
 
 from sharefold.layers import resolve
 
-Visit = Callable[[str, list[Tensor], list[Tensor]], None]
+Values = list[dict[fx.Node, Any]]  # of one network, a dictionary a batch
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer that both networks have come to.
+
+    Attributes:
+        node: the layer's.
+        inputs: the student's inputs to the layer, one tensor a batch.
+        targets: the teacher's outputs of it.
+        teachers, students: what both networks have computed so far and still need.
+    """
+
+    node: fx.Node
+    inputs: list[Tensor]
+    targets: list[Tensor]
+    teachers: Values
+    students: Values
+
+    def student(self, node: fx.Node) -> list[Tensor] | None:
+        """The student's values of another node; None when it has not run."""
+        return [values[node] for values in self.students] if all(node in values for values in self.students) else None
+
+
+Visit = Callable[[str, Place], None]
 
 
 def walk(
     graph: fx.Graph, teacher: nn.Module, student: nn.Module, batches: list[Tensor], visit: Visit, names: set[str]
 ) -> None:
-    """Walks ``graph`` once; before the student runs a layer in ``names``, calls ``visit(name, inputs, targets)``.
+    """Walks ``graph`` once; before the student runs a layer in ``names``, calls ``visit(name, place)``.
 
-    ``inputs`` are the student's inputs to the layer and ``targets`` the teacher's outputs of it, one tensor a batch;
     ``visit`` may change the student's layer and the norm behind it. Both networks must be in eval mode. Values are
     dropped after their last use, so memory is a few activation maps of all images, for two networks.
     """
@@ -30,8 +55,8 @@ def walk(
     for node in graph.nodes:
         for used in node.all_input_nodes:
             last[used] = node
-    teachers: list[dict[fx.Node, Any]] = [{} for _ in batches]
-    students: list[dict[fx.Node, Any]] = [{} for _ in batches]
+    teachers: Values = [{} for _ in batches]
+    students: Values = [{} for _ in batches]
     for node in graph.nodes:
         if node.op == "output":
             return
@@ -39,7 +64,7 @@ def walk(
             values[node] = _run(node, teacher, values, batch)
         if node.op == "call_module" and node.target in names:
             inputs = [_fetch(node.args[0] if node.args else next(iter(node.kwargs.values())), v) for v in students]
-            visit(str(node.target), inputs, [values[node] for values in teachers])
+            visit(str(node.target), Place(node, inputs, [values[node] for values in teachers], teachers, students))
         for values, batch in zip(students, batches, strict=True):
             values[node] = _run(node, student, values, batch)
         for used in [n for n in node.all_input_nodes if last[n] is node] + ([] if node.users else [node]):

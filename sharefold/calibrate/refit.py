@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from sharefold.calibrate.lockstep import largest_map, walk
+from sharefold.calibrate.lockstep import Place, largest_map, walk
 from sharefold.calibrate.means import output_mean_owner
 from sharefold.calibrate.own_factors import has_own_factors, solve_on_prefix
+from sharefold.calibrate.rectified import refit_rectified
 from sharefold.graph import NetworkGraph
 from sharefold.layers import Again, RepeatedBlock, SharedConv, fold_scale, resolve, takes_scale
 from sharefold.measure import agreement
@@ -58,18 +60,20 @@ def refit(
     plans = {name: group for group in groups for name in group.members}
     done = 0
 
-    def visit(name: str, inputs: list[Tensor], targets: list[Tensor]) -> None:
+    def visit(name: str, place: Place) -> None:
         nonlocal done
-        layer = layers[name]
+        layer, norm = layers[name], graph.layers[name].norm
         if isinstance(layer, SharedConv) and layer.linear_part() is not None:
-            norm = graph.layers[name].norm
             if has_own_factors(layer, plans.get(name)):
                 centered = output_mean_owner(model, layer, norm) is not None
-                places = max(1, POSITIONS // sum(map(len, inputs)))
-                solve_on_prefix(original, model, name, norm, plans[name], centered, inputs, targets, places)
-            _refit_layer(original, model, name, norm, inputs, targets, ridge)
+                places = max(1, POSITIONS // sum(map(len, place.inputs)))
+                solve_on_prefix(original, model, name, norm, plans[name], centered, place.inputs, place.targets, places)
+            _refit_layer(original, model, name, norm, place.inputs, place.targets, ridge)
+            groups, kind, every = layer.form.groups, layer.form.kind, _spacing(place.targets, layer.form.out_channels)
+            columns = partial(_columns, groups=groups, kind=kind, every=every)
+            refit_rectified(original, model, name, norm, place, columns, ridge)
         else:
-            _rescale_layer(original, model, name, cast(str, graph.layers[name].norm), inputs, targets)
+            _rescale_layer(original, model, name, cast(str, norm), place)
         done += 1
         if progress:
             progress("refitting", done, len(layers))
@@ -123,11 +127,9 @@ def _refit_layer(
     if owner is layer:
         assert layer.own_bias is not None and inner is not None
         layer.own_bias.add_(shift - inner)
-        return
-    if inner is not None:
-        shift = shift - inner
-    if owner is not None:
+    elif owner is not None:
         assert norm is not None
+        shift = shift if inner is None else shift - inner
         owner.running_mean.copy_(original.get_submodule(norm).running_mean - shift)  # type: ignore[union-attr,operator]
 
 
@@ -146,17 +148,15 @@ def _refittable(model: nn.Module, graph: NetworkGraph) -> dict[str, nn.Module]:
     return found
 
 
-def _rescale_layer(
-    original: nn.Module, model: nn.Module, name: str, norm: str, inputs: list[Tensor], targets: list[Tensor]
-) -> None:
+def _rescale_layer(original: nn.Module, model: nn.Module, name: str, norm: str, place: Place) -> None:
     """For a layer without tensors of its own: the best scale and offset per channel, in the norm behind it."""
     layer = resolve(model, name)
     linear = isinstance(layer, nn.Linear) or (isinstance(layer, SharedConv) and layer.form.kind == "linear")
     kind = "linear" if linear else "conv2d"
     sums: list[Tensor] = []
-    every = _spacing(targets, targets[0].shape[-1 if linear else 1])
+    every = _spacing(place.targets, place.targets[0].shape[-1 if linear else 1])
     count = 0
-    for x, y in zip(inputs, targets, strict=True):
+    for x, y in zip(place.inputs, place.targets, strict=True):
         a, b = (_columns(t, 1, kind, every)[0].double() for t in (layer(x), y))
         part = torch.stack([a.sum(1), b.sum(1), (a * a).sum(1), (a * b).sum(1)])
         sums = [part] if not sums else [sums[0] + part]

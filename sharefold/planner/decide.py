@@ -36,8 +36,8 @@ def plan(
         calibration: (n, C, H, W) normalised images, no labels; by default procedural images.
         method: ``"auto"``, a method's name, or several.
         exclude: regular expression; layers whose name it matches stay as they are.
-        objective: what is kept small: ``"joint"`` (the whole network's output KL), or one factor a layer on its
-            relative error, that add up: ``"fisher"``, ``"kl"``, ``"error"`` (``sharefold/planner/objectives.py``).
+        objective: what is kept small: the layers' relative errors, each times a factor (``"fisher"``, ``"kl"``, ``"error"``:
+            ``sharefold/planner/objectives.py``), or the whole network's output KL before repairs (``"joint"``).
         statistics, graph: of ``model``; reused when given.
         seed: of everything random.
         progress: called with (what, done, total).

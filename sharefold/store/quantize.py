@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.calibrate.inputs import calibration_or_procedural
-from sharefold.calibrate.lockstep import largest_map, walk
+from sharefold.calibrate.lockstep import Place, largest_map, walk
 from sharefold.calibrate.means import output_mean_owner
 from sharefold.calibrate.pairs import Gatherer, Inputs
 from sharefold.errors import SharefoldError
@@ -255,9 +255,9 @@ def _sequential(
     images = images[: max(8, MEMORY_BYTES // (4 * 8 * size))]
     batches = list(images.split(max(1, (1 << 26) // (4 * size))))
 
-    def visit(name: str, inputs: list[Tensor], targets: list[Tensor]) -> None:
+    def visit(name: str, place: Place) -> None:
         gatherer = Gatherer(prepared.forms[name], len(images))
-        for x, y in zip(inputs, targets, strict=True):
+        for x, y in zip(place.inputs, place.targets, strict=True):
             gatherer.add(x, y)
         layer(name, gatherer.result(prepared.centered[name]))
 

@@ -23,7 +23,7 @@ CALIBRATION = images(48)
 
 def prepared(model: nn.Module, **options: str) -> Planner:
     graph = analyze(model, CALIBRATION[:1])
-    return Planner(model, graph, statistics_of(model, graph, CALIBRATION), CALIBRATION[:1], **options)
+    return Planner(model, graph, statistics_of(model, graph, CALIBRATION), CALIBRATION[:1], **{"objective": "joint", **options})
 
 
 def started(planner: Planner, share: float) -> tuple[Trials, list[int], float]:
@@ -103,14 +103,15 @@ def test_networks_of_wide_layers_get_fewer_rounds(monkeypatch):
     assert "searching" not in seen and plan == planner.candidates().plan(planner.candidates().pick(limit, ""), "40%")
 
 
-def test_plan_searches_unless_told_otherwise():
+def test_plan_searches_when_asked():
     model = net("residual")
     seen = []
     common = {"calibration": CALIBRATION, "progress": lambda what, done, total: seen.append(what)}
-    joint = sharefold.plan(model, budget="40%", **common)
+    joint = sharefold.plan(model, budget="40%", objective="joint", **common)
     assert "searching" in seen
     seen.clear()
-    fisher = sharefold.plan(model, budget="40%", objective="fisher", **common)
+    fisher = sharefold.plan(model, budget="40%", **common)
+    assert fisher == sharefold.plan(model, budget="40%", objective="fisher", **common)
     assert "searching" not in seen and fisher.params_after <= 0.4 * fisher.params_before >= joint.params_after
 
 

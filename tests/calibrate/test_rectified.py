@@ -1,0 +1,147 @@
+"""Coefficients behind a ReLU: what counts as one, and that every round lowers the error behind it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from spine_nets import images, net
+from timm.layers import BatchNormAct2d
+from torch import Tensor, fx, nn
+
+import sharefold
+from sharefold.calibrate import rectified as module
+from sharefold.calibrate.lockstep import Place, walk
+from sharefold.calibrate.rectified import Rectified, rectified
+from sharefold.calibrate.refit import refit
+from sharefold.graph import analyze
+from sharefold.plans import GroupPlan, Plan
+
+FITTING, HELD_OUT = images(40, 3), images(20, 4)
+
+
+class One(nn.Module):
+    """A convolution, a norm, and whatever ``end`` does with its output and the input."""
+
+    def __init__(self, norm: nn.Module, end: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.norm, self.end = nn.Conv2d(4, 4, 3, padding=1, bias=False), norm, end
+        self.drop, self.relu, self.gelu = nn.Dropout(0.5), nn.ReLU(), nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self, self.norm(self.conv(x)), x)
+
+
+def found(norm: nn.Module, end: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> Rectified | None:
+    """What :func:`rectified` sees behind the convolution of a :class:`One`."""
+    model = One(norm, end).eval()
+    seen: list[Rectified | None] = []
+
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+            return m is not model
+
+    def visit(name: str, place: Place) -> None:
+        seen.append(rectified(model, place, "norm"))
+
+    with torch.no_grad():
+        walk(Tracer().trace(model), model, model, [torch.randn(2, 4, 5, 5)], visit, {"conv"})
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("end", "added"),
+    [
+        (lambda m, y, x: m.relu(y), False),
+        (lambda m, y, x: torch.relu(y), False),
+        (lambda m, y, x: F.relu(m.drop(y)), False),
+        (lambda m, y, x: y.relu(), False),
+        (lambda m, y, x: m.relu(y + x), True),
+        (lambda m, y, x: F.relu(x + m.drop(y)), True),
+        (lambda m, y, x: m.relu(y.add_(x)), True),
+    ],
+)
+def test_a_relu_is_seen_behind_the_norm_and_an_addition(end: Callable, added: bool) -> None:
+    norm = nn.BatchNorm2d(4)
+    with torch.no_grad():
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            tensor.uniform_(0.5, 2.0)
+    seen = found(norm, end)
+    assert seen is not None and (seen.addend is not None) is added
+    y = torch.randn(3, 4, 2, 2)
+    expected = norm.eval()(y)
+    assert torch.allclose(seen.scale[:, None, None] * y + seen.shift[:, None, None], expected, atol=1e-5)
+
+
+def test_an_activation_inside_of_the_norm_is_seen() -> None:
+    seen = found(BatchNormAct2d(4), lambda m, y, x: y + x)
+    assert seen is not None and seen.addend is None
+    assert found(BatchNormAct2d(4, act_layer=nn.SiLU), lambda m, y, x: m.relu(y)) is None
+    plain = found(BatchNormAct2d(4, apply_act=False), lambda m, y, x: m.relu(y + x))
+    assert plain is not None and plain.addend is not None
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda m, y, x: y,
+        lambda m, y, x: m.gelu(y),
+        lambda m, y, x: m.relu(y) + y,  # the value passes by the ReLU, too
+        lambda m, y, x: y + x,
+        lambda m, y, x: m.relu(y + y),
+        lambda m, y, x: m.relu(y + 1.0),
+        lambda m, y, x: m.gelu(y + x),
+    ],
+)
+def test_anything_else_is_not_taken_for_one(end: Callable) -> None:
+    assert found(nn.BatchNorm2d(4), end) is None
+
+
+def test_norms_that_are_not_affine_in_evaluation_are_left_alone() -> None:
+    assert found(nn.GroupNorm(2, 4), lambda m, y, x: m.relu(y)) is None
+    assert found(nn.BatchNorm2d(4, track_running_stats=False), lambda m, y, x: m.relu(y)) is None
+
+
+def errors_behind(rounds: int, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
+    """Of the first shared layer on the images that it was fitted to: squared error of what should pass the ReLU and of what
+    passes it and should not, in front of it; and squared error behind it."""
+    model = net(blocks=2)
+    names = ("stage1.0.conv1", "stage1.1.conv1")
+    graph = analyze(model, FITTING[:1])
+    plan = Plan([GroupPlan("g", "basis", names, {"rank": 4})], 0, 0)
+    done = sharefold.convert_(model, plan, calibration=FITTING, repair=False)
+    monkeypatch.setattr(module, "ROUNDS", rounds)
+    falling = iter([1.0, 0.0])  # kept whatever held-out images say
+    monkeypatch.setattr("sharefold.calibrate.refit.agreement", lambda *_: type("A", (), {"kl": next(falling)})())
+    refit(done.original, model, graph, FITTING, HELD_OUT, ridge=1e-9)
+    outputs: list[Tensor] = []
+    for network in (done.original, model):
+        network.get_submodule("stage1.0.bn1").register_forward_hook(lambda m, args, out: outputs.append(out))
+        with torch.no_grad():
+            network.eval()(FITTING)
+    wanted, found = outputs
+    bound = torch.where(wanted > 0, found - wanted, found.relu()).square().mean()
+    return float(bound), float((wanted.relu() - found.relu()).square().mean())
+
+
+def test_every_round_lowers_the_error_of_what_passes_the_relu(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = [errors_behind(rounds, monkeypatch) for rounds in (0, 1, 2, 4, 8)]
+    bounds = [bound for bound, _ in errors]
+    assert bounds == sorted(bounds, reverse=True) and bounds[3] < 0.97 * bounds[0]
+    assert errors[3][1] < 0.97 * errors[0][1]
+
+
+def test_layers_without_a_relu_behind_them_keep_their_linear_solution(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net("convnext", blocks=3)
+    graph = analyze(model, FITTING[:1])
+    plan = sharefold.plan(model, budget="60%", calibration=FITTING, objective="fisher", exclude="stem|down")
+    done = sharefold.convert_(model, plan, calibration=FITTING, repair=False)
+    networks = [copy.deepcopy(model) for _ in range(2)]
+    for rounds, network in zip((0, 4), networks, strict=True):
+        monkeypatch.setattr(module, "ROUNDS", rounds)
+        refit(done.original, network, graph, FITTING, HELD_OUT)
+    for name, value in networks[0].state_dict().items():
+        assert torch.equal(value, networks[1].state_dict()[name]), name
