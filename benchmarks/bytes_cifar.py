@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 from cifar import WEIGHTS, hardware
-from label_free import load, quantized
+from label_free import load, quantized, written
 from methods_cifar import correct
 from torch import nn
 
@@ -48,13 +47,9 @@ def converted(model: nn.Module, size: int, share: float | None, refine: str | No
         plan = replace(plan, store=f"mixed:{size}B")
     done = sharefold.convert_(model, plan, calibration=calibration, refine=refine, seed=seed)
     seconds = time.perf_counter() - start
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "net.safetensors"
-        sharefold.save(model, path)
-        written = path.stat().st_size
-        model = sharefold.load(path)
+    size, model = written(model)
     return {
-        "bytes": written, "share": round(done.plan.size, 4), "kl": done.kl, "seconds": round(seconds, 1),
+        "bytes": size, "share": round(done.plan.size, 4), "kl": done.kl, "seconds": round(seconds, 1),
         "top1": correct(model, *data["test"], data["normalize"]),
     }  # fmt: skip
 

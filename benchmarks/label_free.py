@@ -89,14 +89,19 @@ def converted(model: nn.Module, method: str, size: str, refines: list[str], data
         row = {"refine": refine, "agreement": done.agreement, "kl": done.kl, "seconds_by_step": done.seconds}
         row["seconds"] = round(planned + time.perf_counter() - start, 1)
         if size.endswith("B"):
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / "net.safetensors"
-                sharefold.save(trial, path)
-                row["bytes"], trial = path.stat().st_size, sharefold.load(path)
+            row["bytes"], trial = written(trial)
         else:
             row["bytes"] = model_bytes(trial)
         rows.append({**row, **measured(trial, data)})
     return rows
+
+
+def written(model: nn.Module) -> tuple[int, nn.Module]:
+    """Bytes of the whole file, and the network that is read back from it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "net.safetensors"
+        sharefold.save(model, path)
+        return path.stat().st_size, sharefold.load(path)
 
 
 def measured(model: nn.Module, data: dict[str, Any]) -> dict[str, Any]:

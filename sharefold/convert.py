@@ -114,7 +114,7 @@ def convert_(
         start = time.perf_counter()
         telling = images[rest[torch.isin(rest, statistics.chosen)]]
         steps["refit"] = refit(original, model, graph, telling, deciding, plan.groups, progress=progress)
-        steps["norms"] = reestimate_norms(original, model, fitting, deciding)
+        steps["norms"] = reestimate_norms(original, model, fitting, deciding, before=_kl_after(steps["refit"]))
         seconds["repair"] = time.perf_counter() - start
     if effort is not None:
         from sharefold.calibrate.refine import refine as run_refine
@@ -122,7 +122,7 @@ def convert_(
         start = time.perf_counter()
         steps["refine"] = run_refine(
             original, model, fitting, deciding, epochs=effort.epochs, seconds=effort.seconds, graph=graph,
-            seed=seed, progress=progress,
+            seed=seed, progress=progress, before=_kl_after(steps.get("norms", {})),
         )  # fmt: skip
         seconds["refine"] = time.perf_counter() - start
     if plan.store:
@@ -131,6 +131,11 @@ def convert_(
         seconds["store"] = time.perf_counter() - start
     found = agreement(original, model, held_out) if compared else None
     return Conversion(done, original, found and found.top1, found and found.kl, steps, seconds)
+
+
+def _kl_after(step: Mapping[str, Any]) -> float | None:
+    """KL of the network that a repair left, on the images that decide; None when the repair did not measure it."""
+    return step.get("kl_after" if step.get("kept") else "kl_before")
 
 
 def describe(original: nn.Module, plan: Plan, known: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -243,3 +243,14 @@ def test_procedural_images_stand_in() -> None:
     done = sharefold.convert_(model, sharefold.plan(model, budget="60%"))
     assert done.plan.size <= 0.6 and any(isinstance(m, SharedConv) for m in model.modules())
     assert torch.isfinite(logits(model)).all()
+
+
+def test_every_step_goes_on_from_what_the_one_before_it_left() -> None:
+    model = net(blocks=4)
+    plan = sharefold.plan(model, budget="35%", calibration=CALIBRATION)
+    done = sharefold.convert_(model, plan, calibration=CALIBRATION, refine=1)
+    refit, norms, refine = (done.steps[name] for name in ("refit", "norms", "refine"))
+    assert norms["kl_before"] == refit["kl_after" if refit["kept"] else "kl_before"]
+    assert refine["kl_before"] == norms["kl_after" if norms["kept"] else "kl_before"]
+    deciding = with_blends(split_held_out(CALIBRATION)[0])
+    assert agreement(done.original, model, deciding).kl == pytest.approx(refine["kl_after"], rel=1e-3, abs=1e-7)

@@ -14,11 +14,17 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 @torch.no_grad()
 def reestimate_norms(
-    original: nn.Module, model: nn.Module, images: Tensor, held_out: Tensor, batch_size: int = 200
-) -> dict:
+    original: nn.Module, model: nn.Module, images: Tensor, held_out: Tensor, batch_size: int = 200,
+    before: float | None = None,
+) -> dict:  # fmt: skip
     """Replaces running means and variances by those of ``images``, if KL(original || model) on ``held_out`` falls.
 
     Re-estimation rescues a badly damaged network and harms a lightly damaged one, hence the guard.
+
+    Args:
+        images: (n, C, H, W), normalised; the statistics are theirs.
+        held_out: (m, C, H, W), which decide.
+        before: KL of ``model`` as it is, nats, where that is known already.
 
     Returns:
         {"kept": bool, "kl_before": float, "kl_after": float}; {"kept": False} without BatchNorms.
@@ -26,7 +32,7 @@ def reestimate_norms(
     norms = [m for m in model.modules() if isinstance(m, NORMS) and m.running_mean is not None]
     if not norms:
         return {"kept": False}
-    before = agreement(original, model, held_out).kl
+    before = agreement(original, model, held_out).kl if before is None else before
     saved = [(n.running_mean.clone(), n.running_var.clone(), n.momentum, _count(n)) for n in norms]  # type: ignore[union-attr]
     was_training = model.training
     model.eval()

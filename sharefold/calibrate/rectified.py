@@ -10,7 +10,7 @@ lowers the squared error of all that should pass the ReLU and of all that passes
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ from sharefold.layers import SharedConv, resolve
 # More of them fit the calibration images' own ReLU pattern, and hardly lower the error.
 ROUNDS = 4
 # Floats of responses and outputs that are kept for the rounds; fewer positions count where there would be more.
-ELEMENTS = 1 << 25
+ELEMENTS = 1 << 24
 # A channel whose scale in the norm is this small against the others' keeps its linear solution: nothing of it passes.
 SMALLEST_SCALE = 1e-3
 
@@ -68,7 +68,9 @@ def rectified(model: nn.Module, place: Place, norm: str | None) -> Rectified | N
     if after is None or len(others) != 1 or not _is_relu(after, model):
         return None
     addend = place.student(others[0])
-    return None if addend is None else Rectified(scale, shift, addend)
+    if addend is None or any(getattr(r, "shape", None) != y.shape for r, y in zip(addend, place.targets, strict=True)):
+        return None
+    return Rectified(scale, shift, addend)
 
 
 @torch.no_grad()
@@ -88,28 +90,34 @@ def refit_rectified(
         return
     filters, groups = part[0].repeat(layer.form.groups, 1, 1, 1), layer.form.groups
 
+    positions = len(place.targets) * columns(place.targets[0]).shape[2]
+    every = -(-(len(filters) + 3 * layer.form.out_channels) * positions // ELEMENTS)
+
+    def taken(maps: Iterable[Tensor]) -> Tensor:
+        return torch.cat([columns(y)[..., ::every] for y in maps], 2)
+
     def rows(values: Tensor) -> Tensor:
         """(O,) or () -> (G, O / G, 1)."""
-        return values.expand(layer.form.out_channels).reshape(groups, -1, 1)
+        return values.to(filters).expand(layer.form.out_channels).reshape(groups, -1, 1)
 
-    responses = torch.cat([columns(layer.form.apply(x, filters, None)) for x in place.inputs], 2)
-    every = -(-(responses.shape[0] * responses.shape[1] + 3 * layer.form.out_channels) * responses.shape[2] // ELEMENTS)
-    responses = responses[..., ::every]
-    target = rows(wanted.scale) * torch.cat([columns(y) for y in place.targets], 2)[..., ::every] + rows(wanted.shift)
+    responses = taken(layer.form.apply(x, filters, None) for x in place.inputs)
+    target = rows(wanted.scale) * taken(place.targets) + rows(wanted.shift)
     offset = rows(given.shift).expand(target.shape)
     if given.addend is not None:
-        addend = torch.cat([columns(r) for r in given.addend], 2)[..., ::every]
+        addend = taken(given.addend)
         target, offset = target + addend, offset + addend
     scale = rows(given.scale)
     usable = scale.abs() > SMALLEST_SCALE * scale.abs().mean()
     scale = torch.where(usable, scale, torch.ones_like(scale))
-    inner = torch.zeros(()).to(scale) if layer.bias is None else layer.bias
+    inner = torch.zeros(()) if layer.bias is None else layer.bias
 
     mean = responses.mean(2, keepdim=True)
     centred = responses - mean
     gram = (centred @ centred.transpose(1, 2)).double() / centred.shape[2]
     rho = ridge * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)[:, None, None]
-    factor = torch.linalg.cholesky(gram + rho * torch.eye(gram.shape[1]).to(gram))
+    factor, failed = torch.linalg.cholesky_ex(gram + rho * torch.eye(gram.shape[1]).to(gram))
+    if bool(failed.any()):  # responses that are not finite
+        return
     first = coefficients = part[1].reshape(groups, -1, gram.shape[1])
     before = constant = rows(inner)
     for _ in range(ROUNDS):

@@ -45,7 +45,7 @@ def refine(
     original: nn.Module, model: nn.Module, images: Tensor, held_out: Tensor, *, epochs: int | None = None,
     seconds: float | None = None, batch_size: int | None = None, graph: NetworkGraph | None = None,
     blocks: Sequence[str] | None = None, step: float = STEP, seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None, before: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Trains all of ``model``'s parameters in place; never leaves it with a higher held-out KL than it came with.
 
@@ -62,6 +62,7 @@ def refine(
         blocks: names of the modules whose outputs are compared beside the logits; by default the blocks of the graph.
         step: largest relative change of a tensor a step (AdamW's rate is this times the tensor's own size).
         progress: called with ("refining", parts done, parts) as time or epochs pass.
+        before: KL on ``held_out`` of ``model`` as it is, nats, where that is known already.
 
     Returns:
         ``kept``, ``kl_before``, ``kl_after`` (of the state that remains, nats), ``epochs`` (float, done), ``seconds``,
@@ -74,7 +75,7 @@ def refine(
     if epochs is None and seconds is None:
         seconds = DEFAULT_SECONDS
     clock = _Clock(len(images), MOST_EPOCHS if epochs is None else epochs, seconds)
-    before = agreement(original, model, held_out).kl
+    before = agreement(original, model, held_out).kl if before is None else before
     guard = _Guard(original, model, held_out, before)
     if graph is None:
         graph = analyze(original, images[:1].to(next(model.parameters()).device))

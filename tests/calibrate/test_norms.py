@@ -30,6 +30,16 @@ def test_a_damaged_network_is_rescued() -> None:
     assert agreement(original, model, HELD_OUT).kl == pytest.approx(report["kl_after"], rel=1e-3)
 
 
+def test_a_known_divergence_is_taken_as_it_is() -> None:
+    original = net()
+    model = copy.deepcopy(original)
+    with torch.no_grad():
+        model.stem.weight.mul_(4)
+    report = reestimate_norms(original, model, FITTING, HELD_OUT, before=0.0)
+    assert report["kl_before"] == 0.0 and report["kept"] is False  # nothing is below 0
+    assert reestimate_norms(original, model, FITTING, HELD_OUT)["kept"]
+
+
 def test_new_statistics_are_those_of_the_images() -> None:
     original = net()
     model = copy.deepcopy(original)

@@ -94,6 +94,7 @@ def test_an_activation_inside_of_the_norm_is_seen() -> None:
         lambda m, y, x: m.relu(y + y),
         lambda m, y, x: m.relu(y + 1.0),
         lambda m, y, x: m.gelu(y + x),
+        lambda m, y, x: m.relu(y + x.mean((2, 3), keepdim=True)),
     ],
 )
 def test_anything_else_is_not_taken_for_one(end: Callable) -> None:

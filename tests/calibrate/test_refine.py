@@ -98,6 +98,13 @@ def test_returns_what_it_was_given_when_training_only_harms(pair) -> None:
     assert same(state(model), before)
 
 
+def test_a_known_divergence_is_taken_as_it_is(pair) -> None:
+    teacher, model, images, held_out = pair
+    before = state(model)
+    result = refine(teacher, model, images, held_out, epochs=2, batch_size=16, before=0.0)
+    assert not result["kept"] and result["kl_before"] == 0.0 and same(state(model), before)
+
+
 def test_a_perfect_model_stays_as_it_is(pair) -> None:
     teacher, _, images, held_out = pair
     model = copy.deepcopy(teacher)
