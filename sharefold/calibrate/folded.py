@@ -48,6 +48,14 @@ def norms_folded(model: nn.Module, norms: Mapping[str, str | None]) -> Iterator[
                 del module.__dict__["forward"]
 
 
+def affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """Scale and shift (C,) that a BatchNorm with running statistics amounts to in eval mode."""
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    return scale, -norm.running_mean * scale if norm.bias is None else norm.bias - norm.running_mean * scale
+
+
 def _foldable(layer: nn.Module, norm: nn.Module) -> bool:
     if type(norm) not in (nn.BatchNorm2d, BatchNormAct2d) or norm.training or norm.running_mean is None:
         return False
@@ -60,10 +68,7 @@ def _foldable(layer: nn.Module, norm: nn.Module) -> bool:
 
 def _both(layer: Any, norm: Any, x: Tensor) -> Tensor:
     """The layer and its norm on (B, I, H, W)."""
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -norm.running_mean * scale if norm.bias is None else norm.bias - norm.running_mean * scale
+    scale, shift = affine(norm)
     if layer.bias is not None:
         shift = shift + layer.bias * scale
     if isinstance(layer, SharedConv):

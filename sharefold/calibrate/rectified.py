@@ -9,17 +9,17 @@ lowers the squared error of all that should pass the ReLU and of all that passes
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from sharefold.calibrate.folded import affine
 from sharefold.calibrate.lockstep import Place
 from sharefold.calibrate.means import output_mean_owner
+from sharefold.graph.ops import ADDITIONS, op_name
 from sharefold.layers import SharedConv, resolve
 
 # More of them fit the calibration images' own ReLU pattern, and hardly lower the error.
@@ -29,8 +29,6 @@ ELEMENTS = 1 << 24
 # A channel whose scale in the norm is this small against the others' keeps its linear solution: nothing of it passes.
 SMALLEST_SCALE = 1e-3
 
-RELU_CALLS: set[Any] = {torch.relu, torch.relu_, F.relu, F.relu_, "relu", "relu_"}
-ADD_CALLS: set[Any] = {torch.add, operator.add, operator.iadd, "add", "add_"}
 Columns = Callable[[Tensor], Tensor]  # a map or rows of a layer's outputs -> (G, O / G, positions)
 
 
@@ -56,13 +54,13 @@ def rectified(model: nn.Module, place: Place, norm: str | None) -> Rectified | N
         activation = getattr(found, "act", nn.Identity())  # of timm's BatchNormAct2d
         if behind is None or behind.target != norm or getattr(found, "running_var", None) is None:
             return None
-        last, (scale, shift) = behind, _affine(cast(nn.BatchNorm2d, found))
+        last, (scale, shift) = behind, affine(found)
         if not isinstance(activation, nn.Identity):
             return Rectified(scale, shift, None) if isinstance(activation, nn.ReLU) else None
     behind = _behind(last, model)
     if behind is not None and _is_relu(behind, model):
         return Rectified(scale, shift, None)
-    if behind is None or not _calls(behind, ADD_CALLS) or len(behind.all_input_nodes) != 2:
+    if behind is None or not _calls(behind, ADDITIONS) or len(behind.all_input_nodes) != 2:
         return None
     after, others = _behind(behind, model), [n for n in behind.all_input_nodes if not _leads_to(last, n, model)]
     if after is None or len(others) != 1 or not _is_relu(after, model):
@@ -136,16 +134,6 @@ def refit_rectified(
         cast(Tensor, owner.running_mean).sub_(change)
 
 
-def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Scale and shift (C,) of a BatchNorm in eval mode."""
-    assert norm.running_var is not None and norm.running_mean is not None
-    scale = (norm.running_var + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -norm.running_mean * scale
-    return scale.detach(), (shift if norm.bias is None else shift + norm.bias).detach()
-
-
 def _behind(node: fx.Node, model: nn.Module) -> fx.Node | None:
     """The one node that uses this one's value, whatever does nothing in eval mode left out; None if there are several."""
     while len(node.users) == 1:
@@ -170,8 +158,8 @@ def _idle(node: fx.Node, model: nn.Module) -> bool:
 def _is_relu(node: fx.Node, model: nn.Module) -> bool:
     if node.op == "call_module":
         return isinstance(resolve(model, str(node.target)), nn.ReLU)
-    return _calls(node, RELU_CALLS)
+    return _calls(node, {"relu"})
 
 
-def _calls(node: fx.Node, calls: set[Any]) -> bool:
-    return node.op in ("call_function", "call_method") and node.target in calls
+def _calls(node: fx.Node, names: Container[str]) -> bool:
+    return node.op in ("call_function", "call_method") and op_name(node) in names

@@ -138,11 +138,9 @@ class Method(ABC):
             SharefoldError: a member cannot be converted, members differ in shape, or options do not fit.
         """
         forms = [checked_form(name, model.get_submodule(name)) for name in plan.members]
-        ragged = self.takes_ragged and can_share(forms)
+        equal = not (self.takes_ragged and can_share(forms))
         for name, form in zip(plan.members, forms, strict=True):
-            if ragged:
-                break
-            if form.weight_shape != forms[0].weight_shape or form.groups != forms[0].groups:
+            if equal and (form.weight_shape, form.groups) != (forms[0].weight_shape, forms[0].groups):
                 raise SharefoldError(
                     f"plan: group {plan.name!r}: {name} has weight {form.weight_shape} and {plan.members[0]} "
                     f"{forms[0].weight_shape}: members of a group must be isomorphic"
