@@ -3,8 +3,8 @@
     python benchmarks/finetune_ablation.py --source resnet20.th --data npz:cifar10.npz --limit 10000 --seeds 3
 
 Prints a table and writes results/finetune_ablation.json, after every row; rows of an earlier run with the same settings
-stay unless they are measured again. The network is converted once, with one bank
-a stage (method ``basis``), so that the parts that concern banks have something to act on. Top-1 is of the test images.
+stay unless they are measured again. The network is converted once, with one bank a stage (method ``basis``, without pivots),
+so that the parts that concern banks have something to act on. Top-1 is of the test images.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--amp", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--parts", nargs="*", help="only rows whose name holds one of these words")
+    parser.add_argument("--pivots", action="store_true", help="pivoted banks, which the orthogonality term leaves alone")
     parser.add_argument("--out", type=Path, default=RESULTS / "finetune_ablation.json")
     options = parser.parse_args(arguments)
     opened = open_source(options.source, pretrained=not options.random)
@@ -124,11 +125,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     test = open_data(options.data, "test", transform_cfg=cfg)
     train = limited(train, options.limit) if options.limit else train
     test = limited(test, options.test_limit) if options.test_limit else test
-    start = converted(dense, options.data, cfg, options.params, "basis", 0)
+    start = converted(dense, options.data, cfg, options.params, "basis", 0, options.pivots)
     common = {"epochs": options.epochs, "batch_size": options.batch_size, "amp": options.amp, "device": options.device}
     settings = {
         "source": opened.name, "params_after": sum(p.numel() for p in start.parameters()), "train_images": len(train),
-        "test_images": len(test), **common, "seeds": options.seeds, "hardware": hardware(),
+        "test_images": len(test), **common, "seeds": options.seeds, **({"pivots": True} if options.pivots else {}),
+        "hardware": hardware(),
     }  # fmt: skip
     rows = earlier(options.out, settings)
     record = {**settings, "rows": rows}

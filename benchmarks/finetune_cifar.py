@@ -65,11 +65,13 @@ def hardware() -> dict[str, Any]:
     return {"cpu": name, "cores": cores, "threads": torch.get_num_threads(), "gpu": gpu, "torch": torch.__version__}
 
 
-def converted(dense: nn.Module, data: str, cfg: dict[str, Any], params: int, method: str, seed: int) -> nn.Module:
+def converted(
+    dense: nn.Module, data: str, cfg: dict[str, Any], params: int, method: str, seed: int, pivots: bool = True
+) -> nn.Module:
     """A copy of ``dense`` within ``params`` parameters, from a thousand unlabelled training images."""
     model = copy.deepcopy(dense)
     images = calibration_images(data, Preprocess.from_cfg(cfg), 1000, seed, "train")
-    plan = sharefold.plan(model, budget=params, calibration=images, method=method, seed=seed)
+    plan = sharefold.plan(model, budget=params, calibration=images, method=method, pivots=pivots, seed=seed)
     sharefold.convert_(model, plan, calibration=images, seed=seed)
     return model
 

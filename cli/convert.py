@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @click.option("--keep-agreement", metavar="SHARE", help="Smallest size whose predictions agree this often, e.g. 99%.")
 @click.option("--method", metavar="NAME", help="auto, or a method, or several: basis,svd.  [default: auto]")
 @click.option("--objective", metavar="NAME", help="What the plan keeps small: fisher, joint, kl, error.  [default: fisher]")
+@click.option("--pivots/--no-pivots", default=True, show_default=True, help="Leave out of factors what says nothing.")
 @click.option("--plan", type=click.Path(path_type=Path), help="A plan written by --dry-run --json, perhaps edited.")
 @click.option("--calib", metavar="DATA", help="Images without labels.  [default: procedural images]")
 @click.option("--calib-count", type=click.IntRange(min=1), metavar="N", help="How many.  [default: by image size]")
@@ -102,7 +103,7 @@ def command(
     with run.progress() as progress:
         planner = Planner(
             model, graph, statistics, example, method=request.methods or "auto", exclude=request.exclude,
-            objective=request.objective, seed=run.seed, progress=progress,
+            objective=request.objective, pivots=request.pivots, seed=run.seed, progress=progress,
         )  # fmt: skip
 
         def decide(dense: nn.Module, budget: Budget | float | None) -> Plan:

@@ -56,6 +56,7 @@ class Request:
     keep: float | None
     method: str
     objective: str
+    pivots: bool
     plan: Plan | None
     exclude: str | None
     refine: Effort | None
@@ -100,7 +101,7 @@ def check_writable(output: Path) -> None:
 
 def check_request(
     source: SourceOptions, output: Path | None, budget: str | None, keep_agreement: str | None, method: str | None,
-    objective: str | None, plan: Path | None, exclude: str | None, refine: str | None, recipe: str | None,
+    objective: str | None, pivots: bool, plan: Path | None, exclude: str | None, refine: str | None, recipe: str | None,
     store: str | None, repair: bool, dry_run: bool, force: bool,
 ) -> Request:  # fmt: skip
     """Everything that is wrong with the options alone.
@@ -110,7 +111,7 @@ def check_request(
     """
     deciders = {
         "--method": method, "--budget": budget, "--keep-agreement": keep_agreement, "--exclude": exclude,
-        "--objective": objective,
+        "--objective": objective, "--no-pivots": None if pivots else True,
     }  # fmt: skip
     idle = [name for name, value in deciders.items() if value is not None]
     if plan is not None and idle:
@@ -139,5 +140,5 @@ def check_request(
         check_writable(output)
     return Request(
         source, output, bound, share_of(keep_agreement, "--keep-agreement"), method or "auto", objective or DEFAULT_OBJECTIVE,
-        None if plan is None else read_plan(plan), exclude, parse_effort(refine), recipe, store, repair, dry_run, force,
+        pivots, None if plan is None else read_plan(plan), exclude, parse_effort(refine), recipe, store, repair, dry_run, force,
     )  # fmt: skip

@@ -22,7 +22,7 @@ from sharefold.card import model_card
 from sharefold.convert import check_plan
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.files import check_output, write_file, write_folder
-from sharefold.layers import shared_layers, to_dense
+from sharefold.layers import shared_layers, stray_pointers, to_dense
 from sharefold.methods import method_named
 from sharefold.plans import Plan
 from sharefold.state_dicts import load_tensors
@@ -134,6 +134,9 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: str | torc
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise SharefoldError(f"{path} does not fit its own plan: {reason[:300]}") from None
+    stray = stray_pointers(model)
+    if stray:
+        raise SharefoldError(f"{path} is damaged: tensor {stray[0]!r} points to entries that are not there")
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     model.sharefold_config = config  # type: ignore[assignment]

@@ -190,6 +190,18 @@ def test_configurations_that_do_not_hold_are_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_pivots_that_point_to_nothing_are_refused(saved: Path) -> None:
+    file = saved / "model.safetensors"
+    tensors = load_file(file)
+    name = next(key for key in tensors if key.endswith("pivots"))
+    tensors[name][-1] = 10_000
+    with safe_open(file, "pt") as opened:
+        save_file(tensors, file, opened.metadata())
+    with pytest.raises(SharefoldError, match=f"is damaged: tensor '{name}' points to entries that are not there") as caught:
+        sharefold.load(saved)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("keep", [0, 4, 100, 5_000, -1])
 def test_truncated_files(saved: Path, keep: int) -> None:
     file = saved / "model.safetensors"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sharefold.layers import banks
+from sharefold.layers import Bank, BasisConv, shared_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,13 +48,21 @@ def _curves(axes: Axes, demo: Demo) -> None:
 
 
 def _filters(axes: Axes, model: nn.Module) -> None:
-    """One 3x3 slice of every shared filter: that of the input channel where the filter is strongest."""
-    bases = [bank.basis for bank in banks(model).values() if isinstance(getattr(bank, "basis", None), Tensor)]
+    """One slice of every shared filter of the largest bank: that of the input channel where the filter is strongest.
+
+    The filters drawn are the principal ones, of what all layers make of the bank; one bank has many equivalent bases.
+    """
+    members: dict[Bank, list[BasisConv]] = {}
+    for layer in shared_layers(model).values():
+        if isinstance(layer, BasisConv) and layer.bank is not None and layer.unique is None:
+            members.setdefault(layer.bank, []).append(layer)
     axes.axis("off")
-    if not bases:
+    if not members:
         axes.set_title("no basis in this network", fontsize=11)
         return
-    basis = max((torch.as_tensor(b).detach() for b in bases), key=len)
+    layers = max(members.values(), key=lambda layers: layers[0].rank)
+    weights = torch.cat([layer.weight.detach().cpu().flatten(1) for layer in layers])
+    basis = torch.linalg.svd(weights, full_matrices=False).Vh[: layers[0].rank].unflatten(1, layers[0].weight.shape[1:])
     strongest = basis.flatten(2).norm(dim=2).argmax(1)
     slices = basis[torch.arange(len(basis)), strongest]
     slices = slices / slices.abs().amax((1, 2), keepdim=True)
@@ -66,6 +74,4 @@ def _filters(axes: Axes, model: nn.Module) -> None:
         top, side = index // columns * (height + 1), index % columns * (width + 1)
         sheet[top : top + height, side : side + width] = tile
     axes.imshow(sheet.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-    shared = [bank for bank in banks(model).values() if hasattr(bank, "basis")]
-    uses = next(bank.uses for bank in shared if len(cast(Tensor, bank.basis)) == len(basis))
-    axes.set_title(f"{len(basis)} filters, shared by {uses} layers\n(strongest channel of each)", fontsize=11)
+    axes.set_title(f"{len(basis)} filters, shared by {len(layers)} layers\n(strongest channel of each)", fontsize=11)

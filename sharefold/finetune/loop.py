@@ -26,6 +26,7 @@ from .log import RunLog, draw_curve
 from .schedule import Schedule, build_optimizer
 from .state import check_same_run, read_state, write_state
 from .step import Updater, freeze_norms
+from .whole import whole_factors
 
 STATE_FILE = "state.pt"
 
@@ -106,8 +107,9 @@ def finetune(
             warn_about_teacher(model, teacher, config)
         batches = training_batches(train, model, config, where)
         checks = None if val is None else validation_batches(val, model, config, where)
-        run = _Run(model, teacher, batches, checks, config, where, folder, quiet)
-        report = run.go(resume)
+        with whole_factors(model):
+            run = _Run(model, teacher, batches, checks, config, where, folder, quiet)
+            report = run.go(resume)
         if out is not None and where.first:
             from ..checkpoint import save
 

@@ -105,8 +105,9 @@ def collect_bases(model: nn.Module, *, joint: bool = False, skip: str = "") -> l
     """The orthogonality problems of a converted model, views of its live parameters.
 
     joint: banks of one stage with rows of one length become one matrix. skip: regular expression (``re.search``) of
-    bank names to leave out. Banks without a basis (tied kernels, codebooks) have nothing to keep orthogonal. Stage and
-    role come from the plan that the model carries; without one each bank is alone, and its kernel size is its kind.
+    bank names to leave out. Banks without a basis (tied kernels, codebooks) have nothing to keep orthogonal, and pivoted ones
+    cannot be so (:mod:`sharefold.finetune.whole`). Stage and role come from the plan that the model carries; without one
+    each bank is alone, and its kernel size is its kind.
     """
     plans = {bank_key(g["name"]): g for g in getattr(model, "sharefold_config", {}).get("plan", {}).get("groups", [])}
     unique: dict[int, list[Tensor]] = {}
@@ -117,7 +118,7 @@ def collect_bases(model: nn.Module, *, joint: bool = False, skip: str = "") -> l
     merged: dict[tuple[object, ...], Bases] = {}
     for name, bank in banks(model).items():
         basis = getattr(bank, "basis", None)
-        if not isinstance(basis, Tensor) or (skip and re.search(skip, name)):
+        if not isinstance(basis, Tensor) or bank.pivots is not None or (skip and re.search(skip, name)):
             continue
         rows = _rows(basis)
         group = plans.get(name, {})

@@ -29,7 +29,7 @@ def reinitialize(model: nn.Module, seed: int = 0, joint: bool = False) -> None:
     plans = {bank_key(g["name"]): g for g in getattr(model, "sharefold_config", {}).get("plan", {}).get("groups", [])}
     for key, bank in banks(model).items():
         for name, value in bank.named_parameters():
-            if name != "basis":
+            if name != "basis" or bank.pivots is not None:
                 _draw(name, value)
                 continue
             together = (plans[key]["stage"], value[0].numel()) if joint and key in plans else key

@@ -11,6 +11,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from sharefold.layers.kept import Kept
+from sharefold.layers.pivots import with_pivots
+
 ATTRIBUTE = "sharefold_banks"
 
 
@@ -18,18 +21,41 @@ class Bank(nn.Module):
     """Shared tensors of one group of layers.
 
     Args:
-        tensors: name -> float tensor; each becomes a parameter (``basis`` (R, I/groups, h, w), ``weight``
-            (O, I/groups, h, w), ``bias`` (O,), ``codebook`` (entries, values)).
+        tensors: by name; floating ones become parameters (``basis`` (R, I/groups, h, w), ``weight`` (O, I/groups, h, w),
+            ``bias`` (O,), ``codebook`` (entries, values)), integers buffers. With ``pivots`` (R,) these columns of the basis
+            are the identity's, and ``basis`` (R, I/groups * h * w - R) holds the others alone.
         uses: how many layers read the bank; the fine-tuning loop scales the step of a bank by it.
         stage: number of down-samplings before the group; orthogonality may join the banks of a stage.
     """
 
+    pivots: Tensor | None
+
     def __init__(self, tensors: dict[str, Tensor], uses: int, stage: int = 0) -> None:
         super().__init__()
+        self.register_buffer("pivots", None)
         for name, tensor in tensors.items():
-            self.register_parameter(name, nn.Parameter(tensor))
+            if tensor.is_floating_point():
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
         self.uses = uses
         self.stage = stage
+        self._kept = Kept()
+
+    def filters(self, kernel_size: tuple[int, int], x: Tensor | None = None) -> Tensor:
+        """The basis (R, I/groups, h, w); for an input ``x`` kept from run to run where it has to be put together."""
+        basis, pivots = cast(Tensor, self.basis), self.pivots
+        if pivots is None:
+            return basis
+
+        def make() -> Tensor:
+            return with_pivots(basis, pivots).unflatten(1, (-1, *kernel_size))
+
+        return self._kept.get(x, (basis, pivots), make)
+
+    def pointers(self) -> dict[str, int]:
+        """As :meth:`SharedConv.pointers`."""
+        return {} if self.pivots is None else {"pivots": sum(cast(Tensor, self.basis).shape)}
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name}={tuple(p.shape)}" for name, p in self.named_parameters())

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from sharefold.layers.bank import Bank
 from sharefold.layers.form import ConvForm
+from sharefold.layers.kept import Kept
+from sharefold.layers.pivots import with_pivots
 from sharefold.layers.shared import SharedConv
 
 
@@ -23,15 +25,17 @@ class BasisConv(SharedConv):
         form: the replaced layer's form.
         coefficients: (O, Ru + R).
         bank: holds ``basis`` (R, I/groups, h, w) or a wider one, whose first channels count here; or None.
-        unique: own filters (Ru, I/groups, h, w), or None.
+        unique: own filters (Ru, I/groups, h, w), or None; with ``pivots`` (Ru,), as in a bank, (Ru, I/groups * h * w - Ru).
         norm: BatchNorm2d over the Ru + R filter outputs, or None. While it trains, the layer runs factored.
     """
 
     unique: nn.Parameter | None
+    pivots: Tensor | None
 
     def __init__(
         self, form: ConvForm, coefficients: Tensor, bank: Bank | None = None, unique: Tensor | None = None,
         norm: nn.BatchNorm2d | None = None, bias: Tensor | None = None, gain: Tensor | None = None,
+        pivots: Tensor | None = None,
     ) -> None:  # fmt: skip
         super().__init__(form, bank, bias, gain)
         if norm is not None and (form.kind != "conv2d" or form.groups != 1):
@@ -39,15 +43,27 @@ class BasisConv(SharedConv):
         self.coefficients = nn.Parameter(coefficients)
         self.rank = coefficients.shape[1]  # a plain int: fx would turn the shape into a proxy
         self.register_parameter("unique", None if unique is None else nn.Parameter(unique))
+        self.register_buffer("pivots", pivots)
+        self._kept_filters = Kept()
         self.norm = norm
 
-    def filters(self) -> Tensor:
-        """Own filters, then the shared basis: (Ru + R, I/groups, h, w)."""
-        parts: list[Tensor] = [] if self.unique is None else [self.unique]
+    def filters(self, x: Tensor | None = None) -> Tensor:
+        """Own filters, then the shared basis: (Ru + R, I/groups, h, w); for an input ``x`` as :meth:`Bank.filters` does."""
+        parts = [] if self.unique is None else [self._own(self.unique, x)]
         if self.bank is not None:
             # A bank that serves layers of several widths is as wide as the widest.
-            parts.append(cast(Tensor, self.bank.basis)[:, : self.form.weight_shape[1]])
+            parts.append(self.bank.filters(self.form.kernel_size, x)[:, : self.form.weight_shape[1]])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _own(self, unique: Tensor, x: Tensor | None) -> Tensor:
+        pivots = self.pivots
+        if pivots is None:
+            return unique
+
+        def make() -> Tensor:
+            return with_pivots(unique, pivots).reshape(-1, *self.form.weight_shape[1:])
+
+        return self._kept_filters.get(x, (unique, pivots), make)
 
     def compose(self) -> Tensor:
         coefficients: Tensor = self.coefficients
@@ -79,7 +95,7 @@ class BasisConv(SharedConv):
         return rank * (form.features + rows) / (rows * form.features)
 
     def factored(self, x: Tensor) -> Tensor:
-        form, filters = self.form, self.filters()
+        form, filters = self.form, self.filters(x)
         if form.kind == "linear":
             return nn.functional.linear(form.apply(x, filters, None), self.coefficients, self.own_bias)
         if form.groups > 1:
@@ -101,6 +117,9 @@ class BasisConv(SharedConv):
     def set_linear_part(self, coefficients: Tensor) -> None:
         with torch.no_grad():
             self.coefficients.copy_(coefficients)
+
+    def pointers(self) -> dict[str, int]:
+        return {} if self.pivots is None or self.unique is None else {"pivots": sum(self.unique.shape)}
 
     def extra_repr(self) -> str:
         own = 0 if self.unique is None else len(self.unique)

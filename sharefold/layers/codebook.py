@@ -43,3 +43,6 @@ class CodebookConv(SharedConv):
         rows = cast(Tensor, self.bank.codebook)[self.codes.long()]
         weight = rows.reshape(self.form.weight_shape)
         return weight if self.scale is None else weight * self.scale[:, None, None, None]
+
+    def pointers(self) -> dict[str, int]:
+        return {"codes": len(cast(Tensor, self.bank.codebook))}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from sharefold.layers.bank import Bank, refer
 from sharefold.layers.form import ConvForm
+from sharefold.layers.kept import Kept
 
 RUNTIMES = ("auto", "factored", "composed")
 # `auto` runs two small convolutions instead of one when they need at most this share of its multiplications
@@ -39,7 +40,7 @@ class SharedConv(nn.Module):
         self.register_parameter("own_bias", None if bias is None else nn.Parameter(bias.detach().clone()))
         self.register_parameter("gain", None if gain is None else nn.Parameter(gain.detach().clone()))
         self.runtime = "auto"
-        self.__dict__["_cache"] = None
+        self._kept = Kept()
 
     # What subclasses say -----------------------------------------------------------------------------------------
 
@@ -65,6 +66,10 @@ class SharedConv(nn.Module):
     def set_linear_part(self, coefficients: Tensor) -> None:
         """Takes new coefficients (O, M) for the filters of :meth:`linear_part`."""
         raise NotImplementedError
+
+    def pointers(self) -> dict[str, int]:
+        """Integer buffers, and how many things each of their entries may point to."""
+        return {}
 
     # What users of a layer may read ------------------------------------------------------------------------------
 
@@ -120,20 +125,10 @@ class SharedConv(nn.Module):
         return share <= FACTORED_SHARE
 
     def _composed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        # Tracers and compilers must see the composition itself, and a cached tensor would cut the gradient. On the meta
-        # device there are no values to keep.
-        symbolic = isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or x.is_meta
-        if self.training or torch.is_grad_enabled() or symbolic:
+        def make() -> tuple[Tensor, Tensor | None]:
             return self.form.standardized(self.compose(), self.gain), self.bias
-        key = tuple((t.data_ptr(), t._version, t.dtype) for t in self._sources()) + (
-            torch.is_autocast_enabled(x.device.type),
-            torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None,
-        )
-        cache = self.__dict__["_cache"]
-        if cache is None or cache[0] != key:
-            cache = (key, self.form.standardized(self.compose(), self.gain), self.bias)
-            self.__dict__["_cache"] = cache
-        return cache[1], cache[2]
+
+        return make() if self.training else self._kept.get(x, self._sources(), make)
 
     def _sources(self) -> Iterator[Tensor]:
         for owner in (self, self.bank):
@@ -142,12 +137,9 @@ class SharedConv(nn.Module):
                 yield from owner.buffers()
 
     def train(self, mode: bool = True) -> SharedConv:
-        self.__dict__["_cache"] = None
+        self._kept.clear()
         super().train(mode)
         return self
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_cache": None}
 
     def dense(self) -> nn.Module:
         """The stock layer that computes the same (a new module with its own tensors)."""

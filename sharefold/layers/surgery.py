@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from sharefold.layers.bank import ATTRIBUTE
+from sharefold.layers.bank import ATTRIBUTE, Bank
 from sharefold.layers.shared import SharedConv
 
 
@@ -23,6 +23,18 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def shared_layers(model: nn.Module) -> dict[str, SharedConv]:
     """Every shared layer of ``model`` by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SharedConv)}
+
+
+def stray_pointers(model: nn.Module) -> list[str]:
+    """Names of integer tensors, as of a damaged file, with entries that point to nothing, or of pivots to one thing twice."""
+    found = []
+    for name, module in model.named_modules():
+        for key, count in (module.pointers() if isinstance(module, SharedConv | Bank) else {}).items():
+            values = getattr(module, key).long().flatten()
+            stray = values.numel() > 0 and (int(values.min()) < 0 or int(values.max()) >= count)
+            if stray or (key == "pivots" and len(values.unique()) < len(values)):
+                found.append(f"{name}.{key}" if name else key)
+    return found
 
 
 @contextmanager

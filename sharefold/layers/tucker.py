@@ -25,7 +25,7 @@ class TuckerConv(BasisConv):
         assert self.bank is not None
         return cast(Tensor, self.bank.basis), cast(Tensor, self.bank.projection)
 
-    def filters(self) -> Tensor:
+    def filters(self, x: Tensor | None = None) -> Tensor:
         """The filters on the layer's own input channels, (R, I, h, w)."""
         basis, projection = self._shared()
         return torch.einsum("rjhw,ji->rihw", basis, projection)

@@ -115,6 +115,10 @@ class Method(ABC):
         tensors = [*blank.bank.values(), *(t for member in blank.members for t in member.values())]
         return sum(t.numel() for t in tensors if t.is_floating_point())
 
+    def without_pivots(self) -> Method:
+        """The same method with choices that keep whole factors (:class:`sharefold.methods.pivoted.Pivoted`)."""
+        return self
+
     def stand_in(self, form: ConvForm, options: dict[str, Any]) -> SharedConv:
         """One member with unset tensors, on the current default device: for its costs at run time."""
         blank = self.blank([form], options)
@@ -166,16 +170,21 @@ class Method(ABC):
                 solution = self.blank(forms, plan.options)
         bank = None
         if solution.bank:
-            tensors = {name: tensor.to(first.device, first.dtype).clone() for name, tensor in solution.bank.items()}
-            bank = add_bank(model, plan.name, Bank(tensors, uses=len(layers)))
+            bank = add_bank(model, plan.name, Bank(_like(first, solution.bank), uses=len(layers)))
             bank.stage = plan.stage
         for name, layer, form, own in zip(plan.members, layers, forms, solution.members, strict=True):
-            tensors = {
-                key: t.to(first.device, first.dtype if t.is_floating_point() else t.dtype).clone()
-                for key, t in own.items()
-            }
             kept = {key: value for key in ("bias", "gain") if (value := getattr(layer, key, None)) is not None}
-            replace_module(model, name, self.member(form, bank, tensors, kept))
+            replace_module(model, name, self.member(form, bank, _like(first, own), kept))
+
+
+def _like(first: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the device of ``first``, floating ones in its dtype; contiguous, as they will be when read from a file."""
+    return {
+        key: t.to(first.device, first.dtype if t.is_floating_point() else t.dtype).clone(
+            memory_format=torch.contiguous_format
+        )
+        for key, t in tensors.items()
+    }
 
 
 def checked_form(name: str, layer: nn.Module) -> ConvForm:

@@ -9,19 +9,21 @@ from torch import Tensor, nn
 
 from sharefold.graph import NetworkGraph
 from sharefold.layers import Bank, BasisConv, ConvForm, SharedConv
-from sharefold.methods.base import Choice, Method, Solution, checked_form, curve_effort, rank_grid, solve_effort
+from sharefold.methods.base import Choice, Solution, checked_form, curve_effort, solve_effort
+from sharefold.methods.pivoted import Pivoted, blank_pivots
 from sharefold.methods.problem import GroupProblem
 from sharefold.methods.ragged import RaggedProblem, is_ragged, ragged_problem
 from sharefold.plans import GroupPlan
 from sharefold.solvers import basis
 from sharefold.solvers.data_norm import Problem
+from sharefold.solvers.pivot import pivot
 
 if TYPE_CHECKING:
     from sharefold.calibrate.statistics import Statistics
 
 
-class Basis(Method):
-    """What_k = C_k B by alternating least squares under the data norm. Options: ``rank``.
+class Basis(Pivoted):
+    """What_k = C_k B by alternating least squares under the data norm. Options: ``rank``, ``pivoted``.
 
     Members may differ in width: then B is as wide as the widest and the others use its first channels.
     """
@@ -33,14 +35,16 @@ class Basis(Method):
     def choices(self, problem: GroupProblem | RaggedProblem) -> list[Choice]:
         forms = problem.forms
         widest = max(form.features for form in forms)
-        per_rank = widest + sum(form.out_channels for form in forms)
-        dense = sum(form.out_channels * form.features for form in forms)
-        ranks = rank_grid(min((dense - 1) // per_rank, widest), points=24)
+        rows = sum(form.out_channels for form in forms)
+        ranks = self.ranks(rows, widest, sum(form.out_channels * form.features for form in forms))
         if not ranks:
             return []
         flat = problem.flat()
         points = basis.curve(flat, ranks, **curve_effort(widest))
-        return [Choice({"rank": p.rank}, p.rank * per_rank, self._per_layer(len(forms), flat, p.errors)) for p in points]
+        return [
+            Choice(self.options(p.rank), self.price(p.rank, rows, widest), self._per_layer(len(forms), flat, p.errors))
+            for p in points
+        ]
 
     def fit(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, plan: GroupPlan) -> Solution:
         if is_ragged([checked_form(name, model.get_submodule(name)) for name in plan.members]):
@@ -52,19 +56,29 @@ class Basis(Method):
         widest = max(forms, key=lambda form: form.features)
         result = basis.solve(flat, int(options["rank"]), **solve_effort(widest.features))
         coefficients = result.coefficients.reshape(len(forms), -1, result.coefficients.shape[-1])
+        bank = {"basis": result.basis.reshape(-1, *widest.weight_shape[1:]).float()}
+        if options.get("pivoted"):
+            pivots, free, mix = pivot(result.basis)
+            bank, coefficients = {"basis": free.float(), "pivots": pivots.int()}, coefficients @ mix
         return Solution(
-            {"basis": result.basis.reshape(-1, *widest.weight_shape[1:]).float()},
+            bank,
             [{"coefficients": c[: form.out_channels].float()} for c, form in zip(coefficients, forms, strict=True)],
             self._per_layer(len(forms), flat, result.errors),
         )
+
+    def columns(self, forms: list[ConvForm]) -> int:
+        return max(form.features for form in forms)
 
     def largest(self, forms: list[ConvForm]) -> dict[str, int]:
         return {"rank": max(form.features for form in forms)}
 
     def blank(self, forms: list[ConvForm], options: dict[str, Any]) -> Solution:
         rank, widest = int(options["rank"]), max(forms, key=lambda form: form.features)
+        bank = {"basis": torch.zeros(rank, *widest.weight_shape[1:])}
+        if options.get("pivoted"):
+            bank = blank_pivots("basis", rank, widest.features)
         return Solution(
-            {"basis": torch.zeros(rank, *widest.weight_shape[1:])},
+            bank,
             [{"coefficients": torch.zeros(f.out_channels, rank)} for f in forms],
         )
 

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from sharefold.layers import Bank, ConvForm, SharedConv, SpatialConv
-from sharefold.methods.base import Choice, Method, Solution, curve_effort, rank_grid, solve_effort
+from sharefold.methods.base import Choice, Solution, curve_effort, solve_effort
+from sharefold.methods.pivoted import Pivoted, blank_pivots
 from sharefold.methods.problem import GroupProblem
 from sharefold.solvers import low_rank
+from sharefold.solvers.pivot import pivot
 
 
-class Spatial(Method):
-    """What[o,i,a,b] = sum_r H[o,r,b] V[r,i,a], fitted under the data norm. Options: ``rank``."""
+class Spatial(Pivoted):
+    """What[o,i,a,b] = sum_r H[o,r,b] V[r,i,a], fitted under the data norm. Options: ``rank``, ``pivoted``."""
 
     name = "spatial"
     paper = "https://arxiv.org/abs/1405.3866"
@@ -25,22 +27,29 @@ class Spatial(Method):
         height, width = form.kernel_size
         if form.groups > 1 or form.kind != "conv2d" or height == 1 or width == 1:
             return []
-        per_rank = form.in_channels * height + form.out_channels * width
-        ranks = rank_grid((form.out_channels * form.features - 1) // per_rank, points=24)
+        rows, columns = form.out_channels * width, self.columns(problem.forms)
+        ranks = self.ranks(rows, columns, form.out_channels * form.features)
         if not ranks:
             return []
         points = low_rank.spatial_curve(problem.flat(), ranks, **curve_effort(form.features))
-        return [Choice({"rank": p.rank}, layers * p.rank * per_rank, p.errors) for p in points]
+        return [Choice(self.options(p.rank), layers * self.price(p.rank, rows, columns), p.errors) for p in points]
 
     def solve(self, problem: GroupProblem, options: dict[str, Any]) -> Solution:
         result = low_rank.spatial_solve(
             problem.flat(), int(options["rank"]), **solve_effort(problem.forms[0].features)
         )
-        members = [
-            {"vertical": v.float(), "horizontal": h.float()}
-            for v, h in zip(result.vertical, result.horizontal, strict=True)
-        ]
+        members = []
+        for vertical, horizontal in zip(result.vertical, result.horizontal, strict=True):
+            if options.get("pivoted"):
+                pivots, free, mix = pivot(vertical.flatten(1))
+                horizontal = torch.einsum("orxb,rs->osxb", horizontal, mix)
+                members.append({"vertical": free.float(), "horizontal": horizontal.float(), "pivots": pivots.int()})
+            else:
+                members.append({"vertical": vertical.float(), "horizontal": horizontal.float()})
         return Solution({}, members, result.errors)
+
+    def columns(self, forms: list[ConvForm]) -> int:
+        return forms[0].in_channels * forms[0].kernel_size[0]
 
     def largest(self, forms: list[ConvForm]) -> dict[str, int]:
         height, width = forms[0].kernel_size
@@ -48,18 +57,17 @@ class Spatial(Method):
 
     def blank(self, forms: list[ConvForm], options: dict[str, Any]) -> Solution:
         rank = int(options["rank"])
-        return Solution(
-            {},
-            [
-                {
-                    "vertical": torch.zeros(rank, f.in_channels, f.kernel_size[0], 1),
-                    "horizontal": torch.zeros(f.out_channels, rank, 1, f.kernel_size[1]),
-                }
-                for f in forms
-            ],
-        )
+
+        def vertical(form: ConvForm) -> dict[str, Tensor]:
+            if options.get("pivoted"):
+                return blank_pivots("vertical", rank, self.columns([form]))
+            return {"vertical": torch.zeros(rank, form.in_channels, form.kernel_size[0], 1)}
+
+        return Solution({}, [
+            {**vertical(f), "horizontal": torch.zeros(f.out_channels, rank, 1, f.kernel_size[1])} for f in forms
+        ])  # fmt: skip
 
     def member(
         self, form: ConvForm, bank: Bank | None, tensors: dict[str, Tensor], kept: dict[str, Tensor]
     ) -> SharedConv:
-        return SpatialConv(form, tensors["vertical"], tensors["horizontal"], **kept)
+        return SpatialConv(form, tensors["vertical"], tensors["horizontal"], pivots=tensors.get("pivots"), **kept)

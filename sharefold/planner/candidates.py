@@ -101,6 +101,7 @@ class Candidates:
 def find_candidates(
     model: nn.Module, graph: NetworkGraph, statistics: Statistics, method: str | Sequence[str] = "auto",
     exclude: str | None = None, progress: Progress | None = None, cost: Cost | None = None, objective: str = DEFAULT_OBJECTIVE,
+    pivots: bool = True,
 ) -> Candidates:  # fmt: skip
     """Everything that ``method`` offers for the layers of ``model`` that ``exclude`` does not match.
 
@@ -111,12 +112,13 @@ def find_candidates(
         progress: called with ("planning", done, total).
         cost: what budgets will count; by default parameters.
         objective: a name in :data:`sharefold.planner.OBJECTIVES`.
+        pivots: whether factors may leave out what says nothing.
 
     Raises:
         SharefoldError: unknown method or objective, malformed expression.
     """
     allowed = (AUTO if method == "auto" else (method,)) if isinstance(method, str) else method
-    methods = [method_named(name) for name in allowed]
+    methods = [method_named(name) if pivots else method_named(name).without_pivots() for name in allowed]
     units = find_units(graph, exclude)
     if any(method.takes_ragged for method in methods):
         units = together(model, units)

@@ -22,8 +22,8 @@ from sharefold.plans import DEFAULT_OBJECTIVE, Plan, Progress
 def plan(
     model: nn.Module, example_input: Tensor | None = None, budget: str | float | Budget = "50%", *,
     calibration: Tensor | None = None, method: str | Sequence[str] = "auto", exclude: str | None = None,
-    objective: str = DEFAULT_OBJECTIVE, statistics: Statistics | None = None, graph: NetworkGraph | None = None, seed: int = 0,
-    progress: Progress | None = None,
+    objective: str = DEFAULT_OBJECTIVE, pivots: bool = True, statistics: Statistics | None = None,
+    graph: NetworkGraph | None = None, seed: int = 0, progress: Progress | None = None,
 ) -> Plan:  # fmt: skip
     """Decides what every group of ``model`` shares so that the whole model fits ``budget``.
 
@@ -38,6 +38,8 @@ def plan(
         exclude: regular expression; layers whose name it matches stay as they are.
         objective: what is kept small: the layers' relative errors, each times a factor (``"fisher"``, ``"kl"``, ``"error"``:
             ``sharefold/planner/objectives.py``), or the whole network's output KL before repairs (``"joint"``).
+        pivots: whether factors leave out the numbers that say nothing (:mod:`sharefold.solvers.pivot`); without, they are
+            whole and orthonormal.
         statistics, graph: of ``model``; reused when given.
         seed: of everything random.
         progress: called with (what, done, total).
@@ -56,8 +58,8 @@ def plan(
     if statistics is None:
         statistics = statistics_of(model, graph, images, seed)
     planner = Planner(
-        model, graph, statistics, example, method=method, exclude=exclude, objective=objective, seed=seed,
-        progress=progress,
+        model, graph, statistics, example, method=method, exclude=exclude, objective=objective, pivots=pivots,
+        seed=seed, progress=progress,
     )  # fmt: skip
     return planner.plan(bound)
 
@@ -68,7 +70,7 @@ class Planner:
     Args:
         model, graph, statistics: the dense network, :func:`sharefold.analyze` of it, and its statistics.
         example_input: (B, C, H, W); latency is that of a batch of B.
-        method, exclude, objective, seed, progress: as for :func:`plan`.
+        method, exclude, objective, pivots, seed, progress: as for :func:`plan`.
 
     Raises:
         SharefoldError: unknown objective.
@@ -76,13 +78,13 @@ class Planner:
 
     def __init__(
         self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, example_input: Tensor, *,
-        method: str | Sequence[str] = "auto", exclude: str | None = None, objective: str = DEFAULT_OBJECTIVE, seed: int = 0,
-        progress: Progress | None = None,
+        method: str | Sequence[str] = "auto", exclude: str | None = None, objective: str = DEFAULT_OBJECTIVE,
+        pivots: bool = True, seed: int = 0, progress: Progress | None = None,
     ) -> None:  # fmt: skip
         objective_named(objective)
         self.model, self.graph, self.statistics, self.example = model, graph, statistics, example_input
         self.method, self.exclude, self.objective = method, exclude, objective
-        self.seed, self.progress = seed, progress
+        self.pivots, self.seed, self.progress = pivots, seed, progress
         self._made: dict[str, Candidates] = {}
 
     def candidates(self, unit: str = "parameters") -> Candidates:
@@ -90,8 +92,9 @@ class Planner:
         if unit not in self._made:
             cost = cost_of(unit, self.model, self.graph, self.example)
             self._made[unit] = find_candidates(
-                self.model, self.graph, self.statistics, self.method, self.exclude, self.progress, cost, self.objective
-            )
+                self.model, self.graph, self.statistics, self.method, self.exclude, self.progress, cost, self.objective,
+                self.pivots,
+            )  # fmt: skip
         return self._made[unit]
 
     def plan(self, budget: str | float | Budget) -> Plan:

@@ -14,7 +14,7 @@ from sharefold.calibrate.pairs import Inputs
 from sharefold.calibrate.sensitivity import output_sensitivity
 from sharefold.calibrate.statistics import WIDE
 from sharefold.graph import NetworkGraph
-from sharefold.layers import BasisConv, ConvForm, SharedConv, SpatialConv, TiedConv, banks, form_of
+from sharefold.layers import BasisConv, ConvForm, SharedConv, SpatialConv, TiedConv, banks, form_of, free_columns
 from sharefold.solvers.tucker import lift
 from sharefold.store.moments import gather, runs
 from sharefold.store.rounding import unabsorbed
@@ -144,15 +144,26 @@ def _measure(
         metric, weight = vertical_metric(metric, layer), weight.reshape(layer.rank, -1).sum(1)
         plan.rows[f"{name}.vertical"] = weight * unabsorbed(metric)
     elif isinstance(layer, BasisConv) and layer.unique is not None:
+        metric = free_metric(metric, layer.pivots)
         plan.rows[f"{name}.unique"] = weight[: len(cast(Tensor, layer.unique))] * unabsorbed(metric)
 
 
+def free_metric(metric: Tensor, pivots: Tensor | None) -> Tensor:
+    """(1, M, M): of moments (1, N, N), those of the columns that a factor with ``pivots`` keeps."""
+    if pivots is None:
+        return metric
+    free = free_columns(pivots, metric.shape[1]).to(metric.device)
+    return metric[:, free][:, :, free]
+
+
 def vertical_metric(metric: Tensor, layer: SpatialConv) -> Tensor:
-    """(1, I*h, I*h): moments of the column filters' inputs, mean over the columns of the window."""
+    """(1, I*h, I*h): moments of the column filters' inputs, mean over the columns of the window; of a pivoted filter bank
+    those of the inputs that are not its pivots."""
     height, width = layer.form.kernel_size
     channels = layer.form.in_channels
     cells = metric.reshape(channels, height, width, channels, height, width)
-    return torch.einsum("iawjbw->iajb", cells).reshape(1, channels * height, channels * height) / width
+    moments = torch.einsum("iawjbw->iajb", cells).reshape(1, channels * height, channels * height) / width
+    return free_metric(moments, layer.pivots)
 
 
 def _shared(
@@ -197,8 +208,10 @@ def _basis_metric(
     bank = next(iter(layers.values())).bank
     assert bank is not None
     basis: nn.Parameter = bank.basis  # type: ignore[assignment]
+    pivots = bank.pivots
     weights = {name: float((rows[name] * found[name].variance).sum()) for name in layers}
-    size = basis[0].numel()  # layers that are narrower than the bank use its first channels
+    # Layers that are narrower than the bank use its first channels.
+    size = basis[0].numel() + (0 if pivots is None else len(pivots))
     grams = {name: _widened(found[name].gram.double().mean(0), size) for name in layers}
     metric = sum(grams[name] * weights[name] for name in layers) / sum(weights.values())
     assert isinstance(metric, Tensor)
@@ -206,18 +219,20 @@ def _basis_metric(
     if projection is not None:
         lifted = lift(torch.eye(basis[0].numel(), dtype=torch.float64), projection.detach().cpu().double())
         metric = lifted @ whole @ lifted.T
-    # Every turn needs all coefficients that multiply the basis; own filters or a norm in between leave them apart.
-    simple = all(layer.norm is None and layer.unique is None for layer in layers.values())
+    # Every turn needs all coefficients that multiply the basis; own filters or a norm in between leave them apart. A basis
+    # with pivots has no turn left.
+    simple = pivots is None and all(layer.norm is None and layer.unique is None for layer in layers.values())
     if simple and len(layers) == bank.uses:
         _turn(basis, layers, metric, rows)
+    metric = free_metric(metric.unsqueeze(0), pivots)
     count = len(basis)
     power = torch.zeros(count, dtype=torch.float64)
     for name, layer in layers.items():
         part = layer.coefficients.detach().cpu().double()[:, -count:]
         power += (part.square() * rows[name].unsqueeze(1)).sum(0)
     key = f"{bank_name}.basis"
-    plan.metrics[key] = metric.unsqueeze(0)
-    plan.rows[key] = power * unabsorbed(metric.unsqueeze(0))
+    plan.metrics[key] = metric
+    plan.rows[key] = power * unabsorbed(metric)
     if projection is not None:
         taps = basis[0, 0].numel()
         marginal = whole.reshape(-1, taps, len(whole) // taps, taps).diagonal(dim1=1, dim2=3).mean(-1)

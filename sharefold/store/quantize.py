@@ -22,7 +22,7 @@ from sharefold.plans import Progress
 from sharefold.solvers.quantize import kmeans_codebook, search_scale
 from sharefold.store.moments import gather, runs
 from sharefold.store.norms import fold_norms
-from sharefold.store.prepare import Prepared, matrices, prepare, vertical_metric
+from sharefold.store.prepare import Prepared, free_metric, matrices, prepare, vertical_metric
 from sharefold.store.rounding import round_matrix
 from sharefold.store.size import file_bytes
 from sharefold.store.spec import StoreRequest, StoreSpec, TensorSpec, parse_store, scaled
@@ -292,7 +292,7 @@ def _round_factors(
     if isinstance(module, SpatialConv) and f"{name}.vertical" in wanted:
         settle(f"{name}.vertical", vertical_metric(metric, module))
     elif isinstance(module, BasisConv) and f"{name}.unique" in wanted:
-        settle(f"{name}.unique", metric)
+        settle(f"{name}.unique", free_metric(metric, module.pivots))
     part = module.linear_part()
     assert part is not None
     flat = part[0].detach().cpu().double().flatten(1)

@@ -223,6 +223,7 @@ def test_bisection_gives_up_at_once_where_nothing_helps() -> None:
         (["--method", "basis,nonsense"], "unknown method 'nonsense'"),
         (["--objective", "nonsense"], "unknown objective 'nonsense'"),
         (["--plan", "/no/plan.json", "--objective", "kl"], "--objective has no effect with --plan"),
+        (["--plan", "/no/plan.json", "--no-pivots"], "--no-pivots has no effect with --plan"),
         (["--budget", "1% MACs", "--method", "svd"], "the floor is"),
         (["--budget", "0.001us", "--method", "svd"], "the floor is"),
         (["--budget", "5 latency"], "unknown unit"),

@@ -24,7 +24,9 @@ from sharefold.layers import (
     form_of,
     replace_module,
     shared_layers,
+    stray_pointers,
     to_dense,
+    with_pivots,
 )  # fmt: skip
 
 
@@ -144,6 +146,62 @@ def test_basis_with_norm_folds_exactly_in_eval_and_normalises_in_train():
     assert not torch.equal(before, norm.running_mean), "in train mode the BatchNorm must see the responses"
 
 
+@pytest.mark.parametrize("kind", ["bank", "own", "spatial", "linear"])
+def test_pivoted_factors_are_the_same_layer_with_fewer_numbers(kind):
+    dense = nn.Linear(12, 8) if kind == "linear" else nn.Conv2d(6, 8, 3, padding=1)
+    form, rank = form_of(dense), 5
+    size = 18 if kind == "spatial" else form.features
+    free, pivots = torch.randn(rank, size - rank), torch.randperm(size)[:rank].sort().values.int()
+    rows = with_pivots(free, pivots)
+    coefficients = torch.randn(8, rank)
+    if kind == "spatial":
+        rest = torch.randn(8, rank, 1, 3)
+        layer = SpatialConv(form, free, rest, bias=dense.bias, pivots=pivots)
+        plain = SpatialConv(form, rows.reshape(rank, 6, 3, 1), rest, bias=dense.bias)
+    elif kind == "own":
+        layer = BasisConv(form, coefficients, unique=free, pivots=pivots, bias=dense.bias)
+        plain = BasisConv(form, coefficients, unique=rows.reshape(rank, 6, 3, 3), bias=dense.bias)
+    else:
+        layer = BasisConv(form, coefficients, Bank({"basis": free, "pivots": pivots}, uses=1), bias=dense.bias)
+        plain = BasisConv(form, coefficients, Bank({"basis": rows.reshape(rank, *form.weight_shape[1:])}, 1), bias=dense.bias)
+    x = torch.randn(2, 12) if kind == "linear" else torch.randn(2, 6, 9, 7)
+    assert count(plain) - count(layer) == rank**2
+    for runtime in ("composed", "factored"):
+        layer.runtime = plain.runtime = runtime
+        for mode in (True, False):
+            torch.testing.assert_close(layer.train(mode)(x), plain.train(mode)(x), rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            first = layer(x)
+            assert torch.equal(layer(x), first), "kept filters must be those that were made"
+            (free_of(layer)).mul_(1.5)
+            assert not torch.allclose(layer(x), first), "kept filters must follow their source"
+            (free_of(layer)).div_(1.5)
+    for mine, its in zip(layer.linear_part(), plain.linear_part(), strict=True):
+        torch.testing.assert_close(mine, its)
+    layer(x).square().sum().backward()
+    assert bool((free_of(layer).grad != 0).any())
+
+
+def free_of(layer):
+    return layer.vertical if isinstance(layer, SpatialConv) else layer.bank.basis if layer.bank else layer.unique
+
+
+def count(layer):
+    owners = [layer] if layer.bank is None else [layer, layer.bank]
+    return sum(p.numel() for owner in owners for p in owner.parameters())
+
+
+def test_entries_that_point_to_nothing_are_found(net):
+    assert stray_pointers(net) == []
+    net.body[4].codes[0, 0] = 16
+    assert stray_pointers(net) == ["body.4.codes"]
+    bank = add_bank(net, "stage.3", Bank({"basis": torch.randn(2, 5), "pivots": torch.tensor([1, 6])}, uses=1))
+    assert stray_pointers(net) == ["body.4.codes"]
+    for wrong in ([1, 7], [-1, 2], [3, 3]):
+        bank.pivots = torch.tensor(wrong)
+        assert stray_pointers(net)[1:] == ["sharefold_banks.stage_3.pivots"]
+
+
 class Net(nn.Module):
     """Three members of each kind over two banks."""
 
@@ -198,7 +256,7 @@ def test_deepcopy_and_pickle_keep_the_sharing_and_separate_the_copies(net, image
 def test_cache_follows_every_change(net, image):
     with torch.no_grad():
         first = net(image)
-        assert net.body[0].__dict__["_cache"] is not None
+        assert net.body[0]._kept._value is not None
         banks(net)["stage_0"].basis.add_(0.1)
         second = net(image)
         assert not torch.allclose(first, second)

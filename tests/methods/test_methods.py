@@ -15,6 +15,7 @@ from sharefold.calibrate.statistics import statistics_of
 from sharefold.data import Preprocess, calibration_images
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze, find_groups
+from sharefold.layers import Bank
 from sharefold.methods import AUTO, METHODS, Method, method_named
 from sharefold.methods.problem import GroupProblem, problem_of
 
@@ -70,6 +71,24 @@ def test_candidates_cost_what_they_say_and_errors_do_not_exceed_them(name: str, 
         if solution.errors is not None:
             # Candidates are compared after fewer rounds; the full solution is at least about as good.
             assert float(solution.errors.mean()) <= float(choice.errors.mean()) * 1.1 + 1e-6
+
+
+@pytest.mark.parametrize("name", ["basis", "svd", "spatial"])
+def test_pivots_save_the_square_of_the_rank_and_change_nothing(name: str, residual: GroupProblem) -> None:
+    method, layers = METHODS[name], len(residual.forms)
+    full, pivoted = {"rank": 7}, {"rank": 7, "pivoted": True}
+    saved = 49 * (1 if name == "basis" else layers)
+    assert method.cost(residual.forms, full) - method.cost(residual.forms, pivoted) == saved
+    weights = []
+    for options in (full, pivoted):
+        solution = method.solve(residual, options)
+        bank = Bank(solution.bank, layers) if solution.bank else None
+        members = zip(residual.forms, solution.members, strict=True)
+        weights.append(torch.stack([method.member(form, bank, own, {}).weight for form, own in members]))
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+    size = residual.forms[0].in_channels * 3 if name == "spatial" else residual.forms[0].features
+    assert not method.fits(residual.forms, {"rank": size, "pivoted": True})
+    assert not method.fits(residual.forms, {"rank": 7, "pivoted": 1})
 
 
 @pytest.mark.parametrize("name", ["basis", "svd", "spatial", "tucker", "cluster-filter", "cluster-kernel"])

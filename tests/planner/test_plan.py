@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -32,7 +33,7 @@ class Prepared:
         self.statistics = statistics_of(self.model, self.graph, CALIBRATION)
         self.params = count(self.model)
 
-    def plan(self, budget: str | float, method: str = "auto", **options: str) -> sharefold.Plan:
+    def plan(self, budget: str | float, method: str = "auto", **options: Any) -> sharefold.Plan:
         return sharefold.plan(
             self.model, budget=budget, method=method, statistics=self.statistics, graph=self.graph, **options
         )
@@ -110,6 +111,19 @@ def test_auto_is_at_least_as_good_as_each_of_its_methods(residual: Prepared) -> 
     assert damage("auto") <= min(damage(method) for method in ("basis", "svd", "spatial")) * 1.01
 
 
+@pytest.mark.parametrize("method", ["auto", "basis", "svd", "spatial"])
+def test_pivots_buy_accuracy_and_can_be_left_out(residual: Prepared, method: str) -> None:
+    def damage(plan: sharefold.Plan) -> float:
+        return sum((g.error or 0) * len(g.members) for g in plan.groups)
+
+    pivoted, whole = residual.plan("45%", method), residual.plan("45%", method, pivots=False)
+    assert all(g.options["pivoted"] is True for g in pivoted.groups)
+    assert whole.groups and not any("pivoted" in g.options for g in whole.groups)
+    assert damage(pivoted) < 0.95 * damage(whole)
+    for plan in (pivoted, whole):
+        assert count(residual.carried_out(plan)) == plan.params_after <= 0.45 * residual.params
+
+
 def test_budgets_in_parameters(residual: Prepared) -> None:
     half = residual.params // 2
     assert residual.plan(half).params_after <= half
@@ -126,7 +140,7 @@ def test_a_budget_in_bytes_is_that_of_the_file(residual: Prepared, tmp_path: Pat
     sharefold.save(model, tmp_path / "net.safetensors")
     assert 0.9 * size < (tmp_path / "net.safetensors").stat().st_size <= size
     wanted = agreement(residual.model, model, CALIBRATION)
-    assert wanted.top1 >= 0.9 and sharefold.load(tmp_path / "net.safetensors", model=residual.model) is not None
+    assert wanted.top1 >= 0.9 and sharefold.load(tmp_path / "net.safetensors", model=copy.deepcopy(residual.model)) is not None
 
 
 def test_bytes_that_hold_the_network_as_it_is_change_nothing(residual: Prepared) -> None:

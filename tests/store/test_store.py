@@ -67,7 +67,22 @@ def test_folder_holds_the_same_bytes_of_weights(tmp_path: Path) -> None:
     assert torch.equal(sharefold.load(folder, model=Tiny())(images(4)), model(images(4)))
 
 
-@pytest.mark.parametrize("form", [{}, {"shared": False}, {"method": "tucker"}])
+@pytest.mark.parametrize("text", ["fp16", "int4", "kmeans4", "mixed:step=0.01"])
+@pytest.mark.parametrize("alone", ["spatial", "svd"])
+def test_pivoted_factors_round_trip(alone: str, text: str, tmp_path: Path) -> None:
+    original, model = converted(alone=alone, pivoted=True)
+    pivots = {name: t for name, t in model.state_dict().items() if name.endswith("pivots")}
+    quantize_(model, text, calibration=images(), original=original)
+    loaded = sharefold.load(sharefold.save(model, tmp_path / "tiny.safetensors"), model=Tiny())
+    assert torch.equal(loaded(images()), model.eval()(images()))
+    assert len(pivots) == 2 and all(torch.equal(loaded.state_dict()[name], t) for name, t in pivots.items())
+    assert agreement(original, model, images()).kl < (0.4 if "4" in text else 0.2)
+
+
+PIVOTED = [{"pivoted": True}, {"alone": "svd", "pivoted": True}]
+
+
+@pytest.mark.parametrize("form", [{}, {"shared": False}, {"method": "tucker"}, *PIVOTED])
 def test_compensation_beats_nearest(form: dict[str, Any]) -> None:
     original, model = converted(**form)
     rounded, nearest = copy.deepcopy(model), copy.deepcopy(model)

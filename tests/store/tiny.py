@@ -56,14 +56,17 @@ def images(count: int = 48) -> Tensor:
     )
 
 
-def converted(*, shared: bool = True, method: str = "basis") -> tuple[Tiny, Tiny]:
-    """(dense original, converted network): one shared bank, a spatial factorisation, the rest dense."""
+def converted(
+    *, shared: bool = True, method: str = "basis", alone: str = "spatial", pivoted: bool = False
+) -> tuple[Tiny, Tiny]:
+    """(dense original, converted network): one shared bank, a layer factored ``alone``, the rest dense."""
     original, model = trained(), trained()
     total = sum(p.numel() for p in model.parameters())
-    options = {"rank": 10, "width": 8} if method == "tucker" else {"rank": 10}
+    pivots = {"pivoted": True} if pivoted else {}
+    options = {"rank": 10, "width": 8} if method == "tucker" else {"rank": 10, **pivots}
     groups = [
         GroupPlan("first", method, ("blocks.0.conv1", "blocks.1.conv1"), options, 2592, 1320),
-        GroupPlan("third", "spatial", ("blocks.2.conv1",), {"rank": 8}, 1296, 576),
+        GroupPlan("third", alone, ("blocks.2.conv1",), {"rank": 8, **pivots}, 1296, 576),
     ]
     convert_(model, Plan(groups if shared else [], total, total), calibration=images(), repair=False)
     return original, model

@@ -1,0 +1,102 @@
+"""Pivoted factors are trained whole and orthonormal, and pivoted again afterwards.
+
+Both forms hold the same networks, and the pivoted one fewer numbers; but a step along the gradient depends on the numbers that
+one steps in. With orthonormal rows a step of the coefficients moves the weight as far as it moves them, and the orthogonality
+term keeps it so; from pivoted factors plain SGD learns markedly less (docs/fine-tuning.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from sharefold.layers import Bank, BasisConv, SharedConv, SpatialConv, banks, shared_layers, with_pivots
+from sharefold.solvers.pivot import pivot
+
+FACTORS = ("basis", "unique", "vertical")
+
+
+@contextmanager
+def whole_factors(model: nn.Module) -> Iterator[None]:
+    """While active, the pivoted factors of ``model`` are whole and orthonormal parameters; it computes the same.
+
+    Afterwards, whatever happened, they are pivoted again, in as many numbers as before. Networks whose tensors are rounded
+    while they train (``store`` in their configuration) stay as they are.
+    """
+    rounded = bool(getattr(model, "sharefold_config", {}).get("store"))
+    every: list[Bank | SharedConv] = [*banks(model).values(), *shared_layers(model).values()]
+    owners = [] if rounded else [owner for owner in every if _pivots(owner) is not None]
+    readers = {owner: _readers(model, owner) for owner in owners}
+    with torch.no_grad():
+        for owner in owners:
+            _make_whole(owner, readers[owner])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for owner in owners:
+                _make_pivoted(owner, readers[owner])
+
+
+def _pivots(owner: Bank | SharedConv) -> Tensor | None:
+    return cast("Tensor | None", getattr(owner, "pivots", None))
+
+
+def _readers(model: nn.Module, owner: Bank | SharedConv) -> list[SharedConv]:
+    """The layers whose coefficients multiply the factor."""
+    if isinstance(owner, Bank):
+        return [layer for layer in shared_layers(model).values() if layer.bank is owner]
+    return [owner]
+
+
+def _factor(owner: Bank | SharedConv) -> tuple[str, nn.Parameter]:
+    return next((name, p) for name in FACTORS if (p := getattr(owner, name, None)) is not None)
+
+
+def _make_whole(owner: Bank | SharedConv, readers: list[SharedConv]) -> None:
+    name, free = _factor(owner)
+    pivots = _pivots(owner)
+    assert pivots is not None
+    found = torch.linalg.qr(with_pivots(free, pivots).double().T)
+    widest = max(readers, key=lambda layer: layer.form.features).form
+    shape = (widest.in_channels, widest.kernel_size[0], 1) if name == "vertical" else widest.weight_shape[1:]
+    _set(owner, name, found.Q.T.reshape(-1, *shape), free)
+    owner.pivots = None
+    for layer in readers:
+        _mix(layer, found.R.T)
+
+
+def _make_pivoted(owner: Bank | SharedConv, readers: list[SharedConv]) -> None:
+    name, whole = _factor(owner)
+    rows = whole.detach().double().flatten(1)
+    if bool(torch.isfinite(rows).all()):
+        # Filters that came to depend on each other leave room for any others.
+        left, sizes, orthonormal = torch.linalg.svd(rows, full_matrices=False)
+        pivots, free, mix = pivot(orthonormal)
+        mix = left * sizes @ mix
+    else:  # a run that diverged
+        count = len(rows)
+        pivots, free = torch.arange(count, device=rows.device), rows[:, count:]
+        mix = torch.full((count, count), float("nan"), dtype=rows.dtype, device=rows.device)
+    _set(owner, name, free, whole)
+    owner.pivots = pivots.int()
+    for layer in readers:
+        _mix(layer, mix)
+
+
+def _set(owner: nn.Module, name: str, value: Tensor, like: nn.Parameter) -> None:
+    setattr(owner, name, nn.Parameter(value.to(like).contiguous(), requires_grad=like.requires_grad))
+
+
+def _mix(layer: SharedConv, matrix: Tensor) -> None:
+    """Multiplies the coefficients, the last ones where own filters come before a bank's, by ``matrix``."""
+    if isinstance(layer, SpatialConv):
+        mixed = torch.einsum("orxb,rs->osxb", layer.horizontal.double(), matrix)
+        layer.horizontal.copy_(mixed)
+    elif isinstance(layer, BasisConv):
+        part = layer.coefficients[:, -len(matrix) :]
+        part.copy_(part.double() @ matrix)
