@@ -41,7 +41,7 @@ def command(run: Run, output: Path, budget: str, small: str, epochs: int, force:
         ],
         title="digits_resnet on 359 test images",
     )  # fmt: skip
-    run.say("Averaging the kernels of a trained stage is close to a reset; a shared basis of the same size is not.")
+    run.say("Averaging the kernels of a trained stage costs accuracy; a shared basis of the same size costs next to none.")
     run.say(
         f"Saved and reloaded in one call: logits {'equal bit for bit' if demo.identical else 'DIFFER'}; "
         f"expanded to the stock architecture: within {demo.expanded_difference:.0e}."

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sharefold.budget import Effort, parse_effort
 from sharefold.calibrate.augment import blended
+from sharefold.calibrate.head import refit_head
 from sharefold.calibrate.inputs import calibration_or_procedural, input_config
 from sharefold.calibrate.means import absorb_means
 from sharefold.calibrate.norms import reestimate_norms
@@ -25,6 +26,9 @@ from sharefold.methods import Solution, method_named
 from sharefold.methods.solved import is_solved, solution_of
 from sharefold.plans import GroupPlan, Plan, Progress
 from sharefold.store import parse_store, quantize_
+
+# In the order in which they run.
+REPAIRS = ("refit", "norms", "head")
 
 
 @dataclass
@@ -61,8 +65,8 @@ def convert_(
         model: the dense network that the plan was made for.
         plan: from :func:`sharefold.plan`, a recipe, or :meth:`Plan.from_json`.
         calibration: (n, C, H, W) normalised images, no labels; by default procedural images.
-        repair: refit coefficients and BatchNorms on the converted prefix; kept only where the KL on held-out images and
-            blends of them falls.
+        repair: refit coefficients, BatchNorms and classifier on the converted prefix; each is kept only where the KL on
+            held-out images and blends of them falls.
         refine: label-free distillation on the calibration images: epochs, a time such as ``"4m"``, or ``"auto"``.
         statistics, graph: of ``model`` while dense; reused when given, so that planning and solving share one pass.
         config: entries of the saved configuration (``base``, ``pretrained_cfg``) known better than :func:`describe` can.
@@ -109,12 +113,13 @@ def convert_(
     deciding = with_blends(held_out, seed)
     steps: dict[str, Any] = {}
     if repair and not compared:
-        steps["refit"] = steps["norms"] = {"kept": False, "reason": "the network returns no logits to decide by"}
+        steps |= {name: {"kept": False, "reason": "the network returns no logits to decide by"} for name in REPAIRS}
     elif repair:
         start = time.perf_counter()
         telling = images[rest[torch.isin(rest, statistics.chosen)]]
         steps["refit"] = refit(original, model, graph, telling, deciding, plan.groups, progress=progress)
-        steps["norms"] = reestimate_norms(original, model, fitting, deciding, before=_kl_after(steps["refit"]))
+        steps["norms"] = reestimate_norms(original, model, fitting, deciding, before=_kl_so_far(steps))
+        steps["head"] = refit_head(original, model, fitting, deciding, before=_kl_so_far(steps))
         seconds["repair"] = time.perf_counter() - start
     if effort is not None:
         from sharefold.calibrate.refine import refine as run_refine
@@ -122,7 +127,7 @@ def convert_(
         start = time.perf_counter()
         steps["refine"] = run_refine(
             original, model, fitting, deciding, epochs=effort.epochs, seconds=effort.seconds, graph=graph,
-            seed=seed, progress=progress, before=_kl_after(steps.get("norms", {})),
+            seed=seed, progress=progress, before=_kl_so_far(steps),
         )  # fmt: skip
         seconds["refine"] = time.perf_counter() - start
     if plan.store:
@@ -133,9 +138,10 @@ def convert_(
     return Conversion(done, original, found and found.top1, found and found.kl, steps, seconds)
 
 
-def _kl_after(step: Mapping[str, Any]) -> float | None:
-    """KL of the network that a repair left, on the images that decide; None when the repair did not measure it."""
-    return step.get("kl_after" if step.get("kept") else "kl_before")
+def _kl_so_far(steps: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """KL of the network that the repairs left, on the images that decide; None when none of them measured it."""
+    measured = [step["kl_after" if step["kept"] else "kl_before"] for step in steps.values() if "kl_before" in step]
+    return measured[-1] if measured else None
 
 
 def describe(original: nn.Module, plan: Plan, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
