@@ -3,8 +3,8 @@
     python benchmarks/finetune_ablation.py --source resnet20.th --data npz:cifar10.npz --limit 10000 --seeds 3
 
 Prints a table and writes results/finetune_ablation.json, after every row; rows of an earlier run with the same settings
-stay unless they are measured again. The network is converted once, with one bank a stage (method ``basis``, without pivots),
-so that the parts that concern banks have something to act on. Top-1 is of the test images.
+stay unless they are measured again. The network is converted once, with one bank a stage (method ``basis``), so that the
+parts that concern banks have something to act on; without pivots unless ``--pivots``. Top-1 is of the test images.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--amp", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--parts", nargs="*", help="only rows whose name holds one of these words")
-    parser.add_argument("--pivots", action="store_true", help="pivoted banks, which the orthogonality term leaves alone")
+    parser.add_argument("--pivots", action="store_true", help="plan with pivoted banks: more filters at the same size")
     parser.add_argument("--out", type=Path, default=RESULTS / "finetune_ablation.json")
     options = parser.parse_args(arguments)
     opened = open_source(options.source, pretrained=not options.random)

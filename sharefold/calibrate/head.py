@@ -7,7 +7,7 @@ features that badly damaged layers no longer give.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -59,15 +59,15 @@ def refit_head(
 
 
 def _head(model: nn.Module, images: Tensor) -> nn.Linear | None:
-    """The Linear whose output is the network's."""
-    device = next(model.parameters()).device
+    """The Linear whose output is the network's; found in one run."""
     linears = [module for module in model.modules() if type(module) is nn.Linear and module.bias is not None]
-    for linear in reversed(linears):
-        with _watched(linear) as seen, evaluating(model):
-            logits = first_logits(model(images.to(device)))
-        if len(seen) == 1 and seen[0][1].shape == logits.shape and torch.equal(seen[0][1], logits):
-            return linear if logits.ndim == 2 else None
-    return None
+    with ExitStack() as stack:
+        runs = [(linear, stack.enter_context(_watched(linear))) for linear in linears]
+        stack.enter_context(evaluating(model))
+        logits = first_logits(model(images.to(next(model.parameters()).device)))
+    if logits.ndim != 2:
+        return None
+    return next((linear for linear, seen in runs if len(seen) == 1 and torch.equal(seen[0][1], logits)), None)
 
 
 @contextmanager
