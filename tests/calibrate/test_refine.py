@@ -11,7 +11,7 @@ from sharefold.calibrate.augment import random_views
 from sharefold.calibrate.refine import centred, refine, relative_error
 from sharefold.errors import SharefoldError
 from sharefold.layers import Bank, BasisConv, add_bank, form_of
-from sharefold.measure import agreement
+from sharefold.measure import Agreement, agreement
 
 
 class Block(nn.Module):
@@ -83,9 +83,35 @@ def test_lowers_held_out_kl_much(pair) -> None:
     assert result["kl_before"] > 0.01
     assert result["kl_after"] < 0.6 * result["kl_before"]
     assert agreement(teacher, model, held_out).kl == pytest.approx(result["kl_after"], rel=1e-5)
-    assert result["kl_after"] == min(result["history"])
+    assert result["kl_after"] == result["history"][-1]
     assert same(state(teacher), frozen)
     assert all(torch.equal(a, block.norm.running_var) for a, block in zip(statistics, model.blocks, strict=True))
+
+
+def guard_of(monkeypatch, divergences: list[float], before: float) -> tuple[module._Guard, nn.Linear]:
+    """A guard that is told these divergences in turn, and the model it watches."""
+    told = iter(divergences)
+    monkeypatch.setattr(module, "agreement", lambda *_: Agreement(1.0, next(told)))
+    model = nn.Linear(1, 1, bias=False)
+    return module._Guard(model, model, torch.zeros(1, 1), before), model
+
+
+@pytest.mark.parametrize(
+    ("divergences", "remains"),
+    [([0.2, 0.6], 2.0), ([0.7, 0.9], 2.0), ([0.2, 1.1], 1.0), ([1.5, 1.1], 0.0)],
+    ids=["end", "end, by little", "on the way", "start"],
+)
+def test_the_end_counts_before_better_states_on_the_way(monkeypatch, divergences, remains) -> None:
+    guard, model = guard_of(monkeypatch, divergences, before=1.0)
+    for value, share in ((0.0, 0.05), (1.0, 0.5), (2.0, 1.0)):
+        with torch.no_grad():
+            model.weight.fill_(value)
+            if value == 0.0:
+                guard.saved = module._snapshot(model)
+        assert guard.passes(share)
+    assert float(guard.saved["weight"]) == remains
+    assert guard.best == {2.0: divergences[1], 1.0: divergences[0], 0.0: 1.0}[remains]
+    assert guard.history == divergences
 
 
 def test_returns_what_it_was_given_when_training_only_harms(pair) -> None:
