@@ -3,8 +3,9 @@
     SHAREFOLD_DATA=../shared/data OMP_NUM_THREADS=2 python benchmarks/label_free.py --seeds 0 1 2 --methods auto --refine 20
     SHAREFOLD_DATA=../shared/data OMP_NUM_THREADS=2 python benchmarks/label_free.py --networks resnet20 --sizes 50% 0.15MB
 
-Rows of one network and seed share the 2,000 calibration images; top-1 is of all 10,000 test images. A size in MB is that of
-the whole file, which is written and read back; only sharefold is asked for those.
+Rows of one network and seed share the 2,000 calibration images (`--images 0`: none, procedural ones stand in); top-1 is of
+all 10,000 test images. A size in MB is that of the whole file, which is written and read back; only sharefold is asked for
+those.
 
     auto, basis     sharefold
     svd             data-norm low rank per layer, as BALF (arXiv:2509.25136)
@@ -137,7 +138,7 @@ def load(network: str, seed: int, count: int) -> tuple[nn.Module, dict[str, Any]
     pick = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(seed))[:count].sort().values
     return source.model, {
         "test": (torch.from_numpy(test_x).permute(0, 3, 1, 2), torch.from_numpy(test_y.astype("int64"))),
-        "calibration": preprocess.normalize(torch.from_numpy(train_x[pick.numpy()]).permute(0, 3, 1, 2)),
+        "calibration": preprocess.normalize(torch.from_numpy(train_x[pick.numpy()]).permute(0, 3, 1, 2)) if count else None,
         "normalize": preprocess.normalize,
     }
 
@@ -188,7 +189,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--sizes", nargs="+", help="default: by network")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--images", type=int, default=2000, help="0: none at all, procedural ones stand in")
     parser.add_argument("--refine", help="also measure auto after refinement: epochs, a time (4m) or auto")
     parser.add_argument("--out", type=Path, default=RESULTS / "label_free")
     options = parser.parse_args()

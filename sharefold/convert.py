@@ -112,6 +112,7 @@ def convert_(
     held_out, fitting = images[held], images[rest]
     deciding = with_blends(held_out, seed)
     steps: dict[str, Any] = {}
+    repair = repair and bool(plan.groups)  # a network that only gets other number types has nothing to repair
     if repair and not compared:
         steps |= {name: {"kept": False, "reason": "the network returns no logits to decide by"} for name in REPAIRS}
     elif repair:

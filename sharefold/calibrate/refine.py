@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sharefold.calibrate.augment import random_views
@@ -34,7 +35,7 @@ DEFAULT_SECONDS = 210.0
 # Small networks get through many epochs in that time; beyond this many the images have nothing more to say.
 MOST_EPOCHS = 100
 # A step moves a tensor by at most about this share of its size, so one default serves networks of any scale.
-STEP = 0.002
+STEP = 0.004
 SMALLEST_SCALE = 1e-2
 WARMUP = 0.1
 CHECKS = 5
@@ -194,7 +195,7 @@ def centred(logits: Tensor) -> Tensor:
 def relative_error(student: Sequence[Tensor], teacher: Sequence[Tensor], spreads: Sequence[float]) -> Tensor:
     """Mean over outputs of the mean squared difference of two equally shaped ones over the teacher's variance."""
     pairs = zip(student, teacher, spreads, strict=True)
-    return torch.stack([(s.float() - t.float()).square().mean() / spread for s, t, spread in pairs]).mean()
+    return torch.stack([F.mse_loss(s.float(), t.float()) / spread for s, t, spread in pairs]).mean()
 
 
 def _rate(share: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -113,8 +114,14 @@ class FinetuneConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise SharefoldError(f"finetune: {name}={getattr(self, name)}: must lie between 0 and 1")
         for name in ("lr", "temperature"):
-            if getattr(self, name) <= 0:
-                raise SharefoldError(f"finetune: {name}={getattr(self, name)}: must be positive")
+            if not 0 < getattr(self, name) < math.inf:
+                raise SharefoldError(f"finetune: {name}={getattr(self, name)}: must be positive and finite")
+        for name in (
+            "block_match", "orthogonality", "momentum", "eps", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "clip",
+            "mixup", "cutmix", "workers", "checkpoint_steps", "checkpoint_minutes",
+        ):  # fmt: skip
+            if not 0 <= getattr(self, name) < math.inf:
+                raise SharefoldError(f"finetune: {name}={getattr(self, name)}: must not be negative, nor without limit")
         if len(self.gamma) not in {1, len(self.milestones)}:
             raise SharefoldError(f"finetune: gamma: {len(self.gamma)} factors for {len(self.milestones)} milestones")
         if len(self.mean) != len(self.std):

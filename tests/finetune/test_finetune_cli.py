@@ -123,6 +123,7 @@ def test_a_published_schedule_trains_a_network_that_shares_by_design(npz: Path, 
     [
         (("--no-labels",), "--no-labels needs --teacher"),
         (("--lr", "0"), "lr=0.0: must be positive"),
+        (("--orthogonality", "-1"), "orthogonality=-1.0: must not be negative"),
         (("--recipe-schedule", "lrunett"), "lrunet"),
         (("--batch-size", "64"), "use at most 48"),
         (("--augment", "swirl"), "unknown part 'swirl'"),

@@ -99,6 +99,9 @@ def test_config_rejects_what_makes_no_sense():
         ({"distill": 1.5}, "between 0 and 1"),
         ({"schedule": "wavy"}, "choose one of cosine"),
         ({"lr": "fast"}, "expected float"),
+        ({"lr": float("nan")}, "positive and finite"),
+        ({"orthogonality": -1.0}, "orthogonality=-1.0: must not be negative"),
+        ({"weight_decay": float("inf")}, "nor without limit"),
         ({"mean": (0.5,)}, "give both"),
     ):
         with pytest.raises(SharefoldError, match=message):
