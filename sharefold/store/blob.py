@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -31,6 +32,33 @@ def encode_blob(tensors: Mapping[str, Tensor], spec: StoreSpec) -> Tensor:
     Raises:
         SharefoldError: a tensor is not on its grid.
     """
+    parts = _parts(tensors, spec)
+    stream = rans.encode(parts.codes, parts.classes, parts.largest)
+    squeezed = zlib.compress(parts.side, 9)
+    rest = squeezed + parts.plain + stream
+    head = _HEAD.pack(FORMAT, zlib.crc32(rest), len(squeezed), len(parts.plain), parts.largest)
+    return torch.frombuffer(bytearray(head + rest), dtype=torch.uint8)
+
+
+def blob_bytes(tensors: Mapping[str, Tensor], spec: StoreSpec) -> int:
+    """About how many bytes :func:`encode_blob` gives, without coding them."""
+    parts = _parts(tensors, spec)
+    stream = rans.encoded_bytes(parts.codes, parts.classes, parts.largest)
+    return _HEAD.size + len(zlib.compress(parts.side, 9)) + len(parts.plain) + stream
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a blob is made of; ``codes`` and ``classes`` (n,) are those of all entropy-coded tensors."""
+
+    side: bytes
+    plain: bytes
+    codes: np.ndarray
+    classes: np.ndarray
+    largest: int
+
+
+def _parts(tensors: Mapping[str, Tensor], spec: StoreSpec) -> _Parts:
     side, plain = bytearray(), bytearray()
     coded: list[np.ndarray] = []
     for name, tensor in tensors.items():
@@ -52,18 +80,14 @@ def encode_blob(tensors: Mapping[str, Tensor], spec: StoreSpec) -> Tensor:
         else:
             _encode_matrix(name, tensor, entry, side, plain, coded)
     largest = max([1] + [int(np.abs(codes).max()) for codes in coded if codes.size])
-    stream = b""
-    if coded:
-        classes = []
-        for codes in coded:
-            rows, columns = rans.best_classes(codes, largest)
-            side += _class_bytes(rows, columns)
-            classes.append(rans.element_classes(rows, columns).ravel())
-        stream = rans.encode(np.concatenate([codes.ravel() for codes in coded]), np.concatenate(classes), largest)
-    squeezed = zlib.compress(bytes(side), 9)
-    rest = squeezed + bytes(plain) + stream
-    head = _HEAD.pack(FORMAT, zlib.crc32(rest), len(squeezed), len(plain), largest)
-    return torch.frombuffer(bytearray(head + rest), dtype=torch.uint8)
+    nothing = np.zeros(0, dtype=np.int64)
+    classes = [nothing]
+    for codes in coded:
+        rows, columns = rans.best_classes(codes, largest)
+        side += _class_bytes(rows, columns)
+        classes.append(rans.element_classes(rows, columns).ravel())
+    flat = np.concatenate([nothing, *(codes.ravel() for codes in coded)])
+    return _Parts(bytes(side), bytes(plain), flat, np.concatenate(classes), largest)
 
 
 def decode_blob(blob: Tensor, template: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], StoreSpec]:

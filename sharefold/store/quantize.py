@@ -6,9 +6,11 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from sharefold.calibrate.inputs import calibration_or_procedural
@@ -24,13 +26,16 @@ from sharefold.store.moments import gather, runs
 from sharefold.store.norms import fold_norms
 from sharefold.store.prepare import Prepared, free_metric, matrices, prepare, vertical_metric
 from sharefold.store.rounding import round_matrix
-from sharefold.store.size import file_bytes
+from sharefold.store.size import file_bytes, predicted_bytes
 from sharefold.store.spec import StoreRequest, StoreSpec, TensorSpec, parse_store, scaled
 
 # Pull of the refit towards the weights so far, as a share of the mean diagonal of the moments.
 PULL = 1e-2
 MEMORY_BYTES = 2 << 30
 _ROUNDS = 4
+# Steps of "coded" that are looked at, and how near, in the logarithm, the one that fits is found: 2 % are .03 bits a weight.
+SMALLEST_STEP, LARGEST_STEP = 1e-5, 0.3
+STEP_TOLERANCE = 0.02
 # A file this much below its budget is close enough.
 _SLACK = 0.01
 
@@ -186,19 +191,21 @@ def _nearest(model: nn.Module, prepared: Prepared, step: float) -> StoreSpec:
 
 
 def _step_for(model: nn.Module, prepared: Prepared, request: StoreRequest) -> StoreRequest:
-    """Bisects the step at which rounding to the nearest gives a file of the budget."""
-    assert request.budget is not None
+    """The smallest step at which rounding to the nearest gives a file of the budget."""
+    budget = request.budget
+    assert budget is not None
 
-    def size(step: float) -> int:
-        return file_bytes(model, _nearest(model, prepared, step), snapped=True, folded=True)
+    @cache
+    def excess(logarithm: float) -> int:
+        return predicted_bytes(model, _nearest(model, prepared, math.exp(logarithm))) - budget
 
-    low, high = math.log(1e-5), math.log(0.3)
-    if size(math.exp(high)) > request.budget:
-        raise SharefoldError(f"store: {request.budget:,} bytes cannot hold this network: allow more, or share more")
-    for _ in range(9):
-        middle = (low + high) / 2
-        low, high = (middle, high) if size(math.exp(middle)) > request.budget else (low, middle)
-    return StoreRequest("coded", step=math.exp(high), budget=request.budget)
+    low, high = math.log(SMALLEST_STEP), math.log(LARGEST_STEP)
+    if excess(high) > 0:
+        raise SharefoldError(f"store: {budget:,} bytes cannot hold this network: allow more, or share more")
+    found = low if excess(low) <= 0 else float(brentq(excess, low, high, xtol=STEP_TOLERANCE))
+    while excess(found) > 0:
+        found = min(found + STEP_TOLERANCE, high)
+    return StoreRequest("coded", step=math.exp(found), budget=budget)
 
 
 @torch.no_grad()

@@ -2,37 +2,43 @@
 
 from __future__ import annotations
 
-import json
+import copy
 from typing import Any
 
 import torch
 from safetensors.torch import save as to_bytes
-from torch import nn
+from torch import Tensor, nn
 
-from sharefold.store.blob import NAME, encode_blob
+from sharefold.store.blob import NAME, blob_bytes, encode_blob
 from sharefold.store.norms import fold_norms
 from sharefold.store.spec import StoreSpec
 
 
-def file_bytes(model: nn.Module, spec: StoreSpec, *, snapped: bool = False, folded: bool = False) -> int:
-    """Bytes of the single ``.safetensors`` file that ``save`` writes for ``model`` stored as ``spec`` says.
+def file_bytes(model: nn.Module, spec: StoreSpec) -> int:
+    """Bytes of the single ``.safetensors`` file that ``save`` writes for ``model``, rounded and stored as ``spec`` says."""
+    tensors, text = _content(model)
+    return _size(encode_blob(tensors, spec), text)
 
-    Args:
-        snapped: predict for the nearest values on the grid instead of the tensors as they are.
-        folded: predict for folded BatchNorms.
-    """
-    import copy
 
-    from sharefold.checkpoint import METADATA_KEY, distinct, file_config, pack_config
+def predicted_bytes(model: nn.Module, spec: StoreSpec) -> int:
+    """About the bytes of that file if BatchNorms are folded and all tensors go to the nearest values that ``spec`` holds."""
+    model = copy.deepcopy(model)
+    fold_norms(model)
+    tensors, text = _content(model)
+    tensors = {n: spec.tensors[n].snapped(t) if n in spec.tensors else t for n, t in tensors.items()}
+    return _size(torch.empty(blob_bytes(tensors, spec), dtype=torch.uint8), text)
 
-    if folded:
-        model = copy.deepcopy(model)
-        fold_norms(model)
+
+def _content(model: nn.Module) -> tuple[dict[str, Tensor], str]:
+    """The tensors of the file, and its metadata."""
+    from sharefold.checkpoint import distinct, file_config, pack_config
+
     tensors, aliases = distinct(model.state_dict())
-    if snapped:
-        tensors = {n: spec.tensors[n].snapped(t) if n in spec.tensors else t for n, t in tensors.items()}
     config: dict[str, Any] = {**file_config(model, aliases), "store": {"format": 1}}
-    text = pack_config(config)
-    json.dumps(text)
-    blob: torch.Tensor = encode_blob(tensors, spec)
+    return tensors, pack_config(config)
+
+
+def _size(blob: Tensor, text: str) -> int:
+    from sharefold.checkpoint import METADATA_KEY
+
     return len(to_bytes({NAME: blob}, {METADATA_KEY: text, "format": "pt"}))

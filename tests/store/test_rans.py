@@ -52,6 +52,15 @@ def test_classes_follow_rows_and_columns() -> None:
     assert not columns.any()
 
 
+@pytest.mark.parametrize("count", [0, 1, 700, 60_000])
+def test_the_length_is_known_before_coding(count: int) -> None:
+    generator = np.random.default_rng(2)
+    codes = np.rint(generator.normal(size=count) * 5).astype(np.int64)
+    classes = generator.integers(10, 14, count)
+    length = len(rans.encode(codes, classes, 40))
+    assert abs(rans.encoded_bytes(codes, classes, 40) - length) <= 8 + 0.002 * length
+
+
 @pytest.mark.parametrize("cut", [1, 2, 3, 40])
 def test_cut_stream_is_refused(cut: int) -> None:
     codes = np.arange(-50, 50)

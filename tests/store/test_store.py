@@ -16,7 +16,11 @@ import sharefold
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.measure import agreement
 from sharefold.store import StoreSpec, fake_quantize, file_bytes, parse_store, plan_store, quantize_, snap_
+from sharefold.store.norms import fold_norms
+from sharefold.store.prepare import prepare
+from sharefold.store.quantize import _nearest
 from sharefold.store.rounding import round_matrix
+from sharefold.store.size import predicted_bytes
 from sharefold.store.spec import scaled
 
 from .tiny import Tiny, converted, images
@@ -36,6 +40,18 @@ def test_round_trip_is_bit_equal_and_the_size_is_known(text: str, tmp_path: Path
     assert again.stat().st_size == file.stat().st_size
     for name, tensor in load_file(file).items():
         assert torch.equal(load_file(again)[name], tensor)
+
+
+@pytest.mark.parametrize("step", [0.001, 0.02])
+def test_the_size_is_predicted_before_anything_is_rounded(step: float) -> None:
+    original, model = converted()
+    graph = sharefold.analyze(original, images(1))
+    prepared = prepare(original, model, graph, images())
+    spec = _nearest(model, prepared, step)
+    predicted = predicted_bytes(model, spec)
+    fold_norms(model)
+    snap_(model, spec)
+    assert predicted == pytest.approx(file_bytes(model, spec), rel=0.003, abs=16)
 
 
 def test_round_trip_in_a_new_process(tmp_path: Path) -> None:
@@ -139,7 +155,6 @@ def test_budget_is_met_and_used() -> None:
 @pytest.mark.parametrize("method", ["basis", "tucker"])
 def test_bases_are_turned_without_changing_the_network(method: str) -> None:
     from sharefold.graph import analyze
-    from sharefold.store.prepare import prepare
 
     original, model = converted(method=method)
     before = model(images())
