@@ -194,25 +194,34 @@ def label_free() -> str | None:
     data = read("label_free.json")
     if data is None:
         return None
-    found: dict[tuple[str, str], dict[str, list[float]]] = {}
+    found: dict[tuple[str, bool, str], dict[str, list[float]]] = {}
     for row in data["rows"]:
         if row["size"] and "top1" in row:
             column = row["method"] + (" + refine" if row["refine"] else "")
-            found.setdefault((row["network"], row["size"]), {}).setdefault(column, []).append(100 * row["top1"])
+            found.setdefault((row["network"], bool(row["images"]), row["size"]), {}).setdefault(column, []).append(100 * row["top1"])
     columns = [column for column in _RIVALS if any(column in cell for cell in found.values())]
+
+    def place(key: tuple[str, bool, str]) -> tuple[str, bool, bool, float]:
+        network, images, size = key
+        return network, size.endswith("B"), not images, -float(size.rstrip("%MB"))
+
     rows = []
-    order = sorted(found.items(), key=lambda item: (item[0][0], item[0][1].endswith("B"), -float(item[0][1].rstrip("%MB"))))
-    for (network, size), cell in order:
-        rows.append([network.replace("resnet", "ResNet-"), size, *[_mean_cell(cell.get(c, [])) for c in columns]])
+    for network, images, size in sorted(found, key=place):
+        cells = found[network, images, size]
+        shown = size + ("" if images else ", no images")
+        rows.append([network.replace("resnet", "ResNet-"), shown, *[_mean_cell(cells.get(c, [])) for c in columns]])
     names = {"auto": "**sharefold**", "auto + refine": "**`--refine`**", "svd": "low rank", "spatial": "spatial low rank"}
     rounded = [f"{row['network'].replace('resnet', 'ResNet-')} {row['method'].partition('-')[2]} bits {100 * row['top1']:.2f} "
                f"({row['bytes'] / 1e6:.2f} MB)" for row in data["rows"] if row["method"].startswith("quantize")]  # fmt: skip
-    images = data["rows"][0]["images"]
-    epochs = ", ".join(dict.fromkeys(f"{row['refine']} epochs for {row['network'].replace('resnet', 'ResNet-')}"
-                                     for row in data["rows"] if row["refine"]))  # fmt: skip
-    note = (f"Top-1 [%] of 10,000 test images, {images:,} training images without labels; the mean, and where there is one the "
-            "number of seeds behind a spread. Sizes in % are of the parameters, in MB of the whole file. "
-            f"Refined: {epochs}. Dense networks rounded to nearest, a scale a row: " + ", ".join(rounded)
+    refined: dict[tuple[str, str], list[float]] = {}
+    for row in data["rows"]:
+        if row["refine"]:
+            epochs = f"{row['refine']} epochs" + ("" if row["images"] else " without images")
+            refined.setdefault((row["network"].replace("resnet", "ResNet-"), epochs), []).append(row["seconds_by_step"]["refine"])
+    times = "; ".join(f"{network} {epochs}, at most {max(seconds):.0f} s" for (network, epochs), seconds in refined.items())
+    note = (f"Top-1 [%] of 10,000 test images, {max(row['images'] for row in data['rows']):,} training images without labels, or "
+            "none; the mean, and where there is one the number of seeds behind a spread. Sizes in % are of the parameters, in MB "
+            f"of the whole file. Refined: {times}. Dense networks rounded to nearest, a scale a row: " + ", ".join(rounded)
             + f". `python benchmarks/label_free.py`, {machine(data['hardware'])}.")  # fmt: skip
     return table(["network", "size", *[names.get(c, c) for c in columns]], rows) + "\n\n" + note
 
