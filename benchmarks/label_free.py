@@ -116,7 +116,7 @@ def measure(model: nn.Module, method: str, size: str, refines: list[str], data: 
             start, row = time.perf_counter(), {"refine": ""}
             model = copy.deepcopy(model)
             if method == "pruning":
-                model = pruned(model, float(size.rstrip("%")) / 100, data["calibration"][:1])["model"]
+                model = pruned(model, float(size.rstrip("%")) / 100, data["normalize"](data["test"][0][:1]))["model"]
             else:
                 row.update(quantized(model, int(method.partition("-")[2])))
             rows = [{**row, "seconds": round(time.perf_counter() - start, 1), **measured(model, data)}]
@@ -158,6 +158,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             if row["network"] == network and "top1" in row:
                 label = "dense, rounded" if row["method"].startswith("quantize") else row["method"].replace("auto", "sharefold")
                 label += (", rounded" if row["size"].endswith("B") else "") + (" + refine" if row["refine"] else "")
+                label += "" if row["images"] else ", no images"
                 points = series.setdefault(label, {})
                 points.setdefault(row["method"] + row["size"], []).append((row["bytes"] / 1e6, 100 * row["top1"]))
         for label, points in sorted(series.items()):

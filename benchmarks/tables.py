@@ -194,33 +194,35 @@ def label_free() -> str | None:
     data = read("label_free.json")
     if data is None:
         return None
-    found: dict[tuple[str, bool, str], dict[str, list[float]]] = {}
+    found: dict[tuple[str, int, str], dict[str, list[float]]] = {}
+    refined: dict[tuple[str, str], list[float]] = {}
     for row in data["rows"]:
         if row["size"] and "top1" in row:
             column = row["method"] + (" + refine" if row["refine"] else "")
-            found.setdefault((row["network"], bool(row["images"]), row["size"]), {}).setdefault(column, []).append(100 * row["top1"])
+            found.setdefault((row["network"], row["images"], row["size"]), {}).setdefault(column, []).append(100 * row["top1"])
+        if row["refine"]:
+            effort = row["refine"] + (" epochs" if row["refine"].isdigit() else "") + ("" if row["images"] else " without images")
+            refined.setdefault((row["network"].replace("resnet", "ResNet-"), effort), []).append(row["seconds_by_step"]["refine"])
     columns = [column for column in _RIVALS if any(column in cell for cell in found.values())]
+    most = max(images for _, images, _ in found)
 
-    def place(key: tuple[str, bool, str]) -> tuple[str, bool, bool, float]:
+    def place(key: tuple[str, int, str]) -> tuple[str, bool, int, float]:
         network, images, size = key
-        return network, size.endswith("B"), not images, -float(size.rstrip("%MB"))
+        return network, size.endswith("B"), -images, -float(size.rstrip("%MB"))
 
     rows = []
     for network, images, size in sorted(found, key=place):
         cells = found[network, images, size]
-        shown = size + ("" if images else ", no images")
+        shown = size + ("" if images == most else f", {images:,} images" if images else ", no images")
         rows.append([network.replace("resnet", "ResNet-"), shown, *[_mean_cell(cells.get(c, [])) for c in columns]])
     names = {"auto": "**sharefold**", "auto + refine": "**`--refine`**", "svd": "low rank", "spatial": "spatial low rank"}
-    rounded = [f"{row['network'].replace('resnet', 'ResNet-')} {row['method'].partition('-')[2]} bits {100 * row['top1']:.2f} "
-               f"({row['bytes'] / 1e6:.2f} MB)" for row in data["rows"] if row["method"].startswith("quantize")]  # fmt: skip
-    refined: dict[tuple[str, str], list[float]] = {}
-    for row in data["rows"]:
-        if row["refine"]:
-            epochs = f"{row['refine']} epochs" + ("" if row["images"] else " without images")
-            refined.setdefault((row["network"].replace("resnet", "ResNet-"), epochs), []).append(row["seconds_by_step"]["refine"])
-    times = "; ".join(f"{network} {epochs}, at most {max(seconds):.0f} s" for (network, epochs), seconds in refined.items())
-    note = (f"Top-1 [%] of 10,000 test images, {max(row['images'] for row in data['rows']):,} training images without labels, or "
-            "none; the mean, and where there is one the number of seeds behind a spread. Sizes in % are of the parameters, in MB "
+    rounded = dict.fromkeys(
+        f"{row['network'].replace('resnet', 'ResNet-')} {row['method'].partition('-')[2]} bits {100 * row['top1']:.2f} "
+        f"({row['bytes'] / 1e6:.2f} MB)" for row in data["rows"] if row["method"].startswith("quantize")
+    )  # fmt: skip
+    times = "; ".join(f"{network} {effort}, at most {max(seconds):.0f} s" for (network, effort), seconds in refined.items())
+    note = (f"Top-1 [%] of 10,000 test images, {most:,} training images without labels where nothing else is said; the mean, and "
+            "where there is one the number of seeds behind a spread. Sizes in % are of the parameters, in MB "
             f"of the whole file. Refined: {times}. Dense networks rounded to nearest, a scale a row: " + ", ".join(rounded)
             + f". `python benchmarks/label_free.py`, {machine(data['hardware'])}.")  # fmt: skip
     return table(["network", "size", *[names.get(c, c) for c in columns]], rows) + "\n\n" + note

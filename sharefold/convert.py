@@ -66,7 +66,7 @@ def convert_(
         plan: from :func:`sharefold.plan`, a recipe, or :meth:`Plan.from_json`.
         calibration: (n, C, H, W) normalised images, no labels; by default procedural images.
         repair: refit coefficients, BatchNorms and classifier on the converted prefix; each is kept only where the KL on
-            held-out images and blends of them falls.
+            held-out images and blends of them falls. Where nothing is shared there is nothing to repair or refine.
         refine: label-free distillation on the calibration images: epochs, a time such as ``"4m"``, or ``"auto"``.
         statistics, graph: of ``model`` while dense; reused when given, so that planning and solving share one pass.
         config: entries of the saved configuration (``base``, ``pretrained_cfg``) known better than :func:`describe` can.
@@ -112,9 +112,12 @@ def convert_(
     held_out, fitting = images[held], images[rest]
     deciding = with_blends(held_out, seed)
     steps: dict[str, Any] = {}
-    repair = repair and bool(plan.groups)  # a network that only gets other number types has nothing to repair
-    if repair and not compared:
-        steps |= {name: {"kept": False, "reason": "the network returns no logits to decide by"} for name in REPAIRS}
+    reason = None if plan.groups else "nothing was shared, so that there is nothing to repair"
+    if not compared:
+        reason = "the network returns no logits to decide by"
+    if reason:
+        wanted = (REPAIRS if repair else ()) + (("refine",) if effort else ())
+        steps |= {name: {"kept": False, "reason": reason} for name in wanted}
     elif repair:
         start = time.perf_counter()
         telling = images[rest[torch.isin(rest, statistics.chosen)]]
@@ -122,7 +125,7 @@ def convert_(
         steps["norms"] = reestimate_norms(original, model, fitting, deciding, before=_kl_so_far(steps))
         steps["head"] = refit_head(original, model, fitting, deciding, before=_kl_so_far(steps))
         seconds["repair"] = time.perf_counter() - start
-    if effort is not None:
+    if effort is not None and not reason:
         from sharefold.calibrate.refine import refine as run_refine
 
         start = time.perf_counter()

@@ -27,6 +27,7 @@ class Place:
         inputs: the student's inputs to the layer, one tensor a batch.
         targets: the teacher's outputs of it.
         teachers, students: what both networks have computed so far and still need.
+        teacher_model, student_model: the networks behind them.
     """
 
     node: fx.Node
@@ -34,10 +35,16 @@ class Place:
     targets: list[Tensor]
     teachers: Values
     students: Values
+    teacher_model: nn.Module
+    student_model: nn.Module
+
+    def teacher(self, node: fx.Node) -> list[Tensor] | None:
+        """The teacher's values of another node; None when it, or a layer with parameters before it, is still to come."""
+        return _values(node, self.teacher_model, self.teachers)
 
     def student(self, node: fx.Node) -> list[Tensor] | None:
-        """The student's values of another node; None when it has not run."""
-        return [values[node] for values in self.students] if all(node in values for values in self.students) else None
+        """The student's values of another node; None likewise."""
+        return _values(node, self.student_model, self.students)
 
 
 Visit = Callable[[str, Place], None]
@@ -64,7 +71,8 @@ def walk(
             values[node] = _run(node, teacher, values, batch)
         if node.op == "call_module" and node.target in names:
             inputs = [_fetch(node.args[0] if node.args else next(iter(node.kwargs.values())), v) for v in students]
-            visit(str(node.target), Place(node, inputs, [values[node] for values in teachers], teachers, students))
+            targets = [values[node] for values in teachers]
+            visit(str(node.target), Place(node, inputs, targets, teachers, students, teacher, student))
         for values, batch in zip(students, batches, strict=True):
             values[node] = _run(node, student, values, batch)
         for used in [n for n in node.all_input_nodes if last[n] is node] + ([] if node.users else [node]):
@@ -74,6 +82,23 @@ def walk(
 
 def _fetch(argument: Any, values: dict[fx.Node, Any]) -> Any:
     return fx.node.map_arg(argument, lambda n: values[n])
+
+
+def _values(node: fx.Node, model: nn.Module, batches: Values) -> list[Tensor] | None:
+    found = [_value(node, model, values) for values in batches]
+    return None if any(value is None for value in found) else found
+
+
+def _value(node: fx.Node, model: nn.Module, values: dict[fx.Node, Any]) -> Any:
+    """What the node has given, or gives now that its inputs are there: a shortcut often comes after the layers it skips."""
+    if node in values:
+        return values[node]
+    if node.op not in ("call_module", "call_function", "call_method"):
+        return None
+    if node.op == "call_module" and any(True for _ in resolve(model, str(node.target)).parameters()):
+        return None  # may be a layer that is not repaired yet
+    inputs = {used: _value(used, model, values) for used in node.all_input_nodes}
+    return None if any(value is None for value in inputs.values()) else _run(node, model, inputs, torch.empty(0))
 
 
 def _run(node: fx.Node, model: nn.Module, values: dict[fx.Node, Any], batch: Tensor) -> Any:

@@ -29,6 +29,7 @@ ELEMENTS = 1 << 24
 # A channel whose scale in the norm is this small against the others' keeps its linear solution: nothing of it passes.
 SMALLEST_SCALE = 1e-3
 
+Values = Callable[[fx.Node], "list[Tensor] | None"]
 Columns = Callable[[Tensor], Tensor]  # a map or rows of a layer's outputs -> (G, O / G, positions)
 
 
@@ -41,12 +42,13 @@ class Rectified:
     addend: list[Tensor] | None
 
 
-def rectified(model: nn.Module, place: Place, norm: str | None) -> Rectified | None:
+def rectified(model: nn.Module, place: Place, norm: str | None, values: Values) -> Rectified | None:
     """What stands between the layer at ``place`` and the ReLU behind it; None where something else does, or no ReLU is.
 
     Args:
         model: the network whose norm is asked, in eval mode.
         norm: name of the norm that belongs to the layer.
+        values: of other nodes in ``model``, :meth:`Place.teacher` or :meth:`Place.student`.
     """
     last, scale, shift = place.node, torch.ones(()), torch.zeros(())
     if norm is not None:
@@ -65,7 +67,7 @@ def rectified(model: nn.Module, place: Place, norm: str | None) -> Rectified | N
     after, others = _behind(behind, model), [n for n in behind.all_input_nodes if not _leads_to(last, n, model)]
     if after is None or len(others) != 1 or not _is_relu(after, model):
         return None
-    addend = place.student(others[0])
+    addend = values(others[0])
     if addend is None or any(getattr(r, "shape", None) != y.shape for r, y in zip(addend, place.targets, strict=True)):
         return None
     return Rectified(scale, shift, addend)
@@ -78,12 +80,13 @@ def refit_rectified(
     """Solves the coefficients of ``model``'s layer ``name`` for its output behind the ReLU, from those it has.
 
     With z = s (C a + d) + t + r in front of the ReLU (a responses of the filters, s and t the norm's, r the addend) and z0
-    the original's, of its own layer and norm but with the same r: z0 where z0 > 0, else min(z, 0), is what C and d are
-    fitted to, by least squares with the pull of :func:`sharefold.calibrate.refit.refit`.
+    the original's, with its own r: z0 where z0 > 0, else min(z, 0), is what C and d are fitted to, by least squares with the
+    pull of :func:`sharefold.calibrate.refit.refit`. So the last layer of a residual block also makes up for the error that
+    came through its shortcut.
     """
     layer = cast(SharedConv, model.get_submodule(name))
     owner, part = output_mean_owner(model, layer, norm), layer.linear_part()
-    wanted, given = rectified(original, place, norm), rectified(model, place, norm)
+    wanted, given = rectified(original, place, norm, place.teacher), rectified(model, place, norm, place.student)
     if owner is None or part is None or wanted is None or given is None:
         return
     filters, groups = part[0].repeat(layer.form.groups, 1, 1, 1), layer.form.groups
@@ -101,9 +104,8 @@ def refit_rectified(
     responses = taken(layer.form.apply(x, filters, None) for x in place.inputs)
     target = rows(wanted.scale) * taken(place.targets) + rows(wanted.shift)
     offset = rows(given.shift).expand(target.shape)
-    if given.addend is not None:
-        addend = taken(given.addend)
-        target, offset = target + addend, offset + addend
+    if wanted.addend is not None and given.addend is not None:
+        target, offset = target + taken(wanted.addend), offset + taken(given.addend)
     scale = rows(given.scale)
     usable = scale.abs() > SMALLEST_SCALE * scale.abs().mean()
     scale = torch.where(usable, scale, torch.ones_like(scale))

@@ -69,7 +69,7 @@ def refine(
 
     Returns:
         ``kept``, ``kl_before``, ``kl_after`` (of the state that remains, nats), ``epochs`` (float, done), ``seconds``,
-        ``history``: held-out KL at each check, the last one at the end.
+        ``history``: held-out KL at each check, the last one at the end or where outputs were no longer finite.
 
     Raises:
         SharefoldError: no images, or an epoch or time budget that is not positive.
@@ -130,12 +130,15 @@ class _Clock:
 
 
 class _Guard:
-    """Keeps the state at the end if its held-out KL is below that before training, else the best of those checked."""
+    """Keeps the state at the end if its held-out KL is below that before training, else the state before.
+
+    Of a run that is cut short, or whose outputs are no longer finite, the best state that was checked remains.
+    """
 
     def __init__(self, original: nn.Module, model: nn.Module, held_out: Tensor, before: float) -> None:
         self.original, self.model, self.held_out = original, model, held_out
         self.before = self.best = before
-        self.saved = _snapshot(model)
+        self.saved = self.start = _snapshot(model)
         self.history: list[float] = []
         self._next = 1 / CHECKS
 
@@ -146,7 +149,9 @@ class _Guard:
         self._next = min(1.0, share + 1 / CHECKS)
         found = agreement(self.original, self.model, self.held_out).kl
         self.history.append(found)
-        if found < (self.before if share >= 1 else self.best):
+        if share >= 1 and math.isfinite(found):
+            self.best, self.saved = self.before, self.start
+        if found < self.best:
             self.best, self.saved = found, _snapshot(self.model)
         return math.isfinite(found)
 

@@ -122,6 +122,11 @@ class FinetuneConfig:
         ):  # fmt: skip
             if not 0 <= getattr(self, name) < math.inf:
                 raise SharefoldError(f"finetune: {name}={getattr(self, name)}: must not be negative, nor without limit")
+        for name, low in (("gamma", 0.0), ("milestones", 0.0), ("mean", -math.inf)):
+            if not all(low <= value < math.inf and math.isfinite(value) for value in getattr(self, name)):
+                raise SharefoldError(f"finetune: {name}={getattr(self, name)}: must be finite, and no factor or epoch below 0")
+        if not all(0 < value < math.inf for value in self.std):
+            raise SharefoldError(f"finetune: std={self.std}: must be positive and finite")
         if len(self.gamma) not in {1, len(self.milestones)}:
             raise SharefoldError(f"finetune: gamma: {len(self.gamma)} factors for {len(self.milestones)} milestones")
         if len(self.mean) != len(self.std):

@@ -64,7 +64,9 @@ def bank_scale(config: FinetuneConfig, uses: int) -> float:
     try:
         factor = float(config.bank_step)
     except ValueError:
-        raise SharefoldError(f"finetune: bank_step={config.bank_step!r}: use auto, 1/K or a number") from None
+        factor = math.nan
+    if not 0 <= factor < math.inf:
+        raise SharefoldError(f"finetune: bank_step={config.bank_step!r}: use auto, 1/K or a number from 0") from None
     return factor if uses > 1 else 1.0
 
 

@@ -25,6 +25,7 @@ from sharefold.solvers.quantize import kmeans_codebook, search_scale
 from sharefold.store.moments import gather, runs
 from sharefold.store.norms import fold_norms
 from sharefold.store.prepare import Prepared, free_metric, matrices, prepare, vertical_metric
+from sharefold.store.rans import LARGEST
 from sharefold.store.rounding import round_matrix
 from sharefold.store.size import file_bytes, predicted_bytes
 from sharefold.store.spec import StoreRequest, StoreSpec, TensorSpec, parse_store, scaled
@@ -90,14 +91,18 @@ def quantize_(
         found, sequential = _round_all(model, teacher, graph, prepared, request, images, progress)
         size = file_bytes(model, found)
         last = attempt == _ROUNDS - 1
-        if request.budget is None or (size <= request.budget and (last or size >= (1 - 3 * _SLACK) * request.budget)):
+        finest = request.step <= SMALLEST_STEP
+        if request.budget is None or (
+            size <= request.budget and (last or finest or size >= (1 - 3 * _SLACK) * request.budget)
+        ):
             break
         if last:
             raise SharefoldError(f"store: {size:,} bytes instead of {request.budget:,}: allow more, or share more")
         weights = sum(t.numel() for t in matrices(model).values())
         excess = (size - (1 - _SLACK) * request.budget) * 8 / weights
         # A bit less a weight is a factor of two of the step, less where most weights are zero already.
-        request = StoreRequest("coded", step=request.step * 2 ** (1.15 * excess), budget=request.budget)
+        step = max(request.step * 2 ** (1.15 * excess), SMALLEST_STEP)
+        request = StoreRequest("coded", step=step, budget=request.budget)
         model.load_state_dict(start)
     return _finished(model, found, request, sequential)
 
@@ -167,7 +172,9 @@ def _tensor_spec(
     """Row scales, and levels, for one matrix."""
     matrix = tensor.detach().cpu().double().flatten(1)
     if request.kind == "coded":
-        return scaled("coded", request.step / prepared.rows[name].clamp_min(1e-30).sqrt())
+        steps = request.step / prepared.rows[name].clamp_min(1e-30).sqrt()
+        # No row is coded more finely than its largest number can be, with room for what rounding passes on to it.
+        return scaled("coded", torch.maximum(steps, matrix.abs().amax(1) / (0.9 * LARGEST)))
     importance = None if metric is None else metric.double().diagonal(dim1=1, dim2=2).mean(0)
     if importance is not None and not bool(importance.any()):
         importance = None
@@ -191,7 +198,7 @@ def _nearest(model: nn.Module, prepared: Prepared, step: float) -> StoreSpec:
 
 
 def _step_for(model: nn.Module, prepared: Prepared, request: StoreRequest) -> StoreRequest:
-    """The smallest step at which rounding to the nearest gives a file of the budget."""
+    """About the smallest step at which rounding to the nearest gives a file of the budget."""
     budget = request.budget
     assert budget is not None
 

@@ -30,6 +30,7 @@ class One(nn.Module):
         super().__init__()
         self.conv, self.norm, self.end = nn.Conv2d(4, 4, 3, padding=1, bias=False), norm, end
         self.drop, self.relu, self.gelu = nn.Dropout(0.5), nn.ReLU(), nn.GELU()
+        self.skip, self.pad, self.down = nn.Identity(), nn.ZeroPad2d(0), nn.Conv2d(4, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.end(self, self.norm(self.conv(x)), x)
@@ -45,7 +46,7 @@ def found(norm: nn.Module, end: Callable[[nn.Module, Tensor, Tensor], Tensor]) -
             return m is not model
 
     def visit(name: str, place: Place) -> None:
-        seen.append(rectified(model, place, "norm"))
+        seen.append(rectified(model, place, "norm", place.student))
 
     with torch.no_grad():
         walk(Tracer().trace(model), model, model, [torch.randn(2, 4, 5, 5)], visit, {"conv"})
@@ -62,6 +63,9 @@ def found(norm: nn.Module, end: Callable[[nn.Module, Tensor, Tensor], Tensor]) -
         (lambda m, y, x: m.relu(y + x), True),
         (lambda m, y, x: F.relu(x + m.drop(y)), True),
         (lambda m, y, x: m.relu(y.add_(x)), True),
+        (lambda m, y, x: m.relu(y + m.skip(x)), True),  # the shortcut is run after the layers that it skips
+        (lambda m, y, x: m.relu(y + m.pad(m.skip(x))), True),
+        (lambda m, y, x: m.relu(y + F.pad(x, (0, 0))), True),
     ],
 )
 def test_a_relu_is_seen_behind_the_norm_and_an_addition(end: Callable, added: bool) -> None:
@@ -95,6 +99,8 @@ def test_an_activation_inside_of_the_norm_is_seen() -> None:
         lambda m, y, x: m.relu(y + 1.0),
         lambda m, y, x: m.gelu(y + x),
         lambda m, y, x: m.relu(y + x.mean((2, 3), keepdim=True)),
+        lambda m, y, x: m.relu(y + m.down(x)),  # may be a layer that is repaired later
+        lambda m, y, x: m.relu(y + m.skip(m.down(x))),
     ],
 )
 def test_anything_else_is_not_taken_for_one(end: Callable) -> None:
@@ -133,6 +139,28 @@ def test_every_round_lowers_the_error_of_what_passes_the_relu(monkeypatch: pytes
     bounds = [bound for bound, _ in errors]
     assert bounds == sorted(bounds, reverse=True) and bounds[3] < 0.97 * bounds[0]
     assert errors[3][1] < 0.97 * errors[0][1]
+
+
+def test_the_last_layer_of_a_block_makes_up_for_errors_of_its_shortcut(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net(blocks=3)
+    graph = analyze(model, FITTING[:1])
+    names = [name for name in graph.layers if name.endswith("conv2")]
+    plan = Plan([GroupPlan("g", "basis", tuple(names[:3]), {"rank": 6})], 0, 0)
+    done = sharefold.convert_(model, plan, calibration=FITTING, repair=False)
+    errors = []
+    for rounds in (0, 4):
+        trial = copy.deepcopy(model)
+        monkeypatch.setattr(module, "ROUNDS", rounds)
+        falling = iter([1.0, 0.0])  # kept whatever held-out images say
+        monkeypatch.setattr("sharefold.calibrate.refit.agreement", lambda *_, told=falling: type("A", (), {"kl": next(told)})())
+        refit(done.original, trial, graph, FITTING, HELD_OUT, ridge=1e-9)
+        block, outputs = names[2].rpartition(".")[0], []
+        for network in (done.original, trial):
+            network.get_submodule(block).register_forward_hook(lambda m, args, out, seen=outputs: seen.append(out))
+            with torch.no_grad():
+                network.eval()(FITTING)
+        errors.append(float((outputs[0] - outputs[1]).square().mean()))
+    assert errors[1] < 0.98 * errors[0], errors
 
 
 def test_layers_without_a_relu_behind_them_keep_their_linear_solution(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -98,20 +99,20 @@ def guard_of(monkeypatch, divergences: list[float], before: float) -> tuple[modu
 
 @pytest.mark.parametrize(
     ("divergences", "remains"),
-    [([0.2, 0.6], 2.0), ([0.7, 0.9], 2.0), ([0.2, 1.1], 1.0), ([1.5, 1.1], 0.0)],
-    ids=["end", "end, by little", "on the way", "start"],
+    [([0.2, 0.6], 2.0), ([0.7, 0.9], 2.0), ([0.2, 1.1], 0.0), ([1.5, 1.1], 0.0), ([0.2, math.nan], 1.0)],
+    ids=["end", "end, by little", "no better than the start", "never better", "no longer finite"],
 )
-def test_the_end_counts_before_better_states_on_the_way(monkeypatch, divergences, remains) -> None:
+def test_the_end_counts_and_not_the_states_on_the_way(monkeypatch, divergences, remains) -> None:
     guard, model = guard_of(monkeypatch, divergences, before=1.0)
     for value, share in ((0.0, 0.05), (1.0, 0.5), (2.0, 1.0)):
         with torch.no_grad():
             model.weight.fill_(value)
             if value == 0.0:
-                guard.saved = module._snapshot(model)
-        assert guard.passes(share)
+                guard.saved = guard.start = module._snapshot(model)
+        assert guard.passes(share) == (value < 2.0 or math.isfinite(divergences[1]))
     assert float(guard.saved["weight"]) == remains
     assert guard.best == {2.0: divergences[1], 1.0: divergences[0], 0.0: 1.0}[remains]
-    assert guard.history == divergences
+    assert guard.history == pytest.approx(divergences, nan_ok=True)
 
 
 def test_returns_what_it_was_given_when_training_only_harms(pair) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from decimal import Context, localcontext
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,6 +27,15 @@ def test_frequencies_are_a_distribution_and_the_tables_are_fixed() -> None:
     assert (table == table[:, ::-1]).all()
     # Readers of old files need these numbers for ever.
     assert table[8].tolist()[9:13] == [8034, 6390, 3490, 1525]
+
+
+def test_tables_do_not_depend_on_the_precision_of_the_caller() -> None:
+    expected = rans.frequencies(11).copy()
+    for table in (rans.frequencies, rans._probability):
+        table.cache_clear()
+    with localcontext(Context(prec=6)):
+        found = rans.frequencies(11)
+    assert (found == expected).all()
 
 
 def test_length_is_near_the_entropy() -> None:

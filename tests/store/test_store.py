@@ -54,6 +54,17 @@ def test_the_size_is_predicted_before_anything_is_rounded(step: float) -> None:
     assert predicted == pytest.approx(file_bytes(model, spec), rel=0.003, abs=16)
 
 
+def test_more_bytes_never_do_harm() -> None:
+    divergences = []
+    for budget in (4_000, 6_000, 8_000, 12_000, 60_000):
+        original, model = converted()
+        report = quantize_(model, f"mixed:{budget}B", calibration=images(), original=original)
+        assert report.bytes <= budget
+        divergences.append(agreement(converted()[1], model, images()).kl)
+    assert divergences[0] < 1e-3 and all(kl <= divergences[0] + 1e-6 for kl in divergences[1:])
+    assert divergences[-1] < 1e-4, divergences
+
+
 def test_round_trip_in_a_new_process(tmp_path: Path) -> None:
     original, model = converted()
     quantize_(model, "mixed:step=0.003", calibration=images(), original=original)
