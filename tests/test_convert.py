@@ -257,3 +257,13 @@ def test_every_step_goes_on_from_what_the_one_before_it_left() -> None:
         assert following["kl_before"] == step["kl_after" if step["kept"] else "kl_before"]
     deciding = with_blends(split_held_out(CALIBRATION)[0])
     assert agreement(done.original, model, deciding).kl == pytest.approx(steps[-1]["kl_after"], rel=1e-3, abs=1e-7)
+
+
+def test_a_network_that_shares_nothing_is_neither_repaired_nor_refined() -> None:
+    model = net()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    done = sharefold.convert_(model, Plan([], 0, 0), calibration=CALIBRATION, refine=5)
+    assert done.steps.keys() == {"refit", "norms", "head", "refine"}
+    assert all(not step["kept"] and "nothing was shared" in step["reason"] for step in done.steps.values())
+    assert done.agreement == 1.0 and done.kl == pytest.approx(0.0, abs=1e-6)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -27,7 +27,7 @@ from sharefold.store.norms import fold_norms
 from sharefold.store.prepare import Prepared, free_metric, matrices, prepare, vertical_metric
 from sharefold.store.rans import LARGEST
 from sharefold.store.rounding import round_matrix
-from sharefold.store.size import file_bytes, predicted_bytes
+from sharefold.store.size import file_bytes, size_predictor
 from sharefold.store.spec import StoreRequest, StoreSpec, TensorSpec, parse_store, scaled
 
 # Pull of the refit towards the weights so far, as a share of the mean diagonal of the moments.
@@ -201,10 +201,11 @@ def _step_for(model: nn.Module, prepared: Prepared, request: StoreRequest) -> St
     """About the smallest step at which rounding to the nearest gives a file of the budget."""
     budget = request.budget
     assert budget is not None
+    predicted = size_predictor(model)
 
     @cache
     def excess(logarithm: float) -> int:
-        return predicted_bytes(model, _nearest(model, prepared, math.exp(logarithm))) - budget
+        return predicted(_nearest(model, prepared, math.exp(logarithm))) - budget
 
     low, high = math.log(SMALLEST_STEP), math.log(LARGEST_STEP)
     if excess(high) > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,13 +21,19 @@ def file_bytes(model: nn.Module, spec: StoreSpec) -> int:
     return _size(encode_blob(tensors, spec), text)
 
 
-def predicted_bytes(model: nn.Module, spec: StoreSpec) -> int:
-    """About the bytes of that file if BatchNorms are folded and all tensors go to the nearest values that ``spec`` holds."""
+def size_predictor(model: nn.Module) -> Callable[[StoreSpec], int]:
+    """About the bytes of that file, for any spec, if BatchNorms are folded and all tensors go to the nearest values that the
+    spec holds. What does not depend on the spec is done here, once."""
     model = copy.deepcopy(model)
     fold_norms(model)
     tensors, text = _content(model)
-    tensors = {n: spec.tensors[n].snapped(t) if n in spec.tensors else t for n, t in tensors.items()}
-    return _size(torch.empty(blob_bytes(tensors, spec), dtype=torch.uint8), text)
+    rest = _size(torch.empty(0, dtype=torch.uint8), text)
+
+    def predicted(spec: StoreSpec) -> int:
+        nearest = {n: spec.tensors[n].snapped(t) if n in spec.tensors else t for n, t in tensors.items()}
+        return rest + blob_bytes(nearest, spec)
+
+    return predicted
 
 
 def _content(model: nn.Module) -> tuple[dict[str, Tensor], str]:

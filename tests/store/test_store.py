@@ -20,7 +20,7 @@ from sharefold.store.norms import fold_norms
 from sharefold.store.prepare import prepare
 from sharefold.store.quantize import _nearest
 from sharefold.store.rounding import round_matrix
-from sharefold.store.size import predicted_bytes
+from sharefold.store.size import size_predictor
 from sharefold.store.spec import scaled
 
 from .tiny import Tiny, converted, images
@@ -48,7 +48,7 @@ def test_the_size_is_predicted_before_anything_is_rounded(step: float) -> None:
     graph = sharefold.analyze(original, images(1))
     prepared = prepare(original, model, graph, images())
     spec = _nearest(model, prepared, step)
-    predicted = predicted_bytes(model, spec)
+    predicted = size_predictor(model)(spec)
     fold_norms(model)
     snap_(model, spec)
     assert predicted == pytest.approx(file_bytes(model, spec), rel=0.003, abs=16)
