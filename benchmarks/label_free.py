@@ -26,6 +26,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from methods_cifar import correct
 from torch import nn
 
 import sharefold
-from sharefold.budget import parse_effort
+from sharefold.budget import parse_budget, parse_effort
 from sharefold.calibrate.inputs import procedural_images
 from sharefold.calibrate.refine import refine as refine_network
 from sharefold.convert import split_indices, with_blends
@@ -83,36 +84,43 @@ def pruned(model: nn.Module, size: float, example: torch.Tensor) -> dict[str, An
     return {"model": found}
 
 
-def converted(model: nn.Module, method: str, size: str, refines: list[str], data: dict[str, Any], seed: int) -> list[dict]:
-    """sharefold's rows: one plan and one conversion, and what comes of it with each of ``refines``."""
-    calibration, start, rows = data["calibration"], time.perf_counter(), []
+def converted(
+    model: nn.Module, method: str, size: str, refine: str, data: dict[str, Any], seed: int
+) -> Iterator[dict[str, Any]]:
+    """sharefold's rows: one plan and one conversion; with ``refine`` also what comes of it when refined."""
+    calibration, start = data["calibration"], time.perf_counter()
     plan = sharefold.plan(model, budget=size, calibration=calibration, method=method, seed=seed)
-    straight = copy.deepcopy(model)
-    # Files are rounded after refinement: their rows are converted once more.
+    planned, straight = time.perf_counter() - start, copy.deepcopy(model)
     done = sharefold.convert_(straight, plan, calibration=calibration, seed=seed)
-    spent = time.perf_counter() - start
-    for refine in ["", *refines]:
-        start, trial, seconds = time.perf_counter(), copy.deepcopy(straight), dict(done.seconds)
-        if refine and plan.store:
-            trial = copy.deepcopy(model)
-            seconds = sharefold.convert_(trial, plan, calibration=calibration, refine=refine, seed=seed).seconds
-        elif refine:
-            held, rest = split_indices(len(calibration))
-            effort = parse_effort(refine)
-            found = refine_network(
-                done.original, trial, calibration[rest], with_blends(calibration[held], seed), epochs=effort.epochs,
-                seconds=effort.seconds, seed=seed,
-            )  # fmt: skip
-            seconds["refine"] = found["seconds"]
-        same = agreement(done.original, trial, calibration[split_indices(len(calibration))[0]])
-        row = {"refine": refine, "agreement": same.top1, "kl": same.kl, "seconds_by_step": seconds}
-        row["seconds"] = round(spent + time.perf_counter() - start, 1)
-        if size.endswith("B"):
-            row["bytes"], trial = written(trial)
-        else:
-            row["bytes"] = model_bytes(trial)
-        rows.append({**row, **measured(trial, data)})
-    return rows
+    row = {"refine": "", "agreement": done.agreement, "kl": done.kl, "seconds_by_step": done.seconds}
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    yield finished(row, straight, size, data)
+    if not refine or not plan.groups:  # nothing shared, nothing refined
+        return
+    if plan.store:  # rounded after refinement: converted once more
+        trial, begun = copy.deepcopy(model), time.perf_counter()
+        done = sharefold.convert_(trial, plan, calibration=calibration, refine=refine, seed=seed)
+        row |= {"agreement": done.agreement, "kl": done.kl, "seconds_by_step": done.seconds}
+        row["seconds"] = round(planned + time.perf_counter() - begun, 1)
+    else:
+        (held, rest), effort, trial = split_indices(len(calibration)), parse_effort(refine), straight
+        found = refine_network(
+            done.original, trial, calibration[rest], with_blends(calibration[held], seed), epochs=effort.epochs,
+            seconds=effort.seconds, seed=seed,
+        )  # fmt: skip
+        same = agreement(done.original, trial, calibration[held])
+        row |= {"agreement": same.top1, "kl": same.kl, "seconds_by_step": {**done.seconds, "refine": found["seconds"]}}
+        row["seconds"] = round(row["seconds"] + found["seconds"], 1)
+    yield finished({**row, "refine": refine}, trial, size, data)
+
+
+def finished(row: dict[str, Any], model: nn.Module, size: str, data: dict[str, Any]) -> dict[str, Any]:
+    """``row`` with size and accuracy of ``model``; of a file where the size is one in bytes."""
+    if parse_budget(size).unit == "bytes":
+        row["bytes"], model = written(model)
+    else:
+        row["bytes"] = model_bytes(model)
+    return {**row, **measured(model, data)}
 
 
 def written(model: nn.Module) -> tuple[int, nn.Module]:
@@ -127,8 +135,11 @@ def measured(model: nn.Module, data: dict[str, Any]) -> dict[str, Any]:
     return {"parameters": count_parameters(model), "top1": correct(model, *data["test"], data["normalize"])}
 
 
-def measure(model: nn.Module, method: str, size: str, refines: list[str], data: dict[str, Any], seed: int) -> list[dict]:
+def measure(
+    model: nn.Module, method: str, size: str, refine: str, data: dict[str, Any], seed: int
+) -> Iterator[dict[str, Any]]:
     """Rows of one method at one size."""
+    head = {"method": method, "size": size, "seed": seed}
     try:
         if method.startswith("quantize-") or method == "pruning":
             start, row = time.perf_counter(), {"refine": ""}
@@ -137,13 +148,13 @@ def measure(model: nn.Module, method: str, size: str, refines: list[str], data: 
                 model = pruned(model, float(size.rstrip("%")) / 100, data["normalize"](data["test"][0][:1]))["model"]
             else:
                 row.update(quantized(model, int(method.partition("-")[2])))
-            rows = [{**row, "seconds": round(time.perf_counter() - start, 1), **measured(model, data)}]
-            rows[0].setdefault("bytes", model_bytes(model))
+            row = {**head, **row, "seconds": round(time.perf_counter() - start, 1), **measured(model, data)}
+            yield {"bytes": model_bytes(model), **row}
         else:
-            rows = converted(model, method, size, refines, data, seed)
+            for row in converted(model, method, size, refine, data, seed):
+                yield {**head, **row}
     except Exception as error:  # a rival that does not run is a result
-        rows = [{"refine": "", "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}]
-    return [{"method": method, "size": size, "seed": seed, **row} for row in rows]
+        yield {**head, "refine": refine, "failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
 
 
 def load(network: str, seed: int, count: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -223,8 +234,8 @@ def main() -> None:
                 if method != "auto":
                     sizes = [""] if method.startswith("quantize") else [size for size in sizes if size.endswith("%")]
                 for size in sizes:
-                    refines = [options.refine] if method == "auto" and options.refine else []
-                    for row in measure(model, method, size, refines, data, seed):
+                    refine = options.refine if method == "auto" and parse_effort(options.refine) else ""
+                    for row in measure(model, method, size, refine, data, seed):
                         row = {"network": network, **row, "images": options.images}
                         key = ("network", "method", "size", "seed", "refine", "images")
                         rows = [r for r in rows if any(r[k] != row[k] for k in key)] + [row]

@@ -200,7 +200,7 @@ def label_free() -> str | None:
         if row["size"] and "top1" in row:
             column = row["method"] + (" + refine" if row["refine"] else "")
             found.setdefault((row["network"], row["images"], row["size"]), {}).setdefault(column, []).append(100 * row["top1"])
-        if row["refine"]:
+        if row["refine"] and "top1" in row:
             effort = row["refine"] + (" epochs" if row["refine"].isdigit() else "") + ("" if row["images"] else " without images")
             refined.setdefault((row["network"].replace("resnet", "ResNet-"), effort), []).append(row["seconds_by_step"]["refine"])
     columns = [column for column in _RIVALS if any(column in cell for cell in found.values())]
@@ -208,7 +208,7 @@ def label_free() -> str | None:
 
     def place(key: tuple[str, int, str]) -> tuple[str, bool, int, float]:
         network, images, size = key
-        return network, size.endswith("B"), -images, -float(size.rstrip("%MB"))
+        return network, size.endswith("B"), -images, -_amount(size)
 
     rows = []
     for network, images, size in sorted(found, key=place):
@@ -243,6 +243,13 @@ def onnx() -> str | None:
             f"parameters: {len(passed)} pass ({others}). onnxruntime is within {worst:.1e} of PyTorch, relative to the "
             f"largest output where that is above 1; no file is more than {100 * ratio - 100:.0f} % larger than the "
             "safetensors file. `python benchmarks/onnx_families.py`, rows in `benchmarks/results/onnx.csv`.")  # fmt: skip
+
+
+def _amount(size: str) -> float:
+    """``65%`` or ``0.15MB`` as a number that orders them."""
+    from sharefold.budget import parse_budget
+
+    return parse_budget(size).value
 
 
 _RIVALS = ["auto", "auto + refine", "basis", "spatial", "svd", "pruning", "average"]

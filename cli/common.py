@@ -189,7 +189,7 @@ def shared_options(function: Callable[..., None]) -> Callable[..., None]:
     """Adds ``--json --seed --device --quiet --threads``; the function gets a :class:`Run` first."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object alone on stdout.")
-    @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of everything random.")
+    @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of everything random.")
     @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1; auto takes a GPU if any.")
     @click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: torch's choice]")
     @click.option("-q", "--quiet", is_flag=True, help="No tables, no progress.")

@@ -128,7 +128,7 @@ def check_request(
             raise SharefoldError(f"--exclude {exclude!r} is not a regular expression: {error}") from None
     bound = None
     if plan is None and recipe is None and keep_agreement is None:
-        bound = parse_budget(budget or DEFAULT_BUDGET)
+        bound = parse_budget(DEFAULT_BUDGET if budget is None else budget)
         if bound.unit == "bytes" and store is not None:
             raise SharefoldError(
                 f"--budget {bound.text} is the size of the file and chooses its number types: leave --store out, or give "

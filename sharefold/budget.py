@@ -12,6 +12,7 @@ _BYTES = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 # What the word behind a number says is counted.
 _WORDS = {"parameters": "parameters", "params": "parameters", "macs": "macs", "latency": "seconds"}
+LARGEST = 1e18
 _HINT = (
     "write a share (50%), parameters (2.1M), bytes of the file (8MB), multiply-accumulates (40M MACs or 50% MACs) or "
     "time for an image (4ms or 60% latency)"
@@ -56,6 +57,8 @@ def parse_budget(budget: str | float | Budget) -> Budget:
     number, suffix, word = float(match[1]), match[2].lower(), match[3].lower()
     if number <= 0:
         raise SharefoldError(f"budget {text!r} is not positive: {_HINT}")
+    if number > LARGEST:
+        raise SharefoldError(f"budget {text!r} is larger than any network: {_HINT}")
     unit = _WORDS.get(word, "parameters")
     if suffix == "%" or (suffix == "" and number < 1 and not word):
         number /= 100 if suffix == "%" else 1
@@ -96,6 +99,8 @@ def parse_effort(effort: str | int | bool | Effort | None) -> Effort | None:
     if not match or (match[2] == "" and "." in match[1]):
         raise SharefoldError(f"refine {effort!r} is not understood: write epochs (20), a time (240s, 4m) or auto")
     number = float(match[1])
+    if number > LARGEST:
+        raise SharefoldError(f"refine {str(effort)[:40]!r} would never end: write epochs (20), a time (240s, 4m) or auto")
     if number == 0:
         return None
     return Effort(epochs=int(number)) if match[2] == "" else Effort(seconds=number * (60 if match[2] == "m" else 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +20,7 @@ from sharefold.calibrate.means import absorb_means
 from sharefold.calibrate.norms import reestimate_norms
 from sharefold.calibrate.refit import refit
 from sharefold.calibrate.statistics import Statistics, statistics_of
-from sharefold.errors import SharefoldError
+from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.measure import agreement, gives_logits
 from sharefold.methods import Solution, method_named
@@ -73,7 +74,11 @@ def convert_(
 
     Raises:
         SharefoldError: the plan does not fit the model, or refinement is asked of a network that returns no logits; the
-            model is then unchanged.
+            model is then unchanged. Also where the plan's store cannot hold the network: that shows only once it is
+            converted, and converted it stays.
+
+    Warns:
+        SharefoldWarning: refinement is asked for and nothing was shared.
     """
     seconds: dict[str, float] = {}
     effort = parse_effort(refine)
@@ -112,11 +117,13 @@ def convert_(
     held_out, fitting = images[held], images[rest]
     deciding = with_blends(held_out, seed)
     steps: dict[str, Any] = {}
-    reason = None if plan.groups else "nothing was shared, so that there is nothing to repair"
+    reason = None if plan.groups else "nothing was shared, so that there is nothing to repair or refine"
     if not compared:
         reason = "the network returns no logits to decide by"
     if reason:
         wanted = (REPAIRS if repair else ()) + (("refine",) if effort else ())
+        if effort:
+            warnings.warn(f"not refined: {reason}", SharefoldWarning, stacklevel=2)
         steps |= {name: {"kept": False, "reason": reason} for name in wanted}
     elif repair:
         start = time.perf_counter()

@@ -24,6 +24,11 @@ class Agreement(NamedTuple):
     kl: float  # mean KL(a || b) of the output distributions, in nats
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where ``model`` computes: the device of its first parameter, the CPU where it has none."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 def count_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:
     """Distinct parameters, each shared tensor once: ``sum(p.numel())``."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
@@ -69,7 +74,7 @@ def gives_logits(model: nn.Module, images: Tensor) -> bool:
 
     Detectors return boxes instead, another number of them for every image and every network.
     """
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     with evaluating(model):
         output = model(images.to(device))
     try:
@@ -121,7 +126,7 @@ def agreement(a: nn.Module, b: nn.Module, images: Tensor, *, batch_size: int = 2
     """
     same = total = 0
     divergence = 0.0
-    device = next((p.device for p in a.parameters()), torch.device("cpu"))
+    device = device_of(a)
     with evaluating(a, b):
         for batch in images.split(batch_size):
             batch = batch.to(device)

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sharefold.budget import Budget, parse_budget
@@ -20,7 +19,7 @@ from sharefold.calibrate.statistics import statistics_of
 from sharefold.convert import convert_
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
-from sharefold.measure import count_macs, count_parameters, model_bytes
+from sharefold.measure import count_macs, count_parameters, device_of, model_bytes
 from sharefold.planner import Planner
 from sharefold.plans import Progress
 from sharefold.store import StoreSpec, file_bytes
@@ -113,7 +112,7 @@ def _point(
     example: Tensor,
 ) -> Point:  # fmt: skip
     params = count_parameters(model)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     return Point(
         budget, params, params / max(dense, 1), _bytes(model), count_macs(model, example.to(device)),
         scores["top1"], scores["top5"], scores["loss"], agreement, kl, seconds,

@@ -259,10 +259,24 @@ def test_every_step_goes_on_from_what_the_one_before_it_left() -> None:
     assert agreement(done.original, model, deciding).kl == pytest.approx(steps[-1]["kl_after"], rel=1e-3, abs=1e-7)
 
 
+def test_every_modules_own_mode_comes_back() -> None:
+    model = net(blocks=2).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    plan = Plan([GroupPlan("g", "basis", ("stage1.0.conv1", "stage1.1.conv1"), {"rank": 4})], 0, 0)
+    done = sharefold.convert_(model, plan, calibration=CALIBRATION, refine=1)
+    assert any(step["kept"] for step in done.steps.values())
+    found = {name: module.training for name, module in model.named_modules()}
+    assert {name: found[name] for name in modes} == modes
+
+
 def test_a_network_that_shares_nothing_is_neither_repaired_nor_refined() -> None:
     model = net()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    done = sharefold.convert_(model, Plan([], 0, 0), calibration=CALIBRATION, refine=5)
+    with pytest.warns(sharefold.SharefoldWarning, match="not refined: nothing was shared"):
+        done = sharefold.convert_(model, Plan([], 0, 0), calibration=CALIBRATION, refine=5)
     assert done.steps.keys() == {"refit", "norms", "head", "refine"}
     assert all(not step["kept"] and "nothing was shared" in step["reason"] for step in done.steps.values())
     assert done.agreement == 1.0 and done.kl == pytest.approx(0.0, abs=1e-6)

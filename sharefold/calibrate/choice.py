@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sharefold.measure import evaluating, first_logits, gives_logits
+from sharefold.measure import device_of, evaluating, first_logits, gives_logits
 
 SHARE = 0.5
 # Fewer would cost more in sampling noise than the choice gains.
@@ -30,7 +30,7 @@ def least_certain(model: nn.Module, images: Tensor, batch_size: int = 100) -> Te
     count = max(FEWEST, round(SHARE * len(images)))
     if count >= len(images) or not gives_logits(model, images[:2]):
         return everything
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     found = []
     with evaluating(model):
         for batch in images.split(batch_size):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharefold.measure import agreement, evaluating, first_logits
+from sharefold.measure import agreement, device_of, evaluating, first_logits
 
 # Pull towards the original classifier, as a share of the mean variance of its inputs.
 RIDGE = 1e-2
@@ -64,7 +64,7 @@ def _head(model: nn.Module, images: Tensor) -> nn.Linear | None:
     with ExitStack() as stack:
         runs = [(linear, stack.enter_context(_watched(linear))) for linear in linears]
         stack.enter_context(evaluating(model))
-        logits = first_logits(model(images.to(next(model.parameters()).device)))
+        logits = first_logits(model(images.to(device_of(model))))
     if logits.ndim != 2:
         return None
     return next((linear for linear, seen in runs if len(seen) == 1 and torch.equal(seen[0][1], logits)), None)

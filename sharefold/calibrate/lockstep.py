@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sharefold.layers import resolve
+from sharefold.measure import device_of, evaluating
 
 Values = list[dict[fx.Node, Any]]  # of one network, a dictionary a batch
 
@@ -55,13 +56,16 @@ def walk(
 ) -> None:
     """Walks ``graph`` once; before the student runs a layer in ``names``, calls ``visit(name, place)``.
 
-    ``visit`` may change the student's layer and the norm behind it. Both networks must be in eval mode. Values are
+    ``visit`` may change the student's layer and the norm behind it. Both networks must be in eval mode and on one device,
+    to which ``batches`` are moved. Values are
     dropped after their last use, so memory is a few activation maps of all images, for two networks.
     """
     last: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         for used in node.all_input_nodes:
             last[used] = node
+    device = device_of(teacher)
+    batches = [batch.to(device) for batch in batches]
     teachers: Values = [{} for _ in batches]
     students: Values = [{} for _ in batches]
     for node in graph.nodes:
@@ -85,20 +89,54 @@ def _fetch(argument: Any, values: dict[fx.Node, Any]) -> Any:
 
 
 def _values(node: fx.Node, model: nn.Module, batches: Values) -> list[Tensor] | None:
-    found = [_value(node, model, values) for values in batches]
-    return None if any(value is None for value in found) else found
-
-
-def _value(node: fx.Node, model: nn.Module, values: dict[fx.Node, Any]) -> Any:
     """What the node has given, or gives now that its inputs are there: a shortcut often comes after the layers it skips."""
-    if node in values:
-        return values[node]
-    if node.op not in ("call_module", "call_function", "call_method"):
+    steps = _ahead(node, model, batches[0]) if batches else None
+    if steps is None or not _harmless(steps, model, batches[0]):
         return None
-    if node.op == "call_module" and any(True for _ in resolve(model, str(node.target)).parameters()):
-        return None  # may be a layer that is not repaired yet
-    inputs = {used: _value(used, model, values) for used in node.all_input_nodes}
-    return None if any(value is None for value in inputs.values()) else _run(node, model, inputs, torch.empty(0))
+    return [_computed(steps, model, dict(values))[node] for values in batches]
+
+
+def _ahead(node: fx.Node, model: nn.Module, values: dict[fx.Node, Any]) -> list[fx.Node] | None:
+    """What must run to give ``node``'s value, in order; None if something of it must wait for its turn."""
+    steps: dict[fx.Node, None] = {}
+
+    def possible(node: fx.Node) -> bool:
+        if node in values or node in steps:
+            return True
+        if node.op not in ("call_module", "call_function", "call_method"):
+            return False
+        if node.op == "call_module" and any(True for _ in resolve(model, str(node.target)).parameters()):
+            return False  # may be a layer that is not repaired yet
+        if not all(possible(used) for used in node.all_input_nodes):
+            return False
+        steps[node] = None
+        return True
+
+    return list(steps) if possible(node) else None
+
+
+def _harmless(steps: list[fx.Node], model: nn.Module, values: dict[fx.Node, Any]) -> bool:
+    """Whether the steps leave their inputs as they are: in place, they would do their work twice."""
+    tensors: list[Tensor] = []
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        tensors.append(leaf.clone())
+        return tensors[-1]
+
+    used = {node for step in steps for node in step.all_input_nodes if node in values}
+    copies = {node: fx.node.map_aggregate(values[node], copied) for node in used}
+    versions = [tensor._version for tensor in tensors]
+    _computed(steps, model, copies)
+    return versions == [tensor._version for tensor in tensors]
+
+
+def _computed(steps: list[fx.Node], model: nn.Module, values: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
+    """``values``, and those of the steps."""
+    for step in steps:
+        values[step] = _run(step, model, values, torch.empty(0))
+    return values
 
 
 def _run(node: fx.Node, model: nn.Module, values: dict[fx.Node, Any], batch: Tensor) -> Any:
@@ -116,7 +154,6 @@ def _run(node: fx.Node, model: nn.Module, values: dict[fx.Node, Any], batch: Ten
     return node.target(*args, **kwargs)
 
 
-@torch.no_grad()
 def largest_map(model: nn.Module, image: Tensor) -> int:
     """Elements of the largest module output for one image; bounds what :func:`walk` keeps per image."""
     largest = image.numel()
@@ -130,7 +167,8 @@ def largest_map(model: nn.Module, image: Tensor) -> int:
     for module in model.modules():
         handles.append(module.register_forward_hook(note))
     try:
-        model(image)
+        with evaluating(model):
+            model(image.to(device_of(model)))
     finally:
         for handle in handles:
             handle.remove()

@@ -14,6 +14,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from sharefold.measure import device_of
+
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -38,7 +40,7 @@ def match_statistics(
     result = images.clone()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     batches = order.tensor_split(max(1, round(len(images) / batch_size)))
-    device = next(model.parameters()).device
+    device = device_of(model)
     with _watched(model, norms) as errors:
         for number, index in enumerate(batches):
             pixels = images[index].to(device).requires_grad_(True)
@@ -62,7 +64,7 @@ def match_statistics(
 def mismatch(model: nn.Module, images: Tensor) -> float:
     """How far the statistics of ``images``, as one batch, are from the running ones: mean over BatchNorms."""
     with _watched(model, _norms(model)) as errors:
-        model(images.to(next(model.parameters()).device))
+        model(images.to(device_of(model)))
         return float(torch.stack(errors).mean()) if errors else 0.0
 
 

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from sharefold.measure import agreement
+from sharefold.measure import agreement, device_of, evaluating
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -34,18 +34,15 @@ def reestimate_norms(
         return {"kept": False}
     before = agreement(original, model, held_out).kl if before is None else before
     saved = [(n.running_mean.clone(), n.running_var.clone(), n.momentum, _count(n)) for n in norms]  # type: ignore[union-attr]
-    was_training = model.training
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average over all batches
-        norm.train()
-    device = next(model.parameters()).device
-    for batch in images.split(batch_size):
-        if len(batch) > 1:
-            model(batch.to(device))
-    for norm in norms:
-        norm.eval()
+    device = device_of(model)
+    with evaluating(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average over all batches
+            norm.train()
+        for batch in images.split(batch_size):
+            if len(batch) > 1:
+                model(batch.to(device))
     after = agreement(original, model, held_out).kl
     kept = after < before
     for norm, (mean, variance, momentum, count) in zip(norms, saved, strict=True):
@@ -55,7 +52,6 @@ def reestimate_norms(
         if not kept:
             norm.running_mean.copy_(mean)  # type: ignore[union-attr]
             norm.running_var.copy_(variance)  # type: ignore[union-attr]
-    model.train(was_training)
     return {"kept": kept, "kl_before": before, "kl_after": after}
 
 

@@ -62,7 +62,7 @@ def rectified(model: nn.Module, place: Place, norm: str | None, values: Values) 
     behind = _behind(last, model)
     if behind is not None and _is_relu(behind, model):
         return Rectified(scale, shift, None)
-    if behind is None or not _calls(behind, ADDITIONS) or len(behind.all_input_nodes) != 2:
+    if behind is None or not _calls(behind, ADDITIONS) or len(behind.all_input_nodes) != 2 or "alpha" in behind.kwargs:
         return None
     after, others = _behind(behind, model), [n for n in behind.all_input_nodes if not _leads_to(last, n, model)]
     if after is None or len(others) != 1 or not _is_relu(after, model):

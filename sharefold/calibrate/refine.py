@@ -81,7 +81,7 @@ def refine(
     before = agreement(original, model, held_out).kl if before is None else before
     guard = _Guard(original, model, held_out, before)
     if graph is None:
-        graph = analyze(original, images[:1].to(next(model.parameters()).device))
+        graph = analyze(original, images[:1])
     norms = {name: record.norm for name, record in graph.layers.items()}
     blocks = graph.blocks if blocks is None else blocks
     with _training(original, model) as parameters, norms_folded(original, norms), norms_folded(model, norms):

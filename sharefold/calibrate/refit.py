@@ -16,7 +16,7 @@ from sharefold.calibrate.own_factors import has_own_factors, solve_on_prefix
 from sharefold.calibrate.rectified import refit_rectified
 from sharefold.graph import NetworkGraph
 from sharefold.layers import Again, RepeatedBlock, SharedConv, fold_scale, resolve, takes_scale
-from sharefold.measure import agreement
+from sharefold.measure import agreement, evaluating
 from sharefold.plans import GroupPlan
 
 # Pull towards the coefficients so far, as a share of the mean diagonal of the normal equations.
@@ -52,8 +52,6 @@ def refit(
         return {"kept": False, "reason": "no layer has a linear part or a norm of its own"}
     before = agreement(original, model, held_out).kl
     saved = copy.deepcopy(model.state_dict())
-    was_training = model.training
-    model.eval()
     size = largest_map(original, images[:1])
     images = images[: max(8, MEMORY_BYTES // (4 * 8 * size))]
     batches = list(images.split(max(1, (1 << 26) // (4 * size))))
@@ -78,12 +76,12 @@ def refit(
         if progress:
             progress("refitting", done, len(layers))
 
-    walk(graph.fx_graph, original, model, batches, visit, set(layers))
+    with evaluating(original, model):
+        walk(graph.fx_graph, original, model, batches, visit, set(layers))
     after = agreement(original, model, held_out).kl
     kept = after < before
     if not kept:
         model.load_state_dict(saved)
-    model.train(was_training)
     return {"kept": kept, "layers": done, "kl_before": before, "kl_after": after}
 
 

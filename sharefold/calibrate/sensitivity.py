@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
-from sharefold.measure import first_logits
+from sharefold.measure import device_of, evaluating, first_logits
 
 IMAGES = 256
 
@@ -47,11 +47,9 @@ def output_sensitivity(
 
     for name in names:
         watch(name, isinstance(model.get_submodule(name), nn.Linear))
-    was_training = model.training
-    device = next(model.parameters()).device
-    model.eval()
+    device = device_of(model)
     try:
-        with torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             for batch in images[index].split(batch_size):
                 leaf = batch.to(device).detach().requires_grad_(True)
                 logits = first_logits(model(leaf))
@@ -67,5 +65,4 @@ def output_sensitivity(
     finally:
         for handle in handles:
             handle.remove()
-        model.train(was_training)
     return {name: total / len(index) for name, total in totals.items()}

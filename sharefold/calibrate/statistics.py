@@ -14,6 +14,7 @@ from sharefold.calibrate.means import output_mean_owner
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.layers import ConvForm, form_of
+from sharefold.measure import device_of, evaluating
 from sharefold.methods.problem import target_weight
 from sharefold.solvers.data_norm import Moments, sample_patches
 
@@ -110,7 +111,7 @@ class Statistics:
     def _collect(self, names: list[str]) -> None:
         self.passes += 1
         forms = {name: _form(self.model, name) for name in names}
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         for name, form in forms.items():
             if is_wide(form) and name not in self.frames:
                 rows = target_weight(self.model.get_submodule(name), form).float()
@@ -137,19 +138,17 @@ class Statistics:
                     raise _Done
 
             handles.append(self.model.get_submodule(name).register_forward_hook(hook))
-        was_training = self.model.training
-        self.model.eval()
         try:
-            for index in self.chosen.split(self.batch_size):
-                waiting.update(names)
-                try:
-                    self.model(self.images[index].to(device))
-                except _Done:
-                    continue
+            with evaluating(self.model):
+                for index in self.chosen.split(self.batch_size):
+                    waiting.update(names)
+                    try:
+                        self.model(self.images[index].to(device))
+                    except _Done:
+                        continue
         finally:
             for handle in handles:
                 handle.remove()
-            self.model.train(was_training)
         for name in names:
             if float(sums[name].count) == 0:
                 raise SharefoldError(f"layer {name} was not reached by the calibration images: exclude it")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import SharefoldError
+
+# The largest number of float32, in which all of this is computed.
+UNLIMITED = 3.4e38
 
 
 def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -107,6 +110,8 @@ class FinetuneConfig:
                 raise SharefoldError(f"finetune: {spec.name}={value!r}: expected {type(spec.default).__name__}")
             if choices and value not in choices:
                 raise SharefoldError(f"finetune: {spec.name}={value!r}: choose one of {', '.join(choices)}")
+            if isinstance(spec.default, tuple) and not all(isinstance(entry, (int, float)) for entry in value):
+                raise SharefoldError(f"finetune: {spec.name}={value!r}: expected numbers")
         for name in ("epochs", "batch_size", "accumulate", "eval_epochs", "log_steps"):
             if getattr(self, name) < 1:
                 raise SharefoldError(f"finetune: {name}={getattr(self, name)}: must be at least 1")
@@ -114,19 +119,25 @@ class FinetuneConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise SharefoldError(f"finetune: {name}={getattr(self, name)}: must lie between 0 and 1")
         for name in ("lr", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
+            if not 0 < getattr(self, name) < UNLIMITED:
                 raise SharefoldError(f"finetune: {name}={getattr(self, name)}: must be positive and finite")
         for name in (
             "block_match", "orthogonality", "momentum", "eps", "weight_decay", "warmup_epochs", "warmup_lr", "min_lr", "clip",
             "mixup", "cutmix", "workers", "checkpoint_steps", "checkpoint_minutes",
         ):  # fmt: skip
-            if not 0 <= getattr(self, name) < math.inf:
+            if not 0 <= getattr(self, name) < UNLIMITED:
                 raise SharefoldError(f"finetune: {name}={getattr(self, name)}: must not be negative, nor without limit")
-        for name, low in (("gamma", 0.0), ("milestones", 0.0), ("mean", -math.inf)):
-            if not all(low <= value < math.inf and math.isfinite(value) for value in getattr(self, name)):
-                raise SharefoldError(f"finetune: {name}={getattr(self, name)}: must be finite, and no factor or epoch below 0")
-        if not all(0 < value < math.inf for value in self.std):
+        for name, low, words in (("gamma", 0.0, "factors"), ("milestones", 0.0, "epochs"), ("mean", -UNLIMITED, "numbers")):
+            if not all(low <= value < UNLIMITED for value in getattr(self, name)):
+                kind = "finite" if low else "finite and not negative"
+                raise SharefoldError(f"finetune: {name}={getattr(self, name)}: {words} must be {kind}")
+        if not all(0 < value < UNLIMITED for value in self.std):
             raise SharefoldError(f"finetune: std={self.std}: must be positive and finite")
+        for name in ("block_names", "orthogonality_skip"):
+            try:
+                re.compile(getattr(self, name))
+            except re.error as error:
+                raise SharefoldError(f"finetune: {name}={getattr(self, name)!r} is not a regular expression: {error}") from None
         if len(self.gamma) not in {1, len(self.milestones)}:
             raise SharefoldError(f"finetune: gamma: {len(self.gamma)} factors for {len(self.milestones)} milestones")
         if len(self.mean) != len(self.std):

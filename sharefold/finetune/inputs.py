@@ -97,7 +97,23 @@ class TrainImages(Dataset):
 
 
 def train_transform(preprocess: Preprocess, config: FinetuneConfig, small: bool) -> Any:
-    """PIL image to normalised tensor: padded crop (small images) or random resized crop, flip, AutoAugment policy."""
+    """PIL image to normalised tensor: padded crop (small images) or random resized crop, flip, AutoAugment policy.
+
+    Raises:
+        SharefoldError: a policy that timm does not know.
+    """
+    try:
+        return _train_transform(preprocess, config, small)
+    except (AssertionError, KeyError, ValueError) as error:
+        if not config.auto_augment:
+            raise
+        raise SharefoldError(
+            f"finetune: auto_augment={config.auto_augment!r} is no policy that timm knows ({error!r}): "
+            "write for example rand-m9-mstd0.5-inc1"
+        ) from None
+
+
+def _train_transform(preprocess: Preprocess, config: FinetuneConfig, small: bool) -> Any:
     from timm.data import create_transform
     from timm.data.auto_augment import rand_augment_transform
     from torchvision import transforms

@@ -21,6 +21,7 @@ from sharefold.graph.spaces import Flow, propagate
 from sharefold.graph.stages import Size, find_stages, number_blocks
 from sharefold.graph.state import preserved
 from sharefold.graph.trace import ShapeRecorder, same_output, trace
+from sharefold.measure import device_of
 
 
 def analyze(model: nn.Module, example_input: Any, *, symbolic: bool = True) -> NetworkGraph:
@@ -41,7 +42,7 @@ def analyze(model: nn.Module, example_input: Any, *, symbolic: bool = True) -> N
         raise SharefoldError(f"model: {type(model).__name__} is not an nn.Module: pass the network itself")
     if any(nn.parameter.is_lazy(p) for p in model.parameters()):
         raise SharefoldError(f"model: {type(model).__name__} has lazy modules without shapes: run it once first")
-    example = _to_device(example_input, next((p.device for p in model.parameters()), torch.device("cpu")))
+    example = _to_device(example_input, device_of(model))
     with preserved(model):
         layers, skipped = find_layers(model)
         run = run_with_hooks(model, example, layers)

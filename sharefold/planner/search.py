@@ -14,7 +14,7 @@ from sharefold.calibrate.folded import norms_folded
 from sharefold.calibrate.means import absorb_means
 from sharefold.calibrate.statistics import Statistics
 from sharefold.graph import NetworkGraph
-from sharefold.measure import evaluating, first_logits
+from sharefold.measure import device_of, evaluating, first_logits
 from sharefold.methods import method_named
 from sharefold.methods.solved import forget_others, solution_of
 from sharefold.planner.candidates import Candidates
@@ -50,7 +50,7 @@ class Trials:
         self.rounds = min(ROUNDS, int(WORK / max(self._work(), 1)))
         groups = sum(len(row) > 1 for row in candidates.options)
         count = min(IMAGES, images, max(FEWEST, PASSES * images // max(ROUNDS * groups, 1)))
-        device = next(model.parameters()).device
+        device = device_of(model)
         self.batches = [batch.to(device) for batch in statistics.sample(count).split(statistics.batch_size)]
         self.norms = {name: record.norm for name, record in graph.layers.items()}
         self.known: dict[tuple[int, ...], float] = {}

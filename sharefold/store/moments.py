@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sharefold.calibrate.pairs import Gatherer, Inputs
 from sharefold.layers import ConvForm
+from sharefold.measure import device_of
 
 CACHE_BYTES = 1 << 30
 
@@ -23,7 +24,7 @@ def gather(
         )
         for name in forms
     ]
-    device = next(model.parameters()).device
+    device = device_of(model)
     try:
         for batch in images.split(batch_size):
             model(batch.to(device))

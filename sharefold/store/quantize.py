@@ -20,6 +20,7 @@ from sharefold.calibrate.pairs import Gatherer, Inputs
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.layers import BasisConv, SharedConv, SpatialConv, to_dense
+from sharefold.measure import evaluating
 from sharefold.plans import Progress
 from sharefold.solvers.quantize import kmeans_codebook, search_scale
 from sharefold.store.moments import gather, runs
@@ -81,29 +82,38 @@ def quantize_(
         calibration = statistics.images
     images = calibration_or_procedural(model, calibration, seed)
     dense = to_dense(model).eval()
-    teacher = dense if original is None else original
+    with evaluating(model, *([] if original is None else [original])):
+        return _rounded(model, dense if original is None else original, dense, request, images, progress)
+
+
+def _rounded(
+    model: nn.Module, teacher: nn.Module, dense: nn.Module, request: StoreRequest, images: Tensor, progress: Progress | None
+) -> StoreReport:
+    """Rounds ``model``, in eval mode like both others, and again with another step until the file has the size asked for."""
     graph = analyze(dense, images[:1])
     prepared = prepare(teacher, model, graph, images)
     if request.kind == "coded" and request.step == 0:
         request = _step_for(model, prepared, request)
     start = copy.deepcopy(model.state_dict())
-    for attempt in range(_ROUNDS):
+    best: tuple[int, StoreSpec, StoreRequest, bool, dict[str, Tensor]] | None = None
+    for _ in range(_ROUNDS):
         found, sequential = _round_all(model, teacher, graph, prepared, request, images, progress)
-        size = file_bytes(model, found)
-        last = attempt == _ROUNDS - 1
-        finest = request.step <= SMALLEST_STEP
-        if request.budget is None or (
-            size <= request.budget and (last or finest or size >= (1 - 3 * _SLACK) * request.budget)
-        ):
-            break
-        if last:
-            raise SharefoldError(f"store: {size:,} bytes instead of {request.budget:,}: allow more, or share more")
-        weights = sum(t.numel() for t in matrices(model).values())
-        excess = (size - (1 - _SLACK) * request.budget) * 8 / weights
+        size, budget = file_bytes(model, found), request.budget
+        if budget is None:
+            return _finished(model, found, request, sequential)
+        if size <= budget and (best is None or size > best[0]):
+            best = size, found, request, sequential, copy.deepcopy(model.state_dict())
+            if size >= (1 - 3 * _SLACK) * budget or request.step <= SMALLEST_STEP:
+                break
+        excess = (size - (1 - _SLACK) * budget) * 8 / sum(t.numel() for t in matrices(model).values())
         # A bit less a weight is a factor of two of the step, less where most weights are zero already.
         step = max(request.step * 2 ** (1.15 * excess), SMALLEST_STEP)
-        request = StoreRequest("coded", step=step, budget=request.budget)
+        request = StoreRequest("coded", step=step, budget=budget)
         model.load_state_dict(start)
+    if best is None:
+        raise SharefoldError(f"store: {size:,} bytes instead of {request.budget:,}: allow more, or share more")
+    _, found, request, sequential, state = best
+    model.load_state_dict(state)
     return _finished(model, found, request, sequential)
 
 
@@ -131,7 +141,7 @@ def preview_store(
     if calibration is None and statistics is not None:
         calibration = statistics.images
     images = calibration_or_procedural(model, calibration, seed)
-    trial = copy.deepcopy(model)
+    trial = copy.deepcopy(model).eval()
     dense = to_dense(trial).eval()
     prepared = prepare(dense, trial, analyze(dense, images[:1]), images)
     request = _step_for(trial, prepared, StoreRequest("coded", budget=budget_bytes))
@@ -276,7 +286,6 @@ def _sequential(
             gatherer.add(x, y)
         layer(name, gatherer.result(prepared.centered[name]))
 
-    model.eval()
     walk(graph.fx_graph, teacher, model, batches, visit, set(prepared.forms))
     return True
 

@@ -16,7 +16,11 @@ from sharefold.store.spec import StoreSpec
 
 
 def file_bytes(model: nn.Module, spec: StoreSpec) -> int:
-    """Bytes of the single ``.safetensors`` file that ``save`` writes for ``model``, rounded and stored as ``spec`` says."""
+    """Bytes of the single ``.safetensors`` file that ``save`` writes for ``model``, which lies on the grids of ``spec``.
+
+    Raises:
+        SharefoldError: a tensor is not one that ``spec`` can hold: :func:`quantize_` (or ``snap_``) first.
+    """
     tensors, text = _content(model)
     return _size(encode_blob(tensors, spec), text)
 

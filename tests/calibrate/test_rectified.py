@@ -31,9 +31,18 @@ class One(nn.Module):
         self.conv, self.norm, self.end = nn.Conv2d(4, 4, 3, padding=1, bias=False), norm, end
         self.drop, self.relu, self.gelu = nn.Dropout(0.5), nn.ReLU(), nn.GELU()
         self.skip, self.pad, self.down = nn.Identity(), nn.ZeroPad2d(0), nn.Conv2d(4, 4, 1)
+        self.leaky = nn.LeakyReLU(0.5, inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.end(self, self.norm(self.conv(x)), x)
+
+
+def traced(model: nn.Module) -> fx.Graph:
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+            return m is not model
+
+    return Tracer().trace(model)
 
 
 def found(norm: nn.Module, end: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> Rectified | None:
@@ -41,15 +50,11 @@ def found(norm: nn.Module, end: Callable[[nn.Module, Tensor, Tensor], Tensor]) -
     model = One(norm, end).eval()
     seen: list[Rectified | None] = []
 
-    class Tracer(fx.Tracer):
-        def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-            return m is not model
-
     def visit(name: str, place: Place) -> None:
         seen.append(rectified(model, place, "norm", place.student))
 
     with torch.no_grad():
-        walk(Tracer().trace(model), model, model, [torch.randn(2, 4, 5, 5)], visit, {"conv"})
+        walk(traced(model), model, model, [torch.randn(2, 4, 5, 5)], visit, {"conv"})
     return seen[0]
 
 
@@ -97,6 +102,7 @@ def test_an_activation_inside_of_the_norm_is_seen() -> None:
         lambda m, y, x: y + x,
         lambda m, y, x: m.relu(y + y),
         lambda m, y, x: m.relu(y + 1.0),
+        lambda m, y, x: m.relu(torch.add(y, x, alpha=2.0)),
         lambda m, y, x: m.gelu(y + x),
         lambda m, y, x: m.relu(y + x.mean((2, 3), keepdim=True)),
         lambda m, y, x: m.relu(y + m.down(x)),  # may be a layer that is repaired later
@@ -105,6 +111,29 @@ def test_an_activation_inside_of_the_norm_is_seen() -> None:
 )
 def test_anything_else_is_not_taken_for_one(end: Callable) -> None:
     assert found(nn.BatchNorm2d(4), end) is None
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda m, y, x: m.relu(y + F.leaky_relu(x, 0.5, inplace=True)),
+        lambda m, y, x: m.relu(y + m.leaky(x)),
+        lambda m, y, x: m.relu(y + m.leaky(m.skip(x))),
+        lambda m, y, x: m.relu(y + x.mul_(2.0)),
+        lambda m, y, x: m.relu(y + x[:, :2].add_(1.0).repeat(1, 2, 1, 1)),
+    ],
+)
+def test_shortcuts_that_work_in_place_wait_for_their_turn(end: Callable) -> None:
+    model, x = One(nn.BatchNorm2d(4), end).eval(), torch.randn(2, 4, 5, 5)
+    seen: list[tuple[Tensor, Rectified | None]] = []
+
+    def visit(name: str, place: Place) -> None:
+        found = rectified(model, place, "norm", place.student)
+        seen.append((place.inputs[0].clone(), found))
+
+    with torch.no_grad():
+        walk(traced(model), model, model, [x.clone()], visit, {"conv"})
+    assert torch.equal(seen[0][0], x) and seen[0][1] is None
 
 
 def test_norms_that_are_not_affine_in_evaluation_are_left_alone() -> None:
@@ -148,9 +177,10 @@ def test_the_last_layer_of_a_block_makes_up_for_errors_of_its_shortcut(monkeypat
     plan = Plan([GroupPlan("g", "basis", tuple(names[:3]), {"rank": 6})], 0, 0)
     done = sharefold.convert_(model, plan, calibration=FITTING, repair=False)
     errors = []
-    for rounds in (0, 4):
+    for rounds, addend in ((0, Place.teacher), (4, Place.student), (4, Place.teacher)):
         trial = copy.deepcopy(model)
         monkeypatch.setattr(module, "ROUNDS", rounds)
+        monkeypatch.setattr(Place, "teacher", addend)
         falling = iter([1.0, 0.0])  # kept whatever held-out images say
         monkeypatch.setattr("sharefold.calibrate.refit.agreement", lambda *_, told=falling: type("A", (), {"kl": next(told)})())
         refit(done.original, trial, graph, FITTING, HELD_OUT, ridge=1e-9)
@@ -160,7 +190,8 @@ def test_the_last_layer_of_a_block_makes_up_for_errors_of_its_shortcut(monkeypat
             with torch.no_grad():
                 network.eval()(FITTING)
         errors.append(float((outputs[0] - outputs[1]).square().mean()))
-    assert errors[1] < 0.98 * errors[0], errors
+    without, own_shortcut, original_shortcut = errors
+    assert original_shortcut < 0.98 * own_shortcut < 0.98**2 * without, errors
 
 
 def test_layers_without_a_relu_behind_them_keep_their_linear_solution(monkeypatch: pytest.MonkeyPatch) -> None:

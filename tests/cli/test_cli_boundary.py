@@ -137,7 +137,7 @@ def test_failing_json_run_prints_no_json() -> None:
     [
         (["--device", "nonsense"], "device 'nonsense' is not known"),
         (["--threads", "0"], "0 is not in the range x>=1"),
-        (["--seed", "-1"], "-1 is not in the range x>=0"),
+        (["--seed", "-1"], "-1 is not in the range 0<=x"),
     ],
 )
 def test_bad_common_options(arguments: list[str], words: str) -> None:

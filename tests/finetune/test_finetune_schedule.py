@@ -103,6 +103,12 @@ def test_config_rejects_what_makes_no_sense():
         ({"orthogonality": -1.0}, "orthogonality=-1.0: must not be negative"),
         ({"weight_decay": float("inf")}, "nor without limit"),
         ({"mean": (0.5,)}, "give both"),
+        ({"mean": (float("nan"),)}, "mean=.nan,.: numbers must be finite"),
+        ({"gamma": (-0.1,)}, "factors must be finite and not negative"),
+        ({"milestones": ("a",)}, "expected numbers"),
+        ({"lr": 1e300}, "positive and finite"),
+        ({"block_names": "("}, "block_names='.' is not a regular expression"),
+        ({"orthogonality_skip": "("}, "not a regular expression"),
     ):
         with pytest.raises(SharefoldError, match=message):
             FinetuneConfig(**bad)

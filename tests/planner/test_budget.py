@@ -35,7 +35,11 @@ def test_what_is_read(text, value, unit, share):
 
 
 @pytest.mark.parametrize(
-    "text", ["lots", "-3", "0", "150%", "5 lightyears", "8MB MACs", "4ms MACs", "5 latency", "4M latency", "50% bytes", ""]
+    "text",
+    [
+        "lots", "-3", "0", "150%", "5 lightyears", "8MB MACs", "4ms MACs", "5 latency", "4M latency", "50% bytes", "", "1e400",
+        "1e300GB",
+    ],
 )
 def test_what_is_not(text):
     with pytest.raises(SharefoldError, match="budget .*write a share"):

@@ -163,6 +163,20 @@ def test_budget_is_met_and_used() -> None:
         quantize_(converted()[1], "mixed:900B", calibration=images())
 
 
+def test_the_modes_of_the_network_change_nothing_and_come_back() -> None:
+    results = []
+    for training in (False, True):
+        original, model = converted()
+        model.train(training)
+        model.blocks[0].bn1.eval()
+        modes = [module.training for module in model.modules()]
+        quantize_(model, "mixed:4200B", calibration=images(), original=original)
+        assert [module.training for module in model.modules()] == modes
+        results.append(model.state_dict())
+    for name, tensor in results[0].items():
+        assert torch.equal(tensor, results[1][name]), name
+
+
 @pytest.mark.parametrize("method", ["basis", "tucker"])
 def test_bases_are_turned_without_changing_the_network(method: str) -> None:
     from sharefold.graph import analyze
