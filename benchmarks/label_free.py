@@ -7,6 +7,7 @@ Rows of one network and seed share the 2,000 calibration images (`--images 0`: n
 all 10,000 test images. A size in MB is that of the whole file, which is written and read back; only sharefold is asked for
 those.
 
+    original        the network as it is
     auto, basis     sharefold
     svd             data-norm low rank per layer, as BALF (arXiv:2509.25136)
     spatial         column and row filters per layer, as AIMET's spatial SVD (arXiv:1405.3866)
@@ -45,7 +46,7 @@ from sharefold.measure import agreement, count_parameters, model_bytes
 from sharefold.solvers.quantize import round_to_grid
 
 RESULTS = Path(__file__).parent / "results"
-METHODS = ("auto", "basis", "svd", "spatial", "average", "pruning", "quantize-4", "quantize-3")
+METHODS = ("original", "auto", "basis", "svd", "spatial", "average", "pruning", "quantize-4", "quantize-3")
 SIZES = {
     "resnet20": ("65%", "50%", "35%", "0.15MB", "0.11MB"), "resnet56": ("50%", "35%", "25%", "0.43MB", "0.33MB", "0.22MB"),
 }  # fmt: skip
@@ -141,12 +142,12 @@ def measure(
     """Rows of one method at one size."""
     head = {"method": method, "size": size, "seed": seed}
     try:
-        if method.startswith("quantize-") or method == "pruning":
+        if method.startswith("quantize-") or method in ("original", "pruning"):
             start, row = time.perf_counter(), {"refine": ""}
             model = copy.deepcopy(model)
             if method == "pruning":
                 model = pruned(model, float(size.rstrip("%")) / 100, data["normalize"](data["test"][0][:1]))["model"]
-            else:
+            elif method != "original":
                 row.update(quantized(model, int(method.partition("-")[2])))
             row = {**head, **row, "seconds": round(time.perf_counter() - start, 1), **measured(model, data)}
             yield {"bytes": model_bytes(model), **row}
@@ -173,6 +174,26 @@ def load(network: str, seed: int, count: int) -> tuple[nn.Module, dict[str, Any]
     }
 
 
+# What is drawn, in the order of the legend: colour, line.
+SERIES = {
+    "original": ("black", ""), "sharefold": ("tab:orange", "-"), "sharefold, refined": ("tab:green", "-"),
+    "sharefold, no images": ("tab:orange", ":"), "sharefold, refined, no images": ("tab:green", ":"),
+    "sharefold, file of that size": ("tab:red", "-"), "low rank": ("tab:purple", "--"), "basis": ("tab:olive", "--"),
+    "spatial": ("tab:cyan", "--"), "average": ("tab:brown", "--"), "pruning": ("tab:pink", "--"),
+    "original, rounded to nearest": ("tab:blue", "--"),
+}  # fmt: skip
+
+
+def series_of(row: dict[str, Any]) -> str:
+    if row["method"] == "auto":
+        if row["size"].endswith("B"):
+            return "sharefold, file of that size"
+        return "sharefold" + (", refined" if row["refine"] else "") + ("" if row["images"] else ", no images")
+    if row["method"].startswith("quantize"):
+        return "original, rounded to nearest"
+    return {"svd": "low rank"}.get(row["method"], row["method"])
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Accuracy against size in bytes, one panel a network, means over seeds."""
     import matplotlib
@@ -181,26 +202,28 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     networks = sorted({row["network"] for row in rows})
-    figure, axes = pyplot.subplots(1, len(networks), figsize=(5.5 * len(networks), 4), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(networks), figsize=(5.5 * len(networks), 4.6), squeeze=False)
+    drawn: dict[str, Any] = {}
     for axis, network in zip(axes[0], networks, strict=True):
         series: dict[str, dict[str, list[tuple[float, float]]]] = {}
         for row in rows:
             if row["network"] == network and "top1" in row:
-                label = "dense, rounded" if row["method"].startswith("quantize") else row["method"].replace("auto", "sharefold")
-                label += (", rounded" if row["size"].endswith("B") else "") + (" + refine" if row["refine"] else "")
-                label += "" if row["images"] else ", no images"
-                points = series.setdefault(label, {})
+                points = series.setdefault(series_of(row), {})
                 points.setdefault(row["method"] + row["size"], []).append((row["bytes"] / 1e6, 100 * row["top1"]))
-        for label, points in sorted(series.items()):
-            mean = sorted(tuple(statistics.mean(v) for v in zip(*p, strict=True)) for p in points.values())
-            axis.plot(*zip(*mean, strict=True), marker="o", label=label, lw=2.5 if "sharefold" in label else 1.2)
-        axis.set(title=network, xlabel="size, MB", ylabel="top-1, %", xscale="log")
+        for label, (color, line) in SERIES.items():
+            if label in series:
+                mean = sorted(tuple(statistics.mean(v) for v in zip(*p, strict=True)) for p in series[label].values())
+                marker = "o" if line else "*"
+                drawn[label] = axis.plot(*zip(*mean, strict=True), color=color, ls=line, marker=marker, ms=5 if line else 11)[0]
+        axis.set(title=network.replace("resnet", "ResNet-") + " on CIFAR-10", xlabel="size, MB", ylabel="top-1, %", xscale="log")
         axis.set_ylim(bottom=max(60, axis.get_ylim()[0]))
+        axis.set_xticks([tick for tick in (0.1, 0.2, 0.5, 1, 2, 5) if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]])
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.tight_layout()
+    names = [label for label in SERIES if label in drawn]
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    figure.legend([drawn[n] for n in names], names, loc="lower center", ncols=4, fontsize=9, frameon=False)
     figure.savefig(path, dpi=110)
 
 
@@ -231,8 +254,10 @@ def main() -> None:
             model, data = load(network, seed, options.images)
             for method in options.methods:
                 sizes = options.sizes or SIZES[network]
-                if method != "auto":
-                    sizes = [""] if method.startswith("quantize") else [size for size in sizes if size.endswith("%")]
+                if method == "original" or method.startswith("quantize"):
+                    sizes = [""]
+                elif method != "auto":
+                    sizes = [size for size in sizes if size.endswith("%")]
                 for size in sizes:
                     refine = options.refine if method == "auto" and parse_effort(options.refine) else ""
                     for row in measure(model, method, size, refine, data, seed):

@@ -220,11 +220,15 @@ def label_free() -> str | None:
         f"{row['network'].replace('resnet', 'ResNet-')} {row['method'].partition('-')[2]} bits {100 * row['top1']:.2f} "
         f"({row['bytes'] / 1e6:.2f} MB)" for row in data["rows"] if row["method"].startswith("quantize")
     )  # fmt: skip
+    dense = ", ".join(
+        f"{row['network'].replace('resnet', 'ResNet-')} {100 * row['top1']:.2f} ({row['bytes'] / 1e6:.2f} MB)"
+        for row in data["rows"] if row["method"] == "original"
+    )  # fmt: skip
     times = "; ".join(f"{network} {effort}, at most {max(seconds):.0f} s" for (network, effort), seconds in refined.items())
     note = (f"Top-1 [%] of 10,000 test images, {most:,} training images without labels where nothing else is said; the mean, and "
             "where there is one the number of seeds behind a spread. Sizes in % are of the parameters, in MB "
-            f"of the whole file. Refined: {times}. Dense networks rounded to nearest, a scale a row: " + ", ".join(rounded)
-            + f". `python benchmarks/label_free.py`, {machine(data['hardware'])}.")  # fmt: skip
+            f"of the whole file. Refined: {times}. The originals: {dense}; rounded to nearest, a scale a row: "
+            + ", ".join(rounded) + f". `python benchmarks/label_free.py`, {machine(data['hardware'])}.")  # fmt: skip
     return table(["network", "size", *[names.get(c, c) for c in columns]], rows) + "\n\n" + note
 
 

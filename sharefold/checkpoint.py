@@ -234,8 +234,12 @@ def file_config(model: nn.Module, aliases: dict[str, str]) -> dict[str, Any]:
 
 
 def pack_config(config: dict[str, Any]) -> str:
-    """The configuration in few characters: a plan as plain JSON would be a tenth of a small network's file."""
-    text = json.dumps(config, separators=(",", ":"))
+    """The configuration in few characters: a plan as plain JSON would be a tenth of a small network's file.
+
+    Always the same ones, and without ``metrics``: they come after the size of the file was settled, and must not change it.
+    """
+    kept = {key: value for key, value in config.items() if key != "metrics"}
+    text = json.dumps(kept, separators=(",", ":"), sort_keys=True)
     return _PACKED + base64.b85encode(zlib.compress(text.encode(), 9)).decode()
 
 

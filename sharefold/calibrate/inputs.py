@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sharefold.calibrate.match import match_statistics
 from sharefold.data import calibration_images
 from sharefold.errors import SharefoldError
+from sharefold.layers import SharedConv
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -68,9 +69,9 @@ def calibration_or_procedural(model: nn.Module, images: Tensor | None, seed: int
     if not bool(torch.isfinite(images).all()):
         raise SharefoldError("calibration: the images hold NaN or infinity: check how they were normalised")
     # Which layer comes first is not known yet; an image that no layer could take is wrong for sure.
-    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    if convs and images.shape[1] not in {m.in_channels for m in convs}:
-        first = convs[0]
-        raise SharefoldError(f"calibration: images have {images.shape[1]} channels, the model takes "
-                             f"{first.in_channels}: convert the images")
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) or (isinstance(m, SharedConv) and m.form.kind == "conv2d")]
+    widths = [cast(int, m.in_channels) for m in convs]
+    if widths and images.shape[1] not in widths:
+        found, wanted = images.shape[1], widths[0]
+        raise SharefoldError(f"calibration: images have {found} channels, the model takes {wanted}: convert the images")
     return images

@@ -39,7 +39,7 @@ def plan(
         objective: what is kept small: the layers' relative errors, each times a factor (``"fisher"``, ``"kl"``, ``"error"``:
             ``sharefold/planner/objectives.py``), or the whole network's output KL before repairs (``"joint"``).
         pivots: whether factors leave out the numbers that say nothing (:mod:`sharefold.solvers.pivot`); without, they are
-            whole and orthonormal.
+            whole and orthonormal. Budgets in bytes have whole ones.
         statistics, graph: of ``model``; reused when given.
         seed: of everything random.
         progress: called with (what, done, total).
@@ -88,12 +88,17 @@ class Planner:
         self._made: dict[str, Candidates] = {}
 
     def candidates(self, unit: str = "parameters") -> Candidates:
-        """What every group may become, priced in ``unit``."""
+        """What every group may become, priced in ``unit``; ``"bytes"`` are priced as parameters, for coding to make small.
+
+        Those have no pivots: a whole basis can be turned so that its coefficients cost few bits, a pivoted one cannot, and
+        loses more in rounding than it saves (``docs/planning.md``).
+        """
         if unit not in self._made:
-            cost = cost_of(unit, self.model, self.graph, self.example)
+            coded = unit == "bytes"
+            cost = cost_of("parameters" if coded else unit, self.model, self.graph, self.example)
             self._made[unit] = find_candidates(
                 self.model, self.graph, self.statistics, self.method, self.exclude, self.progress, cost, self.objective,
-                self.pivots,
+                self.pivots and not coded,
             )  # fmt: skip
         return self._made[unit]
 

@@ -34,7 +34,8 @@ from sharefold.store.spec import StoreRequest, StoreSpec, TensorSpec, parse_stor
 # Pull of the refit towards the weights so far, as a share of the mean diagonal of the moments.
 PULL = 1e-2
 MEMORY_BYTES = 2 << 30
-_ROUNDS = 4
+_ROUNDS, _MOST_ROUNDS = 4, 10  # as many to come near the budget, and to get below it
+MOST_OCTAVES = 3.0  # that the step changes by at once
 # Steps of "coded" that are looked at, and how near, in the logarithm, the one that fits is found: 2 % are .03 bits a weight.
 SMALLEST_STEP, LARGEST_STEP = 1e-5, 0.3
 STEP_TOLERANCE = 0.02
@@ -96,7 +97,10 @@ def _rounded(
         request = _step_for(model, prepared, request)
     start = copy.deepcopy(model.state_dict())
     best: tuple[int, StoreSpec, StoreRequest, bool, dict[str, Tensor]] | None = None
-    for _ in range(_ROUNDS):
+    tried: list[tuple[float, int]] = []
+    for number in range(_MOST_ROUNDS):
+        if number >= _ROUNDS and best is not None:
+            break
         found, sequential = _round_all(model, teacher, graph, prepared, request, images, progress)
         size, budget = file_bytes(model, found), request.budget
         if budget is None:
@@ -105,9 +109,8 @@ def _rounded(
             best = size, found, request, sequential, copy.deepcopy(model.state_dict())
             if size >= (1 - 3 * _SLACK) * budget or request.step <= SMALLEST_STEP:
                 break
-        excess = (size - (1 - _SLACK) * budget) * 8 / sum(t.numel() for t in matrices(model).values())
-        # A bit less a weight is a factor of two of the step, less where most weights are zero already.
-        step = max(request.step * 2 ** (1.15 * excess), SMALLEST_STEP)
+        tried.append((request.step, size))
+        step = _next_step(tried, (1 - _SLACK) * budget, sum(t.numel() for t in matrices(model).values()))
         request = StoreRequest("coded", step=step, budget=budget)
         model.load_state_dict(start)
     if best is None:
@@ -115,6 +118,21 @@ def _rounded(
     _, found, request, sequential, state = best
     model.load_state_dict(state)
     return _finished(model, found, request, sequential)
+
+
+def _next_step(tried: list[tuple[float, int]], wanted: float, weights: int) -> float:
+    """The step at which the file should have ``wanted`` bytes, after those in ``tried`` (step, bytes)."""
+    step, size = tried[-1]
+    # A bit less a weight is a factor of two of the step.
+    slope = -weights / 8
+    if len(tried) > 1:
+        # Where most weights are zero already it is more; what two steps have shown tells how much.
+        near = sorted(tried, key=lambda pair: abs(pair[1] - wanted))[:2]
+        (step, size), (other, theirs) = near
+        if other != step and (found := (size - theirs) / math.log2(step / other)) < 0:
+            slope = max(found, 2 * slope)
+    change = min(max((wanted - size) / slope, -MOST_OCTAVES), MOST_OCTAVES)
+    return max(step * 2**change, SMALLEST_STEP)
 
 
 def plan_store(

@@ -14,11 +14,13 @@ from spine_nets import BLOCKS, images, net
 from torch import nn
 
 import sharefold
+from sharefold.budget import Budget
 from sharefold.calibrate.statistics import statistics_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
 from sharefold.measure import agreement, model_bytes
-from sharefold.planner import find_units
+from sharefold.planner import Planner, file_budget, find_units
+from sharefold.plans import Plan
 
 CALIBRATION = images(16)
 METHODS = ("basis", "svd", "spatial", "tucker", "average", "tied", "cluster-layer", "cluster-filter", "cluster-kernel")
@@ -141,6 +143,30 @@ def test_a_budget_in_bytes_is_that_of_the_file(residual: Prepared, tmp_path: Pat
     assert 0.9 * size < (tmp_path / "net.safetensors").stat().st_size <= size
     wanted = agreement(residual.model, model, CALIBRATION)
     assert wanted.top1 >= 0.9 and sharefold.load(tmp_path / "net.safetensors", model=copy.deepcopy(residual.model)) is not None
+
+
+def test_small_files_are_compared_as_they_will_be_rounded(residual: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget at which rounding to the nearest ruins the network; nothing in a file has pivots."""
+    tried: list[tuple[float, bool, float]] = []
+    real = file_budget._tried
+
+    def noted(planner: Planner, budget: Budget, share: float, before: int, compensated: bool) -> tuple[float, Plan]:
+        found = real(planner, budget, share, before, compensated)
+        assert not any(group.options.get("pivoted") for group in found[1].groups)
+        tried.append((share, compensated, found[0]))
+        return found
+
+    monkeypatch.setattr(file_budget, "_tried", noted)
+    monkeypatch.setattr(file_budget, "RUINED", 0.005)
+    size = int(model_bytes(residual.model) * 0.08)
+    plan = residual.plan(f"{size}B")
+    nearest = [kl for _, compensated, kl in tried if not compensated]
+    final = {share: kl for share, compensated, kl in tried if compensated}
+    assert min(nearest) > 0.005 and len(final) >= 2
+    assert min(final.values()) < 0.7 * min(nearest)
+    best = min(final, key=lambda share: final[share])
+    assert plan.params_after <= best * residual.params and plan.params_after > 0.9 * best * residual.params
+    residual.carried_out(plan)
 
 
 def test_bytes_that_hold_the_network_as_it_is_change_nothing(residual: Prepared) -> None:

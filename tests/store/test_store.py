@@ -23,7 +23,7 @@ from sharefold.store.rounding import round_matrix
 from sharefold.store.size import size_predictor
 from sharefold.store.spec import scaled
 
-from .tiny import Tiny, converted, images
+from .tiny import Tiny, converted, images, trained
 
 EVERY = ["fp16", *(f"int{b}" for b in range(2, 9)), "kmeans2", "kmeans4", "kmeans8", "mixed:step=0.01"]
 
@@ -161,6 +161,18 @@ def test_budget_is_met_and_used() -> None:
     assert request.step == pytest.approx(report.request.step, rel=0.5)
     with pytest.raises(SharefoldError, match="cannot hold"):
         quantize_(converted()[1], "mixed:900B", calibration=images())
+
+
+@pytest.mark.parametrize("budget", [1600, 1800, 2400, 3000])
+def test_small_budgets_are_met_to_the_byte(budget: int, tmp_path: Path) -> None:
+    """Near the floor more steps have to be tried than elsewhere; measurements that come later do not enlarge the file."""
+    original, model = converted()
+    report = quantize_(model, f"mixed:{budget}B", calibration=images(), original=original)
+    file = sharefold.save(model, tmp_path / "net.safetensors", metrics={"note": "measured " * 9})
+    assert 0.9 * budget < file.stat().st_size == report.bytes <= budget
+    folder = sharefold.save(model, tmp_path / "net", metrics={"note": "measured"})
+    assert (folder / "model.safetensors").stat().st_size == report.bytes
+    assert sharefold.load(folder, model=trained()).sharefold_config["metrics"]["note"] == "measured"
 
 
 def test_the_modes_of_the_network_change_nothing_and_come_back() -> None:
