@@ -70,7 +70,7 @@ class Basis(Pivoted):
         return max(form.features for form in forms)
 
     def largest(self, forms: list[ConvForm]) -> dict[str, int]:
-        return {"rank": max(form.features for form in forms)}
+        return {"rank": min(max(form.features for form in forms), sum(form.out_channels for form in forms))}
 
     def blank(self, forms: list[ConvForm], options: dict[str, Any]) -> Solution:
         rank, widest = int(options["rank"]), max(forms, key=lambda form: form.features)

@@ -18,7 +18,9 @@ from sharefold.budget import Budget
 from sharefold.calibrate.statistics import statistics_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
+from sharefold.layers import form_of
 from sharefold.measure import agreement, model_bytes
+from sharefold.methods import method_named
 from sharefold.planner import Planner, file_budget, find_units
 from sharefold.plans import Plan
 
@@ -177,6 +179,18 @@ def test_bytes_that_hold_the_network_as_it_is_change_nothing(residual: Prepared)
 def test_bytes_that_hold_nothing_are_refused(residual: Prepared) -> None:
     with pytest.raises(SharefoldError, match="below what a file"):
         residual.plan("900B")
+
+
+def test_no_option_asks_for_more_filters_than_its_layers_have_rows(residual: Prepared) -> None:
+    """Members may leave a group whose bank was made for all of them."""
+    planner = Planner(residual.model, residual.graph, residual.statistics, CALIBRATION[:1], method="basis")
+    plans = [plan for row in planner.candidates().options for option in row for plan in option.plans]
+    assert any(plan.options["rank"] > 8 for plan in plans)
+    for plan in plans:
+        layers = [residual.model.get_submodule(name) for name in plan.members]
+        assert plan.options["rank"] <= min(layers[0].weight[0].numel(), sum(len(layer.weight) for layer in layers)), plan
+    forms = [form_of(residual.model.get_submodule(name)) for name in ("stage1.0.conv1", "stage1.1.conv1")]
+    assert method_named("basis").fits(forms, {"rank": 16}) and not method_named("basis").fits(forms, {"rank": 17})
 
 
 def test_exclude(residual: Prepared) -> None:
