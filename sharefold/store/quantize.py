@@ -138,7 +138,7 @@ def _next_step(tried: list[tuple[float, int]], wanted: float, weights: int) -> f
 def plan_store(
     model: nn.Module, statistics: Any = None, budget_bytes: int = 0, *, calibration: Tensor | None = None, seed: int = 0
 ) -> StoreRequest:
-    """The request whose file is predicted to fit ``budget_bytes``: the rounding step at which it does.
+    """The request whose file is predicted to fit ``budget_bytes``: the step at which rounding to the nearest does.
 
     Steps of all rows follow from one number: an equal rise of the summed relative output errors for a bit more
     anywhere, so precision is mixed between layers, rows and columns.
@@ -146,25 +146,13 @@ def plan_store(
     Raises:
         SharefoldError: even the coarsest rounding needs more.
     """
-    return preview_store(model, statistics, budget_bytes, calibration=calibration, seed=seed)[0]
-
-
-def preview_store(
-    model: nn.Module, statistics: Any = None, budget_bytes: int = 0, *, calibration: Tensor | None = None, seed: int = 0
-) -> tuple[StoreRequest, nn.Module]:
-    """:func:`plan_store`'s request and a copy of ``model`` rounded to the nearest values that such a file holds.
-
-    A fraction of :func:`quantize_`'s work, to compare conversions with; error compensation comes on top.
-    """
     if calibration is None and statistics is not None:
         calibration = statistics.images
     images = calibration_or_procedural(model, calibration, seed)
     trial = copy.deepcopy(model).eval()
     dense = to_dense(trial).eval()
     prepared = prepare(dense, trial, analyze(dense, images[:1]), images)
-    request = _step_for(trial, prepared, StoreRequest("coded", budget=budget_bytes))
-    snap_(trial, _nearest(trial, prepared, request.step))
-    return request, trial
+    return _step_for(trial, prepared, StoreRequest("coded", budget=budget_bytes))
 
 
 def snap_(model: nn.Module, spec: StoreSpec) -> None:

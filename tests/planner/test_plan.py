@@ -14,7 +14,6 @@ from spine_nets import BLOCKS, images, net
 from torch import nn
 
 import sharefold
-from sharefold.budget import Budget
 from sharefold.calibrate.statistics import statistics_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
@@ -147,27 +146,25 @@ def test_a_budget_in_bytes_is_that_of_the_file(residual: Prepared, tmp_path: Pat
     assert wanted.top1 >= 0.9 and sharefold.load(tmp_path / "net.safetensors", model=copy.deepcopy(residual.model)) is not None
 
 
-def test_small_files_are_compared_as_they_will_be_rounded(residual: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A budget at which rounding to the nearest ruins the network; nothing in a file has pivots."""
-    tried: list[tuple[float, bool, float]] = []
-    real = file_budget._tried
+def test_shares_are_compared_in_files_as_they_will_be(residual: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best of those tried is taken; nothing in a file has pivots."""
+    tried: list[tuple[float, float]] = []
+    real = file_budget._divergence
 
-    def noted(planner: Planner, budget: Budget, share: float, before: int, compensated: bool) -> tuple[float, Plan]:
-        found = real(planner, budget, share, before, compensated)
-        assert not any(group.options.get("pivoted") for group in found[1].groups)
-        tried.append((share, compensated, found[0]))
-        return found
+    def noted(planner: Planner, plan: Plan, limit: int) -> float:
+        assert not any(group.options.get("pivoted") for group in plan.groups)
+        tried.append((real(planner, plan, limit), plan.params_after / residual.params))
+        return tried[-1][0]
 
-    monkeypatch.setattr(file_budget, "_tried", noted)
-    monkeypatch.setattr(file_budget, "RUINED", 0.005)
+    monkeypatch.setattr(file_budget, "_divergence", noted)
+    monkeypatch.setattr(file_budget, "SAME", 0.0)
     size = int(model_bytes(residual.model) * 0.08)
     plan = residual.plan(f"{size}B")
-    nearest = [kl for _, compensated, kl in tried if not compensated]
-    final = {share: kl for share, compensated, kl in tried if compensated}
-    assert min(nearest) > 0.005 and len(final) >= 2
-    assert min(final.values()) < 0.7 * min(nearest)
-    best = min(final, key=lambda share: final[share])
-    assert plan.params_after <= best * residual.params and plan.params_after > 0.9 * best * residual.params
+    assert len(tried) >= 3 and plan.params_after / residual.params == min(tried)[1]
+    assert [share for _, share in tried] == sorted((share for _, share in tried), reverse=True)
+    tried.clear()
+    monkeypatch.setattr(file_budget, "SAME", 1.0)
+    assert residual.plan(f"{size}B").groups == [] and len(tried) == 1
     residual.carried_out(plan)
 
 
