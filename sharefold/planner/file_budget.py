@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import TYPE_CHECKING
 
 from sharefold.budget import Budget
 from sharefold.convert import convert_, describe, split_held_out, with_blends
 from sharefold.errors import SharefoldError
-from sharefold.measure import agreement, count_parameters, model_bytes
+from sharefold.measure import agreement, count_parameters, gives_logits, model_bytes
 from sharefold.plans import Plan
 from sharefold.store import quantize_
 
@@ -84,6 +85,8 @@ def plan_bytes(planner: Planner, budget: Budget) -> Plan:
 def _divergence(planner: Planner, plan: Plan, limit: int) -> float:
     """KL(original || network after ``plan`` in a file of ``limit`` bytes), nats.
 
+    0 for detectors, whose outputs cannot be compared: the first share that fits is then as good as any.
+
     Raises:
         SharefoldError: it does not fit.
     """
@@ -94,5 +97,8 @@ def _divergence(planner: Planner, plan: Plan, limit: int) -> float:
     else:
         trial.sharefold_config = describe(trial, plan)  # type: ignore[assignment]
     quantize_(trial, f"mixed:{limit}B", calibration=statistics.sample(TRIAL_IMAGES), original=model)
+    if not gives_logits(model, statistics.images[:2]):
+        return 0.0
     held_out, _ = split_held_out(statistics.images)
-    return agreement(model, trial, with_blends(held_out, planner.seed)).kl
+    found = agreement(model, trial, with_blends(held_out, planner.seed)).kl
+    return found if math.isfinite(found) else math.inf

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from spine_nets import BLOCKS, images, net
+from spine_nets import BLOCKS, Boxes, images, net
 from torch import nn
 
 import sharefold
@@ -166,6 +166,16 @@ def test_shares_are_compared_in_files_as_they_will_be(residual: Prepared, monkey
     monkeypatch.setattr(file_budget, "SAME", 1.0)
     assert residual.plan(f"{size}B").groups == [] and len(tried) == 1
     residual.carried_out(plan)
+
+
+def test_a_file_of_a_detector(tmp_path: Path) -> None:
+    """Its outputs cannot be compared, so that it is rounded and shares nothing."""
+    model = Boxes(net())
+    size = int(model_bytes(model) * 0.2)
+    plan = sharefold.plan(model, budget=f"{size}B", calibration=CALIBRATION)
+    assert plan.groups == [] and plan.store == f"mixed:{size}B"
+    sharefold.convert_(model, plan, calibration=CALIBRATION)
+    assert sharefold.save(model, tmp_path / "boxes.safetensors").stat().st_size <= size
 
 
 def test_bytes_that_hold_the_network_as_it_is_change_nothing(residual: Prepared) -> None:
