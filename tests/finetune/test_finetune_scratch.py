@@ -75,7 +75,7 @@ def test_two_bases_of_a_stage_can_be_orthonormal_together():
     net.sharefold_config = {"plan": {"groups": groups}}
     reinitialize(net, joint=True)
     (together,) = collect_bases(net, joint=True)
-    assert together.shared.shape == (11, 72) and float(orthogonality([together])) < 1e-8
+    assert together.shared.shape == (11, 72) and float(orthogonality([together]).detach()) < 1e-8
     apart = collect_bases(net)
     assert [b.kind for b in apart] == ["conv1", "conv2"]
     reinitialize(net)
