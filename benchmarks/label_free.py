@@ -39,10 +39,8 @@ from torch import nn
 import sharefold
 from sharefold.budget import parse_budget, parse_effort
 from sharefold.calibrate.inputs import procedural_images
-from sharefold.calibrate.refine import refine as refine_network
-from sharefold.convert import split_indices, with_blends
 from sharefold.data import Preprocess
-from sharefold.measure import agreement, count_parameters, model_bytes
+from sharefold.measure import count_parameters, model_bytes
 from sharefold.solvers.quantize import round_to_grid
 
 RESULTS = Path(__file__).parent / "results"
@@ -88,31 +86,16 @@ def pruned(model: nn.Module, size: float, example: torch.Tensor) -> dict[str, An
 def converted(
     model: nn.Module, method: str, size: str, refine: str, data: dict[str, Any], seed: int
 ) -> Iterator[dict[str, Any]]:
-    """sharefold's rows: one plan and one conversion; with ``refine`` also what comes of it when refined."""
+    """sharefold's rows: one plan, carried out as it is and, with ``refine``, refined."""
     calibration, start = data["calibration"], time.perf_counter()
     plan = sharefold.plan(model, budget=size, calibration=calibration, method=method, seed=seed)
-    planned, straight = time.perf_counter() - start, copy.deepcopy(model)
-    done = sharefold.convert_(straight, plan, calibration=calibration, seed=seed)
-    row = {"refine": "", "agreement": done.agreement, "kl": done.kl, "seconds_by_step": done.seconds}
-    row["seconds"] = round(time.perf_counter() - start, 1)
-    yield finished(row, straight, size, data)
-    if not refine or not plan.groups:  # nothing shared, nothing refined
-        return
-    if plan.store:  # rounded after refinement: converted once more
-        trial, begun = copy.deepcopy(model), time.perf_counter()
-        done = sharefold.convert_(trial, plan, calibration=calibration, refine=refine, seed=seed)
-        row |= {"agreement": done.agreement, "kl": done.kl, "seconds_by_step": done.seconds}
-        row["seconds"] = round(planned + time.perf_counter() - begun, 1)
-    else:
-        (held, rest), effort, trial = split_indices(len(calibration)), parse_effort(refine), straight
-        found = refine_network(
-            done.original, trial, calibration[rest], with_blends(calibration[held], seed), epochs=effort.epochs,
-            seconds=effort.seconds, seed=seed,
-        )  # fmt: skip
-        same = agreement(done.original, trial, calibration[held])
-        row |= {"agreement": same.top1, "kl": same.kl, "seconds_by_step": {**done.seconds, "refine": found["seconds"]}}
-        row["seconds"] = round(row["seconds"] + found["seconds"], 1)
-    yield finished({**row, "refine": refine}, trial, size, data)
+    planned = time.perf_counter() - start
+    for effort in ["", refine] if refine and plan.groups else [""]:  # nothing shared, nothing refined
+        start, trial = time.perf_counter(), copy.deepcopy(model)
+        done = sharefold.convert_(trial, plan, calibration=calibration, refine=effort or None, seed=seed)
+        row = {"refine": effort, "agreement": done.agreement, "kl": done.kl, "seconds_by_step": done.seconds}
+        row["seconds"] = round(planned + time.perf_counter() - start, 1)
+        yield finished(row, trial, size, data)
 
 
 def finished(row: dict[str, Any], model: nn.Module, size: str, data: dict[str, Any]) -> dict[str, Any]:

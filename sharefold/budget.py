@@ -12,6 +12,7 @@ _BYTES = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 # What the word behind a number says is counted.
 _WORDS = {"parameters": "parameters", "params": "parameters", "macs": "macs", "latency": "seconds"}
+# Far beyond any network or patience; what is larger would overflow later.
 LARGEST = 1e18
 _HINT = (
     "write a share (50%), parameters (2.1M), bytes of the file (8MB), multiply-accumulates (40M MACs or 50% MACs) or "

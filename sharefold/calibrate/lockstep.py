@@ -57,8 +57,8 @@ def walk(
     """Walks ``graph`` once; before the student runs a layer in ``names``, calls ``visit(name, place)``.
 
     ``visit`` may change the student's layer and the norm behind it. Both networks must be in eval mode and on one device,
-    to which ``batches`` are moved. Values are
-    dropped after their last use, so memory is a few activation maps of all images, for two networks.
+    to which ``batches`` are moved. Values are dropped after their last use, so memory is a few activation maps of all
+    images, for two networks.
     """
     last: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:

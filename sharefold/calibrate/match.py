@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sharefold.measure import device_of
+from sharefold.measure import device_of, evaluating
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -86,16 +86,13 @@ def _watched(model: nn.Module, norms: list[nn.Module]) -> Iterator[list[Tensor]]
     def note(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         errors.append(_mismatch(norm, inputs[0]))
 
-    modes = [(m, m.training) for m in model.modules()]
     handles = [norm.register_forward_pre_hook(note) for norm in norms]
     try:
-        model.eval()
-        yield errors
+        with evaluating(model):
+            yield errors
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
 
 
 def _mismatch(norm: nn.Module, x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from sharefold.calibrate.lockstep import largest_map
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.layers import running
-from sharefold.measure import agreement, first_logits
+from sharefold.measure import agreement, evaluating, first_logits
 from sharefold.state_dicts import load_tensors
 
 # Wall-clock budget when neither epochs nor seconds are given: inside of four minutes with start and end included.
@@ -266,26 +266,21 @@ def _outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tenso
 @contextmanager
 def _training(original: nn.Module, model: nn.Module) -> Iterator[list[nn.Parameter]]:
     """Both networks in eval mode, gradients on for all of ``model``'s parameters; all of it is undone at the end."""
-    modes = [(m, m.training) for net in (original, model) for m in net.modules()]
     flags = [(p, p.requires_grad, p.grad) for net in (original, model) for p in net.parameters()]
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     try:
-        original.eval()
-        model.eval()
         for parameter in original.parameters():
             parameter.requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
             parameter.grad = None
         # A composed weight is small beside the maps, and one convolution a layer passes over memory once.
-        with torch.enable_grad(), running(model, "composed"):
+        with evaluating(original, model), torch.enable_grad(), running(model, "composed"):
             yield parameters
     finally:
         for parameter, flag, grad in flags:
             parameter.requires_grad_(flag)
             parameter.grad = grad
-        for module, mode in modes:
-            module.training = mode
 
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -127,7 +127,12 @@ def find_candidates(
     options = unit_options(model, graph, statistics, units, methods, cost, weigh, progress)
     fixed = max(cost.total - sum(cost.dense(name) for unit in units for name in unit.members), 0)
     before = sum(p.numel() for p in model.parameters())
-    return Candidates(options, cost, fixed, before, method if isinstance(method, str) else " + ".join(method))
+    return Candidates(options, cost, fixed, before, method_text(method))
+
+
+def method_text(method: str | Sequence[str]) -> str:
+    """One or several methods as plans and messages name them."""
+    return method if isinstance(method, str) else " + ".join(method)
 
 
 def find_units(graph: NetworkGraph, exclude: str | None = None) -> list[Group]:

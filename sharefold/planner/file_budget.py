@@ -6,10 +6,13 @@ import copy
 import math
 from typing import TYPE_CHECKING
 
+from torch import Tensor, nn
+
 from sharefold.budget import Budget
 from sharefold.convert import convert_, describe, split_held_out, with_blends
 from sharefold.errors import SharefoldError
 from sharefold.measure import agreement, count_parameters, gives_logits, model_bytes
+from sharefold.planner.candidates import method_text
 from sharefold.plans import Plan
 from sharefold.store import quantize_
 
@@ -47,11 +50,15 @@ def plan_bytes(planner: Planner, budget: Budget) -> Plan:
     Raises:
         SharefoldError: no share fits.
     """
-    limit, before = int(budget.value), count_parameters(planner.model)
-    method = planner.method if isinstance(planner.method, str) else " + ".join(planner.method)
-    nothing = Plan([], before, before, f"budget {budget.text}, method {method}")
-    if model_bytes(planner.model) + HEADER <= limit:
+    model, statistics = planner.model, planner.statistics
+    limit, before = int(budget.value), count_parameters(model)
+    nothing = Plan([], before, before, f"budget {budget.text}, method {method_text(planner.method)}")
+    if model_bytes(model) + HEADER <= limit:
         return nothing
+    deciding = None
+    if gives_logits(model, statistics.images[:2]):
+        deciding = with_blends(split_held_out(statistics.images)[0], planner.seed)
+    rounding = statistics.sample(TRIAL_IMAGES)
     best: tuple[float, Plan] | None = None
     refusal: SharefoldError | None = None
     worse = 0
@@ -66,11 +73,17 @@ def plan_bytes(planner: Planner, budget: Budget) -> Plan:
             if share * before < candidates.floor:
                 break
             plan = planner.within(candidates, int(share * before), budget.text)
+        trial = copy.deepcopy(model)
+        if plan.groups:
+            convert_(trial, plan, repair=False, statistics=statistics, graph=planner.graph, seed=planner.seed)
+        else:
+            trial.sharefold_config = describe(trial, plan)  # type: ignore[assignment]
         try:
-            found = _divergence(planner, plan, limit)
+            quantize_(trial, f"mixed:{limit}B", calibration=rounding, original=model)
         except SharefoldError as error:  # too small for so many parameters
             refusal = error
             continue
+        found = _divergence(model, trial, deciding)
         worse = 0 if best is None or found < best[0] else worse + 1
         if not worse:
             best = found, plan
@@ -82,23 +95,10 @@ def plan_bytes(planner: Planner, budget: Budget) -> Plan:
     return best[1]
 
 
-def _divergence(planner: Planner, plan: Plan, limit: int) -> float:
-    """KL(original || network after ``plan`` in a file of ``limit`` bytes), nats.
+def _divergence(model: nn.Module, trial: nn.Module, images: Tensor | None) -> float:
+    """KL(model || trial) on ``images``, nats, infinite where there is none.
 
-    0 for detectors, whose outputs cannot be compared: the first share that fits is then as good as any.
-
-    Raises:
-        SharefoldError: it does not fit.
+    0 without images, for detectors: outputs cannot be compared, and the first share that fits is as good as any.
     """
-    model, statistics = planner.model, planner.statistics
-    trial = copy.deepcopy(model)
-    if plan.groups:
-        convert_(trial, plan, repair=False, statistics=statistics, graph=planner.graph, seed=planner.seed)
-    else:
-        trial.sharefold_config = describe(trial, plan)  # type: ignore[assignment]
-    quantize_(trial, f"mixed:{limit}B", calibration=statistics.sample(TRIAL_IMAGES), original=model)
-    if not gives_logits(model, statistics.images[:2]):
-        return 0.0
-    held_out, _ = split_held_out(statistics.images)
-    found = agreement(model, trial, with_blends(held_out, planner.seed)).kl
+    found = 0.0 if images is None else agreement(model, trial, images).kl
     return found if math.isfinite(found) else math.inf

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from spine_nets import BLOCKS, Boxes, images, net
-from torch import nn
+from torch import Tensor, nn
 
 import sharefold
 from sharefold.calibrate.statistics import statistics_of
@@ -151,9 +151,10 @@ def test_shares_are_compared_in_files_as_they_will_be(residual: Prepared, monkey
     tried: list[tuple[float, float]] = []
     real = file_budget._divergence
 
-    def noted(planner: Planner, plan: Plan, limit: int) -> float:
+    def noted(model: nn.Module, trial: nn.Module, held_out: Tensor) -> float:
+        plan = Plan.from_dict(trial.sharefold_config["plan"])
         assert not any(group.options.get("pivoted") for group in plan.groups)
-        tried.append((real(planner, plan, limit), plan.params_after / residual.params))
+        tried.append((real(model, trial, held_out), plan.params_after / residual.params))
         return tried[-1][0]
 
     monkeypatch.setattr(file_budget, "_divergence", noted)
