@@ -11,13 +11,13 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from sharefold.layers.kept import Kept
+from sharefold.layers.kept import Keeper, Kept
 from sharefold.layers.pivots import with_pivots
 
 ATTRIBUTE = "sharefold_banks"
 
 
-class Bank(nn.Module):
+class Bank(Keeper):
     """Shared tensors of one group of layers.
 
     Args:

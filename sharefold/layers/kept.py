@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 Made = TypeVar("Made")
 
@@ -15,30 +15,77 @@ class Kept:
     """One such value; deep copies and pickles of it are empty."""
 
     def __init__(self) -> None:
-        self._key: Any = None
-        self._value: Any = None
+        self._entry: _Entry | None = None
 
     def get(self, x: Tensor | None, sources: Iterable[Tensor], make: Callable[[], Made]) -> Made:
         """What ``make`` makes of ``sources`` for an input ``x``; made anew without one, or where gradients, tracers or
-        compilers look on."""
+        compilers look on.
+
+        Writes through ``.data`` go unseen, as torch does not count them: :class:`Keeper` says what makes it forget.
+        """
         if x is None or torch.is_grad_enabled() or _symbolic(x):
             return make()
-        key = tuple((t.data_ptr(), t._version, t.dtype) for t in sources) + (
+        tensors = tuple(sources)
+        if any(map(_uncounted, tensors)):
+            return make()
+        key = tuple((t.data_ptr(), t._version, t.dtype) for t in tensors) + (
             torch.is_autocast_enabled(x.device.type),
             torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None,
         )
-        if self._key != key:
-            self._key, self._value = key, make()
-        return self._value
+        # Read and written as one: networks run in several threads.
+        entry = self._entry
+        if entry is None or not entry.holds(key, tensors):
+            entry = self._entry = _Entry(key, tensors, tuple(t.detach() for t in tensors), make())
+        return entry.value
 
     def clear(self) -> None:
-        self._key = self._value = None
+        self._entry = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
         return Kept()
 
     def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
         return Kept, ()
+
+
+class _Entry(NamedTuple):
+    """A value and what it was made of.
+
+    A tensor that is freed leaves its address, and its ``id``, to the next one; so both the tensors and their memory are held
+    while a later tensor could be taken for them.
+    """
+
+    key: tuple[Any, ...]
+    tensors: tuple[Tensor, ...]
+    memory: tuple[Tensor, ...]
+    value: Any
+
+    def holds(self, key: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> bool:
+        return self.key == key and all(a is b for a, b in zip(self.tensors, tensors, strict=True))
+
+
+class Keeper(nn.Module):
+    """A module that forgets what it keeps at ``train()``, ``eval()``, ``to()`` and their like."""
+
+    def forget(self) -> None:
+        for value in vars(self).values():
+            if isinstance(value, Kept):
+                value.clear()
+
+    def train(self, mode: bool = True) -> Keeper:
+        self.forget()
+        super().train(mode)
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Keeper:
+        self.forget()  # else the memory on the device that it leaves would be held
+        super()._apply(*args, **kwargs)
+        return self
+
+
+def _uncounted(t: Tensor) -> bool:
+    """Tensors without an address of their own (in ``vmap`` and the like) or without a count of writes."""
+    return t.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
 def _symbolic(x: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sharefold.layers.bank import Bank, refer
 from sharefold.layers.form import ConvForm
-from sharefold.layers.kept import Kept
+from sharefold.layers.kept import Keeper, Kept
 
 RUNTIMES = ("auto", "factored", "composed")
 # `auto` runs two small convolutions instead of one when they need at most this share of its multiplications
@@ -17,12 +17,13 @@ RUNTIMES = ("auto", "factored", "composed")
 FACTORED_SHARE = 0.8
 
 
-class SharedConv(nn.Module):
+class SharedConv(Keeper):
     """A convolution or Linear whose weight is put together from a bank and a few tensors of its own.
 
     Subclasses say how with :meth:`compose`; those that can run without the composed weight also override
     :meth:`factored` and :meth:`factored_share`. In eval mode without gradients the composed weight is kept until a
-    tensor it was made from changes; in train mode it is made anew, so gradients reach the bank.
+    tensor it was made from changes; in train mode it is made anew, so gradients reach the bank. Writes through ``.data``
+    are seen after the next ``eval()`` or ``train()``.
 
     Input and output are those of the replaced layer: (B, I, H, W) -> (B, O, H', W'), or (..., I) -> (..., O).
     """
@@ -135,11 +136,6 @@ class SharedConv(nn.Module):
             if owner is not None:
                 yield from owner.parameters()
                 yield from owner.buffers()
-
-    def train(self, mode: bool = True) -> SharedConv:
-        self._kept.clear()
-        super().train(mode)
-        return self
 
     def dense(self) -> nn.Module:
         """The stock layer that computes the same (a new module with its own tensors)."""

@@ -256,7 +256,7 @@ def test_deepcopy_and_pickle_keep_the_sharing_and_separate_the_copies(net, image
 def test_cache_follows_every_change(net, image):
     with torch.no_grad():
         first = net(image)
-        assert net.body[0]._kept._value is not None
+        assert net.body[0]._kept._entry is not None
         banks(net)["stage_0"].basis.add_(0.1)
         second = net(image)
         assert not torch.allclose(first, second)

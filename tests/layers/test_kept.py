@@ -1,0 +1,134 @@
+"""What layers keep from run to run must never outlive what it was made from, wherever the next tensor comes to lie."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from sharefold.layers import Bank, BasisConv, SharedConv, SpatialConv, form_of
+
+RANK = 5
+
+
+def layer_of(kind: str) -> SharedConv:
+    """``composed`` keeps its weight, the others the filters that they put together from pivots."""
+    form = form_of(nn.Conv2d(6, 8, 3, padding=1))
+    size = 18 if kind == "spatial" else form.features
+    pivots = torch.arange(RANK).int()
+    free = torch.randn(RANK, size - RANK)
+    if kind == "spatial":
+        made: SharedConv = SpatialConv(form, free, torch.randn(8, RANK, 1, 3), pivots=pivots)
+    elif kind == "own":
+        made = BasisConv(form, torch.randn(8, RANK), unique=free, pivots=pivots)
+    elif kind == "bank":
+        made = BasisConv(form, torch.randn(8, RANK), Bank({"basis": free, "pivots": pivots}, uses=1))
+    else:
+        made = BasisConv(form, torch.randn(8, RANK), Bank({"basis": torch.randn(RANK, 6, 3, 3)}, uses=1))
+    made.runtime = "composed" if kind == "composed" else "factored"
+    return made.eval()
+
+
+def place_of(layer: SharedConv) -> tuple[nn.Module, str]:
+    if isinstance(layer, SpatialConv):
+        return layer, "vertical"
+    return (layer, "unique") if layer.bank is None else (layer.bank, "basis")
+
+
+def expected(layer: SharedConv, x: torch.Tensor) -> torch.Tensor:
+    """The stock layer, which keeps nothing."""
+    return layer.dense()(x)
+
+
+KINDS = ("composed", "own", "bank", "spatial")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["new parameter", "data"])
+def test_a_new_tensor_at_the_address_of_the_old_one_is_not_taken_for_it(kind: str, way: str) -> None:
+    layer, x = layer_of(kind), torch.randn(2, 6, 9, 7)
+    owner, name = place_of(layer)
+    shape = getattr(owner, name).shape
+    with torch.no_grad():
+        for _ in range(20):
+            layer(x)
+            if way == "data":
+                getattr(owner, name).data = torch.empty(0)  # gives the address back
+                getattr(owner, name).data = torch.randn(shape)
+            else:
+                delattr(owner, name)
+                setattr(owner, name, nn.Parameter(torch.randn(shape)))
+            torch.testing.assert_close(layer(x), expected(layer, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["eval", "train and eval", "to"])
+def test_uncounted_writes_are_seen_after_a_change_of_mode_or_place(kind: str, how: str) -> None:
+    layer, x = layer_of(kind), torch.randn(2, 6, 9, 7)
+    owner, name = place_of(layer)
+    whole = nn.ModuleList([layer, owner])
+    with torch.no_grad():
+        layer(x)
+        getattr(owner, name).data.mul_(3)
+        if how == "to":
+            whole.to("cpu")
+        else:
+            whole.train(how != "eval").eval()
+        torch.testing.assert_close(layer(x), expected(layer, x), rtol=1e-4, atol=1e-4)
+
+
+def test_memory_of_the_place_left_is_not_held() -> None:
+    layer = layer_of("own")
+    with torch.no_grad():
+        layer(torch.randn(2, 6, 9, 7))
+    old = weakref.ref(layer.coefficients.untyped_storage())
+    gc.collect()
+    assert old() is not None
+    layer.double()
+    gc.collect()
+    assert old() is None
+
+
+def test_tensors_that_do_not_count_writes() -> None:
+    with torch.inference_mode():
+        layer = layer_of("composed")
+        x = torch.randn(2, 6, 9, 7)
+        layer(x)
+        layer.coefficients.mul_(2)
+        torch.testing.assert_close(layer(x), expected(layer, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_vmap_over_an_ensemble(kind: str) -> None:
+    layers, x = [layer_of(kind) for _ in range(3)], torch.randn(2, 6, 9, 7)
+    with torch.no_grad():
+        wanted = torch.stack([layer(x) for layer in layers])
+        parameters, buffers = torch.func.stack_module_state([nn.ModuleDict({"x": layer}) for layer in layers])
+        base = nn.ModuleDict({"x": layers[0]})
+        for one in parameters.values():
+            one.requires_grad_(False)
+        if kind in ("composed", "bank"):  # banks lie elsewhere; share one
+            for layer in layers:
+                layer.__dict__["bank"] = layers[0].bank
+            wanted = torch.stack([layer(x) for layer in layers])
+
+        def run(own: dict[str, torch.Tensor], more: dict[str, torch.Tensor]) -> torch.Tensor:
+            with torch.no_grad():
+                return torch.func.functional_call(_First(base), ({f"net.{k}": v for k, v in own.items()},
+                                                                 {f"net.{k}": v for k, v in more.items()}), (x,))
+
+        torch.testing.assert_close(torch.func.vmap(run)(parameters, buffers), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layers[0](x), wanted[0], rtol=1e-4, atol=1e-4)
+
+
+class _First(nn.Module):
+    def __init__(self, net: nn.ModuleDict) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net["x"](x)
+
