@@ -147,7 +147,8 @@ def _scratch(norm: nn.Module) -> nn.Module | None:
     """A stand-in with copies of a BatchNorm's tensors; None for norms without running statistics."""
     if getattr(norm, "running_mean", None) is None:
         return None
-    copy = nn.BatchNorm2d(len(cast(Tensor, norm.running_mean)), eps=float(cast(Any, norm.eps)))
+    mean = cast(Tensor, norm.running_mean)
+    copy = nn.BatchNorm2d(len(mean), eps=float(cast(Any, norm.eps)), device=mean.device, dtype=mean.dtype)
     with torch.no_grad():
         for key in ("weight", "bias", "running_mean", "running_var"):
             value = getattr(norm, key)

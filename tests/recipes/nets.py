@@ -5,6 +5,7 @@ from __future__ import annotations
 import timm
 import torch
 import torchvision
+from timm.models import efficientnet
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
@@ -13,6 +14,18 @@ from sharefold.convert import Conversion, convert_
 from sharefold.models.cifar_resnet import CifarResNet
 from sharefold.plans import Plan
 from sharefold.recipes import build_plan
+
+CASES = [
+    "sharesnet",
+    "kernel-sharing",
+    "filter-bases:shared=4",
+    "filter-bases:shared=0,unique=4",
+    "filter-bases:tie=3x3",
+    "layer-reuse",
+    "grouped-pointwise:min_channels=8",
+    "grouped-pointwise:min_channels=8,type=1",
+    "grouped-pointwise:min_channels=8,type=3",
+]
 
 
 def build(source: str, **kwargs: object) -> nn.Module:
@@ -85,3 +98,11 @@ def close(first: Tensor, second: Tensor, rtol: float = 1e-4) -> bool:
 
 def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def small(recipe: str) -> tuple[nn.Module, int]:
+    """A network that the recipe applies to, and its input size."""
+    if recipe.startswith("grouped"):
+        model = efficientnet._gen_efficientnet("efficientnet_b0", channel_multiplier=0.25, num_classes=10)
+        return settled(model, 32), 32
+    return randomise(narrow_cifar_resnet(blocks=3)), 16

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import close, converted, count, narrow_cifar_resnet, randomise, settled
-from timm.models import efficientnet
+from nets import CASES, close, converted, count, narrow_cifar_resnet, randomise, small
 from torch import fx, nn
 
 from sharefold.checkpoint import expand, load, save
@@ -16,27 +15,6 @@ from sharefold.errors import SharefoldError
 from sharefold.layers import banks, fold, shared_layers
 from sharefold.models.cifar_resnet import CifarResNet
 from sharefold.models.lrunet import LruNet, LruNetUnrolled, unroll_lrunet
-
-
-def small(recipe: str) -> tuple[nn.Module, int]:
-    """A network that the recipe applies to, and its input size."""
-    if recipe.startswith("grouped"):
-        model = efficientnet._gen_efficientnet("efficientnet_b0", channel_multiplier=0.25, num_classes=10)
-        return settled(model, 32), 32
-    return randomise(narrow_cifar_resnet(blocks=3)), 16
-
-
-CASES = [
-    "sharesnet",
-    "kernel-sharing",
-    "filter-bases:shared=4",
-    "filter-bases:shared=0,unique=4",
-    "filter-bases:tie=3x3",
-    "layer-reuse",
-    "grouped-pointwise:min_channels=8",
-    "grouped-pointwise:min_channels=8,type=1",
-    "grouped-pointwise:min_channels=8,type=3",
-]
 
 
 @pytest.mark.parametrize("recipe", CASES)
