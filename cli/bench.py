@@ -69,7 +69,7 @@ def command(
     report: dict[str, Any] = {
         "source": source.source,
         "against": rival_name,
-        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "batch": batch,
         "threads": torch.get_num_threads(),
         "input_size": list(size),

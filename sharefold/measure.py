@@ -105,7 +105,7 @@ def count_macs(model: nn.Module, example_input: Tensor) -> int:
         model: any module, on any device (meta too); left as it was.
         example_input: (n, C, H, W); only the first image is used.
     """
-    image = example_input[:1]
+    image = example_input[:1].to(device_of(model))
     with evaluating(model):
         model(image)  # composed weights are cached here, once, and are no part of the cost of an image
         counter = FlopCounterMode(display=False)

@@ -99,5 +99,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def other_device() -> Iterator[torch.device]:
     """The device, for as long as it is there."""
     real = torch.autocast
-    with OtherDevice(), Made(), patch("torch.autocast", lambda kind, **how: real("cpu" if kind == "meta" else kind, **how)):
+    autocast = patch("torch.autocast", lambda kind, **how: real("cpu" if kind == "meta" else kind, **how))
+    # Wrapped tensors have no views in inference mode.
+    inference = patch("torch.inference_mode", lambda mode=True: torch.set_grad_enabled(not mode and torch.is_grad_enabled()))
+    with OtherDevice(), Made(), autocast, inference:
         yield torch.device("meta")

@@ -1,0 +1,81 @@
+"""Every verb that takes ``--device``, on a device that is not the CPU (tests/other_device.py)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from other_device import other_device
+
+import sharefold
+from sharefold_cli.main import cli
+
+NET = ("timm:digits_resnet", "--no-pretrained")
+
+
+def call(*args: object) -> dict[str, Any]:
+    with other_device():
+        result = CliRunner().invoke(cli, [*map(str, args), "--device", "meta", "--json"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory: pytest.TempPathFactory) -> str:
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("data") / "set.npz"
+    images, labels = rng.integers(0, 256, (30, 8, 8, 1), dtype=np.uint8), rng.integers(0, 10, 30)
+    np.savez(path, train_x=images, train_y=labels, test_x=images, test_y=labels)
+    return f"npz:{path}"
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, npz: str) -> Path:
+    out = tmp_path_factory.mktemp("out") / "net"
+    call("convert", *NET, "--calib", npz, "--budget", "60%", "--method", "basis", "-o", out)
+    return out
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        ("--budget", "70% MACs"),
+        ("--budget", "100% latency"),
+        ("--budget", "150kB"),
+        ("--keep-agreement", "50%", "--method", "average"),
+        ("--recipe", "sharesnet"),
+        ("--budget", "60%", "--method", "spatial", "--refine", "1", "--store", "int8"),
+        ("--budget", "60%", "--dry-run"),
+    ],
+    ids=" ".join,
+)
+def test_convert(wish: tuple[str, ...], npz: str, tmp_path: Path) -> None:
+    out = tmp_path / "net"
+    report = call("convert", *NET, "--calib", npz, *wish, "-o", out)
+    assert report["params"]["before"] == 198_898
+    if "--dry-run" in wish:
+        assert not out.exists()
+    else:
+        model = sharefold.load(out)
+        assert sum(p.numel() for p in model.parameters()) == report["params"]["after"]
+        assert all(tensor.device.type == "cpu" for tensor in model.state_dict().values())
+
+
+def test_verbs_that_read_a_shared_network(shared: Path, npz: str, tmp_path: Path) -> None:
+    assert call("eval", shared, "--data", npz)["images"] == 30
+    assert call("bench", shared, "--repeats", 2)["device"]
+    assert call("finetune", shared, "--data", npz, "--epochs", 1, "--batch-size", 10, "--ema", 0, "-o", tmp_path / "tuned")
+    assert sharefold.load(tmp_path / "tuned") is not None
+    assert call("report", shared, "-o", tmp_path / "page.html")
+    assert call("export", shared, "-o", tmp_path / "net.onnx")["max_difference"] < 1e-3
+    assert call("expand", shared, "-o", tmp_path / "dense.safetensors")
+    assert call("inspect", *NET)["params"] == 198_898
+
+
+def test_sweep(npz: str, tmp_path: Path) -> None:
+    report = call("sweep", *NET, "--data", npz, "--budgets", "60%,40%", "--method", "basis", "-o", tmp_path / "curve")
+    assert [point["budget"] for point in report["points"]] == ["dense", "60%", "40%"]
