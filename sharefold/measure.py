@@ -29,6 +29,15 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+def has_doubles(device: torch.device) -> bool:
+    """Whether ``device`` knows float64 (Apple's GPUs do not)."""
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except TypeError:
+        return False
+    return True
+
+
 def count_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:
     """Distinct parameters, each shared tensor once: ``sum(p.numel())``."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)

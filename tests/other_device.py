@@ -52,6 +52,10 @@ class Elsewhere(Tensor):
 
 
 class OtherDevice(TorchDispatchMode):
+    """Takes every operation; ``doubles``: whether the device knows float64, as Apple's does not."""
+
+    doubles = True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run(func, args, kwargs or {})
 
@@ -90,17 +94,19 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def placed(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not elsewhere:
             return leaf
+        if leaf.dtype == torch.float64 and not OtherDevice.doubles:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64.")
         return known.get(id(leaf)) if id(leaf) in known else Elsewhere(leaf)
 
     return tree_map(placed, result)
 
 
 @contextmanager
-def other_device() -> Iterator[torch.device]:
-    """The device, for as long as it is there."""
+def other_device(doubles: bool = True) -> Iterator[torch.device]:
+    """The device, for as long as it is there; without ``doubles`` one that has no float64."""
     real = torch.autocast
     autocast = patch("torch.autocast", lambda kind, **how: real("cpu" if kind == "meta" else kind, **how))
     # Wrapped tensors have no views in inference mode.
     inference = patch("torch.inference_mode", lambda mode=True: torch.set_grad_enabled(not mode and torch.is_grad_enabled()))
-    with OtherDevice(), Made(), autocast, inference:
+    with OtherDevice(), Made(), autocast, inference, patch.object(OtherDevice, "doubles", doubles):
         yield torch.device("meta")

@@ -14,7 +14,7 @@ from sharefold.calibrate.means import output_mean_owner
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.layers import ConvForm, form_of
-from sharefold.measure import device_of, evaluating
+from sharefold.measure import device_of, evaluating, has_doubles
 from sharefold.methods.problem import target_weight
 from sharefold.solvers.data_norm import Moments, sample_patches
 
@@ -173,7 +173,15 @@ def statistics_of(model: nn.Module, graph: NetworkGraph, images: Tensor, seed: i
     """Statistics of all layers of ``graph`` on the images that ``model`` is least certain of.
 
     A mean that a BatchNorm or bias can absorb is taken out.
+
+    Raises:
+        SharefoldError: the network is on a device without float64, in which the solvers compute.
     """
+    if not has_doubles(device := device_of(model)):
+        raise SharefoldError(
+            f"the network is on {device}, which has no float64 to solve in: convert it on the CPU (model.cpu(), --device cpu) "
+            "and move it afterwards"
+        )
     centered = {
         name: output_mean_owner(model, model.get_submodule(name), record.norm) is not None
         for name, record in graph.layers.items()

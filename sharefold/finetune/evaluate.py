@@ -10,27 +10,25 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..errors import SharefoldError
+from ..measure import evaluating, has_doubles
 from .batches import EvalBatches
 from .distributed import World
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, batches: EvalBatches, world: World, autocast: Callable[[], AbstractContextManager]
 ) -> dict[str, float]:
     """{top1, top5, loss, images}; fractions of 1. The model is left in the mode it was in."""
-    was_training = model.training
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=world.device if world.device.type != "mps" else "cpu")
-    for images, labels in batches:
-        with autocast():
-            logits = model(images)
-        logits = logits.float()
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        batch = [best[:, 0].sum(), best.sum(), loss]
-        sums += torch.stack([value.float() for value in batch] + [torch.full_like(loss, len(labels))]).to(sums)
-    model.train(was_training)
+    sums = torch.zeros(4, dtype=torch.float64, device=world.device if has_doubles(world.device) else "cpu")
+    with evaluating(model):
+        for images, labels in batches:
+            with autocast():
+                logits = model(images)
+            logits = logits.float()
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            batch = [best[:, 0].sum(), best.sum(), loss]
+            sums += torch.stack([value.float() for value in batch] + [torch.full_like(loss, len(labels))]).to(sums)
     top1, top5, loss, images_seen = world.sum(sums).tolist()
     if not images_seen:
         raise SharefoldError("finetune: there are no validation images")

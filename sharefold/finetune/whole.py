@@ -57,11 +57,14 @@ def _factor(owner: Bank | SharedConv) -> tuple[str, nn.Parameter]:
     return next((name, p) for name in FACTORS if (p := getattr(owner, name, None)) is not None)
 
 
+# Both on the CPU, in float64: not every device has it, and the matrices are few and small.
+
+
 def _make_whole(owner: Bank | SharedConv, readers: list[SharedConv]) -> None:
     name, free = _factor(owner)
     pivots = _pivots(owner)
     assert pivots is not None
-    found = torch.linalg.qr(with_pivots(free, pivots).double().T)
+    found = torch.linalg.qr(with_pivots(free.cpu(), pivots.cpu()).double().T)
     widest = max(readers, key=lambda layer: layer.form.features).form
     shape = (widest.in_channels, widest.kernel_size[0], 1) if name == "vertical" else widest.weight_shape[1:]
     _set(owner, name, found.Q.T.reshape(-1, *shape), free)
@@ -72,7 +75,7 @@ def _make_whole(owner: Bank | SharedConv, readers: list[SharedConv]) -> None:
 
 def _make_pivoted(owner: Bank | SharedConv, readers: list[SharedConv]) -> None:
     name, whole = _factor(owner)
-    rows = whole.detach().double().flatten(1)
+    rows = whole.detach().cpu().double().flatten(1)
     if bool(torch.isfinite(rows).all()):
         # Filters that came to depend on each other leave room for any others.
         left, sizes, orthonormal = torch.linalg.svd(rows, full_matrices=False)
@@ -80,10 +83,10 @@ def _make_pivoted(owner: Bank | SharedConv, readers: list[SharedConv]) -> None:
         mix = left * sizes @ mix
     else:  # a run that diverged
         count = len(rows)
-        pivots, free = torch.arange(count, device=rows.device), rows[:, count:]
-        mix = torch.full((count, count), float("nan"), dtype=rows.dtype, device=rows.device)
+        pivots, free = torch.arange(count), rows[:, count:]
+        mix = torch.full((count, count), float("nan"), dtype=rows.dtype)
     _set(owner, name, free, whole)
-    owner.pivots = pivots.int()
+    owner.pivots = pivots.int().to(whole.device)
     for layer in readers:
         _mix(layer, mix)
 
@@ -95,8 +98,8 @@ def _set(owner: nn.Module, name: str, value: Tensor, like: nn.Parameter) -> None
 def _mix(layer: SharedConv, matrix: Tensor) -> None:
     """Multiplies the coefficients, the last ones where own filters come before a bank's, by ``matrix``."""
     if isinstance(layer, SpatialConv):
-        mixed = torch.einsum("orxb,rs->osxb", layer.horizontal.double(), matrix)
+        mixed = torch.einsum("orxb,rs->osxb", layer.horizontal.cpu().double(), matrix)
         layer.horizontal.copy_(mixed)
     elif isinstance(layer, BasisConv):
         part = layer.coefficients[:, -len(matrix) :]
-        part.copy_(part.double() @ matrix)
+        part.copy_(part.cpu().double() @ matrix)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from other_device import other_device
 
 import sharefold
@@ -17,9 +17,13 @@ from sharefold_cli.main import cli
 NET = ("timm:digits_resnet", "--no-pretrained")
 
 
-def call(*args: object) -> dict[str, Any]:
-    with other_device():
-        result = CliRunner().invoke(cli, [*map(str, args), "--device", "meta", "--json"])
+def invoke(*args: object, doubles: bool = True) -> Result:
+    with other_device(doubles):
+        return CliRunner().invoke(cli, [*map(str, args), "--device", "meta", "--json"])
+
+
+def call(*args: object, doubles: bool = True) -> dict[str, Any]:
+    result = invoke(*args, doubles=doubles)
     assert result.exit_code == 0, (result.output, result.exception)
     return json.loads(result.stdout)
 
@@ -36,7 +40,7 @@ def npz(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, npz: str) -> Path:
     out = tmp_path_factory.mktemp("out") / "net"
-    call("convert", *NET, "--calib", npz, "--budget", "60%", "--method", "basis", "-o", out)
+    call("convert", *NET, "--calib", npz, "--budget", "60%", "--method", "basis", "--store", "int8", "-o", out)
     return out
 
 
@@ -65,15 +69,27 @@ def test_convert(wish: tuple[str, ...], npz: str, tmp_path: Path) -> None:
         assert all(tensor.device.type == "cpu" for tensor in model.state_dict().values())
 
 
-def test_verbs_that_read_a_shared_network(shared: Path, npz: str, tmp_path: Path) -> None:
-    assert call("eval", shared, "--data", npz)["images"] == 30
-    assert call("bench", shared, "--repeats", 2)["device"]
-    assert call("finetune", shared, "--data", npz, "--epochs", 1, "--batch-size", 10, "--ema", 0, "-o", tmp_path / "tuned")
-    assert sharefold.load(tmp_path / "tuned") is not None
-    assert call("report", shared, "-o", tmp_path / "page.html")
-    assert call("export", shared, "-o", tmp_path / "net.onnx")["max_difference"] < 1e-3
-    assert call("expand", shared, "-o", tmp_path / "dense.safetensors")
-    assert call("inspect", *NET)["params"] == 198_898
+@pytest.mark.parametrize("doubles", [True, False], ids=["", "no float64"])
+def test_verbs_that_read_a_shared_network(shared: Path, npz: str, tmp_path: Path, doubles: bool) -> None:
+    assert call("eval", shared, "--data", npz, doubles=doubles)["images"] == 30
+    assert call("bench", shared, "--repeats", 2, doubles=doubles)["device"] == "meta"
+    tuning = ("--data", npz, "--epochs", 1, "--batch-size", 10, "--ema", 0)
+    assert call("finetune", shared, *tuning, "-o", tmp_path / "tuned", doubles=doubles)
+    plain = tmp_path / "plain"
+    assert call("convert", *NET, "--calib", npz, "--budget", "60%", "--no-repair", "-o", plain)["params"]["after"] < 198_898
+    assert call("finetune", plain, *tuning, "-o", tmp_path / "pivoted", doubles=doubles)
+    for name in ("tuned", "pivoted"):
+        assert all(tensor.isfinite().all() for tensor in sharefold.load(tmp_path / name).state_dict().values())
+    assert call("report", shared, "-o", tmp_path / "page.html", doubles=doubles)
+    assert call("export", shared, "-o", tmp_path / "net.onnx", doubles=doubles)["max_difference"] < 1e-3
+    assert call("expand", shared, "-o", tmp_path / "dense.safetensors", doubles=doubles)
+    assert call("inspect", *NET, doubles=doubles)["params"] == 198_898
+
+
+def test_solvers_want_float64(npz: str, tmp_path: Path) -> None:
+    result = invoke("convert", *NET, "--calib", npz, "--budget", "60%", "-o", tmp_path / "net", doubles=False)
+    assert result.exit_code == 2 and not list(tmp_path.iterdir())
+    assert "no float64" in result.stderr.splitlines()[-1] and "--device cpu" in result.stderr.splitlines()[-1]
 
 
 def test_sweep(npz: str, tmp_path: Path) -> None:
