@@ -79,7 +79,7 @@ def test_two_bases_of_a_stage_can_be_orthonormal_together():
     apart = collect_bases(net)
     assert [b.kind for b in apart] == ["conv1", "conv2"]
     reinitialize(net)
-    assert float(orthogonality([Bases(torch.cat([b.shared for b in collect_bases(net)]), [])])) > 1e-4
+    assert float(orthogonality([Bases(torch.cat([b.shared for b in collect_bases(net)]), [])]).detach()) > 1e-4
 
 
 def test_a_schedule_trains_from_scratch():
