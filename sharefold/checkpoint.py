@@ -25,6 +25,7 @@ from sharefold.files import check_output, write_file, write_folder
 from sharefold.layers import shared_layers, stray_pointers, to_dense
 from sharefold.methods import method_named
 from sharefold.plans import Plan
+from sharefold.settings import plain_defaults
 from sharefold.state_dicts import load_tensors
 from sharefold.version import __version__
 
@@ -35,6 +36,7 @@ _PACKED, _CONFIG_LIMIT = "zlib85:", 1 << 26
 _KNOWN = {"format_version", "sharefold_version", "base", "plan", "metrics", "pretrained_cfg", "aliases", "store"}
 
 
+@plain_defaults()
 def save(model: nn.Module, path: str | Path, *, metrics: dict[str, Any] | None = None, force: bool = False) -> Path:
     """Writes a converted model.
 
@@ -90,6 +92,7 @@ def save(model: nn.Module, path: str | Path, *, metrics: dict[str, Any] | None =
     return target
 
 
+@plain_defaults()
 def load(path: str | Path, *, model: nn.Module | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """Reads a shared network in one call; runs no code from the file.
 
@@ -134,6 +137,8 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: str | torc
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise SharefoldError(f"{path} does not fit its own plan: {reason[:300]}") from None
+    for alias, name in config.get("aliases", {}).items():
+        _tie(model, alias, name)
     stray = stray_pointers(model)
     if stray:
         raise SharefoldError(f"{path} is damaged: tensor {stray[0]!r} points to entries that are not there")
@@ -146,6 +151,19 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: str | torc
     return model.to(device).eval()
 
 
+def _tie(model: nn.Module, alias: str, name: str) -> None:
+    """Puts the parameter ``name`` in the place of ``alias``: loading made two of one tensor."""
+    (owner, key), (other, its) = (_place(model, alias), _place(model, name))
+    if isinstance(shared := getattr(other, its), nn.Parameter):
+        setattr(owner, key, shared)
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    parent, _, leaf = name.rpartition(".")
+    return (model.get_submodule(parent) if parent else model), leaf
+
+
+@plain_defaults()
 def expand(model: nn.Module) -> nn.Module:
     """The stock architecture with an ordinary state dict that computes what the shared network does.
 

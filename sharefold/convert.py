@@ -22,10 +22,13 @@ from sharefold.calibrate.refit import refit
 from sharefold.calibrate.statistics import Statistics, statistics_of
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.graph import NetworkGraph, analyze
+from sharefold.layers import Bank, shared_layers
+from sharefold.layers.bank import bank_key
 from sharefold.measure import agreement, gives_logits
-from sharefold.methods import Solution, method_named
+from sharefold.methods import Method, Solution, method_named
 from sharefold.methods.solved import is_solved, solution_of
 from sharefold.plans import GroupPlan, Plan, Progress
+from sharefold.settings import with_plain_settings
 from sharefold.store import parse_store, quantize_
 
 # In the order in which they run.
@@ -54,6 +57,7 @@ class Conversion:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
+@with_plain_settings
 def convert_(
     model: nn.Module, plan: Plan, *, calibration: Tensor | None = None, example_input: Tensor | None = None,
     repair: bool = True, refine: str | int | bool | Effort | None = None,
@@ -86,14 +90,15 @@ def convert_(
     check_plan(model, plan)
     if graph is None:
         graph = analyze(model, images[:1] if example_input is None else example_input)
-    original = copy.deepcopy(model).eval()
+    original = _copied(model).eval()
     compared = gives_logits(original, images[:2])
     if effort is not None and not compared:
         raise SharefoldError("refine: this network returns no logits to learn from (a detector?): convert without it")
     if statistics is None:
         statistics = statistics_of(original, graph, images, seed)
     elif statistics.model is model:
-        statistics.model = original  # `model` is about to change
+        # `model` is about to change, and its copy too where channels are reordered.
+        statistics.model = copy.deepcopy(original) if _may_align(plan) else original
 
     _check_layers(graph, plan)
     start = time.perf_counter()
@@ -101,11 +106,13 @@ def convert_(
         model.load_state_dict(original.state_dict())
         statistics = statistics_of(original, graph, images, seed)
     solutions = _solve(original, graph, plan, statistics, progress)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     seconds["solve"] = time.perf_counter() - start
     groups = []
     for group, solution in zip(plan.groups, solutions, strict=True):
         method_named(group.method).install(model, group, solution)
         groups.append(_measured(group, solution))
+    _freeze(model, frozen)
     absorb_means(original, model, graph, statistics.means)
     for group in plan.groups:
         method_named(group.method).finish(model, graph, group)
@@ -123,7 +130,7 @@ def convert_(
     if reason:
         wanted = (REPAIRS if repair else ()) + (("refine",) if effort else ())
         if effort:
-            warnings.warn(f"not refined: {reason}", SharefoldWarning, stacklevel=2)
+            warnings.warn(f"not refined: {reason}", SharefoldWarning, stacklevel=3)
         steps |= {name: {"kept": False, "reason": reason} for name in wanted}
     elif repair:
         start = time.perf_counter()
@@ -204,8 +211,11 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     """
     if plan.store:
         parse_store(plan.store)
+    keys: dict[str, str] = {}
     for group in plan.groups:
         method = method_named(group.method)
+        if (other := keys.setdefault(bank_key(group.name), group.name)) != group.name:
+            raise SharefoldError(f"plan: groups {other!r} and {group.name!r} differ in dots alone: rename one")
         for name in group.members:
             try:
                 model.get_submodule(name)
@@ -223,6 +233,39 @@ def _check_layers(graph: NetworkGraph, plan: Plan) -> None:
             if name not in graph.layers:
                 reason = graph.skipped.get(name, "it is not a convertible layer")
                 raise SharefoldError(f"plan: layer {name!r} of group {group.name!r} cannot be converted: {reason}")
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A deep copy.
+
+    Raises:
+        SharefoldError: torch cannot make one.
+    """
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0].split(". ")[0]
+        raise SharefoldError(
+            f"the network cannot be copied ({reason}): remove old-style weight norm, spectral norm and pruning, and tensors that "
+            "its modules hold from a run with gradients"
+        ) from None
+
+
+def _freeze(model: nn.Module, frozen: set[str]) -> None:
+    """What replaces frozen parameters is frozen, a bank where all that it replaces was."""
+    readers: dict[Bank, list[bool]] = {}
+    for name, layer in shared_layers(model).items() if frozen else ():
+        still = f"{name}.weight" in frozen
+        for key, parameter in layer.named_parameters():
+            parameter.requires_grad_(f"{name}.bias" not in frozen if key == "own_bias" else not still)
+        if layer.bank is not None:
+            readers.setdefault(layer.bank, []).append(still)
+    for bank, flags in readers.items():
+        bank.requires_grad_(not all(flags))
+
+
+def _may_align(plan: Plan) -> bool:
+    return any(type(method_named(group.method)).align is not Method.align for group in plan.groups)
 
 
 def _align(original: nn.Module, graph: NetworkGraph, plan: Plan, statistics: Statistics) -> bool:

@@ -85,7 +85,7 @@ def gives_logits(model: nn.Module, images: Tensor) -> bool:
     """
     device = device_of(model)
     with evaluating(model):
-        output = model(images.to(device))
+        output = model(images.to(device, copy=True))
     try:
         logits = first_logits(output)
     except SharefoldError:
@@ -114,7 +114,7 @@ def count_macs(model: nn.Module, example_input: Tensor) -> int:
         model: any module, on any device (meta too); left as it was.
         example_input: (n, C, H, W); only the first image is used.
     """
-    image = example_input[:1].to(device_of(model))
+    image = example_input[:1].to(device_of(model), copy=True)
     with evaluating(model):
         model(image)  # composed weights are cached here, once, and are no part of the cost of an image
         counter = FlopCounterMode(display=False)
@@ -138,8 +138,8 @@ def agreement(a: nn.Module, b: nn.Module, images: Tensor, *, batch_size: int = 2
     device = device_of(a)
     with evaluating(a, b):
         for batch in images.split(batch_size):
-            batch = batch.to(device)
-            left, right = _rows(first_logits(a(batch))), _rows(first_logits(b(batch)))
+            # Copies: some networks write into their input.
+            left, right = (_rows(first_logits(net(batch.to(device, copy=True)))) for net in (a, b))
             if left.shape != right.shape:
                 raise SharefoldError(
                     f"outputs cannot be compared: {tuple(left.shape)[1:]} classes against {tuple(right.shape)[1:]}"
@@ -186,7 +186,7 @@ def evaluate(
         for images, labels in loader:
             if limit is not None:
                 images, labels = images[: limit - done], labels[: limit - done]
-            logits = first_logits(model(images.to(device))).float()
+            logits = first_logits(model(images.to(device, copy=True))).float()
             if logits.ndim != 2:
                 raise SharefoldError(f"the model's output has shape {tuple(logits.shape)}: eval wants (n, classes)")
             _check_labels(labels, logits.shape[1])

@@ -22,6 +22,7 @@ from sharefold.graph import analyze
 from sharefold.measure import count_macs, count_parameters, device_of, model_bytes
 from sharefold.planner import Planner
 from sharefold.plans import Progress
+from sharefold.settings import with_plain_settings
 from sharefold.store import StoreSpec, file_bytes
 
 
@@ -59,6 +60,7 @@ def parse_budgets(text: str | Sequence[str]) -> list[Budget]:
     return budgets
 
 
+@with_plain_settings
 def sweep(
     model: nn.Module, budgets: Sequence[str | Budget], evaluate: Callable[[nn.Module], dict[str, Any]],
     images: Tensor, *, method: str | Sequence[str] = "auto", exclude: str | None = None, repair: bool = True,

@@ -34,7 +34,7 @@ def least_certain(model: nn.Module, images: Tensor, batch_size: int = 100) -> Te
     found = []
     with evaluating(model):
         for batch in images.split(batch_size):
-            logits = first_logits(model(batch.to(device))).float()
+            logits = first_logits(model(batch.to(device, copy=True))).float()
             entropy = torch.special.entr(logits.softmax(1)).sum(1)
             found.append(entropy.reshape(len(batch), -1).mean(1).cpu())  # of every pixel, where those are the predictions
     return torch.cat(found).topk(count).indices.sort().values

@@ -45,7 +45,7 @@ def norms_folded(model: nn.Module, norms: Mapping[str, str | None]) -> Iterator[
     finally:
         for pair in folded.values():
             for module in pair:
-                del module.__dict__["forward"]
+                module.__dict__.pop("forward", None)
 
 
 def affine(norm: Any) -> tuple[Tensor, Tensor]:

@@ -64,7 +64,7 @@ def _head(model: nn.Module, images: Tensor) -> nn.Linear | None:
     with ExitStack() as stack:
         runs = [(linear, stack.enter_context(_watched(linear))) for linear in linears]
         stack.enter_context(evaluating(model))
-        logits = first_logits(model(images.to(device_of(model))))
+        logits = first_logits(model(images.to(device_of(model), copy=True)))
     if logits.ndim != 2:
         return None
     return next((linear for linear, seen in runs if len(seen) == 1 and torch.equal(seen[0][1], logits)), None)
@@ -90,9 +90,9 @@ def _moments(
     with _watched(head) as seen, evaluating(original, model):
         for batch in images.split(batch_size):
             seen.clear()
-            model(batch.to(device))
+            model(batch.to(device, copy=True))
             features.append(seen[0][0].double())
-            wanted.append(first_logits(original(batch.to(device))).double())
+            wanted.append(first_logits(original(batch.to(device, copy=True))).double())
     x, y = torch.cat(features), torch.cat(wanted)
     mean_x, mean_y = x.mean(0), y.mean(0)
     x, y = x - mean_x, y - mean_y

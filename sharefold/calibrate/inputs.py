@@ -38,7 +38,9 @@ def procedural_images(model: nn.Module, count: int | None = None, seed: int = 0)
     config = input_config(model)
     if count is None:
         count = default_count(*config["input_size"][1:])
-    return matched(model, calibration_images(None, config, count, seed), seed)
+    made = calibration_images(None, config, count, seed)
+    parameter = next(model.parameters(), made)
+    return matched(model, made.to(parameter.dtype) if parameter.is_floating_point() else made, seed)
 
 
 def default_count(height: int, width: int) -> int:
@@ -74,4 +76,4 @@ def calibration_or_procedural(model: nn.Module, images: Tensor | None, seed: int
     if widths and images.shape[1] not in widths:
         found, wanted = images.shape[1], widths[0]
         raise SharefoldError(f"calibration: images have {found} channels, the model takes {wanted}: convert the images")
-    return images
+    return images.clone() if images.is_inference() else images

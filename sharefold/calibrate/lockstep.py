@@ -142,7 +142,7 @@ def _computed(steps: list[fx.Node], model: nn.Module, values: dict[fx.Node, Any]
 def _run(node: fx.Node, model: nn.Module, values: dict[fx.Node, Any], batch: Tensor) -> Any:
     if node.op == "placeholder":
         # A traced forward may have optional arguments; only the first placeholder is the image batch.
-        return batch if not values else (node.args[0] if node.args else None)
+        return batch.clone() if not values else (node.args[0] if node.args else None)
     args, kwargs = _fetch(node.args, values), _fetch(node.kwargs, values)
     if node.op == "get_attr":
         return resolve(model, str(node.target))
@@ -168,7 +168,7 @@ def largest_map(model: nn.Module, image: Tensor) -> int:
         handles.append(module.register_forward_hook(note))
     try:
         with evaluating(model):
-            model(image.to(device_of(model)))
+            model(image.to(device_of(model), copy=True))
     finally:
         for handle in handles:
             handle.remove()

@@ -64,7 +64,7 @@ def match_statistics(
 def mismatch(model: nn.Module, images: Tensor) -> float:
     """How far the statistics of ``images``, as one batch, are from the running ones: mean over BatchNorms."""
     with _watched(model, _norms(model)) as errors:
-        model(images.to(device_of(model)))
+        model(images.to(device_of(model), copy=True))
         return float(torch.stack(errors).mean()) if errors else 0.0
 
 

@@ -35,23 +35,26 @@ def reestimate_norms(
     before = agreement(original, model, held_out).kl if before is None else before
     saved = [(n.running_mean.clone(), n.running_var.clone(), n.momentum, _count(n)) for n in norms]  # type: ignore[union-attr]
     device = device_of(model)
-    with evaluating(model):
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a cumulative average over all batches
-            norm.train()
-        for batch in images.split(batch_size):
-            if len(batch) > 1:
-                model(batch.to(device))
-    after = agreement(original, model, held_out).kl
-    kept = after < before
-    for norm, (mean, variance, momentum, count) in zip(norms, saved, strict=True):
-        norm.momentum = momentum
-        if count is not None:
-            norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
-        if not kept:
-            norm.running_mean.copy_(mean)  # type: ignore[union-attr]
-            norm.running_var.copy_(variance)  # type: ignore[union-attr]
+    kept = False
+    try:
+        with evaluating(model):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a cumulative average over all batches
+                norm.train()
+            for batch in images.split(batch_size):
+                if len(batch) > 1:
+                    model(batch.to(device, copy=True))
+        after = agreement(original, model, held_out).kl
+        kept = after < before
+    finally:
+        for norm, (mean, variance, momentum, count) in zip(norms, saved, strict=True):
+            norm.momentum = momentum
+            if count is not None:
+                norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
+            if not kept:
+                norm.running_mean.copy_(mean)  # type: ignore[union-attr]
+                norm.running_var.copy_(variance)  # type: ignore[union-attr]
     return {"kept": kept, "kl_before": before, "kl_after": after}
 
 

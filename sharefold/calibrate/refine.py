@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
 import torch
@@ -86,12 +86,12 @@ def refine(
     blocks = graph.blocks if blocks is None else blocks
     with _training(original, model) as parameters, norms_folded(original, norms), norms_folded(model, norms):
         try:
-            loop = _train(original, model, images, parameters, clock, batch_size, blocks, step, seed)
-            for share in loop:
-                if progress:
-                    progress("refining", round(share * 100), 100)
-                if not guard.passes(share):
-                    break
+            with closing(_train(original, model, images, parameters, clock, batch_size, blocks, step, seed)) as loop:
+                for share in loop:
+                    if progress:
+                        progress("refining", round(share * 100), 100)
+                    if not guard.passes(share):
+                        break
         finally:
             load_tensors(model, guard.saved)
     return {
@@ -159,7 +159,7 @@ class _Guard:
 def _train(
     original: nn.Module, model: nn.Module, images: Tensor, parameters: list[nn.Parameter], clock: _Clock,
     batch_size: int | None, blocks: Sequence[str], step: float, seed: int,
-) -> Iterator[float]:  # fmt: skip
+) -> Generator[float, None, None]:  # fmt: skip
     """Trains, and yields the share of the budget used after every step; the last one is 1."""
     generator = torch.Generator().manual_seed(seed)
     if batch_size is None:
@@ -177,7 +177,7 @@ def _train(
                     group["lr"] = rate * _rate(share)
                 batch = random_views(images[index], generator).to(parameters[0].device)
                 with torch.no_grad():
-                    wanted = first_logits(original(batch))
+                    wanted = first_logits(original(batch.clone()))
                 found = first_logits(model(batch))
                 loss = relative_error(
                     [centred(found), *(ours[n] for n in names)], [centred(wanted), *(theirs[n] for n in names)], spreads
@@ -229,8 +229,8 @@ def _comparable(
     modules = dict(model.named_modules())
     names = [name for name in blocks if name in modules]
     with _outputs(original, names) as theirs, _outputs(model, names) as ours:
-        logits = first_logits(original(batch))
-        model(batch)
+        logits = first_logits(original(batch.clone()))
+        model(batch.clone())
         both = [name for name in names if name in theirs and name in ours and theirs[name].shape == ours[name].shape]
         spreads = [_spread(theirs[name]) for name in both]
     usable = [(name, spread) for name, spread in zip(both, spreads, strict=True) if spread > 0]

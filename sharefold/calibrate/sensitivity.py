@@ -52,7 +52,7 @@ def output_sensitivity(
         with evaluating(model), torch.enable_grad():
             for batch in images[index].split(batch_size):
                 leaf = batch.to(device).detach().requires_grad_(True)
-                logits = first_logits(model(leaf))
+                logits = first_logits(model(leaf.clone()))  # leaves cannot be written into, as some networks do
                 if not logits.requires_grad or logits.dim() < 2:
                     return {}
                 rows = logits.movedim(1, -1).flatten(0, -2)

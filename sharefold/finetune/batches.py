@@ -181,7 +181,8 @@ def _to_device(batches: Any, device: torch.device) -> Iterator[Batch]:
         images, labels = batch[:2] if isinstance(batch, (tuple, list)) else (batch, None)
         if labels is None:
             labels = torch.full((len(images),), -1)
-        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        # Copied: augmentations write into them, and a loader may hand out what it keeps.
+        yield images.to(device, non_blocking=True, copy=True), labels.to(device, non_blocking=True)
 
 
 class EvalBatches:

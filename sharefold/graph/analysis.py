@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -16,18 +18,22 @@ from sharefold.graph.layers import LayerForm, find_layers
 from sharefold.graph.records import LayerRecord, NetworkGraph, Space
 from sharefold.graph.repeats import find_repeats
 from sharefold.graph.roles import find_roles
-from sharefold.graph.run import LayerRun, Run, run_with_hooks
+from sharefold.graph.run import LayerRun, ModuleRun, Run, run_with_hooks
 from sharefold.graph.spaces import Flow, propagate
 from sharefold.graph.stages import Size, find_stages, number_blocks
 from sharefold.graph.state import preserved
 from sharefold.graph.trace import ShapeRecorder, same_output, trace
 from sharefold.measure import device_of
 
+# fx patches nn.Module for the whole process while it traces.
+_TRACING = threading.RLock()
+
 
 def analyze(model: nn.Module, example_input: Any, *, symbolic: bool = True) -> NetworkGraph:
     """Reads the structure of ``model`` from one forward pass and, where possible, its fx graph.
 
-    The model is left exactly as it was: modes, hooks, buffers, caches and random states.
+    The model is left exactly as it was: modes, hooks, buffers, caches and random states. Other threads must run no network
+    meanwhile, of whatever kind: fx replaces ``nn.Module.__call__`` for the whole process while it traces.
 
     Args:
         model: any network; its parameters may be on any device, the meta device included.
@@ -42,11 +48,10 @@ def analyze(model: nn.Module, example_input: Any, *, symbolic: bool = True) -> N
         raise SharefoldError(f"model: {type(model).__name__} is not an nn.Module: pass the network itself")
     if any(nn.parameter.is_lazy(p) for p in model.parameters()):
         raise SharefoldError(f"model: {type(model).__name__} has lazy modules without shapes: run it once first")
-    example = _to_device(example_input, device_of(model))
-    with preserved(model):
+    with _TRACING, preserved(model):
         layers, skipped = find_layers(model)
-        run = run_with_hooks(model, example, layers)
-        graph, note = _trace(model, example, run, set(skipped)) if symbolic else (None, "not asked for")
+        run = run_with_hooks(model, _copied(example_input, device_of(model)), layers)
+        graph, note = _trace(model, example_input, run, set(skipped)) if symbolic else (None, "not asked for")
         for name in [name for name in layers if name not in run.layers]:
             skipped[name] = "never called as a module: unused, or its weight is used by other code"
             del layers[name]
@@ -72,13 +77,14 @@ def analyze(model: nn.Module, example_input: Any, *, symbolic: bool = True) -> N
     )
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
+def _copied(value: Any, device: torch.device) -> Any:
+    """A copy on ``device``, for every run: some networks write into their input."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.to(device, copy=True)
     if isinstance(value, Mapping):
-        return {key: _to_device(item, device) for key, item in value.items()}
+        return {key: _copied(item, device) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_to_device(item, device) for item in value)
+        return type(value)(_copied(item, device) for item in value)
     return value
 
 
@@ -99,7 +105,7 @@ def _trace(model: nn.Module, example: Any, run: Run, unshared: set[str]) -> tupl
         try:
             graph = trace(model, len(inputs), deep=deep)
             recorder = ShapeRecorder(model, graph)
-            output = recorder.run(*inputs)
+            output = recorder.run(*_copied(inputs, device_of(model)))
         except Exception as error:  # anything can go wrong in foreign forward code: the hooks still stand
             lines = str(error).strip().splitlines()
             reason = reason or f"{type(error).__name__}: {lines[0] if lines else ''}"
@@ -144,6 +150,9 @@ def _assemble(model: nn.Module, layers: dict[str, LayerForm], run: Run, flow: Fl
         known.update(roles_from_flow(flow, layers, blocks, whole))
     roles = find_roles(order, layers, blocks, known, {n: size[1] for n, size in sizes.items()}, residual)
     sole = _sole_consumers(flow)
+    norms = {name: _norm(name, runs[name], run.modules, sole) for name in order}
+    claims = Counter(norms.values())
+    norms = {name: norm if claims[norm] == 1 else None for name, norm in norms.items()}
     return {
         name: LayerRecord(
             name=name,
@@ -155,7 +164,7 @@ def _assemble(model: nn.Module, layers: dict[str, LayerForm], run: Run, flow: Fl
             block_index=index.get(blocks[name], -1),
             role=roles[name],
             calls=runs[name].calls,
-            norm=_norm(name, runs[name], sole),
+            norm=norms[name],
             **_ends(*ends[name], spaces),
         )
         for name in order
@@ -239,9 +248,11 @@ def _sole_consumers(flow: Flow | None) -> dict[str, str] | None:
     return {name: next(iter(found)) for name, found in consumers.items() if len(found) == 1}
 
 
-def _norm(name: str, run: LayerRun, sole: dict[str, str] | None) -> str | None:
-    """The BatchNorm-like module that took the output at every call, unless the graph shows another consumer."""
+def _norm(name: str, run: LayerRun, modules: dict[str, ModuleRun], sole: dict[str, str] | None) -> str | None:
+    """The BatchNorm-like module that took the output at every call and nothing else, unless the graph shows another consumer."""
     if len(run.norms) != 1 or run.norm_calls != run.calls:
         return None
     norm = next(iter(run.norms))
+    if modules[norm].calls != run.calls:
+        return None
     return norm if sole is None or sole.get(name, norm) == norm else None

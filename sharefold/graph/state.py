@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -24,21 +25,23 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """
     modules = list(model.modules())
     before = [(m, {key: (value, _shallow(value)) for key, value in m.__dict__.items()}) for m in modules]
-    buffers = [(b, b.detach().clone(), b._version) for b in model.buffers()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    state = random.getstate()
+    state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
             for module in modules:
                 module.training = False
             yield
     finally:
-        random.setstate(state)
+        random.setstate(state[0])
+        np.random.set_state(state[1])
         for module, attributes in before:
             _restore(module, attributes)
         with torch.no_grad():
-            for buffer, value, version in buffers:
-                if buffer._version != version:
+            for buffer, value in buffers:
+                # By value: batch_norm writes its statistics without a new version.
+                if not buffer.is_meta and not torch.equal(buffer, value):
                     buffer.copy_(value)
 
 

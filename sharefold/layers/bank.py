@@ -11,6 +11,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from sharefold.errors import SharefoldError
 from sharefold.layers.kept import Keeper, Kept
 from sharefold.layers.pivots import with_pivots
 
@@ -83,6 +84,11 @@ def banks(model: nn.Module) -> dict[str, Bank]:
     """All banks of a model by key; empty for a dense model."""
     shelf = getattr(model, ATTRIBUTE, None)
     return {} if shelf is None else {key: cast(Bank, bank) for key, bank in shelf.items()}
+
+
+def not_replicated(self: nn.Module) -> nn.Module:
+    """In the place of ``nn.DataParallel``'s copying, which would leave every replica with the first one's bank."""
+    raise SharefoldError("shared networks cannot be replicated by DataParallel: use DistributedDataParallel")
 
 
 def refer(member: nn.Module, bank: Bank | None) -> None:

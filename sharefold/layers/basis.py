@@ -95,7 +95,7 @@ class BasisConv(SharedConv):
         return rank * (form.features + rows) / (rows * form.features)
 
     def factored(self, x: Tensor) -> Tensor:
-        form, filters = self.form, self.filters(x)
+        form, filters = self.form, self.filters(None if self.training else x)
         if form.kind == "linear":
             return nn.functional.linear(form.apply(x, filters, None), self.coefficients, self.own_bias)
         if form.groups > 1:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Made = TypeVar("Made")
 
@@ -21,21 +22,29 @@ class Kept:
         """What ``make`` makes of ``sources`` for an input ``x``; made anew without one, or where gradients, tracers or
         compilers look on.
 
-        Writes through ``.data`` go unseen, as torch does not count them: :class:`Keeper` says what makes it forget.
+        torch counts no writes through ``.data`` and by collectives: :class:`Keeper` says what else makes it forget. Those of
+        fused optimizers it does not count either; steps are counted here.
         """
-        if x is None or torch.is_grad_enabled() or _symbolic(x):
+        if x is None or _symbolic(x):
+            return make()
+        if torch.is_grad_enabled():
+            self.clear()  # somebody trains
             return make()
         tensors = tuple(sources)
         if any(map(_uncounted, tensors)):
             return make()
         key = tuple((t.data_ptr(), t._version, t.dtype) for t in tensors) + (
+            _steps,
             torch.is_autocast_enabled(x.device.type),
             torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None,
         )
         # Read and written as one: networks run in several threads.
         entry = self._entry
         if entry is None or not entry.holds(key, tensors):
-            entry = self._entry = _Entry(key, tensors, tuple(t.detach() for t in tensors), make())
+            entry = _Entry(key, tensors, tuple(t.detach() for t in tensors), make())
+            # What is made under a dispatch mode may be of its kind (fake, counted) and must not outlive it.
+            if not torch._C._len_torch_dispatch_stack():
+                self._entry = entry
         return entry.value
 
     def clear(self) -> None:
@@ -46,6 +55,17 @@ class Kept:
 
     def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
         return Kept, ()
+
+
+_steps = 0
+
+
+def _count_step(*_: object) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class _Entry(NamedTuple):
@@ -90,4 +110,4 @@ def _uncounted(t: Tensor) -> bool:
 
 def _symbolic(x: Tensor) -> bool:
     """Tracers and compilers must see the composition itself. On the meta device there are no values to keep."""
-    return isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or x.is_meta
+    return isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+
+from sharefold.layers.bank import not_replicated
 
 # Weights of these are shared by all iterations; every other leaf module with parameters or running statistics (norms,
 # layer scales, PReLU) has one copy an iteration.
 SHARED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
-class PerIteration(nn.ModuleList):
-    """A place in the block that holds another module in every iteration; ``step`` says which one runs."""
+class _Running(threading.local):
+    """Which iteration runs in this thread, by the ``id`` of the place."""
 
-    step = 0
+    def __init__(self) -> None:
+        self.steps: dict[int, int] = {}
+
+
+_running = _Running()
+
+
+class PerIteration(nn.ModuleList):
+    """A place in the block that holds another module in every iteration."""
+
+    step = 0  # which one runs, for compilers, which know no threads
 
     def forward(self, x: Tensor) -> Tensor:
-        return self[self.step](x)
+        step = self.step if torch.compiler.is_compiling() else _running.steps[id(self)]
+        return self[step](x)
 
 
 class RepeatedBlock(nn.Module):
@@ -45,10 +60,17 @@ class RepeatedBlock(nn.Module):
 
     def run(self, x: Tensor, step: int) -> Tensor:
         """Iteration ``step`` on ``x``, whose shape it keeps."""
-        for module in self.block.modules():
-            if isinstance(module, PerIteration):
-                module.step = step
-        return self.block(x)
+        places = [module for module in self.block.modules() if isinstance(module, PerIteration)]
+        if torch.compiler.is_compiling():
+            for place in places:
+                place.step = step
+            return self.block(x)
+        _running.steps.update((id(place), step) for place in places)
+        try:
+            return self.block(x)
+        finally:
+            for place in places:
+                _running.steps.pop(id(place), None)
 
     def unrolled(self) -> list[nn.Module]:
         """N separate blocks that compute the same in sequence, each with tensors of its own."""
@@ -78,6 +100,8 @@ class Again(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.first.run(x, self.step)
+
+    _replicate_for_data_parallel = not_replicated
 
     def extra_repr(self) -> str:
         return f"iteration={self.step}"

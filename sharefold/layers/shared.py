@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from sharefold.layers.bank import Bank, refer
+from sharefold.layers.bank import Bank, not_replicated, refer
 from sharefold.layers.form import ConvForm
 from sharefold.layers.kept import Keeper, Kept
 
@@ -136,6 +136,8 @@ class SharedConv(Keeper):
             if owner is not None:
                 yield from owner.parameters()
                 yield from owner.buffers()
+
+    _replicate_for_data_parallel = not_replicated
 
     def dense(self) -> nn.Module:
         """The stock layer that computes the same (a new module with its own tensors)."""

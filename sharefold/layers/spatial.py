@@ -61,7 +61,8 @@ class SpatialConv(SharedConv):
         form = self.form
         pad, stride, dilation = form.padding, form.stride, form.dilation
         assert not isinstance(pad, str)
-        x = F.conv2d(x, self.columns(x), None, (stride[0], 1), (pad[0], 0), (dilation[0], 1))
+        columns = self.columns(None if self.training else x)
+        x = F.conv2d(x, columns, None, (stride[0], 1), (pad[0], 0), (dilation[0], 1))
         return F.conv2d(x, self.horizontal, self.own_bias, (1, stride[1]), (0, pad[1]), (1, dilation[1]))
 
     def linear_part(self) -> tuple[Tensor, Tensor] | None:

@@ -13,11 +13,15 @@ from sharefold.layers.shared import SharedConv
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts ``module`` in the place of the submodule called ``name`` (also inside Sequential and ModuleList)."""
+    """Puts ``module`` in the place of the submodule called ``name``, and under every other name that this one has."""
     parent_name, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent_name) if parent_name else model
     module.train(parent.training)
-    setattr(parent, leaf, module)
+    old = parent.get_submodule(leaf)
+    for owner in list(model.modules()):
+        for key, child in list(owner._modules.items()):
+            if child is old:
+                setattr(owner, key, module)
 
 
 def shared_layers(model: nn.Module) -> dict[str, SharedConv]:

@@ -10,6 +10,7 @@ from sharefold.budget import Budget, parse_budget
 from sharefold.calibrate.inputs import calibration_or_procedural
 from sharefold.calibrate.statistics import Statistics, statistics_of
 from sharefold.graph import NetworkGraph, analyze
+from sharefold.graph.state import preserved
 from sharefold.measure import gives_logits
 from sharefold.planner.candidates import Candidates, find_candidates
 from sharefold.planner.costs import cost_of
@@ -17,8 +18,10 @@ from sharefold.planner.file_budget import plan_bytes
 from sharefold.planner.objectives import JOINT, objective_named
 from sharefold.planner.search import Trials, search
 from sharefold.plans import DEFAULT_OBJECTIVE, Plan, Progress
+from sharefold.settings import with_plain_settings
 
 
+@with_plain_settings
 def plan(
     model: nn.Module, example_input: Tensor | None = None, budget: str | float | Budget = "50%", *,
     calibration: Tensor | None = None, method: str | Sequence[str] = "auto", exclude: str | None = None,
@@ -56,12 +59,14 @@ def plan(
     if graph is None:
         graph = analyze(model, example)
     if statistics is None:
-        statistics = statistics_of(model, graph, images, seed)
-    planner = Planner(
-        model, graph, statistics, example, method=method, exclude=exclude, objective=objective, pivots=pivots,
-        seed=seed, progress=progress,
-    )  # fmt: skip
-    return planner.plan(bound)
+        with preserved(model):
+            statistics = statistics_of(model, graph, images, seed)
+    with preserved(model):
+        planner = Planner(
+            model, graph, statistics, example, method=method, exclude=exclude, objective=objective, pivots=pivots,
+            seed=seed, progress=progress,
+        )  # fmt: skip
+        return planner.plan(bound)
 
 
 class Planner:

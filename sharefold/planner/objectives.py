@@ -74,7 +74,7 @@ class _Probe:
         model = self.statistics.model
         device = device_of(model)
         with torch.no_grad(), evaluating(model):
-            return [first_logits(model(batch.to(device))).float().log_softmax(1) for batch in self.batches]
+            return [first_logits(model(batch.to(device, copy=True))).float().log_softmax(1) for batch in self.batches]
 
     def __call__(self, problem: GroupProblem, name: str) -> float:
         """KL per unit of relative error, nats."""

@@ -88,7 +88,7 @@ class Trials:
     def _outputs(self, model: nn.Module) -> list[Tensor]:
         """Log-probabilities (rows, classes) of every batch."""
         with evaluating(model), norms_folded(model, self.norms):
-            outputs = [first_logits(model(batch)).float() for batch in self.batches]
+            outputs = [first_logits(model(batch.clone())).float() for batch in self.batches]
         rows = [logits.movedim(1, -1).flatten(0, -2) for logits in outputs]
         return [found[:: max(1, len(found) // ROWS)].log_softmax(1) for found in rows]
 

@@ -61,7 +61,8 @@ class _Parts:
 def _parts(tensors: Mapping[str, Tensor], spec: StoreSpec) -> _Parts:
     side, plain = bytearray(), bytearray()
     coded: list[np.ndarray] = []
-    for name, tensor in tensors.items():
+    for name, given in tensors.items():
+        tensor = given.float() if given.is_floating_point() else given
         entry = spec.tensors.get(name) or TensorSpec(_plain_kind(tensor))
         if entry.kind == "fp16" and not _is_exact(tensor):
             entry = TensorSpec("raw")
@@ -78,7 +79,7 @@ def _parts(tensors: Mapping[str, Tensor], spec: StoreSpec) -> _Parts:
             side += struct.pack("<qB", low, bits)
             plain += bytes(pack(tensor.long() - low, bits).tolist())
         else:
-            _encode_matrix(name, tensor, entry, side, plain, coded)
+            _encode_matrix(name, given, entry, side, plain, coded)
     largest = max([1] + [int(np.abs(codes).max()) for codes in coded if codes.size])
     nothing = np.zeros(0, dtype=np.int64)
     classes = [nothing]
@@ -88,6 +89,11 @@ def _parts(tensors: Mapping[str, Tensor], spec: StoreSpec) -> _Parts:
         classes.append(rans.element_classes(rows, columns).ravel())
     flat = np.concatenate([nothing, *(codes.ravel() for codes in coded)])
     return _Parts(bytes(side), bytes(plain), flat, np.concatenate(classes), largest)
+
+
+def _type_of(like: Tensor) -> torch.dtype:
+    """The type in which blobs hold tensors such as ``like``."""
+    return torch.float32 if like.is_floating_point() else like.dtype
 
 
 def decode_blob(blob: Tensor, template: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], StoreSpec]:
@@ -117,11 +123,11 @@ def decode_blob(blob: Tensor, template: Mapping[str, Tensor]) -> tuple[dict[str,
             raise _damaged()
         entry = TensorSpec(KINDS[kind])
         if entry.kind == "raw":
-            found[name] = plain.tensor(like.dtype, like.numel()).reshape(like.shape)
+            found[name] = plain.tensor(_type_of(like), like.numel()).reshape(like.shape).to(like.dtype)
         elif entry.kind == "fp16":
             found[name] = plain.tensor(torch.float16, like.numel()).reshape(like.shape).to(like.dtype)
         elif entry.kind == "fill":
-            found[name] = side.tensor(like.dtype, 1).expand(like.numel()).reshape(like.shape).clone()
+            found[name] = side.tensor(_type_of(like), 1).expand(like.numel()).reshape(like.shape).to(like.dtype, copy=True)
         elif entry.kind == "int":
             low, bits = side.number("q"), side.number("B")
             codes = plain.codes(bits, like.numel())

@@ -27,7 +27,7 @@ def gather(
     device = device_of(model)
     try:
         for batch in images.split(batch_size):
-            model(batch.to(device))
+            model(batch.to(device, copy=True))
     finally:
         for handle in handles:
             handle.remove()

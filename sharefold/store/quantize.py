@@ -22,6 +22,7 @@ from sharefold.graph import NetworkGraph, analyze
 from sharefold.layers import BasisConv, SharedConv, SpatialConv, to_dense
 from sharefold.measure import evaluating
 from sharefold.plans import Progress
+from sharefold.settings import with_plain_settings
 from sharefold.solvers.quantize import kmeans_codebook, search_scale
 from sharefold.store.moments import gather, runs
 from sharefold.store.norms import fold_norms
@@ -54,6 +55,7 @@ class StoreReport:
     sequential: bool
 
 
+@with_plain_settings
 def quantize_(
     model: nn.Module, spec: str | StoreRequest, statistics: Any = None, *, calibration: Tensor | None = None,
     original: nn.Module | None = None, seed: int = 0, progress: Progress | None = None,
@@ -74,17 +76,23 @@ def quantize_(
     request = parse_store(spec)
     if not isinstance(getattr(model, "sharefold_config", None), dict):
         raise SharefoldError("store: the model is not a sharefold network: convert it first (sharefold.convert_)")
-    _forget(model)
-    if request.kind == "fp16":
-        found = _halves(model)
-        snap_(model, found)
-        return _finished(model, found, request, False)
-    if calibration is None and statistics is not None:
-        calibration = statistics.images
-    images = calibration_or_procedural(model, calibration, seed)
-    dense = to_dense(model).eval()
-    with evaluating(model, *([] if original is None else [original])):
-        return _rounded(model, dense if original is None else original, dense, request, images, progress)
+    before = model.sharefold_config, copy.deepcopy(model.state_dict())
+    try:
+        _forget(model)
+        if request.kind == "fp16":
+            found = _halves(model)
+            snap_(model, found)
+            return _finished(model, found, request, False)
+        if calibration is None and statistics is not None:
+            calibration = statistics.images
+        images = calibration_or_procedural(model, calibration, seed)
+        dense = to_dense(model).eval()
+        with evaluating(model, *([] if original is None else [original])):
+            return _rounded(model, dense if original is None else original, dense, request, images, progress)
+    except BaseException:
+        model.sharefold_config = before[0]  # type: ignore[assignment]
+        model.load_state_dict(before[1])
+        raise
 
 
 def _rounded(

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sharefold.layers import Bank, BasisConv, SharedConv, SpatialConv, form_of
 
@@ -132,3 +133,56 @@ class _First(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net["x"](x)
 
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("looked", [False, True], ids=["", "looked at before the step"])
+def test_steps_of_fused_optimizers_are_seen(kind: str, optimizer: type[torch.optim.Optimizer], looked: bool) -> None:
+    """They count no writes, and a network with fixed norms stays in eval mode while it trains."""
+    layer, x = layer_of(kind), torch.randn(2, 6, 9, 7)
+    owner, _ = place_of(layer)
+    step = optimizer({*layer.parameters(), *owner.parameters()}, lr=0.1, fused=True)
+    with torch.no_grad():
+        before = layer(x)
+    layer(x).square().mean().backward()
+    with torch.no_grad():
+        if looked:
+            torch.testing.assert_close(layer(x), before)
+        step.step()
+        torch.testing.assert_close(layer(x), expected(layer, x), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(layer(x), before, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_kept_in_train_mode(kind: str) -> None:
+    layer, x = layer_of(kind).train(), torch.randn(2, 6, 9, 7)
+    owner, name = place_of(layer)
+    with torch.no_grad():
+        layer(x)
+        getattr(owner, name).data.mul_(3)
+        torch.testing.assert_close(layer(x), expected(layer, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_made_by_tracers_is_kept(kind: str) -> None:
+    layer, x = layer_of(kind), torch.randn(2, 6, 9, 7)
+    with torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            layer(mode.from_tensor(x))
+        assert type(layer(x)) is torch.Tensor
+        traced = torch.jit.trace(Whole(layer).eval(), x)  # after a run that kept its weight
+        for tensor in traced.parameters():
+            tensor.mul_(2)
+        torch.testing.assert_close(traced(x), layer(x), rtol=1e-4, atol=1e-4)
+
+
+class Whole(nn.Module):
+    """A layer with its bank, as in a network."""
+
+    def __init__(self, layer: SharedConv) -> None:
+        super().__init__()
+        self.layer, self.owner = layer, layer.bank
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)

@@ -1,0 +1,65 @@
+"""Process-wide settings of torch that must not reach into planning and conversion."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+from sharefold.errors import SharefoldError
+from sharefold.measure import device_of
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def with_plain_settings(function: Callable[P, R]) -> Callable[P, R]:
+    """Runs ``function(model, ...)`` in :func:`plain_settings`."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        model: Any = args[0] if args else kwargs.get("model")
+        with plain_settings(model):
+            return function(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def plain_settings(model: Any) -> Iterator[None]:
+    """No autocast, no inference mode and no defaults of the user inside: solvers would lose digits, gradients or their tensors.
+
+    Raises:
+        SharefoldError: ``model`` is no module, compiled, or was made in inference mode, where nothing of it can be repaired.
+    """
+    if not isinstance(model, nn.Module):
+        raise SharefoldError(f"model: {type(model).__name__} is not an nn.Module: pass the network itself")
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise SharefoldError("model: it is compiled: pass the network itself (model._orig_mod) and compile it once converted")
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise SharefoldError("model: it was made in torch.inference_mode(), which forbids changes: make or copy it outside")
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        for kind in {"cpu", device_of(model).type}:
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(plain_defaults())
+        yield
+
+
+@contextmanager
+def plain_defaults() -> Iterator[None]:
+    """Tensors that say nothing else are float32 and on the CPU inside."""
+    kind = torch.get_default_dtype()
+    with ExitStack() as stack:
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if kind != torch.float32:
+            stack.callback(torch.set_default_dtype, kind)
+            torch.set_default_dtype(torch.float32)
+        yield
