@@ -154,7 +154,7 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: str | torc
 def _tie(model: nn.Module, alias: str, name: str) -> None:
     """Puts the parameter ``name`` in the place of ``alias``: loading made two of one tensor."""
     (owner, key), (other, its) = (_place(model, alias), _place(model, name))
-    if isinstance(shared := getattr(other, its), nn.Parameter):
+    if isinstance(shared := getattr(other, its), nn.Parameter) and isinstance(getattr(owner, key), nn.Parameter):
         setattr(owner, key, shared)
 
 

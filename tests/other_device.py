@@ -39,6 +39,9 @@ class Elsewhere(Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Elsewhere({self.values})"
 
+    def data_ptr(self) -> int:
+        return self.values.data_ptr()
+
     def tolist(self) -> Any:
         return self.values.tolist()
 

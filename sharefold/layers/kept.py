@@ -42,8 +42,9 @@ class Kept:
         entry = self._entry
         if entry is None or not entry.holds(key, tensors):
             entry = _Entry(key, tensors, tuple(t.detach() for t in tensors), make())
-            # What is made under a dispatch mode may be of its kind (fake, counted) and must not outlive it.
-            if not torch._C._len_torch_dispatch_stack():
+            # Fake tensors and their like must not outlive the mode that made them.
+            parts = entry.value if isinstance(entry.value, tuple) else (entry.value,)
+            if all(type(part) in (Tensor, nn.Parameter) for part in parts if part is not None):
                 self._entry = entry
         return entry.value
 
