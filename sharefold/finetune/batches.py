@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import Any, Protocol
 
 import torch
@@ -119,8 +120,7 @@ class _SeededSamples(Dataset):
         self.dataset = dataset
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
-        with seeds.restored():
-            seeds.seed_everything(key[1])
+        with seeds.seeded(key[1]):
             return self.dataset[key[0]]
 
 
@@ -151,8 +151,8 @@ class SampleBatches:
 class LoaderBatches:
     """A user's loader with a sampler of its own: taken as it comes, its start found by skipping batches.
 
-    Its order is the sampler's business: seeded before each pass, but not dealt over processes (a DistributedSampler
-    does that, and is told the epoch).
+    Its order is the sampler's business: seeded before each pass and each batch, so that a resumed run draws what the whole
+    one did, but not dealt over processes (a DistributedSampler does that, and is told the epoch).
     """
 
     def __init__(self, loader: DataLoader, seed: int, accumulate: int, size: int, device: torch.device) -> None:
@@ -169,11 +169,17 @@ class LoaderBatches:
         for sampler in samplers:
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(number)
-        seeds.seed_everything(seeds.mixed("order", self.seed, number))
-        batches = iter(self.loader)
-        for _ in range(start * self.accumulate):
-            next(batches)
-        yield from _to_device(batches, self.device)
+        yield from _to_device(islice(self._seeded(number), start * self.accumulate, None), self.device)
+
+    def _seeded(self, number: int) -> Iterator[Any]:
+        with seeds.seeded(seeds.mixed("order", self.seed, number)):
+            batches = iter(self.loader)
+        for index in count():
+            with seeds.seeded(seeds.mixed("order", self.seed, number, index)):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
 
 def _to_device(batches: Any, device: torch.device) -> Iterator[Batch]:

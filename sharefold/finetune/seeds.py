@@ -36,6 +36,16 @@ def seed_everything(value: int) -> None:
 
 
 @contextmanager
+def seeded(value: int) -> Iterator[None]:
+    """The global generators of torch (CPU), numpy and python seeded; the caller gets them back as they were."""
+    with restored():
+        torch.random.default_generator.manual_seed(value)  # not those of GPUs, which nobody would give back
+        np.random.seed(value % 2**32)
+        random.seed(value)
+        yield
+
+
+@contextmanager
 def restored() -> Iterator[None]:
     """Gives the caller the global generators of torch (CPU), numpy and python back as they were."""
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()

@@ -165,6 +165,28 @@ def test_a_loader_with_its_own_sampler_is_taken_as_it_comes_and_skipped_into():
     _same(list(batches.epoch(1))[1:], list(batches.epoch(1, 1)))
 
 
+class _Noisy(TensorDataset):
+    """Samples drawn anew each time, from torch's own generator."""
+
+    def __getitem__(self, index):
+        images, labels = super().__getitem__(index)
+        return images + torch.randn(images.shape), labels
+
+
+def test_a_loader_with_its_own_sampler_draws_the_same_whatever_steps_draw_between():
+    images, labels = images_and_labels(40)
+    loader = DataLoader(_Noisy(images.float(), labels), batch_size=8, sampler=WeightedRandomSampler([1.0] * 40, 24))
+    batches = _batches(loader)
+    whole = []
+    for step, batch in enumerate(batches.epoch(1)):
+        whole.append(batch)
+        torch.manual_seed(100 + step)
+    state = torch.get_rng_state()
+    _same(whole[1:], list(batches.epoch(1, 1)))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(whole[0][0], whole[1][0]) and not torch.equal(whole[0][0], next(iter(batches.epoch(2)))[0])
+
+
 def test_data_strings_folders_and_auto_augment(tmp_path):
     for name in ("a", "b"):
         (tmp_path / "train" / name).mkdir(parents=True)
