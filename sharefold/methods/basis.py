@@ -75,7 +75,8 @@ class Basis(Pivoted):
     def blank(self, forms: list[ConvForm], options: dict[str, Any]) -> Solution:
         rank, widest = int(options["rank"]), max(forms, key=lambda form: form.features)
         bank = {"basis": torch.zeros(rank, *widest.weight_shape[1:])}
-        if options.get("pivoted"):
+        # A narrow layer that stands in for itself alone may have fewer inputs than the bank has filters.
+        if options.get("pivoted") and rank < widest.features:
             bank = blank_pivots("basis", rank, widest.features)
         return Solution(
             bank,

@@ -71,7 +71,8 @@ class Parameters(Cost):
         return method.cost([forms[k] for k in stay], choice.options)
 
     def member(self, names: Sequence[str], forms: Sequence[ConvForm], method: Method, choice: Choice) -> float:
-        return (choice.cost - method.cost(list(forms[:1]), choice.options)) / max(len(names) - 1, 1)
+        widest = max(forms, key=lambda form: form.features)  # the bank is as wide, whoever leaves
+        return (choice.cost - method.cost([widest], choice.options)) / max(len(names) - 1, 1)
 
 
 class _PerLayer(Cost):
