@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from sharefold.errors import SharefoldError
+from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.finetune.config import FinetuneConfig
 
 from .common import Run, jsonable, shared_options
@@ -148,6 +149,13 @@ def command(
         click.echo(str(stopped), err=True)
         ctx.exit(stopped.exit_code)
     run.say(f"{output} written")
+    if report.top1_before is not None and report.top1_after is not None and report.top1_after < report.top1_before:
+        warnings.warn(
+            f"top-1 fell from {report.top1_before:.2%} to {report.top1_after:.2%}: train for more epochs, with smaller batches "
+            "or a lower --lr",
+            SharefoldWarning,
+            stacklevel=2,
+        )
     run.result(
         {"source": source.source, "teacher": teacher, "data": data, "schedule": recipe_schedule,
          "params": count_parameters(model), **report.to_dict()}

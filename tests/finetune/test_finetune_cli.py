@@ -143,6 +143,16 @@ def test_a_teacher_of_other_classes_is_refused(shared: Path, npz: Path, tmp_path
     assert result.exit_code == 2 and "the teacher has 7 classes, the model 10" in result.stderr
 
 
+def test_a_run_that_makes_it_worse_says_so(tmp_path: Path) -> None:
+    convert = ("--calib", "digits", "--calib-count", 100, "--no-repair", "--budget", "40%", "--method", "basis")
+    assert call("convert", "timm:digits_resnet", *convert, "-o", tmp_path / "net").exit_code == 0
+    options = ("--data", "digits", "--epochs", 1, "--batch-size", 64, "--augment", "none", "--device", "cpu")
+    worse = call("finetune", tmp_path / "net", *options, "--lr", 1, "--ema", 0, "-o", tmp_path / "worse")
+    assert worse.exit_code == 0 and "warning: top-1 fell from" in worse.stderr and (tmp_path / "worse").exists()
+    same = call("finetune", tmp_path / "net", *options, "--lr", 1e-7, "-o", tmp_path / "same")
+    assert same.exit_code == 0 and "fell" not in same.stderr
+
+
 def test_schedules_are_listed() -> None:
     result = call("finetune", "--list-schedules")
     assert result.exit_code == 0 and "filter-bases-cifar10" in result.stdout
