@@ -91,10 +91,13 @@ class Moments:
 def without_mean(moment: Tensor, mean: Tensor) -> Tensor:
     """``E[x x^T] - m m^T`` (G, N, N) of second moments and means (G, N).
 
-    Of inputs that hardly vary the difference is rounding error, and may be negative: a floor makes it harmless.
+    Of inputs that hardly vary the difference is rounding error, and may be negative: a floor makes it harmless, one that
+    outweighs the largest eigenvalue that errors of all entries together can have where the variance does not.
     """
-    floor = ROUNDING * torch.finfo(moment.dtype).eps * moment.diagonal(dim1=1, dim2=2).mean(1)
+    eps, size = torch.finfo(moment.dtype).eps, moment.diagonal(dim1=1, dim2=2)
     result = moment - mean.unsqueeze(2) * mean.unsqueeze(1)
+    variance = result.diagonal(dim1=1, dim2=2).mean(1)
+    floor = ROUNDING * eps * size.mean(1) + (2 * eps * size.sum(1) - variance / 100).clamp_min(0)
     result.diagonal(dim1=1, dim2=2).add_(floor.unsqueeze(1))
     return result
 

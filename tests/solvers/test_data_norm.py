@@ -121,6 +121,17 @@ def test_the_covariance_of_nearly_constant_inputs_stays_positive(spread: float) 
         assert float((found - exact).norm() / exact.norm()) < (0.02 if spread == 1 else 0.5)
 
 
+@pytest.mark.parametrize("features", [192, 768])
+def test_few_nearly_constant_inputs_of_many_features(features: int) -> None:
+    """Errors of all entries add up: where a map is pooled to one position, a handful of patches is all there is."""
+    torch.manual_seed(0)
+    center = torch.randn(features)
+    taken = Moments(features)
+    for scale in torch.linspace(1, 1 + 1e-5, 6):
+        taken.update((scale * center + 1e-4 * torch.randn(features))[None])
+    assert float(torch.linalg.eigvalsh(taken.covariance(centered=True)[0].double()).min()) > 0
+
+
 def test_moments_refuse_wrong_shapes_and_emptiness() -> None:
     with pytest.raises(SharefoldError, match="no patch"):
         Moments(4).covariance()
