@@ -137,8 +137,7 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: str | torc
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise SharefoldError(f"{path} does not fit its own plan: {reason[:300]}") from None
-    for alias, name in config.get("aliases", {}).items():
-        _tie(model, alias, name)
+    _tie(model, config.get("aliases", {}))
     stray = stray_pointers(model)
     if stray:
         raise SharefoldError(f"{path} is damaged: tensor {stray[0]!r} points to entries that are not there")
@@ -151,16 +150,13 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: str | torc
     return model.to(device).eval()
 
 
-def _tie(model: nn.Module, alias: str, name: str) -> None:
-    """Puts the parameter ``name`` in the place of ``alias``: loading made two of one tensor."""
-    (owner, key), (other, its) = (_place(model, alias), _place(model, name))
-    if isinstance(shared := getattr(other, its), nn.Parameter) and isinstance(getattr(owner, key), nn.Parameter):
-        setattr(owner, key, shared)
-
-
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    parent, _, leaf = name.rpartition(".")
-    return (model.get_submodule(parent) if parent else model), leaf
+def _tie(model: nn.Module, aliases: dict[str, str]) -> None:
+    """Puts one parameter in the places of another name and its alias: loading made two of one tensor."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for alias, name in aliases.items():
+        if alias in parameters and name in parameters:
+            owner, _, leaf = alias.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, parameters[name])
 
 
 @plain_defaults()

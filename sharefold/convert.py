@@ -25,7 +25,7 @@ from sharefold.graph import NetworkGraph, analyze
 from sharefold.layers import Bank, shared_layers
 from sharefold.layers.bank import bank_key
 from sharefold.measure import agreement, gives_logits
-from sharefold.methods import Method, Solution, method_named
+from sharefold.methods import Solution, method_named
 from sharefold.methods.solved import is_solved, solution_of
 from sharefold.plans import GroupPlan, Plan, Progress
 from sharefold.settings import with_plain_settings
@@ -98,7 +98,7 @@ def convert_(
         statistics = statistics_of(original, graph, images, seed)
     elif statistics.model is model:
         # `model` is about to change, and its copy too where channels are reordered.
-        statistics.model = copy.deepcopy(original) if _may_align(plan) else original
+        statistics.model = copy.deepcopy(original) if any(method_named(g.method).may_align() for g in plan.groups) else original
 
     _check_layers(graph, plan)
     start = time.perf_counter()
@@ -262,10 +262,6 @@ def _freeze(model: nn.Module, frozen: set[str]) -> None:
             readers.setdefault(layer.bank, []).append(still)
     for bank, flags in readers.items():
         bank.requires_grad_(not all(flags))
-
-
-def _may_align(plan: Plan) -> bool:
-    return any(type(method_named(group.method)).align is not Method.align for group in plan.groups)
 
 
 def _align(original: nn.Module, graph: NetworkGraph, plan: Plan, statistics: Statistics) -> bool:

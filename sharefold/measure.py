@@ -29,6 +29,11 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
+def run_on(model: nn.Module, images: Tensor) -> Any:
+    """What ``model`` makes of a copy of ``images``, where it computes: some networks write into their input."""
+    return model(images.to(device_of(model), copy=True))
+
+
 def has_doubles(device: torch.device) -> bool:
     """Whether ``device`` knows float64 (Apple's GPUs do not)."""
     try:
@@ -83,9 +88,8 @@ def gives_logits(model: nn.Module, images: Tensor) -> bool:
 
     Detectors return boxes instead, another number of them for every image and every network.
     """
-    device = device_of(model)
     with evaluating(model):
-        output = model(images.to(device, copy=True))
+        output = run_on(model, images)
     try:
         logits = first_logits(output)
     except SharefoldError:
@@ -114,12 +118,12 @@ def count_macs(model: nn.Module, example_input: Tensor) -> int:
         model: any module, on any device (meta too); left as it was.
         example_input: (n, C, H, W); only the first image is used.
     """
-    image = example_input[:1].to(device_of(model), copy=True)
+    image = example_input[:1]
     with evaluating(model):
-        model(image)  # composed weights are cached here, once, and are no part of the cost of an image
+        run_on(model, image)  # composed weights are cached here, once, and are no part of the cost of an image
         counter = FlopCounterMode(display=False)
         with counter:
-            model(image)
+            run_on(model, image)
     return counter.get_total_flops() // 2
 
 
@@ -135,11 +139,9 @@ def agreement(a: nn.Module, b: nn.Module, images: Tensor, *, batch_size: int = 2
     """
     same = total = 0
     divergence = 0.0
-    device = device_of(a)
     with evaluating(a, b):
         for batch in images.split(batch_size):
-            # Copies: some networks write into their input.
-            left, right = (_rows(first_logits(net(batch.to(device, copy=True)))) for net in (a, b))
+            left, right = (_rows(first_logits(run_on(net, batch))) for net in (a, b))
             if left.shape != right.shape:
                 raise SharefoldError(
                     f"outputs cannot be compared: {tuple(left.shape)[1:]} classes against {tuple(right.shape)[1:]}"

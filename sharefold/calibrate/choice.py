@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sharefold.measure import device_of, evaluating, first_logits, gives_logits
+from sharefold.measure import evaluating, first_logits, gives_logits, run_on
 
 SHARE = 0.5
 # Fewer would cost more in sampling noise than the choice gains.
@@ -30,11 +30,10 @@ def least_certain(model: nn.Module, images: Tensor, batch_size: int = 100) -> Te
     count = max(FEWEST, round(SHARE * len(images)))
     if count >= len(images) or not gives_logits(model, images[:2]):
         return everything
-    device = device_of(model)
     found = []
     with evaluating(model):
         for batch in images.split(batch_size):
-            logits = first_logits(model(batch.to(device, copy=True))).float()
+            logits = first_logits(run_on(model, batch)).float()
             entropy = torch.special.entr(logits.softmax(1)).sum(1)
             found.append(entropy.reshape(len(batch), -1).mean(1).cpu())  # of every pixel, where those are the predictions
     return torch.cat(found).topk(count).indices.sort().values

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharefold.measure import agreement, device_of, evaluating, first_logits
+from sharefold.measure import agreement, evaluating, first_logits, run_on
 
 # Pull towards the original classifier, as a share of the mean variance of its inputs.
 RIDGE = 1e-2
@@ -64,7 +64,7 @@ def _head(model: nn.Module, images: Tensor) -> nn.Linear | None:
     with ExitStack() as stack:
         runs = [(linear, stack.enter_context(_watched(linear))) for linear in linears]
         stack.enter_context(evaluating(model))
-        logits = first_logits(model(images.to(device_of(model), copy=True)))
+        logits = first_logits(run_on(model, images))
     if logits.ndim != 2:
         return None
     return next((linear for linear, seen in runs if len(seen) == 1 and torch.equal(seen[0][1], logits)), None)
@@ -85,14 +85,13 @@ def _moments(
     original: nn.Module, model: nn.Module, head: nn.Linear, images: Tensor, batch_size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Means (F,) of the features and (O,) of the wanted logits, and centred moments (F, F) and (O, F)."""
-    device = head.weight.device
     features, wanted = [], []
     with _watched(head) as seen, evaluating(original, model):
         for batch in images.split(batch_size):
             seen.clear()
-            model(batch.to(device, copy=True))
+            run_on(model, batch)
             features.append(seen[0][0].double())
-            wanted.append(first_logits(original(batch.to(device, copy=True))).double())
+            wanted.append(first_logits(run_on(original, batch)).double())
     x, y = torch.cat(features), torch.cat(wanted)
     mean_x, mean_y = x.mean(0), y.mean(0)
     x, y = x - mean_x, y - mean_y

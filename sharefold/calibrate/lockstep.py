@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sharefold.layers import resolve
-from sharefold.measure import device_of, evaluating
+from sharefold.measure import device_of, evaluating, run_on
 
 Values = list[dict[fx.Node, Any]]  # of one network, a dictionary a batch
 
@@ -168,7 +168,7 @@ def largest_map(model: nn.Module, image: Tensor) -> int:
         handles.append(module.register_forward_hook(note))
     try:
         with evaluating(model):
-            model(image.to(device_of(model), copy=True))
+            run_on(model, image)
     finally:
         for handle in handles:
             handle.remove()

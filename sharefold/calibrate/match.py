@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sharefold.measure import device_of, evaluating
+from sharefold.measure import device_of, evaluating, run_on
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -64,7 +64,7 @@ def match_statistics(
 def mismatch(model: nn.Module, images: Tensor) -> float:
     """How far the statistics of ``images``, as one batch, are from the running ones: mean over BatchNorms."""
     with _watched(model, _norms(model)) as errors:
-        model(images.to(device_of(model), copy=True))
+        run_on(model, images)
         return float(torch.stack(errors).mean()) if errors else 0.0
 
 

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from sharefold.measure import agreement, device_of, evaluating
+from sharefold.measure import agreement, evaluating, run_on
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -34,7 +34,6 @@ def reestimate_norms(
         return {"kept": False}
     before = agreement(original, model, held_out).kl if before is None else before
     saved = [(n.running_mean.clone(), n.running_var.clone(), n.momentum, _count(n)) for n in norms]  # type: ignore[union-attr]
-    device = device_of(model)
     kept = False
     try:
         with evaluating(model):
@@ -44,7 +43,7 @@ def reestimate_norms(
                 norm.train()
             for batch in images.split(batch_size):
                 if len(batch) > 1:
-                    model(batch.to(device, copy=True))
+                    run_on(model, batch)
         after = agreement(original, model, held_out).kl
         kept = after < before
     finally:

@@ -27,7 +27,7 @@ from sharefold.calibrate.lockstep import largest_map
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.layers import running
-from sharefold.measure import agreement, evaluating, first_logits
+from sharefold.measure import agreement, evaluating, first_logits, run_on
 from sharefold.state_dicts import load_tensors
 
 # Wall-clock budget when neither epochs nor seconds are given: inside of four minutes with start and end included.
@@ -177,7 +177,7 @@ def _train(
                     group["lr"] = rate * _rate(share)
                 batch = random_views(images[index], generator).to(parameters[0].device)
                 with torch.no_grad():
-                    wanted = first_logits(original(batch.clone()))
+                    wanted = first_logits(run_on(original, batch))
                 found = first_logits(model(batch))
                 loss = relative_error(
                     [centred(found), *(ours[n] for n in names)], [centred(wanted), *(theirs[n] for n in names)], spreads
@@ -229,8 +229,8 @@ def _comparable(
     modules = dict(model.named_modules())
     names = [name for name in blocks if name in modules]
     with _outputs(original, names) as theirs, _outputs(model, names) as ours:
-        logits = first_logits(original(batch.clone()))
-        model(batch.clone())
+        logits = first_logits(run_on(original, batch))
+        run_on(model, batch)
         both = [name for name in names if name in theirs and name in ours and theirs[name].shape == ours[name].shape]
         spreads = [_spread(theirs[name]) for name in both]
     usable = [(name, spread) for name, spread in zip(both, spreads, strict=True) if spread > 0]

@@ -31,6 +31,10 @@ def generator(stream: str, seed: int, *place: int) -> torch.Generator:
 def seed_everything(value: int) -> None:
     """Seeds torch (all devices), numpy and python: dropout, drop-path and timm's augmentations draw from these."""
     torch.manual_seed(value)
+    _seed_libraries(value)
+
+
+def _seed_libraries(value: int) -> None:
     np.random.seed(value % 2**32)
     random.seed(value)
 
@@ -40,8 +44,7 @@ def seeded(value: int) -> Iterator[None]:
     """The global generators of torch (CPU), numpy and python seeded; the caller gets them back as they were."""
     with restored():
         torch.random.default_generator.manual_seed(value)  # not those of GPUs, which nobody would give back
-        np.random.seed(value % 2**32)
-        random.seed(value)
+        _seed_libraries(value)
         yield
 
 

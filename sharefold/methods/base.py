@@ -88,6 +88,10 @@ class Method(ABC):
         """
         return False
 
+    def may_align(self) -> bool:
+        """Whether :meth:`align` may change the network at all."""
+        return type(self).align is not Method.align
+
     def fit(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, plan: GroupPlan) -> Solution:
         """The best tensors for the plan's members in the dense ``model``."""
         problem = problem_of(model, graph, plan.members, statistics)

@@ -86,7 +86,7 @@ class Candidates:
     def alone(self) -> bool:
         """Whether every option can be tried by itself: no method reorders channels of the dense network first."""
         names = {plan.method for row in self.options for option in row for plan in option.plans}
-        return all(type(method_named(name)).align is Method.align for name in names)
+        return not any(method_named(name).may_align() for name in names)
 
     def plan(self, picks: Sequence[int], budget: str) -> Plan:
         """The plan of these options; ``budget`` is what the user wrote."""

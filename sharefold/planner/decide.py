@@ -58,10 +58,9 @@ def plan(
     example = images[:1] if example_input is None else example_input
     if graph is None:
         graph = analyze(model, example)
-    if statistics is None:
-        with preserved(model):
-            statistics = statistics_of(model, graph, images, seed)
     with preserved(model):
+        if statistics is None:
+            statistics = statistics_of(model, graph, images, seed)
         planner = Planner(
             model, graph, statistics, example, method=method, exclude=exclude, objective=objective, pivots=pivots,
             seed=seed, progress=progress,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sharefold.calibrate.statistics import Statistics
 from sharefold.errors import unknown
-from sharefold.measure import device_of, evaluating, first_logits
+from sharefold.measure import evaluating, first_logits, run_on
 from sharefold.methods.problem import GroupProblem
 from sharefold.solvers.low_rank import max_rank, svd_curve, svd_solve
 
@@ -72,9 +72,8 @@ class _Probe:
 
     def _outputs(self) -> list[Tensor]:
         model = self.statistics.model
-        device = device_of(model)
         with torch.no_grad(), evaluating(model):
-            return [first_logits(model(batch.to(device, copy=True))).float().log_softmax(1) for batch in self.batches]
+            return [first_logits(run_on(model, batch)).float().log_softmax(1) for batch in self.batches]
 
     def __call__(self, problem: GroupProblem, name: str) -> float:
         """KL per unit of relative error, nats."""

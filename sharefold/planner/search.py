@@ -14,7 +14,7 @@ from sharefold.calibrate.folded import norms_folded
 from sharefold.calibrate.means import absorb_means
 from sharefold.calibrate.statistics import Statistics
 from sharefold.graph import NetworkGraph
-from sharefold.measure import device_of, evaluating, first_logits
+from sharefold.measure import device_of, evaluating, first_logits, run_on
 from sharefold.methods import method_named
 from sharefold.methods.solved import forget_others, solution_of
 from sharefold.planner.candidates import Candidates
@@ -88,7 +88,7 @@ class Trials:
     def _outputs(self, model: nn.Module) -> list[Tensor]:
         """Log-probabilities (rows, classes) of every batch."""
         with evaluating(model), norms_folded(model, self.norms):
-            outputs = [first_logits(model(batch.clone())).float() for batch in self.batches]
+            outputs = [first_logits(run_on(model, batch)).float() for batch in self.batches]
         rows = [logits.movedim(1, -1).flatten(0, -2) for logits in outputs]
         return [found[:: max(1, len(found) // ROWS)].log_softmax(1) for found in rows]
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sharefold.calibrate.pairs import Gatherer, Inputs
 from sharefold.layers import ConvForm
-from sharefold.measure import device_of
+from sharefold.measure import run_on
 
 CACHE_BYTES = 1 << 30
 
@@ -24,10 +24,9 @@ def gather(
         )
         for name in forms
     ]
-    device = device_of(model)
     try:
         for batch in images.split(batch_size):
-            model(batch.to(device, copy=True))
+            run_on(model, batch)
     finally:
         for handle in handles:
             handle.remove()
