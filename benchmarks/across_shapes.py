@@ -28,11 +28,11 @@ from cifar import WEIGHTS, hardware
 from label_free import load
 from torch import nn
 
-from sharefold.calibrate.statistics import statistics_of
+from sharefold.calibration.problem import problem_of
+from sharefold.calibration.ragged import ragged_problem
+from sharefold.calibration.statistics import statistics_of
 from sharefold.graph import analyze
-from sharefold.methods.problem import problem_of
-from sharefold.methods.ragged import ragged_problem
-from sharefold.solvers import basis, low_rank
+from sharefold.solvers import low_rank, shared_basis
 from sharefold.solvers.allocate import Choice, allocate
 from sharefold.solvers.curves import CurvePoint
 from sharefold.solvers.data_norm import Problem
@@ -65,9 +65,9 @@ def measure(everything: Problem, shared: list[Problem], share: float) -> dict[st
     """Mean relative error of every way, at ``share`` of the parameters."""
     budget = share * sum(p.members * p.rows * p.columns for p in shared)
     rows = sum(p.members * p.rows for p in shared)
-    errors = {"across": [basis.solve(everything, int(budget / (everything.columns + rows))).errors]}
-    ranks = allocated([basis.curve(p, range(1, basis.max_rank(p)), als_rounds=2) for p in shared], budget)
-    errors["per shape"] = [basis.solve(p, rank).errors for p, rank in zip(shared, ranks, strict=True)]
+    errors = {"across": [shared_basis.solve(everything, int(budget / (everything.columns + rows))).errors]}
+    ranks = allocated([shared_basis.curve(p, range(1, shared_basis.max_rank(p)), als_rounds=2) for p in shared], budget)
+    errors["per shape"] = [shared_basis.solve(p, rank).errors for p, rank in zip(shared, ranks, strict=True)]
     alone = [p.select([k]) for p in shared for k in range(p.members)]
     ranks = allocated([low_rank.svd_curve(p, range(1, p.rows)) for p in alone], budget)
     errors["svd"] = [low_rank.svd_solve(p, rank).errors for p, rank in zip(alone, ranks, strict=True)]

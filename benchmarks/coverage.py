@@ -32,7 +32,7 @@ import torchvision
 from architectures import guarded, missing, read, record
 from coverage_check import Row, check
 
-from sharefold.sources.build import registry, torchvision_builder
+from sharefold.architectures.build import registry, torchvision_builder
 
 RESULTS = Path(__file__).parent / "results" / "coverage.csv"
 SMALL = re.compile(r"atto|femto|pico|nano|tiny|xxs|small|mobile|_050|_s0|_b0|_m0|_t0|18|_xs|_s\b|_0")

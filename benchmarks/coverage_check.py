@@ -21,19 +21,19 @@ from timm.layers import CondConv2d
 from torch import Tensor, nn
 
 import sharefold
-from sharefold.calibrate.inputs import input_config
-from sharefold.calibrate.statistics import statistics_of
+from sharefold.architectures.build import build_base, build_on_meta, make_base
+from sharefold.calibration.images import input_config
+from sharefold.calibration.statistics import statistics_of
 from sharefold.convert import check_plan
 from sharefold.errors import SharefoldError
 from sharefold.graph import Group, NetworkGraph, analyze, find_groups
 from sharefold.graph.trace import tensors_in
+from sharefold.layers import checked_form
 from sharefold.measure import count_parameters
 from sharefold.methods import method_named
-from sharefold.methods.base import checked_form
 from sharefold.planner import find_candidates, find_units
 from sharefold.plans import GroupPlan, Plan
 from sharefold.procedural import dead_leaves
-from sharefold.sources.build import build_base, build_on_meta, make_base
 
 BUDGET = 0.5
 SIZES = (64, 96, 128)  # tried in this order before the network's own input size

@@ -23,7 +23,7 @@ from finetune_cifar import RESULTS, converted, hardware
 from torch import Tensor, nn
 
 from sharefold.data import open_data
-from sharefold.finetune.inputs import limited
+from sharefold.finetune.loaders import limited
 from sharefold.finetune.loop import finetune
 from sharefold.layers import shared_layers
 from sharefold.sources import open_source

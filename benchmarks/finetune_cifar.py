@@ -27,7 +27,7 @@ from torch import nn
 
 import sharefold
 from sharefold.data import Preprocess, calibration_images, open_data
-from sharefold.finetune.inputs import limited
+from sharefold.finetune.loaders import limited
 from sharefold.finetune.loop import finetune
 from sharefold.sources import open_source
 

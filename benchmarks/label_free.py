@@ -38,10 +38,10 @@ from torch import nn
 
 import sharefold
 from sharefold.budget import parse_budget, parse_effort
-from sharefold.calibrate.inputs import procedural_images
+from sharefold.calibration.images import procedural_images
 from sharefold.data import Preprocess
 from sharefold.measure import count_parameters, model_bytes
-from sharefold.solvers.quantize import round_to_grid
+from sharefold.solvers.grid import round_to_grid
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("original", "auto", "basis", "svd", "spatial", "average", "pruning", "quantize-4", "quantize-3")

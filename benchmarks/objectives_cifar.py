@@ -22,7 +22,7 @@ from label_free import SIZES, load
 from methods_cifar import correct
 
 import sharefold
-from sharefold.calibrate.statistics import statistics_of
+from sharefold.calibration.statistics import statistics_of
 from sharefold.graph import analyze
 from sharefold.measure import agreement
 from sharefold.planner import OBJECTIVES, Planner

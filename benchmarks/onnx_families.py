@@ -27,10 +27,10 @@ from coverage_check import brief, convert_blank, convert_for_real, images_for, o
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sharefold.architectures.build import build_base, make_base
 from sharefold.export import TOLERANCE, export
 from sharefold.graph import analyze
 from sharefold.layers import shared_layers
-from sharefold.sources.build import build_base, make_base
 
 RESULTS = Path(__file__).parent / "results" / "onnx.csv"
 COVERAGE = RESULTS.with_name("coverage.csv")

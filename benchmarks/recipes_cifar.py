@@ -83,8 +83,8 @@ def measure(network: str, recipe: str, dense: nn.Module, data: dict[str, Any], o
     done = sharefold.convert_(model, plan, calibration=data["calibration"], seed=seed)
     lap("converted", start)
     if options.refine:
-        from sharefold.calibrate.refine import refine
         from sharefold.convert import split_held_out
+        from sharefold.repair.refine import refine
 
         start = time.perf_counter()
         held_out, fitting = split_held_out(data["calibration"])

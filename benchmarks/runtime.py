@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sharefold.bench import race
 from sharefold.layers import BasisConv, ConvForm, SharedConv, SpatialConv
-from sharefold.layers.shared import FACTORED_SHARE
+from sharefold.layers.shared_conv import FACTORED_SHARE
 from sharefold.measure import evaluating
 
 RESULTS = Path(__file__).parent / "results" / "runtime.json"

@@ -70,8 +70,8 @@ def command(
     import torch
 
     import sharefold
-    from sharefold.calibrate.inputs import default_count, matched
-    from sharefold.calibrate.statistics import statistics_of
+    from sharefold.calibration.images import default_count, matched
+    from sharefold.calibration.statistics import statistics_of
     from sharefold.data import Preprocess, calibration_images
     from sharefold.measure import count_macs, count_parameters, model_bytes, peak_memory
     from sharefold.planner import Planner

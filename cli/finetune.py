@@ -114,8 +114,8 @@ def command(
         _check_output(output, force or resume)
     run.setup()
     from sharefold.data import Preprocess, open_data
-    from sharefold.finetune.inputs import limited
     from sharefold.finetune.interrupt import Interrupted
+    from sharefold.finetune.loaders import limited
     from sharefold.finetune.loop import finetune
     from sharefold.finetune.scratch import reinitialize
     from sharefold.measure import count_parameters

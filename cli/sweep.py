@@ -56,7 +56,7 @@ def command(
     target = output if again else check_output(output, force)
     device = run.setup()
     import sharefold
-    from sharefold.calibrate.inputs import default_count
+    from sharefold.calibration.images import default_count
     from sharefold.data import Preprocess, calibration_images, loader, open_data
     from sharefold.measure import evaluate
     from sharefold.methods import method_named

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from sharefold.errors import SharefoldError
 from sharefold.layers import SharedConv, shared_layers
-from sharefold.layers.shared import FACTORED_SHARE
+from sharefold.layers.shared_conv import FACTORED_SHARE
 from sharefold.measure import evaluating
 from sharefold.plans import Progress
 from sharefold.state_dicts import load_tensors

@@ -13,13 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.budget import Effort, parse_effort
-from sharefold.calibrate.augment import blended
-from sharefold.calibrate.head import refit_head
-from sharefold.calibrate.inputs import calibration_or_procedural, input_config
-from sharefold.calibrate.means import absorb_means
-from sharefold.calibrate.norms import reestimate_norms
-from sharefold.calibrate.refit import refit
-from sharefold.calibrate.statistics import Statistics, statistics_of
+from sharefold.calibration.images import calibration_or_procedural, input_config
+from sharefold.calibration.statistics import Statistics, statistics_of
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.layers import Bank, shared_layers
@@ -28,6 +23,11 @@ from sharefold.measure import agreement, gives_logits
 from sharefold.methods import Solution, method_named
 from sharefold.methods.solved import is_solved, solution_of
 from sharefold.plans import GroupPlan, Plan, Progress
+from sharefold.repair.batchnorm_statistics import reestimate_norms
+from sharefold.repair.classifier import refit_head
+from sharefold.repair.means import absorb_means
+from sharefold.repair.refit import refit
+from sharefold.repair.views import blended
 from sharefold.settings import with_plain_settings
 from sharefold.store import parse_store, quantize_
 
@@ -140,7 +140,7 @@ def convert_(
         steps["head"] = refit_head(original, model, fitting, deciding, before=_kl_so_far(steps))
         seconds["repair"] = time.perf_counter() - start
     if effort is not None and not reason:
-        from sharefold.calibrate.refine import refine as run_refine
+        from sharefold.repair.refine import refine as run_refine
 
         start = time.perf_counter()
         steps["refine"] = run_refine(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from sharefold.calibrate.inputs import input_config
+from sharefold.calibration.images import input_config
 from sharefold.errors import SharefoldError
 from sharefold.files import check_output, write_file
 from sharefold.measure import evaluating, model_bytes

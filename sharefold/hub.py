@@ -12,7 +12,7 @@ from torch import nn
 
 from sharefold.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load, read_config
 from sharefold.errors import SharefoldError
-from sharefold.sources.hub import offline_when_unreachable
+from sharefold.sources.hub_models import offline_when_unreachable
 
 __all__ = ["load_from_hub", "push_to_hub"]
 FILES = ("README.md", CONFIG_NAME, WEIGHTS_NAME)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .errors import SharefoldError
+from sharefold.errors import SharefoldError
 
 
 class Agreement(NamedTuple):

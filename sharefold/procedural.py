@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import SharefoldError
+from sharefold.errors import SharefoldError
 
 _COVER = 4.0  # total leaf area over image area: exp(-4), 2 %, of the background stays visible
 _SMALLEST = 4.0  # radius in pixels of the smallest leaf; less makes images busier than photographs

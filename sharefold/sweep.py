@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sharefold.budget import Budget, parse_budget
-from sharefold.calibrate.statistics import statistics_of
+from sharefold.calibration.statistics import statistics_of
 from sharefold.convert import convert_
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze

@@ -11,7 +11,7 @@ from spine_nets import BLOCKS, images, logits, net
 from torch import Tensor, nn
 
 import sharefold
-from sharefold.calibrate.statistics import statistics_of
+from sharefold.calibration.statistics import statistics_of
 from sharefold.convert import split_held_out, with_blends
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze, find_groups

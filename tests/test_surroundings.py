@@ -19,14 +19,14 @@ from torch.nn.parallel.replicate import replicate
 from torch.utils.data import DataLoader, Dataset
 
 import sharefold
-from sharefold.calibrate.norms import reestimate_norms
-from sharefold.calibrate.statistics import statistics_of
+from sharefold.calibration.statistics import statistics_of
 from sharefold.errors import SharefoldError
 from sharefold.finetune import finetune
 from sharefold.graph import analyze
 from sharefold.layers import fold, shared_layers
 from sharefold.measure import agreement
 from sharefold.plans import GroupPlan, Plan
+from sharefold.repair.batchnorm_statistics import reestimate_norms
 from sharefold.store import quantize_
 
 IMAGES = images(40, 3)

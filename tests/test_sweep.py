@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import sharefold
-from sharefold.calibrate.statistics import Statistics
+from sharefold.calibration.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.sweep import parse_budgets, sweep, to_csv
 

@@ -13,10 +13,10 @@ A data set is named by one string, ``KIND:PLACE``:
 
 from __future__ import annotations
 
-from .calibration import calibration_images
-from .datasets import ArrayDataset, BatchLoader, FileDataset, loader
-from .preprocess import Preprocess
-from .specs import open_data
+from sharefold.data.calibration import calibration_images
+from sharefold.data.datasets import ArrayDataset, BatchLoader, FileDataset, loader
+from sharefold.data.preprocess import Preprocess
+from sharefold.data.specs import open_data
 
 __all__ = [
     "ArrayDataset",

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..errors import SharefoldError
-from ..procedural import dead_leaves
-from .datasets import ArrayDataset
-from .preprocess import Preprocess, shape_text
-from .specs import open_stored
+from sharefold.data.datasets import ArrayDataset
+from sharefold.data.preprocess import Preprocess, shape_text
+from sharefold.data.specs import open_stored
+from sharefold.errors import SharefoldError
+from sharefold.procedural import dead_leaves
 
 PROCEDURAL = "procedural"
 

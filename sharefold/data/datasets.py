@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..errors import SharefoldError
-from .preprocess import Preprocess
+from sharefold.data.preprocess import Preprocess
+from sharefold.errors import SharefoldError
 
 NO_LABEL = -1
 

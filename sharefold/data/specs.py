@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from ..errors import SharefoldError
-from .datasets import ArrayDataset, FileDataset
-from .preprocess import Preprocess, shape_text
+from sharefold.data.datasets import ArrayDataset, FileDataset
+from sharefold.data.preprocess import Preprocess, shape_text
+from sharefold.errors import SharefoldError
 
 # What a split may be called in the data, best first.
 SPLITS: dict[str, tuple[str, ...]] = {

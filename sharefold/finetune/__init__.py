@@ -10,17 +10,17 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .config import FinetuneConfig
+from sharefold.finetune.config import FinetuneConfig
 
 if TYPE_CHECKING:
-    from .loop import FinetuneReport, finetune
+    from sharefold.finetune.loop import FinetuneReport, finetune
 
 __all__ = ["FinetuneConfig", "FinetuneReport", "finetune"]
 
 
 def __getattr__(name: str) -> Any:
     if name in {"FinetuneReport", "finetune"}:
-        from . import loop
+        from sharefold.finetune import loop
 
         return getattr(loop, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

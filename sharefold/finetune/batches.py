@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
-from ..data import ArrayDataset, FileDataset, Preprocess
-from ..errors import SharefoldError
-from . import seeds
-from .augment import Augment
+from sharefold.data import ArrayDataset, FileDataset, Preprocess
+from sharefold.errors import SharefoldError
+from sharefold.finetune import seeds
+from sharefold.finetune.augmentation import Augment
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float32, labels (B,) int64 (-1: none) or (B, classes) float
 Data = Any  # a DATA string, (images, labels), images, a Dataset, a DataLoader

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import SharefoldError
+from sharefold.errors import SharefoldError
 
 # The largest number of float32, in which all of this is computed.
 UNLIMITED = 3.4e38

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import SharefoldError
+from sharefold.errors import SharefoldError
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..errors import SharefoldError
-from ..measure import evaluating, has_doubles
-from .batches import EvalBatches
-from .distributed import World
+from sharefold.errors import SharefoldError
+from sharefold.finetune.batches import EvalBatches
+from sharefold.finetune.distributed import World
+from sharefold.measure import evaluating, has_doubles
 
 
 def evaluate(

@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SharefoldError
-from ..state_dicts import load_tensors
-from . import seeds
-from .batches import Data, EvalBatches, TrainBatches
-from .config import FinetuneConfig
-from .distributed import World, world
-from .evaluate import evaluate
-from .inputs import training_batches, validation_batches, warn_about_teacher
-from .interrupt import Interrupted, StopRequest
-from .log import RunLog, draw_curve
-from .schedule import Schedule, build_optimizer
-from .state import check_same_run, read_state, write_state
-from .step import Updater, freeze_norms
-from .whole import whole_factors
+from sharefold.errors import SharefoldError
+from sharefold.finetune import seeds
+from sharefold.finetune.batches import Data, EvalBatches, TrainBatches
+from sharefold.finetune.config import FinetuneConfig
+from sharefold.finetune.distributed import World, world
+from sharefold.finetune.evaluate import evaluate
+from sharefold.finetune.interrupt import Interrupted, StopRequest
+from sharefold.finetune.loaders import training_batches, validation_batches, warn_about_teacher
+from sharefold.finetune.log import RunLog, draw_curve
+from sharefold.finetune.run_state import check_same_run, read_state, write_state
+from sharefold.finetune.schedule import Schedule, build_optimizer
+from sharefold.finetune.step import Updater, freeze_norms
+from sharefold.finetune.whole import whole_factors
+from sharefold.state_dicts import load_tensors
 
 STATE_FILE = "state.pt"
 
@@ -111,7 +111,7 @@ def finetune(
             run = _Run(model, teacher, batches, checks, config, where, folder, quiet)
             report = run.go(resume)
         if out is not None and where.first:
-            from ..checkpoint import save
+            from sharefold.checkpoint import save
 
             top1 = {} if report.top1_after is None else {"top1": report.top1_after}
             told = {**(metrics or {}), **top1, "finetune": _card(report, config, batches)}

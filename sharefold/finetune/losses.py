@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import bank_key, banks
+from sharefold.layers import bank_key, banks
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

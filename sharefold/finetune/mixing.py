@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..errors import SharefoldError
-from .config import FinetuneConfig
+from sharefold.errors import SharefoldError
+from sharefold.finetune.config import FinetuneConfig
 
 
 class Mixing:

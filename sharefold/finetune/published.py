@@ -11,8 +11,8 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import SharefoldError
-from .config import FinetuneConfig
+from sharefold.errors import SharefoldError
+from sharefold.finetune.config import FinetuneConfig
 
 _SCRATCH: dict[str, Any] = {
     "distill": 0.0, "block_match": 0.0, "orthogonality": 0.0, "ema": 0.0, "decay": "all", "bank_step": "1.0",

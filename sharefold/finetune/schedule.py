@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import SharefoldError
-from .config import FinetuneConfig
+from sharefold.errors import SharefoldError
+from sharefold.finetune.config import FinetuneConfig
 
 ADAPTIVE = ("adam", "lamb", "lion", "adan", "adopt", "mars", "muon", "nadam", "radam", "rmsprop", "lars", "adafactor",
             "adabelief", "laprop", "soap", "kron", "novograd", "madgrad")  # fmt: skip
@@ -31,7 +31,7 @@ def roles(model: nn.Module, decay: str = "filters") -> dict[str, Role]:
     With ``decay="filters"`` weights, bases and own filters decay; coefficients, scales, norms and biases do not: a
     coefficient row is the layer's filter seen from the basis, and pulling it to zero undoes the fit of the conversion.
     """
-    from ..layers.bank import ATTRIBUTE, banks
+    from sharefold.layers.bank import ATTRIBUTE, banks
 
     uses = {f"{ATTRIBUTE}.{key}.": bank.uses for key, bank in banks(model).items()}
     member_own = {

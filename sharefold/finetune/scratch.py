@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..layers import SharedConv, bank_key, banks
+from sharefold.layers import SharedConv, bank_key, banks
 
 
 @torch.no_grad()

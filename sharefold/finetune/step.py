@@ -11,17 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..calibrate.folded import norms_folded
-from ..errors import SharefoldError
-from ..graph import analyze
-from ..layers import running
-from .augment import shrunk
-from .batches import Batch
-from .blocks import Taps, matching_blocks
-from .config import FinetuneConfig
-from .distributed import World
-from .losses import block_error, collect_bases, distillation, moments, orthogonality, spread
-from .mixing import Mixing
+from sharefold.errors import SharefoldError
+from sharefold.finetune.augmentation import shrunk
+from sharefold.finetune.batches import Batch
+from sharefold.finetune.block_outputs import Taps, matching_blocks
+from sharefold.finetune.config import FinetuneConfig
+from sharefold.finetune.distributed import World
+from sharefold.finetune.losses import block_error, collect_bases, distillation, moments, orthogonality, spread
+from sharefold.finetune.mixing import Mixing
+from sharefold.graph import analyze
+from sharefold.layers import running
+from sharefold.layers.norm_fusion import norms_folded
 
 
 def autocast_for(config: FinetuneConfig, device: torch.device) -> tuple[torch.dtype | None, Any]:

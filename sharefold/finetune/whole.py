@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.layers import Bank, BasisConv, SharedConv, SpatialConv, banks, shared_layers, with_pivots
-from sharefold.solvers.pivot import pivot
+from sharefold.solvers.interpolative import pivot
 
 FACTORS = ("basis", "unique", "vertical")
 

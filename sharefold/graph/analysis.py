@@ -13,15 +13,15 @@ from torch import Tensor, fx, nn
 
 from sharefold.errors import SharefoldError
 from sharefold.graph.blocks import ancestors, find_blocks
+from sharefold.graph.execution import LayerRun, ModuleRun, Run, run_with_hooks
 from sharefold.graph.flow_roles import roles_from_flow, roles_from_run
 from sharefold.graph.layers import LayerForm, find_layers
+from sharefold.graph.preserved import preserved
 from sharefold.graph.records import LayerRecord, NetworkGraph, Space
 from sharefold.graph.repeats import find_repeats
 from sharefold.graph.roles import find_roles
-from sharefold.graph.run import LayerRun, ModuleRun, Run, run_with_hooks
 from sharefold.graph.spaces import Flow, propagate
 from sharefold.graph.stages import Size, find_stages, number_blocks
-from sharefold.graph.state import preserved
 from sharefold.graph.trace import ShapeRecorder, same_output, trace
 from sharefold.measure import device_of
 

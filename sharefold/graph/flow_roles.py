@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import fx
 
+from sharefold.graph.execution import LayerRun, ModuleRun
 from sharefold.graph.layers import LayerForm
-from sharefold.graph.run import LayerRun, ModuleRun
 from sharefold.graph.space_set import Chan
 from sharefold.graph.spaces import Flow
 

@@ -7,8 +7,8 @@ from collections.abc import Hashable, Iterator, Mapping
 
 from torch import nn
 
+from sharefold.graph.execution import ModuleRun
 from sharefold.graph.records import Repeat
-from sharefold.graph.run import ModuleRun
 
 _VALUES = (int, float, bool, str, types.NoneType)
 

@@ -1,22 +1,22 @@
 """nn.Modules of the shared form: one bank a group, and members that refer to it."""
 
 from sharefold.layers.bank import Bank, add_bank, bank_key, banks
-from sharefold.layers.basis import BasisConv
-from sharefold.layers.codebook import CodebookConv, code_dtype
-from sharefold.layers.fold import fold_scale, takes_scale
+from sharefold.layers.basis_conv import BasisConv
+from sharefold.layers.batchnorm import fold_scale, takes_scale
+from sharefold.layers.codebook_conv import CodebookConv, code_dtype
 from sharefold.layers.form import ConvForm, form_of
-from sharefold.layers.grouped import GroupedPointwise, plain_norm
+from sharefold.layers.grouped_conv import GroupedPointwise, plain_norm
 from sharefold.layers.pivots import free_columns, with_pivots
 from sharefold.layers.repeat import Again, RepeatedBlock, fold, own_modules, resolve, shared_parameters
-from sharefold.layers.shared import SharedConv
-from sharefold.layers.spatial import SpatialConv
+from sharefold.layers.shared_conv import SharedConv, checked_form
+from sharefold.layers.spatial_conv import SpatialConv
 from sharefold.layers.surgery import replace_module, running, shared_layers, stray_pointers, to_dense
-from sharefold.layers.tied import TiedConv
-from sharefold.layers.tucker import TuckerConv
+from sharefold.layers.tied_conv import TiedConv
+from sharefold.layers.tucker_conv import TuckerConv
 
 __all__ = [
     "Again", "Bank", "BasisConv", "CodebookConv", "ConvForm", "GroupedPointwise", "RepeatedBlock", "SharedConv", "SpatialConv",
-    "TiedConv", "TuckerConv", "add_bank", "bank_key", "banks", "code_dtype", "fold", "fold_scale", "form_of", "free_columns",
-    "own_modules", "plain_norm", "replace_module", "resolve", "running", "shared_layers", "shared_parameters",
+    "TiedConv", "TuckerConv", "add_bank", "bank_key", "banks", "checked_form", "code_dtype", "fold", "fold_scale", "form_of",
+    "free_columns", "own_modules", "plain_norm", "replace_module", "resolve", "running", "shared_layers", "shared_parameters",
     "stray_pointers", "takes_scale", "to_dense", "with_pivots",
 ]  # fmt: skip

@@ -12,8 +12,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
-from sharefold.layers.kept import Keeper, Kept
 from sharefold.layers.pivots import with_pivots
+from sharefold.layers.weight_cache import Keeper, Kept
 
 ATTRIBUTE = "sharefold_banks"
 

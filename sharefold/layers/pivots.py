@@ -1,6 +1,6 @@
 """Factors without the numbers that say nothing: columns that are the identity are not kept.
 
-See :mod:`sharefold.solvers.pivot` for how a factor comes to have such columns.
+See :mod:`sharefold.solvers.interpolative` for how a factor comes to have such columns.
 """
 
 from __future__ import annotations

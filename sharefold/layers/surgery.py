@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from sharefold.layers.bank import ATTRIBUTE, Bank
-from sharefold.layers.shared import SharedConv
+from sharefold.layers.shared_conv import SharedConv
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from sharefold.calibration.problem import group_problem
 from sharefold.graph import NetworkGraph
 from sharefold.graph.records import Space
-from sharefold.methods.problem import group_problem
 from sharefold.solvers import align
 from sharefold.solvers.data_norm import Problem
 
 if TYPE_CHECKING:
-    from sharefold.calibrate.statistics import Statistics
+    from sharefold.calibration.statistics import Statistics
 
 ROUNDS = 2
 Touch = tuple[int, str]  # (index of the group, "rows" | "columns")

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharefold.calibration.problem import GroupProblem
 from sharefold.layers import Bank, ConvForm, SharedConv, TiedConv
-from sharefold.methods.base import Choice, Method, Solution
-from sharefold.methods.problem import GroupProblem
+from sharefold.methods.contract import Choice, Method, Solution
 from sharefold.solvers import tie
 
 

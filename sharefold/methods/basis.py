@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sharefold.calibration.problem import GroupProblem
+from sharefold.calibration.ragged import RaggedProblem, is_ragged, ragged_problem
 from sharefold.graph import NetworkGraph
-from sharefold.layers import Bank, BasisConv, ConvForm, SharedConv
-from sharefold.methods.base import Choice, Solution, checked_form, curve_effort, solve_effort
-from sharefold.methods.pivoted import Pivoted, blank_pivots
-from sharefold.methods.problem import GroupProblem
-from sharefold.methods.ragged import RaggedProblem, is_ragged, ragged_problem
+from sharefold.layers import Bank, BasisConv, ConvForm, SharedConv, checked_form
+from sharefold.methods.contract import Choice, Solution, curve_effort, solve_effort
+from sharefold.methods.two_factors import Pivoted, blank_pivots
 from sharefold.plans import GroupPlan
-from sharefold.solvers import basis
+from sharefold.solvers import shared_basis
 from sharefold.solvers.data_norm import Problem
-from sharefold.solvers.pivot import pivot
+from sharefold.solvers.interpolative import pivot
 
 if TYPE_CHECKING:
-    from sharefold.calibrate.statistics import Statistics
+    from sharefold.calibration.statistics import Statistics
 
 
 class Basis(Pivoted):
@@ -40,7 +40,7 @@ class Basis(Pivoted):
         if not ranks:
             return []
         flat = problem.flat()
-        points = basis.curve(flat, ranks, **curve_effort(widest))
+        points = shared_basis.curve(flat, ranks, **curve_effort(widest))
         return [
             Choice(self.options(p.rank), self.price(p.rank, rows, widest), self._per_layer(len(forms), flat, p.errors))
             for p in points
@@ -54,7 +54,7 @@ class Basis(Pivoted):
     def solve(self, problem: GroupProblem | RaggedProblem, options: dict[str, Any]) -> Solution:
         forms, flat = problem.forms, problem.flat()
         widest = max(forms, key=lambda form: form.features)
-        result = basis.solve(flat, int(options["rank"]), **solve_effort(widest.features))
+        result = shared_basis.solve(flat, int(options["rank"]), **solve_effort(widest.features))
         coefficients = result.coefficients.reshape(len(forms), -1, result.coefficients.shape[-1])
         bank = {"basis": result.basis.reshape(-1, *widest.weight_shape[1:]).float()}
         if options.get("pivoted"):

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharefold.calibration.problem import GroupProblem
 from sharefold.layers import Bank, CodebookConv, ConvForm, SharedConv, code_dtype
-from sharefold.methods.base import Choice, Method, Solution, rank_grid
-from sharefold.methods.problem import GroupProblem
-from sharefold.solvers import cluster
+from sharefold.methods.contract import Choice, Method, Solution, rank_grid
+from sharefold.solvers import kmeans
 
 # k-means over every slice of a stage is the slowest solver; candidates are compared after fewer rounds.
 CHOICE_ROUNDS = 5
@@ -40,14 +40,14 @@ class ClusterLayers(Method):
         return list(range(1, len(problem.forms))) if problem.forms[0].groups == 1 else []
 
     def _code_bits(self, problem: GroupProblem, count: int) -> int:
-        return cluster.cost(self.grain, count, problem.flat())[1]
+        return kmeans.cost(self.grain, count, problem.flat())[1]
 
     def solve(self, problem: GroupProblem, options: dict[str, Any]) -> Solution:
         return self._run(problem, int(options["count"]), 15)
 
     def _run(self, problem: GroupProblem, count: int, rounds: int) -> Solution:
         layers, form = len(problem.forms), problem.forms[0]
-        result = cluster.solve(problem.flat(), count, self.grain, rounds=rounds)
+        result = kmeans.solve(problem.flat(), count, self.grain, rounds=rounds)
         assert result.scale is not None
         codes = result.codes.reshape(layers, *self._code_shape(form)).to(code_dtype(count))
         scale = result.scale.reshape(layers, form.out_channels).float()

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sharefold.calibration.problem import GroupProblem, problem_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.layers import Bank, BasisConv, ConvForm, SharedConv
-from sharefold.methods.base import Choice, Method, Solution
-from sharefold.methods.problem import GroupProblem, problem_of
+from sharefold.methods.contract import Choice, Method, Solution
 from sharefold.plans import GroupPlan
-from sharefold.solvers import basis, low_rank
+from sharefold.solvers import low_rank, shared_basis
 
 if TYPE_CHECKING:
-    from sharefold.calibrate.statistics import Statistics
+    from sharefold.calibration.statistics import Statistics
 
 
 class FilterBases(Method):
@@ -44,7 +44,7 @@ class FilterBases(Method):
             filters, coefficients, errors = own.right, own.left, own.errors
             bank: dict[str, Tensor] = {}
         else:
-            found = basis.solve(flat, shared, unique=unique)
+            found = shared_basis.solve(flat, shared, unique=unique)
             filters, coefficients, errors = found.unique, found.coefficients, found.errors
             bank = {"basis": found.basis.reshape(shape).float()}
         members = [{"coefficients": c.float()} for c in coefficients]

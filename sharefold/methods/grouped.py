@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from sharefold.calibration.problem import GroupProblem, problem_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
-from sharefold.layers import Bank, ConvForm, GroupedPointwise, SharedConv, replace_module
+from sharefold.layers import Bank, ConvForm, GroupedPointwise, SharedConv, checked_form, replace_module
 from sharefold.methods.alignment import permute_space
-from sharefold.methods.base import Choice, Method, Solution, checked_form
-from sharefold.methods.problem import GroupProblem, problem_of
+from sharefold.methods.contract import Choice, Method, Solution
 from sharefold.methods.surrogate import descend, gaussian
 from sharefold.plans import GroupPlan
-from sharefold.solvers import grouped
+from sharefold.solvers import block_diagonal
 from sharefold.solvers.data_norm import Problem
 
 if TYPE_CHECKING:
-    from sharefold.calibrate.statistics import Statistics
+    from sharefold.calibration.statistics import Statistics
 
 SAFE_SCALE = 1e-3
 # Most alternations, and steps of each: to compare channel orders, and to fit the pair.
@@ -197,19 +197,19 @@ def _module(layer: nn.Conv2d, plan: GroupPlan, norm: nn.Module | None, act: nn.M
 def _order(module: GroupedPointwise) -> Tensor:
     """``order[m]`` is the channel of K that comes out as channel m."""
     channels = module.form.out_channels
-    return grouped.interleave_order(channels, module.groups) if module.shuffle else torch.arange(channels)
+    return block_diagonal.interleave_order(channels, module.groups) if module.shuffle else torch.arange(channels)
 
 
-def _pair(problem: Problem, options: dict[str, Any], free_inputs: bool = False) -> grouped.GroupedSolution:
+def _pair(problem: Problem, options: dict[str, Any], free_inputs: bool = False) -> block_diagonal.GroupedSolution:
     groups, second = int(options["groups"]), bool(options.get("second"))
     if not second and not options.get("shuffle", True):
         # The solver's one-factor form ends in the interleave: hand it the rows in the order that this undoes.
-        order = grouped.interleave_order(problem.rows, groups).to(problem.weights.device)
+        order = block_diagonal.interleave_order(problem.rows, groups).to(problem.weights.device)
         problem = Problem(
             problem.weights[:, order], problem.second, problem.row_metric[:, order], problem.kernel, problem.layer_weights
         )
     rounds, steps = ORDER_EFFORT if free_inputs else FIT_EFFORT
-    return grouped.solve(
+    return block_diagonal.solve(
         problem, groups, second=second, free_inputs=free_inputs, rounds=rounds, cg_steps=steps, tol=1e-3
     )
 

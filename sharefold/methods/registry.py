@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from sharefold.errors import unknown
 from sharefold.methods.average import Average, Tied
-from sharefold.methods.base import Method
 from sharefold.methods.basis import Basis
 from sharefold.methods.cluster import ClusterFilters, ClusterKernels, ClusterLayers
+from sharefold.methods.contract import Method
 from sharefold.methods.filter_bases import FilterBases
 from sharefold.methods.grouped import Grouped
 from sharefold.methods.reuse import Reuse

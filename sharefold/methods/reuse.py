@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from sharefold.calibration.problem import GroupProblem
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.graph.repeats import structure
 from sharefold.layers import Bank, ConvForm, RepeatedBlock, SharedConv, fold, fold_scale, replace_module, shared_parameters
 from sharefold.methods.alignment import align_groups
-from sharefold.methods.base import Choice, Method, Solution
-from sharefold.methods.problem import GroupProblem
+from sharefold.methods.contract import Choice, Method, Solution
 from sharefold.methods.tied_kernels import TiedFit, fit_members
 from sharefold.plans import GroupPlan
 
 if TYPE_CHECKING:
-    from sharefold.calibrate.statistics import Statistics
+    from sharefold.calibration.statistics import Statistics
 
 
 class Reuse(Method):

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from sharefold.graph import NetworkGraph
-from sharefold.methods.base import Solution
+from sharefold.methods.contract import Solution
 from sharefold.methods.registry import method_named
 from sharefold.plans import GroupPlan
 
 if TYPE_CHECKING:
-    from sharefold.calibrate.statistics import Statistics
+    from sharefold.calibration.statistics import Statistics
 
 
 def solution_of(model: nn.Module, graph: NetworkGraph, statistics: Statistics, plan: GroupPlan) -> Solution:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharefold.calibration.problem import GroupProblem
 from sharefold.layers import Bank, ConvForm, SharedConv, SpatialConv
-from sharefold.methods.base import Choice, Solution, curve_effort, solve_effort
-from sharefold.methods.pivoted import Pivoted, blank_pivots
-from sharefold.methods.problem import GroupProblem
+from sharefold.methods.contract import Choice, Solution, curve_effort, solve_effort
+from sharefold.methods.two_factors import Pivoted, blank_pivots
 from sharefold.solvers import low_rank
-from sharefold.solvers.pivot import pivot
+from sharefold.solvers.interpolative import pivot
 
 
 class Spatial(Pivoted):

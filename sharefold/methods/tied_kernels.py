@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from sharefold.calibration.problem import GroupProblem, problem_of
 from sharefold.graph import NetworkGraph
 from sharefold.layers import Bank, ConvForm, SharedConv, TiedConv, fold_scale, takes_scale
 from sharefold.methods.alignment import align_groups
-from sharefold.methods.base import Choice, Method, Solution
-from sharefold.methods.problem import GroupProblem, problem_of
+from sharefold.methods.contract import Choice, Method, Solution
 from sharefold.plans import GroupPlan
 from sharefold.solvers import tie, tie_groups
 from sharefold.solvers.data_norm import Problem
 
 if TYPE_CHECKING:
-    from sharefold.calibrate.statistics import Statistics
+    from sharefold.calibration.statistics import Statistics
 
 # Inputs of a conv group up to which every row's normal equations are solved directly (depthwise layers).
 DIRECT_LIMIT = 128

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharefold.calibration.problem import GroupProblem
 from sharefold.layers import Bank, ConvForm, SharedConv, TuckerConv
-from sharefold.methods.base import Choice, Method, Solution, rank_grid
-from sharefold.methods.problem import GroupProblem
-from sharefold.solvers import tucker
+from sharefold.methods.contract import Choice, Method, Solution, rank_grid
+from sharefold.solvers import tucker_als
 
 RANKS = 12  # tried at every width
 ROUNDS = 4
@@ -32,13 +32,13 @@ class Tucker(Method):
             return []
         dense = layers * form.out_channels * form.features
         ranks = rank_grid(min(form.features, layers * form.out_channels), points=RANKS, smallest=2)
-        points = tucker.curve(problem.flat(), ranks=ranks, als_rounds=1, als_ranks=2)
+        points = tucker_als.curve(problem.flat(), ranks=ranks, als_rounds=1, als_ranks=2)
         return [Choice({"rank": p.rank, "width": p.width}, p.cost, p.errors) for p in points if p.cost < dense]
 
     def solve(self, problem: GroupProblem, options: dict[str, Any]) -> Solution:
         form = problem.forms[0]
         rank, width = int(options["rank"]), int(options["width"])
-        result = tucker.solve(problem.flat(), rank, width, ROUNDS)
+        result = tucker_als.solve(problem.flat(), rank, width, ROUNDS)
         return Solution(
             {"projection": result.projection.float(), "basis": result.basis.reshape(rank, width, *form.kernel_size).float()},
             [{"coefficients": c.float()} for c in result.coefficients],

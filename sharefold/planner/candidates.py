@@ -9,14 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from sharefold.calibrate.statistics import Statistics
+from sharefold.calibration.problem import GroupProblem, problem_of
+from sharefold.calibration.ragged import RaggedProblem, can_share, is_ragged, ragged_problem
+from sharefold.calibration.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.graph import Group, NetworkGraph, find_groups
-from sharefold.layers import ConvForm
+from sharefold.layers import ConvForm, checked_form
 from sharefold.methods import AUTO, Choice, Method, method_named
-from sharefold.methods.base import checked_form
-from sharefold.methods.problem import GroupProblem, problem_of
-from sharefold.methods.ragged import RaggedProblem, can_share, is_ragged, ragged_problem
 from sharefold.planner.costs import Cost, Parameters
 from sharefold.planner.objectives import Objective, objective_named
 from sharefold.plans import DEFAULT_OBJECTIVE, GroupPlan, Plan, Progress

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from sharefold.budget import Budget, parse_budget
-from sharefold.calibrate.inputs import calibration_or_procedural
-from sharefold.calibrate.statistics import Statistics, statistics_of
+from sharefold.calibration.images import calibration_or_procedural
+from sharefold.calibration.statistics import Statistics, statistics_of
 from sharefold.graph import NetworkGraph, analyze
-from sharefold.graph.state import preserved
+from sharefold.graph.preserved import preserved
 from sharefold.measure import gives_logits
 from sharefold.planner.candidates import Candidates, find_candidates
 from sharefold.planner.costs import cost_of
@@ -41,7 +41,7 @@ def plan(
         exclude: regular expression; layers whose name it matches stay as they are.
         objective: what is kept small: the layers' relative errors, each times a factor (``"fisher"``, ``"kl"``, ``"error"``:
             ``sharefold/planner/objectives.py``), or the whole network's output KL before repairs (``"joint"``).
-        pivots: whether factors leave out the numbers that say nothing (:mod:`sharefold.solvers.pivot`); without, they are
+        pivots: whether factors leave out the numbers that say nothing (:mod:`sharefold.solvers.interpolative`); without, they are
             whole and orthonormal. Budgets in bytes have whole ones.
         statistics, graph: of ``model``; reused when given.
         seed: of everything random.

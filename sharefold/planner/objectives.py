@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from sharefold.calibrate.statistics import Statistics
+from sharefold.calibration.problem import GroupProblem
+from sharefold.calibration.statistics import Statistics
 from sharefold.errors import unknown
 from sharefold.measure import evaluating, first_logits, run_on
-from sharefold.methods.problem import GroupProblem
 from sharefold.solvers.low_rank import max_rank, svd_curve, svd_solve
 
 # (problem of a group, names of its members) -> (K,) factors on the members' relative errors.

@@ -10,15 +10,15 @@ from functools import cached_property
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sharefold.calibrate.folded import norms_folded
-from sharefold.calibrate.means import absorb_means
-from sharefold.calibrate.statistics import Statistics
+from sharefold.calibration.statistics import Statistics
 from sharefold.graph import NetworkGraph
+from sharefold.layers.norm_fusion import norms_folded
 from sharefold.measure import device_of, evaluating, first_logits, run_on
 from sharefold.methods import method_named
 from sharefold.methods.solved import forget_others, solution_of
 from sharefold.planner.candidates import Candidates
 from sharefold.plans import GroupPlan, Progress
+from sharefold.repair.means import absorb_means
 
 # All trials together cost about so many passes over the calibration images: few images a trial for many groups.
 PASSES = 16

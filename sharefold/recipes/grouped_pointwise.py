@@ -16,7 +16,7 @@ from sharefold.errors import SharefoldError
 from sharefold.graph import LayerRecord, NetworkGraph
 from sharefold.methods.grouped import pair_size
 from sharefold.plans import GroupPlan
-from sharefold.recipes.base import Recipe, layer_form, nothing_fits, plain
+from sharefold.recipes.builders import Recipe, layer_form, nothing_fits, plain
 
 NAME = "grouped-pointwise"
 ACTIVATIONS = tuple(

@@ -14,7 +14,7 @@ from torch import nn
 from sharefold.errors import SharefoldError
 from sharefold.graph import Group, NetworkGraph, find_groups
 from sharefold.plans import GroupPlan
-from sharefold.recipes.base import Recipe, nothing_fits, plain, tied_plan
+from sharefold.recipes.builders import Recipe, nothing_fits, plain, tied_plan
 
 NAME = "kernel-sharing"
 KEPT = {"stem", "head", "transition", "downsample", "se_reduce", "se_expand"}

@@ -11,7 +11,7 @@ from sharefold.graph import NetworkGraph, Repeat
 from sharefold.methods.reuse import folded_size
 from sharefold.models.lrunet import LruNet
 from sharefold.plans import GroupPlan
-from sharefold.recipes.base import Recipe, nothing_fits
+from sharefold.recipes.builders import Recipe, nothing_fits
 
 NAME = "layer-reuse"
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from sharefold.graph import NetworkGraph, find_groups
 from sharefold.plans import GroupPlan
-from sharefold.recipes.base import Recipe, choice, nothing_fits, plain, square, tied_plan
+from sharefold.recipes.builders import Recipe, choice, nothing_fits, plain, square, tied_plan
 
 NAME = "sharesnet"
 ROLE = "conv2"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sharefold.sources.bases import base_of
-from sharefold.sources.build import build_base
+from sharefold.architectures.bases import base_of
+from sharefold.architectures.build import build_base
 from sharefold.sources.opening import Source, open_source
 from sharefold.sources.read import read_state_dict
 

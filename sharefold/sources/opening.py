@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sharefold.architectures.arguments import close_matches, parse_options
+from sharefold.architectures.build import build_base, check_arguments, check_name, note_base, registry
+from sharefold.architectures.matching import Match, exact_match, match_architecture, named_architecture
+from sharefold.architectures.shapes import load_weights, shapes_of
 from sharefold.errors import SharefoldError, SharefoldWarning
-from sharefold.sources.build import build_base, check_arguments, check_name, note_base, registry
-from sharefold.sources.hub import open_hub, open_timm, open_torchvision
-from sharefold.sources.match import Match, exact_match, match_architecture, named_architecture
-from sharefold.sources.preprocess import preprocessing
+from sharefold.sources.hub_models import open_hub, open_timm, open_torchvision
+from sharefold.sources.preprocessing import preprocessing
 from sharefold.sources.read import check_file, read_state_dict
-from sharefold.sources.shapes import load_weights, shapes_of
-from sharefold.sources.spec import close_matches, parse_options
 from sharefold.sources.unwrap import PREFIXES
 
 _KINDS = {"timm": "timm", "tv": "torchvision", "torchvision": "torchvision", "hf-hub": "hf-hub", "hf_hub": "hf-hub"}

@@ -12,7 +12,7 @@ from sharefold.store.blob import NAME, decode_blob, encode_blob
 from sharefold.store.fake import fake_quantize
 from sharefold.store.quantize import StoreReport, plan_store, quantize_, snap_
 from sharefold.store.size import file_bytes
-from sharefold.store.spec import StoreRequest, StoreSpec, TensorSpec, parse_store
+from sharefold.store.tensor_spec import StoreRequest, StoreSpec, TensorSpec, parse_store
 
 __all__ = [
     "StoreReport", "StoreRequest", "StoreSpec", "TensorSpec", "decode", "encode", "fake_quantize", "file_bytes",

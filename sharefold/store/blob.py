@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from sharefold.errors import SharefoldError
-from sharefold.solvers.quantize import pack, unpack
+from sharefold.solvers.grid import pack, unpack
 from sharefold.store import rans
-from sharefold.store.spec import FORMAT, KINDS, StoreSpec, TensorSpec
+from sharefold.store.tensor_spec import FORMAT, KINDS, StoreSpec, TensorSpec
 
 NAME = "blob"
 _HEAD = struct.Struct("<BIIII")  # format, checksum of the rest, bytes of side, of plain, largest coded integer

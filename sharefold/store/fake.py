@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sharefold.store.quantize import snap_
-from sharefold.store.spec import StoreSpec
+from sharefold.store.tensor_spec import StoreSpec
 
 
 @contextmanager

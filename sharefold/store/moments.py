@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sharefold.calibrate.pairs import Gatherer, Inputs
+from sharefold.calibration.pairs import Gatherer, Inputs
 from sharefold.layers import ConvForm
 from sharefold.measure import run_on
 

@@ -9,13 +9,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sharefold.calibrate.means import output_mean_owner
-from sharefold.calibrate.pairs import Inputs
-from sharefold.calibrate.sensitivity import output_sensitivity
-from sharefold.calibrate.statistics import WIDE
+from sharefold.calibration.mean_owner import output_mean_owner
+from sharefold.calibration.pairs import Inputs
+from sharefold.calibration.sensitivity import output_sensitivity
+from sharefold.calibration.statistics import WIDE
 from sharefold.graph import NetworkGraph
 from sharefold.layers import BasisConv, ConvForm, SharedConv, SpatialConv, TiedConv, banks, form_of, free_columns
-from sharefold.solvers.tucker import lift
+from sharefold.solvers.tucker_als import lift
 from sharefold.store.moments import gather, runs
 from sharefold.store.rounding import unabsorbed
 

@@ -13,24 +13,24 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
-from sharefold.calibrate.inputs import calibration_or_procedural
-from sharefold.calibrate.lockstep import Place, largest_map, walk
-from sharefold.calibrate.means import output_mean_owner
-from sharefold.calibrate.pairs import Gatherer, Inputs
+from sharefold.calibration.images import calibration_or_procedural
+from sharefold.calibration.mean_owner import output_mean_owner
+from sharefold.calibration.pairs import Gatherer, Inputs
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.layers import BasisConv, SharedConv, SpatialConv, to_dense
 from sharefold.measure import evaluating
 from sharefold.plans import Progress
+from sharefold.repair.lockstep import Place, largest_map, walk
 from sharefold.settings import with_plain_settings
-from sharefold.solvers.quantize import kmeans_codebook, search_scale
+from sharefold.solvers.grid import kmeans_codebook, search_scale
 from sharefold.store.moments import gather, runs
-from sharefold.store.norms import fold_norms
+from sharefold.store.norm_folding import fold_norms
 from sharefold.store.prepare import Prepared, free_metric, matrices, prepare, vertical_metric
 from sharefold.store.rans import LARGEST
 from sharefold.store.rounding import round_matrix
 from sharefold.store.size import file_bytes, size_predictor
-from sharefold.store.spec import StoreRequest, StoreSpec, TensorSpec, parse_store, scaled
+from sharefold.store.tensor_spec import StoreRequest, StoreSpec, TensorSpec, parse_store, scaled
 
 # Pull of the refit towards the weights so far, as a share of the mean diagonal of the moments.
 PULL = 1e-2

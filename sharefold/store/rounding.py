@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sharefold.solvers.data_norm import eigen_psd, working_dtype
-from sharefold.store.spec import TensorSpec
+from sharefold.store.tensor_spec import TensorSpec
 
 RIDGE = 1e-3
 _BLOCK = 128

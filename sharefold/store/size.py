@@ -11,8 +11,8 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from sharefold.store.blob import NAME, blob_bytes, encode_blob
-from sharefold.store.norms import fold_norms
-from sharefold.store.spec import StoreSpec
+from sharefold.store.norm_folding import fold_norms
+from sharefold.store.tensor_spec import StoreSpec
 
 
 def file_bytes(model: nn.Module, spec: StoreSpec) -> int:

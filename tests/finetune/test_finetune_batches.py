@@ -9,10 +9,10 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomS
 
 from sharefold.errors import SharefoldError
 from sharefold.finetune import FinetuneConfig, seeds
-from sharefold.finetune.augment import Augment, Draw, shrunk
+from sharefold.finetune.augmentation import Augment, Draw, shrunk
 from sharefold.finetune.batches import Deal, LoaderBatches, MemoryBatches, SampleBatches
 from sharefold.finetune.distributed import World
-from sharefold.finetune.inputs import training_batches, validation_batches
+from sharefold.finetune.loaders import training_batches, validation_batches
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)

@@ -14,7 +14,7 @@ from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.finetune import FinetuneReport
 from sharefold.finetune.interrupt import Interrupted
 from sharefold.finetune.log import read_log
-from sharefold.finetune.state import read_state
+from sharefold.finetune.run_state import read_state
 
 
 def tune(model, train=None, val=None, **settings) -> FinetuneReport:

@@ -7,7 +7,7 @@ import torch
 from finetune_nets import Net, shared_net
 
 from sharefold.errors import SharefoldError
-from sharefold.finetune.blocks import Taps, matching_blocks
+from sharefold.finetune.block_outputs import Taps, matching_blocks
 from sharefold.finetune.losses import Bases, block_error, collect_bases, distillation, moments, orthogonality, spread
 
 

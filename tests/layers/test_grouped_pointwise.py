@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sharefold.layers import GroupedPointwise, form_of
-from sharefold.layers.grouped import interleave
+from sharefold.layers.grouped_conv import interleave
 
 
 def test_interleave_takes_one_channel_of_every_group_in_turn() -> None:

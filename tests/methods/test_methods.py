@@ -11,13 +11,13 @@ import torch
 from spine_nets import images, net
 
 import sharefold.methods
-from sharefold.calibrate.statistics import statistics_of
+from sharefold.calibration.problem import GroupProblem, problem_of
+from sharefold.calibration.statistics import statistics_of
 from sharefold.data import Preprocess, calibration_images
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze, find_groups
 from sharefold.layers import Bank
 from sharefold.methods import AUTO, METHODS, Method, method_named
-from sharefold.methods.problem import GroupProblem, problem_of
 
 IMAGES = images(16)
 PLAIN = (

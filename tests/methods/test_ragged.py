@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 import sharefold
-from sharefold.calibrate.statistics import statistics_of
+from sharefold.calibration import ragged as module
+from sharefold.calibration.problem import problem_of
+from sharefold.calibration.ragged import can_share, ragged_problem
+from sharefold.calibration.statistics import statistics_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
 from sharefold.layers import banks, form_of
 from sharefold.methods import method_named
-from sharefold.methods import ragged as module
-from sharefold.methods.problem import problem_of
-from sharefold.methods.ragged import can_share, ragged_problem
 from sharefold.planner.candidates import find_units, together
 from sharefold.plans import GroupPlan, Plan
-from sharefold.solvers import basis
+from sharefold.solvers import shared_basis
 from sharefold.store import quantize_
 
 WIDTHS = (8, 12, 16, 20)
@@ -74,7 +74,7 @@ def test_errors_are_those_of_every_layer_by_itself() -> None:
     problem = ragged_problem(model, graph, NAMES, statistics)
     flat = problem.flat()
     assert flat.weights.shape == (4, 4, 20 * 9) and flat.kernel == (3, 3)
-    found = basis.solve(flat, 5)
+    found = shared_basis.solve(flat, 5)
     for k, (name, width) in enumerate(zip(NAMES, WIDTHS, strict=True)):
         alone = problem_of(model, graph, [name], statistics)
         expected = alone.errors(found.approximation[k : k + 1, :, : 9 * width])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sharefold.calibrate.statistics import statistics_of
+from sharefold.calibration.statistics import statistics_of
 from sharefold.convert import convert_
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze

@@ -10,7 +10,7 @@ from spine_nets import BLOCKS, images, net
 from torch import nn
 
 import sharefold
-from sharefold.calibrate.statistics import statistics_of
+from sharefold.calibration.statistics import statistics_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
 from sharefold.layers import SharedConv

@@ -10,11 +10,11 @@ from spine_nets import BLOCKS, Boxes, images, net
 from torch import nn
 
 import sharefold
-from sharefold.calibrate.statistics import statistics_of
+from sharefold.calibration.problem import problem_of
+from sharefold.calibration.statistics import statistics_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
 from sharefold.measure import agreement
-from sharefold.methods.problem import problem_of
 from sharefold.planner import OBJECTIVES
 from sharefold.planner.objectives import approximation
 from sharefold.plans import GroupPlan, Plan

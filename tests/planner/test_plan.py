@@ -14,7 +14,7 @@ from spine_nets import BLOCKS, Boxes, images, net
 from torch import Tensor, nn
 
 import sharefold
-from sharefold.calibrate.statistics import statistics_of
+from sharefold.calibration.statistics import statistics_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
 from sharefold.layers import form_of

@@ -10,7 +10,7 @@ from spine_nets import BLOCKS, Boxes, images, net
 from torch import nn
 
 import sharefold
-from sharefold.calibrate.statistics import statistics_of
+from sharefold.calibration.statistics import statistics_of
 from sharefold.graph import analyze
 from sharefold.measure import agreement, count_macs
 from sharefold.methods import METHODS

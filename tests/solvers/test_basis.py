@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharefold.errors import SharefoldError
-from sharefold.solvers import basis
+from sharefold.solvers import shared_basis
 from sharefold.solvers.curves import nested_errors
 from sharefold.solvers.data_norm import Problem, sqrt_psd
 
@@ -20,14 +20,14 @@ def test_one_layer_is_the_truncated_whitened_svd(rank: int) -> None:
     group = problem(members=1)
     white = group.row_metric[0].sqrt()[:, None] * group.weights[0] @ sqrt_psd(group.second[0])
     values = torch.linalg.svdvals(white).square()
-    solution = basis.solve(group, rank)
+    solution = shared_basis.solve(group, rank)
     assert float(solution.errors) == pytest.approx(float(values[rank:].sum() / values.sum()), rel=1e-4)
 
 
 @pytest.mark.parametrize("deficient", [False, True])
 def test_coefficients_are_least_squares(deficient: bool) -> None:
     group = problem(deficient=deficient)
-    solution = basis.solve(group, 4, rounds=3, ridge=1e-12)
+    solution = shared_basis.solve(group, 4, rounds=3, ridge=1e-12)
     for k in range(group.members):
         root = sqrt_psd(group.second[k])
         expected = torch.linalg.lstsq((solution.basis @ root).T, (group.weights[k] @ root).T).solution.T
@@ -38,10 +38,10 @@ def test_coefficients_are_least_squares(deficient: bool) -> None:
 
 def test_basis_step_solves_the_kronecker_system() -> None:
     group = problem()
-    work = basis._Workspace(group, 1e-12)
+    work = shared_basis._Workspace(group, 1e-12)
     rows = torch.randn(4, 12, dtype=torch.float64)
     coefficients = torch.randn(3, 6, 4, dtype=torch.float64)
-    got = basis._basis_step(work, rows, work.times_moments(rows), coefficients, None, 200)
+    got = shared_basis._basis_step(work, rows, work.times_moments(rows), coefficients, None, 200)
     left = group.apply_left(coefficients) * work.factors[:, None, None]
     system = sum(torch.kron(left[k].T @ coefficients[k], group.second[k]) for k in range(3))
     rhs = torch.einsum("kor,kon->rn", left, group.weighted)
@@ -61,9 +61,9 @@ def test_basis_step_solves_the_kronecker_system() -> None:
 )
 def test_shapes_and_descent(members, rows, columns, share, unique, deficient, dtype) -> None:
     group = problem(members, rows, columns, deficient=deficient, dtype=dtype)
-    limit = basis.max_rank(group)
+    limit = shared_basis.max_rank(group)
     rank = 1 + round(share * (limit - 1))
-    solution = basis.solve(group, rank, rounds=4, unique=unique)
+    solution = shared_basis.solve(group, rank, rounds=4, unique=unique)
     assert solution.basis.shape == (rank, columns) and solution.basis.dtype == dtype
     assert solution.coefficients.shape == (members, rows, rank + unique)
     assert non_increasing(solution.history)
@@ -76,14 +76,14 @@ def test_shapes_and_descent(members, rows, columns, share, unique, deficient, dt
 
 def test_alternation_beats_the_one_shot_start() -> None:
     group = problem(members=5, rows=8, columns=18)
-    solution = basis.solve(group, 6, rounds=30, tol=0)
+    solution = shared_basis.solve(group, 6, rounds=30, tol=0)
     assert solution.history[-1] < 0.98 * solution.history[0]
     assert solution.history[-1] == pytest.approx(group.error_sum(solution.approximation), rel=1e-3)
 
 
 def test_alternation_reaches_a_stationary_point() -> None:
     group = problem(members=3, rows=8, columns=10)
-    solution = basis.solve(group, 5, rounds=400, tol=0, cg_steps=30)
+    solution = shared_basis.solve(group, 5, rounds=400, tol=0, cg_steps=30)
     shared = solution.basis.clone().requires_grad_()
     gap = group.weights - solution.coefficients @ shared
     loss = (group.objective_weights * (group.apply_left(gap) * (gap @ group.second)).sum((1, 2))).sum()
@@ -93,27 +93,27 @@ def test_alternation_reaches_a_stationary_point() -> None:
 
 def test_own_filters_lower_the_error() -> None:
     group = problem(members=4, rows=8, columns=18)
-    shared, mixed = basis.solve(group, 4), basis.solve(group, 4, unique=2)
+    shared, mixed = shared_basis.solve(group, 4), shared_basis.solve(group, 4, unique=2)
     assert mixed.unique is not None and mixed.unique.shape == (4, 2, 18)
     assert float(mixed.errors.sum()) < float(shared.errors.sum())
 
 
 def test_float32_agrees_with_float64() -> None:
     group = problem(members=4, rows=8, columns=18)
-    single = basis.solve(group.to(torch.float32), 6, rounds=3)
-    torch.testing.assert_close(single.errors.double(), basis.solve(group, 6, rounds=3).errors, rtol=1e-3, atol=1e-6)
+    single = shared_basis.solve(group.to(torch.float32), 6, rounds=3)
+    torch.testing.assert_close(single.errors.double(), shared_basis.solve(group, 6, rounds=3).errors, rtol=1e-3, atol=1e-6)
 
 
 def test_full_output_metric() -> None:
     group = problem()
     full = Problem(group.weights, group.moments, left=torch.diag_embed(group.row_metric))
-    torch.testing.assert_close(basis.solve(full, 4).errors, basis.solve(group, 4).errors, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(shared_basis.solve(full, 4).errors, shared_basis.solve(group, 4).errors, rtol=1e-6, atol=1e-9)
 
 
 def test_curve_points_equal_solving_at_their_start() -> None:
     group = problem(members=3, rows=6, columns=12)
-    for point in basis.curve(group, range(1, 12)):
-        exact = basis.solve(group, point.rank, rounds=0)
+    for point in shared_basis.curve(group, range(1, 12)):
+        exact = shared_basis.solve(group, point.rank, rounds=0)
         torch.testing.assert_close(point.errors, exact.errors, rtol=1e-3, atol=1e-5)
         assert point.cost == point.rank * 12 + 3 * 6 * point.rank
 
@@ -121,15 +121,15 @@ def test_curve_points_equal_solving_at_their_start() -> None:
 def test_corrected_curve_follows_the_alternation() -> None:
     group = problem(members=5, rows=12, columns=36)
     ranks = list(range(2, 20))
-    points = basis.curve(group, ranks, als_rounds=5, als_ranks=5)
+    points = shared_basis.curve(group, ranks, als_rounds=5, als_ranks=5)
     for point in points:
-        exact = float(basis.solve(group, point.rank, rounds=5).errors.sum())
+        exact = float(shared_basis.solve(group, point.rank, rounds=5).errors.sum())
         assert float(point.errors.sum()) == pytest.approx(exact, rel=0.1)
 
 
 def test_default_curve_stops_where_sharing_stops_saving() -> None:
     group = problem(members=4, rows=12, columns=36)
-    points = basis.curve(group)
+    points = shared_basis.curve(group)
     assert points[0].rank == 1
     assert points[-1].cost <= 4 * 12 * 36
     assert all(a.rank < b.rank for a, b in itertools.pairwise(points))
@@ -137,18 +137,18 @@ def test_default_curve_stops_where_sharing_stops_saving() -> None:
 
 def test_impossible_ranks_are_refused() -> None:
     with pytest.raises(SharefoldError, match="1 to 12"):
-        basis.solve(problem(), 13)
+        shared_basis.solve(problem(), 13)
     with pytest.raises(SharefoldError, match="own filters"):
-        basis.solve(problem(), 3, unique=7)
+        shared_basis.solve(problem(), 3, unique=7)
     with pytest.raises(SharefoldError, match="init"):
-        basis.solve(problem(), 3, init=torch.randn(2, 12))
+        shared_basis.solve(problem(), 3, init=torch.randn(2, 12))
 
 
 def test_dead_layer_is_harmless() -> None:
     group = problem()
     moments = group.second.clone()
     moments[1] = 0
-    solution = basis.solve(Problem(group.weights, moments), 4)
+    solution = shared_basis.solve(Problem(group.weights, moments), 4)
     assert torch.isfinite(solution.coefficients).all() and torch.isfinite(solution.errors).all()
 
 

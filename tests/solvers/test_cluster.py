@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sharefold.errors import SharefoldError
-from sharefold.solvers import cluster, tie
+from sharefold.solvers import kmeans, tie
 from sharefold.solvers.data_norm import Problem
 
 from .problems import moments, non_increasing, problem
@@ -15,20 +15,20 @@ from .problems import moments, non_increasing, problem
 @pytest.mark.parametrize("deficient", [False, True])
 def test_descent_errors_and_cost(grain: str, clusters: int, scale: bool, deficient: bool) -> None:
     group = problem(4, 5, 18, kernel=(3, 3), deficient=deficient)
-    solution = cluster.solve(group, clusters, grain, scale=scale, tol=0)
+    solution = kmeans.solve(group, clusters, grain, scale=scale, tol=0)
     assert non_increasing(solution.history)
     assert len(solution.history) > 1
     torch.testing.assert_close(solution.errors, group.errors(solution.approximation))
     assert group.error_sum(solution.approximation) == pytest.approx(solution.history[-1], rel=1e-2, abs=1e-4)
-    assert (solution.parameters, solution.bits) == cluster.cost(grain, clusters, group, scale)
+    assert (solution.parameters, solution.bits) == kmeans.cost(grain, clusters, group, scale)
     assert int(solution.codes.max()) < clusters
-    again = cluster.solve(group, clusters, grain, scale=scale, tol=0)
+    again = kmeans.solve(group, clusters, grain, scale=scale, tol=0)
     assert torch.equal(again.codes, solution.codes)
 
 
 @pytest.mark.parametrize("grain, clusters", [("layer", 3), ("filter", 15), ("kernel", 30)])
 def test_one_entry_each_is_exact(grain: str, clusters: int) -> None:
-    solution = cluster.solve(problem(3, 5, 18, kernel=(3, 3)), clusters, grain)
+    solution = kmeans.solve(problem(3, 5, 18, kernel=(3, 3)), clusters, grain)
     assert float(solution.errors.max()) < 1e-6
 
 
@@ -36,14 +36,14 @@ def test_one_layer_cluster_is_the_tied_kernel() -> None:
     group = problem(3, 5, 12)
     for scale in (False, True):
         tied = tie.solve(group, "data", scale, rounds=200, tol=0)
-        clustered = cluster.solve(group, 1, "layer", scale=scale, rounds=300, tol=0)
+        clustered = kmeans.solve(group, 1, "layer", scale=scale, rounds=300, tol=0)
         assert float(clustered.errors.sum()) == pytest.approx(float(tied.errors.sum()), rel=1e-2)
 
 
 def test_planted_layers_are_found() -> None:
     base = torch.randn(2, 5, 12, dtype=torch.float64)
     weights = base[[0, 1, 0, 1, 0]] + 0.05 * torch.randn(5, 5, 12, dtype=torch.float64)
-    solution = cluster.solve(Problem(weights, moments(5, 12)), 2, "layer")
+    solution = kmeans.solve(Problem(weights, moments(5, 12)), 2, "layer")
     codes = solution.codes.tolist()
     assert codes[0] == codes[2] == codes[4] != codes[1] == codes[3]
 
@@ -57,7 +57,7 @@ def test_planted_codebook_is_found(grain: str) -> None:
     weights = codebook[codes].flatten(2) * (0.5 + torch.rand(3, 6, 1, generator=generator, dtype=torch.float64))
     group = Problem(weights, moments(3, 18), kernel=(3, 3))
     found = min(
-        float(cluster.solve(group, 4, grain, generator=torch.Generator().manual_seed(s), rounds=50).errors.max())
+        float(kmeans.solve(group, 4, grain, generator=torch.Generator().manual_seed(s), rounds=50).errors.max())
         for s in range(4)
     )
     assert found < 1e-4
@@ -65,7 +65,7 @@ def test_planted_codebook_is_found(grain: str) -> None:
 
 def test_filter_assignment_is_the_brute_force_best() -> None:
     group = problem(2, 4, 10)
-    solution = cluster.solve(group, 3, "filter", scale=False, rounds=0)
+    solution = kmeans.solve(group, 3, "filter", scale=False, rounds=0)
     for k in range(2):
         for o in range(4):
             gaps = group.weights[k, o] - solution.codebook
@@ -75,7 +75,7 @@ def test_filter_assignment_is_the_brute_force_best() -> None:
 
 def test_slice_sweep_is_coordinatewise_best() -> None:
     group = problem(2, 3, 18, kernel=(3, 3))
-    work = cluster._Slices(group, 0.0)
+    work = kmeans._Slices(group, 0.0)
     codebook = torch.randn(4, 9, dtype=torch.float64)
     scales = torch.rand(2, 3, dtype=torch.float64) + 0.5
     codes = work.assign(codebook, torch.zeros(2, 3, 2, dtype=torch.int64), scales)
@@ -91,7 +91,7 @@ def test_slice_sweep_is_coordinatewise_best() -> None:
 
 def test_slice_codebook_solves_the_normal_equations() -> None:
     group = problem(2, 3, 18, kernel=(3, 3))
-    work = cluster._Slices(group, 0.0)
+    work = kmeans._Slices(group, 0.0)
     codes = torch.randint(0, 2, (2, 3, 2))
     scales = torch.rand(2, 3, dtype=torch.float64) + 0.5
     got = work.update(torch.zeros(2, 9, dtype=torch.float64), codes, scales, steps=100)
@@ -103,6 +103,6 @@ def test_slice_codebook_solves_the_normal_equations() -> None:
 
 def test_refusals() -> None:
     with pytest.raises(SharefoldError, match="grain"):
-        cluster.solve(problem(), 2, "weights")
+        kmeans.solve(problem(), 2, "weights")
     with pytest.raises(SharefoldError, match="1 to 3 layers"):
-        cluster.solve(problem(), 4, "layer")
+        kmeans.solve(problem(), 4, "layer")

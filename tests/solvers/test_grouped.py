@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharefold.errors import SharefoldError
-from sharefold.solvers import grouped
+from sharefold.solvers import block_diagonal
 from sharefold.solvers.data_norm import Problem
 
 from .problems import non_increasing, problem
@@ -25,32 +25,32 @@ def test_composition_is_the_pair_of_grouped_convolutions(groups, outs, ins, seco
     expected = shuffled
     if later is not None:
         expected = F.conv2d(shuffled, later[0][:, :, None, None], groups=groups) + inner
-    dense = grouped.compose(first, later, groups)[0]
+    dense = block_diagonal.compose(first, later, groups)[0]
     torch.testing.assert_close(F.conv2d(x, dense[:, :, None, None]), expected)
-    torch.testing.assert_close(grouped.extract(grouped.expand(first, groups), groups), first)
+    torch.testing.assert_close(block_diagonal.extract(block_diagonal.expand(first, groups), groups), first)
 
 
 @pytest.mark.parametrize("deficient", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_descent_and_reported_errors(deficient: bool, dtype: torch.dtype) -> None:
     group = problem(2, 8, 12, deficient=deficient, dtype=dtype)
-    solution = grouped.solve(group, 4, tol=0)
+    solution = block_diagonal.solve(group, 4, tol=0)
     assert solution.first.shape == (2, 8, 3) and solution.second is not None and solution.second.shape == (2, 8, 2)
     assert non_increasing(solution.history) and len(solution.history) > 2
     assert solution.history[-1] < solution.history[0]
     torch.testing.assert_close(solution.errors, group.errors(solution.approximation), rtol=1e-3, atol=1e-5)
-    assert sum(t[0].numel() for t in (solution.first, solution.second)) == grouped.cost(8, 12, 4)
+    assert sum(t[0].numel() for t in (solution.first, solution.second)) == block_diagonal.cost(8, 12, 4)
 
 
 def test_first_step_is_least_squares() -> None:
     group = problem(1, 6, 6)
-    work = grouped._Pair(group, 3, 1e-12)
+    work = block_diagonal._Pair(group, 3, 1e-12)
     second = torch.randn(1, 6, 2, dtype=torch.float64)
     got = work.fit_first(torch.zeros(1, 6, 2, dtype=torch.float64), second, 200)
     units = torch.eye(12, dtype=torch.float64).reshape(12, 1, 6, 2)
     root = torch.linalg.cholesky(group.second[0])
     scale = group.row_metric[0].sqrt()[:, None]
-    images = torch.stack([(scale * grouped.compose(u, second, 3)[0] @ root).flatten() for u in units], 1)
+    images = torch.stack([(scale * block_diagonal.compose(u, second, 3)[0] @ root).flatten() for u in units], 1)
     target = (scale * group.weights[0] @ root).flatten()
     expected = torch.linalg.lstsq(images, target[:, None]).solution.reshape(1, 6, 2)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
@@ -59,15 +59,15 @@ def test_first_step_is_least_squares() -> None:
 def test_a_matrix_of_the_grouped_form_is_recovered() -> None:
     first = torch.randn(1, 8, 3, dtype=torch.float64)
     second = 0.3 * torch.randn(1, 8, 2, dtype=torch.float64)
-    group = Problem(grouped.compose(first, second, 4), problem(1, 8, 12).second)
-    solution = grouped.solve(group, 4, rounds=500, tol=0, cg_steps=30)
+    group = Problem(block_diagonal.compose(first, second, 4), problem(1, 8, 12).second)
+    solution = block_diagonal.solve(group, 4, rounds=500, tol=0, cg_steps=30)
     assert solution.history[-1] < 0.05 * solution.history[0]
 
 
 def test_interleave_only_form_is_solved_exactly() -> None:
     first = torch.randn(1, 12, 2, dtype=torch.float64)
-    group = Problem(grouped.compose(first, None, 4), problem(1, 12, 8).second)
-    solution = grouped.solve(group, 4)
+    group = Problem(block_diagonal.compose(first, None, 4), problem(1, 12, 8).second)
+    solution = block_diagonal.solve(group, 4)
     assert solution.second is None
     torch.testing.assert_close(solution.first, first, rtol=1e-3, atol=1e-4)
 
@@ -76,11 +76,11 @@ def test_interleave_only_form_is_solved_exactly() -> None:
 def test_free_channels_find_a_planted_order(second: bool) -> None:
     first = torch.randn(1, 8, 3, dtype=torch.float64) + 1
     later = torch.zeros(1, 8, 2, dtype=torch.float64) if second else None
-    dense = grouped.compose(first, later, 4)
+    dense = block_diagonal.compose(first, later, 4)
     columns, rows = torch.randperm(12), torch.randperm(8)
     group = Problem(dense[:, rows][:, :, columns])
-    fixed = grouped.solve(group, 4, second=second)
-    free = grouped.solve(group, 4, second=second, free_inputs=True, free_outputs=True)
+    fixed = block_diagonal.solve(group, 4, second=second)
+    free = block_diagonal.solve(group, 4, second=second, free_inputs=True, free_outputs=True)
     assert float(free.errors) < 0.5 * float(fixed.errors)
     assert free.input_order is not None and free.output_order is not None
     reordered = group.weights[:, free.output_order[0]][:, :, free.input_order[0]]
@@ -91,6 +91,6 @@ def test_free_channels_find_a_planted_order(second: bool) -> None:
 
 def test_refusals() -> None:
     with pytest.raises(SharefoldError, match="divide"):
-        grouped.solve(problem(1, 8, 12), 3)
+        block_diagonal.solve(problem(1, 8, 12), 3)
     with pytest.raises(SharefoldError, match="1x1"):
-        grouped.solve(problem(1, 8, 18, kernel=(3, 3)), 2)
+        block_diagonal.solve(problem(1, 8, 18, kernel=(3, 3)), 2)

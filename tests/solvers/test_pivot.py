@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sharefold.errors import SharefoldError
 from sharefold.layers import free_columns, with_pivots
-from sharefold.solvers.pivot import LARGEST, pivot
+from sharefold.solvers.interpolative import LARGEST, pivot
 
 
 def orthonormal(rank: int, size: int, seed: int = 0) -> torch.Tensor:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sharefold.errors import SharefoldError
 from sharefold.solvers.data_norm import Problem
-from sharefold.solvers.quantize import kmeans_codebook, pack, round_to_grid, search_scale, unpack
+from sharefold.solvers.grid import kmeans_codebook, pack, round_to_grid, search_scale, unpack
 
 from .problems import moments
 
@@ -41,7 +41,7 @@ def test_compensation_with_identity_moments_is_nearest() -> None:
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, second = torch.randn(4, 40, dtype=torch.float64), moments(1, 40)[0]
     whole = round_to_grid(weights, 4, second).codes
-    monkeypatch.setattr("sharefold.solvers.quantize.BLOCK", 7)
+    monkeypatch.setattr("sharefold.solvers.grid.BLOCK", 7)
     assert torch.equal(round_to_grid(weights, 4, second).codes, whole)
 
 

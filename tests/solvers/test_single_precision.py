@@ -8,22 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharefold.solvers import align, basis, cluster, data_norm, grouped, low_rank, tie, tucker
+from sharefold.solvers import align, block_diagonal, data_norm, kmeans, low_rank, shared_basis, tie, tucker_als
 from sharefold.solvers.data_norm import Problem
 
 from .problems import non_increasing, problem
 
 SOLVERS: dict[str, Callable[[Problem], object]] = {
-    "basis": lambda p: basis.solve(p, 8),
-    "basis with own filters": lambda p: basis.solve(p, 6, unique=1),
+    "basis": lambda p: shared_basis.solve(p, 8),
+    "basis with own filters": lambda p: shared_basis.solve(p, 6, unique=1),
     "svd": lambda p: low_rank.svd_solve(p, 4),
     "spatial": lambda p: low_rank.spatial_solve(p, 4),
     "tie": lambda p: tie.solve(p),
     "tie with residual": lambda p: tie.solve(p, residual_rank=2),
-    "tucker": lambda p: tucker.solve(p, 8, 3),
-    "layers": lambda p: cluster.solve(p, 2, "layer"),
-    "filters": lambda p: cluster.solve(p, 8, "filter"),
-    "kernels": lambda p: cluster.solve(p, 16, "kernel"),
+    "tucker": lambda p: tucker_als.solve(p, 8, 3),
+    "layers": lambda p: kmeans.solve(p, 2, "layer"),
+    "filters": lambda p: kmeans.solve(p, 8, "filter"),
+    "kernels": lambda p: kmeans.solve(p, 16, "kernel"),
 }
 
 
@@ -49,18 +49,18 @@ def test_single_precision_matches_double(name: str, deficient: bool, monkeypatch
 def test_curves_and_pairs_in_single_precision(deficient: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     group = problem(3, 8, 36, kernel=(3, 3), deficient=deficient)
     pointwise = problem(2, 8, 12, deficient=deficient)
-    double = [basis.curve(group), low_rank.svd_curve(group), low_rank.spatial_curve(group), tucker.curve(group)]
-    pair = grouped.solve(pointwise, 4)
+    double = [shared_basis.curve(group), low_rank.svd_curve(group), low_rank.spatial_curve(group), tucker_als.curve(group)]
+    pair = block_diagonal.solve(pointwise, 4)
     moves = align.solve([align.Side(group, "rows"), align.Side(problem(3, 6, 72, kernel=(3, 3)), "columns")])
     monkeypatch.setattr(data_norm, "FLOAT64_LIMIT", 0)
     small = group.to(torch.float32)
-    single = [basis.curve(small), low_rank.svd_curve(small), low_rank.spatial_curve(small), tucker.curve(small)]
+    single = [shared_basis.curve(small), low_rank.svd_curve(small), low_rank.spatial_curve(small), tucker_als.curve(small)]
     for exact, rough in zip(double[:3], single[:3], strict=True):
         for a, b in zip(exact, rough, strict=True):
             assert b.errors.dtype == torch.float32 and a.cost == b.cost
             torch.testing.assert_close(a.errors, b.errors.double(), rtol=2e-2, atol=1e-3)
     assert all(torch.isfinite(p.errors).all() for p in single[3])
-    rough_pair = grouped.solve(pointwise.to(torch.float32), 4)
+    rough_pair = block_diagonal.solve(pointwise.to(torch.float32), 4)
     torch.testing.assert_close(pair.errors, rough_pair.errors.double(), rtol=5e-2, atol=1e-4)
     again = align.solve(
         [

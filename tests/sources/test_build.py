@@ -9,9 +9,9 @@ import timm
 import torch
 import torchvision
 
+from sharefold.architectures.build import build_on_meta, make_base, own_models, registry, torchvision_urls
 from sharefold.errors import SharefoldError
 from sharefold.sources import build_base
-from sharefold.sources.build import build_on_meta, make_base, own_models, registry, torchvision_urls
 
 
 def same_form(one: torch.nn.Module, two: torch.nn.Module) -> bool:

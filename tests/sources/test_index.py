@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharefold.sources import sweep
-from sharefold.sources.build import build_on_meta, make_base, own_models, registry
-from sharefold.sources.index import (
+from sharefold.architectures import index_builder as sweep
+from sharefold.architectures.build import build_on_meta, make_base, own_models, registry
+from sharefold.architectures.index import (
     INDEX_FILE,
     Entry,
     Index,
@@ -22,8 +22,8 @@ from sharefold.sources.index import (
     save_index,
     sketch,
 )
-from sharefold.sources.shapes import Shapes, shapes_of
-from sharefold.sources.sweep import describe, records_of, torchvision_names
+from sharefold.architectures.index_builder import describe, records_of, torchvision_names
+from sharefold.architectures.shapes import Shapes, shapes_of
 
 HEAD = Pattern(classes=(("fc.weight", 0, 1, 0), ("box.weight", 0, 4, 4)), channels=(("stem.weight", 1, 16, 2),))
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from sharefold.architectures import matching as match_module
+from sharefold.architectures.build import build_on_meta, make_base, registry
+from sharefold.architectures.index import Index
+from sharefold.architectures.index_builder import torchvision_names
+from sharefold.architectures.matching import exact_match, match_architecture, named_architecture
+from sharefold.architectures.shapes import Shapes, compare, load_weights, shapes_of
 from sharefold.errors import SharefoldError
-from sharefold.sources import match as match_module
-from sharefold.sources.build import build_on_meta, make_base, registry
-from sharefold.sources.index import Index
-from sharefold.sources.match import exact_match, match_architecture, named_architecture
-from sharefold.sources.shapes import Shapes, compare, load_weights, shapes_of
-from sharefold.sources.sweep import torchvision_names
 
 
 def shapes(library: str, name: str, **kwargs: Any) -> Shapes:
@@ -124,7 +124,7 @@ def test_nothing_in_common() -> None:
 
 def test_index_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
     """Records whose hash no longer holds are found by similarity, then compared tensor by tensor."""
-    from sharefold.sources.sweep import records_of
+    from sharefold.architectures.index_builder import records_of
 
     stale = records_of("timm", ["resnet18", "resnet34"])
     for record in stale:
@@ -138,7 +138,7 @@ def test_index_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_index_that_promises_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sharefold.sources.sweep import describe
+    from sharefold.architectures.index_builder import describe
 
     (wrong,), (right,) = describe("timm", "resnet34", {}), describe("timm", "resnet18", {})
     wrong.fingerprint = right.fingerprint

@@ -20,7 +20,8 @@ from torch import nn
 
 import sharefold.checkpoint
 from sharefold.errors import SharefoldError, SharefoldWarning
-from sharefold.sources import Source, build_base, hub, open_source
+from sharefold.sources import Source, build_base, open_source
+from sharefold.sources import hub_models as hub
 
 
 def logits(model: nn.Module, channels: int = 3, size: int = 64) -> torch.Tensor:

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sharefold.architectures.arguments import close_matches, parse_options, parse_value
 from sharefold.errors import SharefoldError
-from sharefold.sources.spec import close_matches, parse_options, parse_value
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ import sharefold
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.measure import agreement
 from sharefold.store import StoreSpec, fake_quantize, file_bytes, parse_store, plan_store, quantize_, snap_
-from sharefold.store.norms import fold_norms
+from sharefold.store.norm_folding import fold_norms
 from sharefold.store.prepare import prepare
 from sharefold.store.quantize import _nearest
 from sharefold.store.rounding import round_matrix
 from sharefold.store.size import size_predictor
-from sharefold.store.spec import scaled
+from sharefold.store.tensor_spec import scaled
 
 from .tiny import Tiny, converted, images, trained
 

@@ -1,0 +1,67 @@
+"""The recipe of the dense architecture behind a network that is already in memory."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from sharefold.architectures.build import BASE_NOTE, build_on_meta, make_base
+from sharefold.architectures.matching import exact_match
+from sharefold.architectures.shapes import shapes_of
+from sharefold.errors import SharefoldError
+
+# Dropout of any kind is no part of what a network computes at evaluation, and builders' rates are not in the shapes.
+_DROP = re.compile(r"\(?\w*drop\w*\)?: .*|Drop\w+\([^)]*\)", re.I)
+
+
+def base_of(model: nn.Module) -> dict[str, Any] | None:
+    """How :func:`build_base` rebuilds ``model``'s architecture, or None when no registry has it.
+
+    What :func:`build_base` or :func:`open_source` noted on the model comes first, with the builder's arguments that
+    neither a name nor shapes tell. Any candidate counts only when it is of the model's class, its modules print the
+    same and its tensors have the same shapes: equal shapes with other strides or activations are not mistaken for it,
+    and a network that was changed after it was built is not taken for what it was.
+    """
+    printed, shapes = _printed(model), shapes_of(model.state_dict())
+    for base in _candidates(model):
+        try:
+            built = build_on_meta(base)
+        except SharefoldError:
+            continue
+        if type(built) is type(model) and _printed(built) == printed and shapes_of(built.state_dict()) == shapes:
+            return base
+    return None
+
+
+def _candidates(model: nn.Module) -> list[dict[str, Any]]:
+    found = []
+    noted = getattr(model, BASE_NOTE, None)
+    if isinstance(noted, dict):
+        found.append(copy.deepcopy(noted))
+    config = getattr(model, "pretrained_cfg", None)
+    name = config.get("architecture") if isinstance(config, Mapping) else getattr(config, "architecture", None)
+    if name:
+        kwargs: dict[str, Any] = {}
+        classes = getattr(model, "num_classes", None)
+        if isinstance(classes, int):
+            kwargs["num_classes"] = classes
+        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        found.append(make_base("timm", str(name), kwargs))
+        if first is not None and first.in_channels != 3:
+            found.append(make_base("timm", str(name), {**kwargs, "in_chans": first.in_channels}))
+    match = exact_match(shapes_of(model.state_dict()), "")
+    if match is not None:
+        found.append(match.base)
+        for label in match.others:  # equal shapes in the other library
+            library, _, rest = label.partition(":")
+            same = {**match.base, "library": {"tv": "torchvision"}.get(library, library), "name": rest.split(":")[0]}
+            found.append(same)
+    return found
+
+
+def _printed(model: nn.Module) -> str:
+    return _DROP.sub("", str(model))

@@ -1,0 +1,240 @@
+"""Stock architectures by name, from timm's registry (sharefold's own networks included) and torchvision's.
+
+A *base* is the JSON recipe of an architecture: ``{"library": "timm" | "torchvision", "name": ..., "kwargs": {...}}``.
+It may come from a file, so names are only ever looked up in the two registries and arguments are plain literals.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from sharefold.architectures.arguments import close_matches
+from sharefold.errors import SharefoldError
+
+LIBRARIES = ("timm", "torchvision")
+BASE_NOTE = "sharefold_base"  # attribute of a built model that holds its base; copies of the model have it too
+# Arguments that would download or read something, or replace the configuration; `weights` is torchvision's name.
+_BLOCKED = ("pretrained", "weights", "checkpoint", "cache_dir", "progress", "backbone", "features_only", "scriptable")
+# torchvision's own pretrained weights for these two were trained with this input transform, which builders switch on.
+_GOOGLE_NETS = ("googlenet", "inception_v3")
+
+
+def build_base(base: dict[str, Any]) -> nn.Module:
+    """The architecture that ``base`` names, with random weights, in eval mode; downloads and imports nothing.
+
+    The base is noted on the model, where :func:`base_of` finds it.
+
+    Raises:
+        SharefoldError: unknown library or model, an argument that is no literal or that the model does not take.
+    """
+    library, name, kwargs = _checked(base)
+    builder = _timm_model if library == "timm" else _torchvision_model
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return note_base(builder(name, kwargs).eval(), make_base(library, name, kwargs))
+    except SharefoldError:
+        raise
+    except Exception as error:
+        # Builders raise whatever their own arithmetic trips over when an argument does not suit them.
+        text = " ".join(str(error).split())[:200]
+        given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items()) or "its defaults"
+        raise SharefoldError(
+            f"{name} cannot be built with {given}: {type(error).__name__}: {text}: change these arguments"
+        ) from None
+
+
+def build_on_meta(base: dict[str, Any]) -> nn.Module:
+    """As :func:`build_base`, without memory for the weights: enough for names and shapes."""
+    try:
+        with torch.device("meta"):
+            return build_base(base)
+    except SharefoldError:
+        # Some builders calculate with tensors (torchvision's RegNet its widths), which need values.
+        with _WeightsOnMeta():
+            return build_base(base)
+
+
+class _WeightsOnMeta(TorchFunctionMode):
+    """Only what holds weights goes to the meta device: tensors made empty or constant, as layers make theirs."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.empty, torch.zeros, torch.ones) and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def note_base(model: nn.Module, base: dict[str, Any]) -> nn.Module:
+    """``model``, which from now on knows the base that it was built from."""
+    setattr(model, BASE_NOTE, copy.deepcopy(base))
+    return model
+
+
+def make_base(library: str, name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {"library": library, "name": name, "kwargs": dict(kwargs)}
+
+
+def registry(library: str) -> list[str]:
+    """Names that ``build_base`` accepts for a library, sorted."""
+    if library == "timm":
+        return sorted(_timm().list_models())
+    return sorted(_torchvision().list_models())
+
+
+def own_models() -> list[str]:
+    """Names of the networks that sharefold itself adds to timm's registry."""
+    models = importlib.import_module("timm.models")
+    names = _timm().list_models()
+    return [name for name in names if models.model_entrypoint(name).__module__.startswith("sharefold.")]
+
+
+def check_name(library: str, name: str) -> None:
+    """Refuses names outside the registry, with close matches.
+
+    Raises:
+        SharefoldError: unknown library, model or (timm) tag.
+    """
+    if library not in LIBRARIES:
+        raise SharefoldError(f"unknown model library {library!r}: known are {' and '.join(LIBRARIES)}")
+    prefix = "timm" if library == "timm" else "tv"
+    known = registry(library)
+    plain, _, tag = name.partition(".") if library == "timm" else (name, "", "")
+    if plain not in known:
+        hint = close_matches(plain, known)
+        if not hint:
+            other = LIBRARIES[1 - LIBRARIES.index(library)]
+            there = plain in registry(other)
+            hint = f"{'tv' if prefix == 'timm' else 'timm'}:{plain} exists" if there else "check the name"
+        raise SharefoldError(f"unknown model {prefix}:{name}: {hint}")
+    if tag:
+        check_tag(plain, tag)
+
+
+def check_tag(name: str, tag: str) -> None:
+    """Refuses a timm tag (``resnet50.TAG``) that does not exist.
+
+    Raises:
+        SharefoldError: with the nearest tags.
+    """
+    try:
+        importlib.import_module("timm.models").get_pretrained_cfg(f"{name}.{tag}")
+    except RuntimeError:
+        tags = sorted(entry.partition(".")[2] for entry in _timm().list_pretrained(f"{name}.*"))
+        hint = close_matches(tag, tags) or f"known are {', '.join(tags) or 'none'}"
+        raise SharefoldError(f"unknown tag {tag!r} of timm:{name}: {hint}") from None
+
+
+def _checked(base: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
+    if not isinstance(base, dict) or not isinstance(base.get("name"), str) or not isinstance(base.get("library"), str):
+        raise SharefoldError(f"bad base {base!r}: it needs the texts 'library' and 'name'")
+    library, name, kwargs = base["library"], base["name"], base.get("kwargs") or {}
+    if library == "timm":
+        # A tag names weights, not the architecture; another timm version may not know it.
+        plain, _, tag = name.partition(".")
+        check_name(library, plain)
+        try:
+            check_name(library, name)
+        except SharefoldError:
+            name = plain if tag else name
+    else:
+        check_name(library, name)
+    check_arguments(name, kwargs)
+    return library, name, kwargs
+
+
+def check_arguments(name: str, kwargs: Any) -> None:
+    """Refuses arguments that are not literals, or that download, read files or import.
+
+    Raises:
+        SharefoldError: as above.
+    """
+    if not isinstance(kwargs, dict):
+        raise SharefoldError(f"bad arguments for {name}: {kwargs!r}: they must be a table of key and value")
+    for key, value in kwargs.items():
+        if not isinstance(key, str) or key.startswith(_BLOCKED):
+            raise SharefoldError(f"argument {key!r} of {name} is not allowed here: leave it out")
+        if not _literal(value):
+            raise SharefoldError(f"argument {key} of {name} is no plain value: {value!r}: give a number, text or list")
+
+
+def _literal(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_literal(item) for item in value)
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _literal(item) for key, item in value.items())
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _timm() -> Any:
+    importlib.import_module("sharefold.models")  # registers sharefold's own networks with timm
+    return importlib.import_module("timm")
+
+
+def _torchvision() -> Any:
+    return importlib.import_module("torchvision.models")
+
+
+def _timm_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    return _timm().create_model(name, pretrained=False, **kwargs)
+
+
+def _torchvision_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    kwargs = dict(kwargs)
+    in_chans = kwargs.pop("in_chans", 3)
+    builder = torchvision_builder(name)
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        kwargs["weights_backbone"] = None
+    if name in _GOOGLE_NETS:
+        kwargs.setdefault("init_weights", False)
+    model = builder(weights=None, **kwargs)
+    if in_chans != 3:
+        _replace_stem(model, name, in_chans)
+    return model
+
+
+def torchvision_builder(name: str) -> Callable[..., nn.Module]:
+    return _torchvision().get_model_builder(name)
+
+
+def torchvision_urls(name: str) -> dict[str, Any]:
+    """File name of every published weights file of a torchvision model -> its weights enum member."""
+    try:
+        published = _torchvision().get_model_weights(name)
+    except ValueError:
+        return {}
+    return {weights.url.rpartition("/")[2]: weights for weights in published}
+
+
+def _replace_stem(model: nn.Module, name: str, in_chans: Any) -> None:
+    """torchvision's builders take three channels only; the first convolution is made anew for others."""
+    if type(in_chans) is not int or in_chans < 1:
+        raise SharefoldError(f"in_chans={in_chans!r} of {name}: give a positive number of channels")
+    convs = ((path, module) for path, module in model.named_modules() if isinstance(module, nn.Conv2d))
+    path, conv = next(convs, ("", None))
+    if conv is None or conv.in_channels != 3 or conv.groups != 1:
+        raise SharefoldError(f"tv:{name} has no plain first convolution: it takes 3 channels only")
+    parent, _, child = path.rpartition(".")
+    device = conv.weight.device
+    fresh = nn.Conv2d(
+        in_chans,
+        conv.out_channels,
+        conv.kernel_size,  # type: ignore[arg-type]
+        conv.stride,  # type: ignore[arg-type]
+        conv.padding,  # type: ignore[arg-type]
+        conv.dilation,  # type: ignore[arg-type]
+        bias=conv.bias is not None,
+        padding_mode=conv.padding_mode,
+        device=device,
+    )
+    owner = model.get_submodule(parent)
+    setattr(owner, child, fresh)

@@ -1,0 +1,79 @@
+"""Calibration images: the user's, checked, or procedural ones when there are none."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sharefold.calibration.input_matching import match_statistics
+from sharefold.data import calibration_images
+from sharefold.errors import SharefoldError
+from sharefold.layers import SharedConv
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+# Enough for every moment of a CIFAR network; large images bring more positions each.
+SMALL_COUNT, LARGE_COUNT = 1000, 64
+SMALL_PIXELS = 64 * 64
+
+
+def input_config(model: nn.Module) -> dict[str, Any]:
+    """Input size, mean and std that ``model`` carries (timm's ``pretrained_cfg``), or ImageNet's."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    config = dict(config) if isinstance(config, dict) else dict(vars(config))
+    return {
+        "input_size": tuple(config.get("input_size") or (3, 224, 224)),
+        "mean": tuple(config.get("mean") or IMAGENET_MEAN),
+        "std": tuple(config.get("std") or IMAGENET_STD),
+    }
+
+
+def procedural_images(model: nn.Module, count: int | None = None, seed: int = 0) -> Tensor:
+    """Dead-leaves images (n, C, H, W), normalised as ``model`` expects and matched to its BatchNorm statistics.
+
+    Large images are not matched: their many steps would cost far more than the conversion itself.
+    """
+    config = input_config(model)
+    if count is None:
+        count = default_count(*config["input_size"][1:])
+    made = calibration_images(None, config, count, seed)
+    parameter = next(model.parameters(), made)
+    return matched(model, made.to(parameter.dtype) if parameter.is_floating_point() else made, seed)
+
+
+def default_count(height: int, width: int) -> int:
+    """Calibration images that suffice at this size."""
+    return SMALL_COUNT if height * width <= SMALL_PIXELS else LARGE_COUNT
+
+
+def matched(model: nn.Module, images: Tensor, seed: int = 0) -> Tensor:
+    """Procedural images after :func:`match_statistics`, when they are small enough for it."""
+    if images.shape[-2] * images.shape[-1] > SMALL_PIXELS:
+        return images
+    return match_statistics(model, images, seed=seed)
+
+
+def calibration_or_procedural(model: nn.Module, images: Tensor | None, seed: int = 0) -> Tensor:
+    """``images`` after a check, or procedural ones.
+
+    Raises:
+        SharefoldError: not a (n, C, H, W) float tensor, no image, NaN, or not the channel count the model takes.
+    """
+    if images is None:
+        return procedural_images(model, seed=seed)
+    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
+        what = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+        raise SharefoldError(f"calibration: {what} is not a float tensor (n, C, H, W): pass normalised images")
+    if len(images) == 0:
+        raise SharefoldError("calibration: there are no images: pass at least one")
+    if not bool(torch.isfinite(images).all()):
+        raise SharefoldError("calibration: the images hold NaN or infinity: check how they were normalised")
+    # Which layer comes first is not known yet; an image that no layer could take is wrong for sure.
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) or (isinstance(m, SharedConv) and m.form.kind == "conv2d")]
+    widths = [cast(int, m.in_channels) for m in convs]
+    if widths and images.shape[1] not in widths:
+        found, wanted = images.shape[1], widths[0]
+        raise SharefoldError(f"calibration: images have {found} channels, the model takes {wanted}: convert the images")
+    return images.clone() if images.is_inference() else images

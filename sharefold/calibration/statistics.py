@@ -1,0 +1,227 @@
+"""Input moments of layers over the calibration images, collected on demand and with bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharefold.calibration import sensitivity
+from sharefold.calibration.mean_owner import output_mean_owner
+from sharefold.calibration.problem import target_weight
+from sharefold.calibration.sample_selection import least_certain
+from sharefold.errors import SharefoldError
+from sharefold.graph import NetworkGraph
+from sharefold.layers import ConvForm, form_of
+from sharefold.measure import device_of, evaluating, has_doubles
+from sharefold.solvers.data_norm import Moments, sample_patches
+
+# Samples a layer needs for its N x N moment: this many a row, and never fewer than the floor.
+SAMPLES_PER_FEATURE = 16
+SAMPLES_FLOOR = 16_384
+CACHE_BYTES = 2 << 30
+# Beyond so many features a layer's moments are those of its inputs in the space of its filters; see `Statistics.frames`.
+WIDE = 8192
+
+
+class _Done(Exception):
+    """Raised by the last needed layer's hook so that the rest of the network does not run."""
+
+
+class Statistics:
+    """Second moments of the inputs of ``model``'s layers.
+
+    One pass over the images collects every layer asked for at once; moments stay in memory up to ``cache_bytes``, the
+    oldest go first, so that a large network is served stage by stage.
+
+    A layer of more than ``WIDE`` features N and fewer rows O (VGG's first Linear: 25,088 and 4,096) would need an N x N
+    moment. Whatever low-rank approximation the data norm prefers lies in the space of the layer's own rows, so that an
+    orthonormal basis of it says all: ``frames`` holds it, (N, O), and ``moments`` are of x in it, (1, O, O).
+
+    Args:
+        model: the dense network; its mode and hooks are left as they were.
+        images: (n, C, H, W), normalised as the network expects.
+        chosen: indices (m,) of those that count here; by default all.
+        centered: per layer, whether the mean is taken out (a bias or BatchNorm behind the layer absorbs it).
+        batch_size: images a forward pass.
+        seed: of the sampled positions.
+    """
+
+    def __init__(
+        self, model: nn.Module, images: Tensor, *, chosen: Tensor | None = None, centered: dict[str, bool] | None = None,
+        batch_size: int = 100, seed: int = 0, cache_bytes: int = CACHE_BYTES,
+    ) -> None:  # fmt: skip
+        self.model, self.images = model, images
+        self.chosen = torch.arange(len(images)) if chosen is None else chosen
+        self.centered = centered or {}
+        self.batch_size, self.seed, self.cache_bytes = batch_size, seed, cache_bytes
+        self.cache: dict[str, Tensor] = {}
+        self.means: dict[str, Tensor] = {}
+        self.frames: dict[str, Tensor] = {}
+        self.passes = 0
+        self.solved: dict[str, Any] = {}  # see sharefold/methods/solved.py
+        self._sensitivity: dict[str, Tensor] | None = None
+
+    def moments(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Moments (G, N, N) of the inputs of the layers ``names``, shrunk so that they are positive definite."""
+        missing = [name for name in names if name not in self.cache]
+        if missing:
+            self._collect(missing)
+        found = {name: self.cache[name] for name in names}
+        self._evict(set(names))
+        return found
+
+    def sensitivity(self) -> dict[str, Tensor]:
+        """Per layer (O,): how much its output matters to the predictions; empty where that cannot be told."""
+        if self._sensitivity is None:
+            self._sensitivity = sensitivity.output_sensitivity(
+                self.model, self.centered, self.sample(sensitivity.IMAGES), max(1, self.batch_size // 2), self.seed
+            )
+        return self._sensitivity
+
+    def sample(self, count: int) -> Tensor:
+        """At most ``count`` of the chosen images, evenly spaced."""
+        index = torch.linspace(0, len(self.chosen) - 1, min(count, len(self.chosen))).long()
+        return self.images[self.chosen[index]]
+
+    def bytes_of(self, names: Iterable[str]) -> int:
+        """Memory that the moments of these layers take."""
+        total = 0
+        for name in names:
+            form = _form(self.model, name)
+            total += 4 * form.groups * (form.out_channels if is_wide(form) else form.features) ** 2
+        return total
+
+    def batches(self, groups: Sequence[Sequence[str]]) -> list[list[int]]:
+        """Indices of ``groups``, in order, cut into runs whose members' moments fit the cache together."""
+        runs: list[list[int]] = []
+        size = 0
+        for index, members in enumerate(groups):
+            need = self.bytes_of(members)
+            if not runs or size + need > self.cache_bytes:
+                runs.append([])
+                size = 0
+            runs[-1].append(index)
+            size += need
+        return runs
+
+    @torch.no_grad()
+    def _collect(self, names: list[str]) -> None:
+        self.passes += 1
+        forms = {name: _form(self.model, name) for name in names}
+        device = device_of(self.model)
+        for name, form in forms.items():
+            if is_wide(form) and name not in self.frames:
+                rows = target_weight(self.model.get_submodule(name), form).float()
+                self.frames[name] = torch.linalg.qr(rows.T).Q
+        sums = {
+            name: Moments(self.frames[name].shape[1] if name in self.frames else form.features, form.groups, device=device)
+            for name, form in forms.items()
+        }
+        generator = torch.Generator().manual_seed(self.seed)
+        waiting: set[str] = set()
+        handles = []
+        for name, form in forms.items():
+            wanted = max(SAMPLES_PER_FEATURE * form.features, SAMPLES_FLOOR)
+            positions = max(1, -(-wanted // len(self.chosen)))
+
+            def hook(
+                module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name, form: ConvForm = form,
+                positions: int = positions,
+            ) -> None:  # fmt: skip
+                patches = patches_of(form, inputs[0], positions, generator)
+                sums[name].update(patches @ self.frames[name] if name in self.frames else patches)
+                waiting.discard(name)
+                if not waiting:
+                    raise _Done
+
+            handles.append(self.model.get_submodule(name).register_forward_hook(hook))
+        try:
+            with evaluating(self.model):
+                for index in self.chosen.split(self.batch_size):
+                    waiting.update(names)
+                    try:
+                        self.model(self.images[index].to(device))
+                    except _Done:
+                        continue
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name in names:
+            if float(sums[name].count) == 0:
+                raise SharefoldError(f"layer {name} was not reached by the calibration images: exclude it")
+            moment = sums[name].covariance(self.centered.get(name, False))
+            if not bool(torch.isfinite(moment).all()):
+                raise SharefoldError(f"layer {name} gets NaN or infinite inputs on the calibration images: "
+                                     "check the weights and the images' normalisation")
+            self.cache[name] = shrunk(moment, float(sums[name].count))
+            mean = sums[name].mean
+            self.means[name] = mean @ self.frames[name].to(mean).T if name in self.frames else mean
+
+    def _evict(self, keep: set[str]) -> None:
+        total = sum(t.numel() * 4 for t in self.cache.values())
+        for name in list(self.cache):
+            if total <= self.cache_bytes:
+                return
+            if name not in keep:
+                total -= self.cache.pop(name).numel() * 4
+
+
+def statistics_of(model: nn.Module, graph: NetworkGraph, images: Tensor, seed: int = 0) -> Statistics:
+    """Statistics of all layers of ``graph`` on the images that ``model`` is least certain of.
+
+    A mean that a BatchNorm or bias can absorb is taken out.
+
+    Raises:
+        SharefoldError: the network is on a device without float64, in which the solvers compute.
+    """
+    if not has_doubles(device := device_of(model)):
+        raise SharefoldError(
+            f"the network is on {device}, which has no float64 to solve in: convert it on the CPU (model.cpu(), --device cpu) "
+            "and move it afterwards"
+        )
+    centered = {
+        name: output_mean_owner(model, model.get_submodule(name), record.norm) is not None
+        for name, record in graph.layers.items()
+    }
+    batch = max(1, min(100, 100 * 3 * 64 * 64 // max(1, images[0].numel())))
+    chosen = least_certain(model, images, batch)
+    return Statistics(model, images, chosen=chosen, centered=centered, batch_size=batch, seed=seed)
+
+
+def is_wide(form: ConvForm) -> bool:
+    """Whether the layer's moments are kept in the space of its rows."""
+    return form.groups == 1 and form.features > WIDE and form.out_channels < form.features
+
+
+def patches_of(form: ConvForm, x: Tensor, positions: int | None, generator: torch.Generator) -> Tensor:
+    """Input patches (P, G, N) of a layer of this form at sampled positions."""
+    if form.kind == "linear":
+        return sample_patches(x.detach(), None, positions=positions, generator=generator)
+    border = form.border(x.shape[-2], x.shape[-1])
+    return sample_patches(
+        x.detach(), form.kernel_size, form.stride, border, form.dilation, form.groups, positions, generator,
+        "zeros" if form.same_pad else form.padding_mode,
+    )  # fmt: skip
+
+
+def shrunk(moment: Tensor, samples: float) -> Tensor:
+    """Moment (G, N, N) pulled towards a multiple of the identity, more so when samples are few.
+
+    A moment of few samples has directions that those images never showed; without a ridge a solver would spend
+    nothing on them and the network would fail on new images.
+    """
+    features = moment.shape[-1]
+    share = min(0.5, 1e-4 + 0.02 * features / samples)
+    scale = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
+    eye = torch.eye(features, dtype=moment.dtype, device=moment.device)
+    return (1 - share) * moment + share * scale[:, None, None] * eye
+
+
+def _form(model: nn.Module, name: str) -> ConvForm:
+    form = form_of(model.get_submodule(name))
+    if form is None:
+        raise SharefoldError(f"layer {name} is not a dense Conv2d or Linear: only those have input statistics")
+    return form

@@ -1,0 +1,126 @@
+"""A layer whose filters are combinations of shared basis filters."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from sharefold.layers.bank import Bank
+from sharefold.layers.form import ConvForm
+from sharefold.layers.pivots import with_pivots
+from sharefold.layers.shared_conv import SharedConv
+from sharefold.layers.weight_cache import Kept
+
+
+class BasisConv(SharedConv):
+    """What = C [U; B]: coefficients (O, Ru + R) times own filters U and the bank's shared basis B.
+
+    Without a bank this is a plain low-rank layer; with a bank and no own filters it is a shared filter basis; with
+    both, and a BatchNorm between filters and coefficients, it is the layer of Deeply Shared Filter Bases (Kang and
+    Kim, NeurIPS 2021, https://openreview.net/forum?id=FSeEahKQBQl, where own filters come first).
+
+    Args:
+        form: the replaced layer's form.
+        coefficients: (O, Ru + R).
+        bank: holds ``basis`` (R, I/groups, h, w) or a wider one, whose first channels count here; or None.
+        unique: own filters (Ru, I/groups, h, w), or None; with ``pivots`` (Ru,), as in a bank, (Ru, I/groups * h * w - Ru).
+        norm: BatchNorm2d over the Ru + R filter outputs, or None. While it trains, the layer runs factored.
+    """
+
+    unique: nn.Parameter | None
+    pivots: Tensor | None
+
+    def __init__(
+        self, form: ConvForm, coefficients: Tensor, bank: Bank | None = None, unique: Tensor | None = None,
+        norm: nn.BatchNorm2d | None = None, bias: Tensor | None = None, gain: Tensor | None = None,
+        pivots: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(form, bank, bias, gain)
+        if norm is not None and (form.kind != "conv2d" or form.groups != 1):
+            raise ValueError("a normalised basis needs an ungrouped convolution")
+        self.coefficients = nn.Parameter(coefficients)
+        self.rank = coefficients.shape[1]  # a plain int: fx would turn the shape into a proxy
+        self.register_parameter("unique", None if unique is None else nn.Parameter(unique))
+        self.register_buffer("pivots", pivots)
+        self._kept_filters = Kept()
+        self.norm = norm
+
+    def filters(self, x: Tensor | None = None) -> Tensor:
+        """Own filters, then the shared basis: (Ru + R, I/groups, h, w); for an input ``x`` as :meth:`Bank.filters` does."""
+        parts = [] if self.unique is None else [self._own(self.unique, x)]
+        if self.bank is not None:
+            # A bank that serves layers of several widths is as wide as the widest.
+            parts.append(self.bank.filters(self.form.kernel_size, x)[:, : self.form.weight_shape[1]])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _own(self, unique: Tensor, x: Tensor | None) -> Tensor:
+        pivots = self.pivots
+        if pivots is None:
+            return unique
+
+        def make() -> Tensor:
+            return with_pivots(unique, pivots).reshape(-1, *self.form.weight_shape[1:])
+
+        return self._kept_filters.get(x, (unique, pivots), make)
+
+    def compose(self) -> Tensor:
+        coefficients: Tensor = self.coefficients
+        if self.norm is not None:
+            coefficients = coefficients * self._norm_scale()
+        return (coefficients @ self.filters().flatten(1)).view(self.form.weight_shape)
+
+    @property
+    def bias(self) -> Tensor | None:
+        if self.norm is None:
+            return self.own_bias
+        norm = self.norm
+        shift = norm.bias - cast(Tensor, norm.running_mean) * self._norm_scale()
+        through = self.coefficients @ shift
+        return through if self.own_bias is None else through + self.own_bias
+
+    def _norm_scale(self) -> Tensor:
+        norm = cast(nn.BatchNorm2d, self.norm)
+        return norm.weight * torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps)
+
+    def runs_factored(self) -> bool:
+        if self.norm is not None and self.training:
+            return True
+        return super().runs_factored()
+
+    def factored_share(self) -> float:
+        rank, form = self.rank, self.form
+        rows = form.out_channels // form.groups
+        return rank * (form.features + rows) / (rows * form.features)
+
+    def factored(self, x: Tensor) -> Tensor:
+        form, filters = self.form, self.filters(None if self.training else x)
+        if form.kind == "linear":
+            return nn.functional.linear(form.apply(x, filters, None), self.coefficients, self.own_bias)
+        if form.groups > 1:
+            filters = filters.repeat(form.groups, 1, 1, 1)
+        responses = form.apply(x, filters, None)
+        if self.norm is not None:
+            responses = self.norm(responses)
+        mix = self.coefficients[:, :, None, None]
+        return nn.functional.conv2d(responses, mix, self.own_bias, groups=form.groups)
+
+    def linear_part(self) -> tuple[Tensor, Tensor] | None:
+        if self.form.standardize is not None:
+            return None
+        filters = self.filters()
+        if self.norm is not None:
+            filters = filters * self._norm_scale()[:, None, None, None]
+        return filters, self.coefficients
+
+    def set_linear_part(self, coefficients: Tensor) -> None:
+        with torch.no_grad():
+            self.coefficients.copy_(coefficients)
+
+    def pointers(self) -> dict[str, int]:
+        return {} if self.pivots is None or self.unique is None else {"pivots": sum(self.unique.shape)}
+
+    def extra_repr(self) -> str:
+        own = 0 if self.unique is None else len(self.unique)
+        return f"{super().extra_repr()}, rank={self.rank} ({own} own)"

@@ -1,0 +1,165 @@
+"""The base of every shared layer: composes its weight from shared and own tensors, and picks how to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from sharefold.errors import SharefoldError
+from sharefold.layers.bank import Bank, not_replicated, refer
+from sharefold.layers.form import ConvForm, form_of
+from sharefold.layers.weight_cache import Keeper, Kept
+
+RUNTIMES = ("auto", "factored", "composed")
+# `auto` runs two small convolutions instead of one when they need at most this share of its multiplications
+# (benchmarks/runtime.py; its results are of one CPU).
+FACTORED_SHARE = 0.8
+
+
+class SharedConv(Keeper):
+    """A convolution or Linear whose weight is put together from a bank and a few tensors of its own.
+
+    Subclasses say how with :meth:`compose`; those that can run without the composed weight also override
+    :meth:`factored` and :meth:`factored_share`. In eval mode without gradients the composed weight is kept until a
+    tensor it was made from changes; in train mode it is made anew, so gradients reach the bank. Writes through ``.data``
+    are seen after the next ``eval()`` or ``train()``.
+
+    Input and output are those of the replaced layer: (B, I, H, W) -> (B, O, H', W'), or (..., I) -> (..., O).
+    """
+
+    bank: Bank | None
+    own_bias: nn.Parameter | None
+    gain: nn.Parameter | None
+
+    def __init__(
+        self, form: ConvForm, bank: Bank | None = None, bias: Tensor | None = None, gain: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.form = form
+        refer(self, bank)
+        self.register_parameter("own_bias", None if bias is None else nn.Parameter(bias.detach().clone()))
+        self.register_parameter("gain", None if gain is None else nn.Parameter(gain.detach().clone()))
+        self.runtime = "auto"
+        self._kept = Kept()
+
+    # What subclasses say -----------------------------------------------------------------------------------------
+
+    def compose(self) -> Tensor:
+        """The layer's weight (O, I/groups, h, w), before weight standardisation; differentiable."""
+        raise NotImplementedError
+
+    def factored(self, x: Tensor) -> Tensor:
+        """Runs the layer without its composed weight."""
+        raise NotImplementedError
+
+    def factored_share(self) -> float:
+        """Multiplications of :meth:`factored` over those of the composed layer; infinity when it cannot run."""
+        return float("inf")
+
+    def linear_part(self) -> tuple[Tensor, Tensor] | None:
+        """Filters (M, I/groups, h, w) and coefficients (O, M) whose product is the weight, or None.
+
+        The coefficients belong to this layer alone; the sequential refit solves for them.
+        """
+        return None
+
+    def set_linear_part(self, coefficients: Tensor) -> None:
+        """Takes new coefficients (O, M) for the filters of :meth:`linear_part`."""
+        raise NotImplementedError
+
+    def pointers(self) -> dict[str, int]:
+        """Integer buffers, and how many things each of their entries may point to."""
+        return {}
+
+    # What users of a layer may read ------------------------------------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight in the stock layer's shape: (O, I/groups, h, w), or (O, I) for a Linear."""
+        weight = self.form.standardized(self.compose(), self.gain)
+        return weight.flatten(1) if self.form.kind == "linear" else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The effective bias (O,), or None."""
+        return self.own_bias
+
+    @property
+    def in_channels(self) -> int:
+        return self.form.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        return self.form.out_channels
+
+    in_features = in_channels
+    out_features = out_channels
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        return self.form.kernel_size
+
+    @property
+    def stride(self) -> tuple[int, int]:
+        return self.form.stride
+
+    @property
+    def groups(self) -> int:
+        return self.form.groups
+
+    # Running -----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.runs_factored():
+            return self.factored(x)
+        weight, bias = self._composed(x)
+        return self.form.apply(x, weight, bias)
+
+    def runs_factored(self) -> bool:
+        """Whether :meth:`forward` calls :meth:`factored` instead of composing the weight."""
+        if self.form.standardize is not None or self.runtime == "composed":
+            return False
+        share = self.factored_share()
+        if self.runtime == "factored":
+            return share != float("inf")
+        return share <= FACTORED_SHARE
+
+    def _composed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        def make() -> tuple[Tensor, Tensor | None]:
+            return self.form.standardized(self.compose(), self.gain), self.bias
+
+        return make() if self.training else self._kept.get(x, self._sources(), make)
+
+    def _sources(self) -> Iterator[Tensor]:
+        for owner in (self, self.bank):
+            if owner is not None:
+                yield from owner.parameters()
+                yield from owner.buffers()
+
+    _replicate_for_data_parallel = not_replicated
+
+    def dense(self) -> nn.Module:
+        """The stock layer that computes the same (a new module with its own tensors)."""
+        with torch.no_grad():
+            bias = self.bias
+            return self.form.dense(self.compose(), bias, self.gain).train(self.training)
+
+    def extra_repr(self) -> str:
+        form = self.form
+        text = f"{form.in_channels}, {form.out_channels}, kernel_size={form.kernel_size}, stride={form.stride}"
+        return text + (f", groups={form.groups}" if form.groups > 1 else "")
+
+
+def checked_form(name: str, layer: nn.Module) -> ConvForm:
+    """The layer's form.
+
+    Raises:
+        SharefoldError: the layer is shared already, or of a class that a shared layer cannot stand in for.
+    """
+    form = form_of(layer)
+    if form is None:
+        what = "is shared already" if isinstance(layer, SharedConv) else f"is a {type(layer).__name__}"
+        raise SharefoldError(f"layer {name} {what}: only dense Conv2d and Linear layers can be converted")
+    return form

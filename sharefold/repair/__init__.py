@@ -1,0 +1,1 @@
+"""What is mended after conversion, without labels: coefficients, BatchNorms, the classifier, and refinement by distillation."""

@@ -1,0 +1,287 @@
+"""Label-free refinement: the converted network learns to answer as the original does, on the calibration images alone.
+
+The loss is the squared difference of block outputs and of logits, each over its variance (hints: Romero et al.,
+https://arxiv.org/abs/1412.6550), on random views of the images. It has no divergence of the predictions: a network is
+nearly certain of the images that it was trained on, and a student that learns to be as certain of those follows it less
+well on new ones. BatchNorm statistics stay as they are: a few mixed images would only
+blur those of the training data. What remains is the state at the end of the schedule: states on the way, where steps are
+large still, do well on a few hundred held-out images by chance. Held-out images only say whether it is better than the
+state that it was given.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sharefold.errors import SharefoldError
+from sharefold.graph import NetworkGraph, analyze
+from sharefold.layers import running
+from sharefold.layers.norm_fusion import norms_folded
+from sharefold.measure import agreement, evaluating, first_logits, run_on
+from sharefold.repair.lockstep import largest_map
+from sharefold.repair.views import random_views
+from sharefold.state_dicts import load_tensors
+
+# Wall-clock budget when neither epochs nor seconds are given: inside of four minutes with start and end included.
+DEFAULT_SECONDS = 210.0
+# Small networks get through many epochs in that time; beyond this many the images have nothing more to say.
+MOST_EPOCHS = 100
+# A step moves a tensor by at most about this share of its size, so one default serves networks of any scale.
+STEP = 0.004
+SMALLEST_SCALE = 1e-2
+WARMUP = 0.1
+CHECKS = 5
+BATCH, SMALLEST_BATCH = 64, 8
+# Elements of the largest feature map of a batch; bounds memory on large images.
+BATCH_ELEMENTS = 1 << 24
+
+
+def refine(
+    original: nn.Module, model: nn.Module, images: Tensor, held_out: Tensor, *, epochs: int | None = None,
+    seconds: float | None = None, batch_size: int | None = None, graph: NetworkGraph | None = None,
+    blocks: Sequence[str] | None = None, step: float = STEP, seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None, before: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Trains all of ``model``'s parameters in place; never leaves it with a higher held-out KL than it came with.
+
+    Args:
+        original: the dense network, the teacher; unchanged.
+        model: its conversion. Modes, ``requires_grad`` flags, gradients and runtimes are left as they were.
+        images: (n, C, H, W) normalised, without labels; may be procedural.
+        held_out: images that decide, never trained on.
+        epochs: passes over ``images``. With epochs alone the result depends on the seed only.
+        seconds: wall-clock budget; the learning rate falls to 0 over it. With both, the one that ends first counts;
+            with neither, 210 seconds or 100 epochs.
+        batch_size: images a step; by default 64, fewer for large feature maps.
+        graph: of ``original``; by default the graph pass runs here.
+        blocks: names of the modules whose outputs are compared beside the logits; by default the blocks of the graph.
+        step: largest relative change of a tensor a step (AdamW's rate is this times the tensor's own size).
+        progress: called with ("refining", parts done, parts) as time or epochs pass.
+        before: KL on ``held_out`` of ``model`` as it is, nats, where that is known already.
+
+    Returns:
+        ``kept``, ``kl_before``, ``kl_after`` (of the state that remains, nats), ``epochs`` (float, done), ``seconds``,
+        ``history``: held-out KL at each check, the last one at the end or where outputs were no longer finite.
+
+    Raises:
+        SharefoldError: no images, or an epoch or time budget that is not positive.
+    """
+    _check(images, held_out, epochs, seconds, batch_size)
+    if epochs is None and seconds is None:
+        seconds = DEFAULT_SECONDS
+    clock = _Clock(len(images), MOST_EPOCHS if epochs is None else epochs, seconds)
+    before = agreement(original, model, held_out).kl if before is None else before
+    guard = _Guard(original, model, held_out, before)
+    if graph is None:
+        graph = analyze(original, images[:1])
+    norms = {name: record.norm for name, record in graph.layers.items()}
+    blocks = graph.blocks if blocks is None else blocks
+    with _training(original, model) as parameters, norms_folded(original, norms), norms_folded(model, norms):
+        try:
+            with closing(_train(original, model, images, parameters, clock, batch_size, blocks, step, seed)) as loop:
+                for share in loop:
+                    if progress:
+                        progress("refining", round(share * 100), 100)
+                    if not guard.passes(share):
+                        break
+        finally:
+            load_tensors(model, guard.saved)
+    return {
+        "kept": guard.best < before, "kl_before": before, "kl_after": guard.best, "epochs": clock.epochs(),
+        "seconds": clock.elapsed(), "history": guard.history,
+    }  # fmt: skip
+
+
+def _check(
+    images: Tensor, held_out: Tensor, epochs: int | None, seconds: float | None, batch_size: int | None
+) -> None:
+    if len(images) == 0 or len(held_out) == 0:
+        raise SharefoldError("refine: no images to learn from, or none held out to decide: give more images")
+    for name, value in (("epochs", epochs), ("seconds", seconds), ("batch_size", batch_size)):
+        if value is not None and not value > 0:
+            raise SharefoldError(f"refine: {name}={value}: must be above 0")
+
+
+class _Clock:
+    """How much of the budget is used: the larger share of epochs and seconds."""
+
+    def __init__(self, images: int, epochs: int, seconds: float | None) -> None:
+        self.images, self.most, self.seconds = images, epochs, seconds
+        self.seen = 0
+        self._start = time.perf_counter()
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self._start
+
+    def epochs(self) -> float:
+        return self.seen / self.images
+
+    def share(self) -> float:
+        spent = 0.0 if self.seconds is None else self.elapsed() / self.seconds
+        return min(1.0, max(self.epochs() / self.most, spent))
+
+
+class _Guard:
+    """Keeps the state at the end if its held-out KL is below that before training, else the state before.
+
+    Of a run that is cut short, or whose outputs are no longer finite, the best state that was checked remains.
+    """
+
+    def __init__(self, original: nn.Module, model: nn.Module, held_out: Tensor, before: float) -> None:
+        self.original, self.model, self.held_out = original, model, held_out
+        self.before = self.best = before
+        self.saved = self.start = _snapshot(model)
+        self.history: list[float] = []
+        self._next = 1 / CHECKS
+
+    def passes(self, share: float) -> bool:
+        """Checks the model now and then and at the end; False when its outputs are no longer finite."""
+        if share < self._next:
+            return True
+        self._next = min(1.0, share + 1 / CHECKS)
+        found = agreement(self.original, self.model, self.held_out).kl
+        self.history.append(found)
+        if share >= 1 and math.isfinite(found):
+            self.best, self.saved = self.before, self.start
+        if found < self.best:
+            self.best, self.saved = found, _snapshot(self.model)
+        return math.isfinite(found)
+
+
+def _train(
+    original: nn.Module, model: nn.Module, images: Tensor, parameters: list[nn.Parameter], clock: _Clock,
+    batch_size: int | None, blocks: Sequence[str], step: float, seed: int,
+) -> Generator[float, None, None]:  # fmt: skip
+    """Trains, and yields the share of the budget used after every step; the last one is 1."""
+    generator = torch.Generator().manual_seed(seed)
+    if batch_size is None:
+        largest = largest_map(original, images[:1].to(parameters[0].device))
+        batch_size = min(BATCH, max(SMALLEST_BATCH, BATCH_ELEMENTS // largest))
+    names, spreads = _comparable(original, model, images[: max(2, batch_size)].to(parameters[0].device), blocks)
+    optimizer = torch.optim.AdamW(_groups(parameters, step), weight_decay=0.0)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    share = 0.0
+    with _outputs(original, names) as theirs, _outputs(model, names) as ours:
+        while True:
+            order = torch.randperm(len(images), generator=generator)
+            for index in order.split(batch_size):
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * _rate(share)
+                batch = random_views(images[index], generator).to(parameters[0].device)
+                with torch.no_grad():
+                    wanted = first_logits(run_on(original, batch))
+                found = first_logits(model(batch))
+                loss = relative_error(
+                    [centred(found), *(ours[n] for n in names)], [centred(wanted), *(theirs[n] for n in names)], spreads
+                )
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                clock.seen += len(index)
+                share = clock.share()
+                yield share
+                if share >= 1:
+                    return
+
+
+def centred(logits: Tensor) -> Tensor:
+    """Logits (B, classes, ...) less their mean over the classes, which no prediction depends on."""
+    return logits.float() - logits.float().mean(1, keepdim=True)
+
+
+def relative_error(student: Sequence[Tensor], teacher: Sequence[Tensor], spreads: Sequence[float]) -> Tensor:
+    """Mean over outputs of the mean squared difference of two equally shaped ones over the teacher's variance."""
+    pairs = zip(student, teacher, spreads, strict=True)
+    return torch.stack([F.mse_loss(s.float(), t.float()) / spread for s, t, spread in pairs]).mean()
+
+
+def _rate(share: float) -> float:
+    """Linear warm-up, then a cosine to 0."""
+    if share < WARMUP:
+        return max(share, WARMUP / 20) / WARMUP
+    return 0.5 * (1 + math.cos(math.pi * (share - WARMUP) / (1 - WARMUP)))
+
+
+def _groups(parameters: list[nn.Parameter], step: float) -> list[dict[str, Any]]:
+    """One optimizer group a tensor, with a rate proportional to the tensor's root mean square."""
+    sizes = [float(p.detach().float().square().mean().sqrt()) if p.numel() else 0.0 for p in parameters]
+    return [
+        {"params": [p], "lr": step * max(size, SMALLEST_SCALE)} for p, size in zip(parameters, sizes, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _comparable(
+    original: nn.Module, model: nn.Module, batch: Tensor, blocks: Sequence[str]
+) -> tuple[list[str], list[float]]:
+    """Those blocks whose outputs are single tensors of one shape in both networks, and the original's variances.
+
+    Before those comes the mean square of the centred logits: one image has no variance of its own.
+    """
+    modules = dict(model.named_modules())
+    names = [name for name in blocks if name in modules]
+    with _outputs(original, names) as theirs, _outputs(model, names) as ours:
+        logits = first_logits(run_on(original, batch))
+        run_on(model, batch)
+        both = [name for name in names if name in theirs and name in ours and theirs[name].shape == ours[name].shape]
+        spreads = [_spread(theirs[name]) for name in both]
+    usable = [(name, spread) for name, spread in zip(both, spreads, strict=True) if spread > 0]
+    outputs = max(float(centred(logits).square().mean()), 1e-12)
+    return [name for name, _ in usable], [outputs, *(spread for _, spread in usable)]
+
+
+def _spread(output: Tensor) -> float:
+    """Variance within channels of maps (B, C, H, W) or tokens (B, n, C), mean over channels."""
+    channels = output.float().movedim(2 if output.ndim == 3 else 1, 0).flatten(1)
+    return float(channels.var(1, unbiased=False).mean())
+
+
+@contextmanager
+def _outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """The last output tensor of each named module; blocks that run more than once count by their last run."""
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for name in names:
+
+        def keep(module: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
+            if isinstance(output, Tensor):
+                seen[name] = output
+
+        handles.append(model.get_submodule(name).register_forward_hook(keep))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _training(original: nn.Module, model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Both networks in eval mode, gradients on for all of ``model``'s parameters; all of it is undone at the end."""
+    flags = [(p, p.requires_grad, p.grad) for net in (original, model) for p in net.parameters()]
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    try:
+        for parameter in original.parameters():
+            parameter.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        # A composed weight is small beside the maps, and one convolution a layer passes over memory once.
+        with evaluating(original, model), torch.enable_grad(), running(model, "composed"):
+            yield parameters
+    finally:
+        for parameter, flag, grad in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = grad
+
+
+def _snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

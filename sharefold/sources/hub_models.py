@@ -1,0 +1,147 @@
+"""Named models with their published weights."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from sharefold.architectures.build import build_base, build_on_meta, check_arguments, check_name, make_base, torchvision_urls
+from sharefold.architectures.shapes import load_weights, shapes_of
+from sharefold.errors import SharefoldError
+
+
+def open_timm(name: str, kwargs: dict[str, Any], pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """A model of timm's registry and its base, which names the class count.
+
+    Raises:
+        SharefoldError: unknown name, bad arguments, no such weights, or the download failed.
+    """
+    check_name("timm", name)
+    base = make_base("timm", name, kwargs)
+    if not pretrained:
+        model = build_base(base)
+    else:
+        build_on_meta(base)  # bad arguments fail here, so that what fails below is the download
+        model = _pretrained_timm(name, kwargs)
+    return model, _with_classes(base, model)
+
+
+def open_torchvision(name: str, kwargs: dict[str, Any], pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """A model of torchvision and its base; another class count or input channels get fresh layers.
+
+    Raises:
+        SharefoldError: as :func:`open_timm`.
+    """
+    check_name("torchvision", name)
+    if not pretrained:
+        base = make_base("torchvision", name, kwargs)
+        return build_base(base), base
+    published = torchvision_urls(name)
+    if not published:
+        raise SharefoldError(f"tv:{name} has no published weights: use --no-pretrained or a local file")
+    weights = importlib.import_module("torchvision.models").get_model_weights(name).DEFAULT
+    if name in ("googlenet", "inception_v3"):
+        # The published weights expect this transform; GoogLeNet's auxiliary heads hold no useful weights.
+        kwargs = {"transform_input": True, "aux_logits": name == "inception_v3", **kwargs}
+    if name.startswith(("fcn_", "deeplabv3_")):
+        kwargs = {"aux_loss": True, **kwargs}
+    base = make_base("torchvision", name, kwargs)
+    model = build_base(base)
+    try:
+        state = weights.get_state_dict(progress=False, check_hash=True)
+    except Exception as error:
+        raise _no_download(f"tv:{name}", error) from None
+    target = shapes_of(model.state_dict())
+    if name == "googlenet":
+        state = {key: tensor for key, tensor in state.items() if key in target}
+    fresh = set()
+    if "num_classes" in kwargs or "in_chans" in kwargs:
+        fresh = {key for key, tensor in state.items() if key in target and tuple(tensor.shape) != target[key]}
+    load_weights(model, state, f"published weights of {name}", f"tv:{name}", skip=fresh)
+    return model, base
+
+
+def open_hub(identifier: str, kwargs: dict[str, Any], pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """A timm model of the Hugging Face Hub, ``owner/name[@revision]``.
+
+    Raises:
+        SharefoldError: not reachable, no timm model, or arguments that are not allowed.
+    """
+    timm = importlib.import_module("timm")
+    hub = importlib.import_module("timm.models")
+    where = f"hf-hub:{identifier}"
+    try:
+        with offline_when_unreachable():
+            _, name, arguments = hub.load_model_config_from_hf(identifier)
+    except Exception as error:
+        raise _no_download(where, error, "use a local file, and check the name") from None
+    arguments = {**(arguments or {}), **kwargs}
+    check_name("timm", name)
+    check_arguments(name, arguments)
+    try:
+        with offline_when_unreachable():
+            model = timm.create_model(where, pretrained=pretrained, **kwargs)
+    except Exception as error:
+        raise _no_download(where, error) from None
+    return model.eval(), _with_classes(make_base("timm", name, arguments), model)
+
+
+@contextlib.contextmanager
+def offline_when_unreachable() -> Iterator[None]:
+    """Without a network the Hub's client retries for most of a minute; this makes it use its cache or fail at once.
+
+    Only a host name that does not resolve counts as no network; behind a proxy nothing is assumed.
+    """
+    constants: Any = importlib.import_module("huggingface_hub.constants")
+    host = urllib.parse.urlparse(constants.ENDPOINT).hostname
+    if constants.HF_HUB_OFFLINE or host is None or urllib.request.getproxies() or _resolves(host):
+        yield
+        return
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = False
+
+
+def _resolves(host: str) -> bool:
+    try:
+        return bool(socket.getaddrinfo(host, 443))
+    except OSError:
+        return False
+
+
+def _pretrained_timm(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    timm = importlib.import_module("timm")
+    plain = name.partition(".")[0]
+    config = importlib.import_module("timm.models").get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        tags = ", ".join(timm.list_pretrained(f"{plain}.*"))
+        hint = f"published are {tags}" if tags else "use --no-pretrained or a local file"
+        raise SharefoldError(f"timm:{name} has no published weights: {hint}")
+    try:
+        with offline_when_unreachable():
+            return timm.create_model(name, pretrained=True, **kwargs).eval()
+    except Exception as error:
+        raise _no_download(f"timm:{name}", error) from None
+
+
+def _with_classes(base: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The default class count of a name may change with the library; the base holds on to the present one."""
+    classes = getattr(model, "num_classes", None)
+    if isinstance(classes, int):
+        base["kwargs"].setdefault("num_classes", classes)
+    return base
+
+
+def _no_download(name: str, error: Exception, advice: str = "use --no-pretrained or a local file") -> SharefoldError:
+    lines = str(getattr(error, "reason", error)).strip().splitlines()  # URLError wraps what the system said
+    reason = lines[0].split(". ")[0][:160].rstrip(" .:") if lines else type(error).__name__
+    return SharefoldError(f"could not download weights of {name}: {reason}: {advice}")

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sharefold.calibration.input_matching import match_statistics, mismatch
+
+
+@pytest.fixture
+def trained() -> nn.Module:
+    """Three convolutions whose BatchNorms remember smooth, correlated images."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8),
+        nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.BatchNorm2d(8), nn.Dropout(0.5),
+    )  # fmt: skip
+    for norm in model:
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = None
+    with torch.no_grad():
+        for _ in range(10):
+            model(smooth(100))
+    return model.eval()
+
+
+def smooth(count: int) -> Tensor:
+    coarse = torch.randn(count, 3, 3, 3) + torch.randn(count, 1, 1, 1) + 0.5
+    return nn.functional.interpolate(coarse, size=(12, 12), mode="bilinear")
+
+
+def test_mismatch_is_zero_for_equal_and_known_for_shifted_statistics() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3, eps=0.0))
+    images = torch.randn(50, 3, 6, 6)
+    mean, variance = images.mean((0, 2, 3)), images.var((0, 2, 3), unbiased=False)
+    model[0].running_mean.copy_(mean)
+    model[0].running_var.copy_(variance)
+    assert mismatch(model, images) == pytest.approx(0, abs=1e-9)
+    model[0].running_mean.copy_(mean + 2 * variance.sqrt())
+    assert mismatch(model, images) == pytest.approx(4, rel=1e-4)
+    model[0].running_mean.copy_(mean)
+    model[0].running_var.copy_(4 * variance)
+    assert mismatch(model, images) == pytest.approx(0.25, rel=1e-4)
+
+
+def test_other_images_come_close_and_stay_in_range(trained: nn.Module) -> None:
+    noise = torch.randn(120, 3, 12, 12).clamp(-2, 2)
+    before = noise.clone()
+    matched = match_statistics(trained, noise, 30, rate=0.1, batch_size=60)
+    assert torch.equal(noise, before) and matched.shape == noise.shape
+    assert mismatch(trained, matched) < 0.3 * mismatch(trained, noise)
+    assert float(matched.min()) >= float(noise.min()) and float(matched.max()) <= float(noise.max())
+
+
+def test_images_that_fit_already_hardly_move(trained: nn.Module) -> None:
+    images, noise = smooth(100), torch.randn(100, 3, 12, 12)
+    assert mismatch(trained, images) < 0.1 * mismatch(trained, noise)
+    assert mismatch(trained, match_statistics(trained, images, 10)) <= mismatch(trained, images)
+
+
+def test_same_seed_same_images_and_nothing_else_changes(trained: nn.Module) -> None:
+    images = torch.randn(40, 3, 12, 12)
+    trained[0].train()
+    state = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    random_state = torch.get_rng_state()
+    with torch.no_grad():
+        first = match_statistics(trained, images, 3, batch_size=10, seed=3)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.equal(first, match_statistics(trained, images, 3, batch_size=10, seed=3))
+    assert not torch.equal(first, match_statistics(trained, images, 3, batch_size=10, seed=4))
+    assert not first.requires_grad
+    assert trained[0].training and not trained[1].training
+    assert all(torch.equal(state[name], tensor) for name, tensor in trained.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in trained.parameters())
+    assert not any(m._forward_pre_hooks for m in trained.modules())
+
+
+def test_without_norms_or_steps_images_come_back(trained: nn.Module) -> None:
+    images = torch.randn(4, 3, 12, 12)
+    for model, steps in ((nn.Conv2d(3, 4, 3), 5), (trained, 0)):
+        same = match_statistics(model, images, steps)
+        assert torch.equal(same, images) and same is not images
+
+
+def test_norms_that_saw_no_data_are_not_matched() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).eval()
+    images = torch.randn(4, 3, 12, 12)
+    assert torch.equal(match_statistics(model, images, 5), images)
+    model[3].running_mean.fill_(0.5)
+    assert not torch.equal(match_statistics(model, images, 5), images)
+
+
+def test_progress_counts_batches(trained: nn.Module) -> None:
+    calls: list[tuple[str, int, int]] = []
+    match_statistics(trained, torch.randn(25, 3, 12, 12), 1, batch_size=10, progress=lambda *a: calls.append(a))
+    assert calls == [("matching", 1, 2), ("matching", 2, 2)]

@@ -1,0 +1,66 @@
+"""Folded norms compute the same, with the same gradients, and leave no trace."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import sharefold
+import sharefold.models
+from sharefold.graph import analyze
+from sharefold.layers.norm_fusion import norms_folded
+
+
+def trained(name: str, **kwargs: object) -> nn.Module:
+    """A network whose norms have seen something."""
+    model = timm.create_model(name, **kwargs)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+    return model.eval()
+
+
+def loss_and_gradients(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    out = model(images)
+    out.square().mean().backward()
+    return out.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("name", "converted"), [("resnet20_cifar", False), ("resnet20_cifar", True), ("efficientnet_lite0", False)]
+)
+def test_outputs_and_gradients_equal(name: str, converted: bool) -> None:
+    model = trained(name, num_classes=10)
+    images = torch.randn(8, 3, 32, 32)
+    graph = analyze(model, images[:1])
+    if converted:
+        plan = sharefold.plan(model, budget="60%", calibration=images, graph=graph)
+        sharefold.convert_(model, plan, calibration=images, repair=False)
+        assert plan.groups
+    norms = {layer: record.norm for layer, record in graph.layers.items()}
+    wanted, wanted_grads = loss_and_gradients(model, images)
+    keys = {module: set(module.__dict__) for module in model.modules()}
+    with norms_folded(model, norms) as folded:
+        assert len(folded) >= 0.9 * sum(norm is not None for norm in norms.values())
+        found, grads = loss_and_gradients(model, images)
+    assert torch.allclose(found, wanted, atol=1e-4 * float(wanted.abs().max()))
+    assert grads.keys() == wanted_grads.keys()
+    for key, value in wanted_grads.items():
+        assert torch.allclose(grads[key], value, atol=2e-3 * float(value.abs().max()) + 1e-7), key
+    assert {module: set(module.__dict__) for module in model.modules()} == keys
+    assert torch.equal(loss_and_gradients(model, images)[0], wanted)
+
+
+def test_training_norms_are_left_alone() -> None:
+    model = trained("resnet20_cifar")
+    norms = {name: record.norm for name, record in analyze(model, torch.randn(1, 3, 32, 32)).layers.items()}
+    with norms_folded(copy.deepcopy(model).train(), norms) as folded:
+        assert folded == []

@@ -1,0 +1,60 @@
+"""The classifier is fitted to what is left of the features, and only where that helps."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from spine_nets import images, net
+from torch import nn
+
+from sharefold.measure import agreement, first_logits
+from sharefold.repair.classifier import refit_head
+
+
+def turned(model: nn.Module) -> nn.Module:
+    """A copy whose features come in another order and scale, so that the classifier is wrong for them."""
+    model = copy.deepcopy(model)
+
+    class Turned(nn.Module):
+        def __init__(self, fc: nn.Linear) -> None:
+            super().__init__()
+            self.fc = fc
+            self.turn = torch.linspace(0.5, 2, fc.in_features)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x.flip(1) * self.turn)
+
+    model.fc = Turned(model.fc)
+    return model
+
+
+def test_a_classifier_of_turned_features_is_found_again() -> None:
+    original = net("residual")
+    model = turned(original)
+    fitting, held_out = images(200, seed=1), images(60, seed=2)
+    before = agreement(original, model, held_out).kl
+    done = refit_head(original, model, fitting, held_out, ridge=1e-8)
+    assert done["kept"] and done["kl_before"] == before and done["kl_after"] < 1e-3 * before
+    torch.testing.assert_close(first_logits(model(held_out)), first_logits(original(held_out)), rtol=1e-2, atol=1e-2)
+
+
+def test_a_classifier_that_would_be_worse_is_put_back() -> None:
+    original = net("residual")
+    model = turned(original)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    done = refit_head(original, model, images(40), images(20, seed=2), before=1e-9)
+    assert not done["kept"] and done["kl_before"] == 1e-9 < done["kl_after"]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_networks_whose_output_is_no_linear_are_left_alone() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net("residual")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * self.net(x)
+
+    assert refit_head(Scaled(), Scaled(), images(8), images(8)) == {"kept": False}

@@ -1,0 +1,88 @@
+"""Re-estimation of BatchNorms: it rescues a damaged network and leaves a sound one alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from spine_nets import images, logits, net
+from torch import nn
+
+from sharefold.measure import agreement
+from sharefold.repair.batchnorm_statistics import reestimate_norms
+
+FITTING, HELD_OUT = images(64, 3), images(32, 4)
+
+
+def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
+    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def test_a_damaged_network_is_rescued() -> None:
+    original = net()
+    model = copy.deepcopy(original)
+    with torch.no_grad():
+        for block in model.stage2:
+            block.conv1.weight.mul_(3), block.conv2.weight.mul_(0.2)
+    report = reestimate_norms(original, model, FITTING, HELD_OUT)
+    assert report["kept"] and report["kl_after"] < 0.5 * report["kl_before"]
+    assert agreement(original, model, HELD_OUT).kl == pytest.approx(report["kl_after"], rel=1e-3)
+
+
+def test_a_known_divergence_is_taken_as_it_is() -> None:
+    original = net()
+    model = copy.deepcopy(original)
+    with torch.no_grad():
+        model.stem.weight.mul_(4)
+    report = reestimate_norms(original, model, FITTING, HELD_OUT, before=0.0)
+    assert report["kl_before"] == 0.0 and report["kept"] is False  # nothing is below 0
+    assert reestimate_norms(original, model, FITTING, HELD_OUT)["kept"]
+
+
+def test_new_statistics_are_those_of_the_images() -> None:
+    original = net()
+    model = copy.deepcopy(original)
+    with torch.no_grad():
+        model.stem.weight.mul_(4)
+    assert reestimate_norms(original, model, FITTING, HELD_OUT, batch_size=64)["kept"]
+    with torch.no_grad():
+        y = model.stem(FITTING)
+    torch.testing.assert_close(model.bn.running_mean, y.mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.bn.running_var, y.var((0, 2, 3)), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_sound_network_keeps_every_bit_and_setting(training: bool) -> None:
+    original = net()
+    model = copy.deepcopy(original)
+    for norm in norms(model):
+        norm.momentum = 0.03
+    model.train(training)
+    before = copy.deepcopy(model.state_dict())
+    report = reestimate_norms(original, model, FITTING, HELD_OUT)
+    assert report["kept"] is False and report["kl_after"] > report["kl_before"]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert (
+        all(norm.momentum == 0.03 and norm.training == training for norm in norms(model)) and model.training == training
+    )
+
+
+def test_settings_come_back_when_it_is_kept_too() -> None:
+    original = net()
+    model = copy.deepcopy(original)
+    with torch.no_grad():
+        model.stem.weight.mul_(4)
+    counts = [int(norm.num_batches_tracked) for norm in norms(model)]
+    assert reestimate_norms(original, model, FITTING, HELD_OUT)["kept"]
+    assert [int(norm.num_batches_tracked) for norm in norms(model)] == counts
+    assert all(norm.momentum == 0.1 and not norm.training for norm in norms(model))
+
+
+def test_networks_without_batchnorm_are_left_alone() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
+    )
+    before = logits(model)
+    assert reestimate_norms(copy.deepcopy(model), model, FITTING, HELD_OUT) == {"kept": False}
+    assert torch.equal(logits(model), before)

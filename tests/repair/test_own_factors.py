@@ -1,0 +1,112 @@
+"""Factors of layers that share nothing, solved again on the converted prefix."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from spine_nets import images, net
+from torch import Tensor, nn
+
+import sharefold
+from sharefold.graph import analyze
+from sharefold.plans import GroupPlan, Plan
+from sharefold.repair import refit as refit_module
+from sharefold.repair.own_factors import has_own_factors, solve_on_prefix
+from sharefold.repair.refit import refit
+
+IMAGES, HELD_OUT = images(40, 3), images(20, 4)
+NAME = "stage1.0.conv1"
+
+
+def converted(method: str, rank: int) -> tuple[nn.Module, nn.Module, GroupPlan]:
+    model = net(blocks=2)
+    plan = Plan([GroupPlan(NAME, method, (NAME,), {"rank": rank})], 0, 0)
+    done = sharefold.convert_(model, plan, calibration=IMAGES, repair=False)
+    return done.original, model, plan.groups[0]
+
+
+@torch.no_grad()
+def mixed(original: nn.Module, distance: float) -> tuple[Tensor, Tensor]:
+    """Inputs as a prefix with errors would give them, and the outputs of the original layer."""
+    layer = original.get_submodule(NAME)
+    assert isinstance(layer, nn.Conv2d)
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.randn(64, layer.in_channels, 8, 8, generator=generator)
+    turn = torch.eye(layer.in_channels) + distance * torch.randn(layer.in_channels, layer.in_channels, generator=generator)
+    return torch.einsum("ij,bjhw->bihw", turn, clean), layer(clean)
+
+
+def output_error(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    with torch.no_grad():
+        gap = model.get_submodule(NAME).form.apply(x, model.get_submodule(NAME).compose(), None) - y  # type: ignore[operator,union-attr]
+    gap = gap - gap.mean((0, 2, 3), keepdim=True)
+    return float(gap.square().mean() / y.var((0, 2, 3), unbiased=False).mean())
+
+
+@pytest.mark.parametrize("method", ["spatial", "svd"])
+def test_full_rank_undoes_what_the_prefix_did(method: str) -> None:
+    layer = net(blocks=2).get_submodule(NAME)
+    assert isinstance(layer, nn.Conv2d)
+    rank = {"spatial": min(3 * layer.in_channels, 3 * layer.out_channels), "svd": layer.out_channels}[method]
+    original, model, plan = converted(method, rank)
+    x, y = mixed(original, 0.2)
+    assert output_error(model, x, y) > 0.01
+    norm = analyze(original, IMAGES[:1]).layers[NAME].norm
+    solve_on_prefix(original, model, NAME, norm, plan, True, [x[:40], x[40:]], [y[:40], y[40:]], 64, ridge=1e-9)
+    assert output_error(model, x, y) < 1e-3
+
+
+@pytest.mark.parametrize("method", ["spatial", "svd"])
+def test_it_beats_new_coefficients_alone(method: str) -> None:
+    original, model, plan = converted(method, 4)
+    x, y = mixed(original, 0.4)
+    norm = analyze(original, IMAGES[:1]).layers[NAME].norm
+    coefficients_alone = copy.deepcopy(model)
+    refit_module._refit_layer(original, coefficients_alone, NAME, norm, [x], [y], 1e-6)
+    solve_on_prefix(original, model, NAME, norm, plan, True, [x], [y], 64, ridge=1e-6)
+    refit_module._refit_layer(original, model, NAME, norm, [x], [y], 1e-6)
+    assert output_error(model, x, y) < 0.98 * output_error(coefficients_alone, x, y)
+
+
+def test_linear_layers_of_tokens() -> None:
+    model = net("convnext", blocks=2)
+    graph = analyze(model, IMAGES[:1])
+    name = next(n for n, r in graph.layers.items() if isinstance(model.get_submodule(n), nn.Linear) and r.stage is not None)
+    dense = model.get_submodule(name)
+    assert isinstance(dense, nn.Linear)
+    plan = Plan([GroupPlan(name, "svd", (name,), {"rank": min(dense.weight.shape)})], 0, 0)
+    original = sharefold.convert_(model, plan, calibration=IMAGES, repair=False).original
+    clean = torch.randn(32, 5, 5, dense.in_features, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        y = original.get_submodule(name)(clean)
+        solve_on_prefix(original, model, name, None, plan.groups[0], True, [0.5 * clean], [y], 25, ridge=1e-9)
+        composed = model.get_submodule(name).compose().reshape_as(dense.weight)  # type: ignore[operator,union-attr]
+    torch.testing.assert_close(composed, 2 * dense.weight.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_shared_dense_and_wide_layers_keep_their_filters(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, model, plan = converted("spatial", 4)
+    layer = model.get_submodule(NAME)
+    assert has_own_factors(layer, plan)
+    assert not has_own_factors(layer, None) and not has_own_factors(original.get_submodule(NAME), plan)
+    monkeypatch.setattr("sharefold.repair.own_factors.LARGE_FEATURES", 8)
+    assert not has_own_factors(layer, plan)
+    monkeypatch.undo()
+    shared = net(blocks=2)
+    names = (NAME, "stage1.1.conv1")
+    group = GroupPlan("g", "basis", names, {"rank": 5})
+    sharefold.convert_(shared, Plan([group], 0, 0), calibration=IMAGES, repair=False)
+    assert not has_own_factors(shared.get_submodule(NAME), group)
+
+
+def test_refit_solves_them_when_it_is_told_the_plan() -> None:
+    original, model, plan = converted("spatial", 4)
+    graph = analyze(original, IMAGES[:1])
+    before = model.get_submodule(NAME).vertical.clone()  # type: ignore[operator,union-attr]
+    without = copy.deepcopy(model)
+    refit(original, without, graph, IMAGES, HELD_OUT)
+    assert torch.equal(without.get_submodule(NAME).vertical, before)  # type: ignore[arg-type]
+    report = refit(original, model, graph, IMAGES, HELD_OUT, [plan])
+    assert report["kept"] != torch.equal(model.get_submodule(NAME).vertical, before)  # type: ignore[arg-type]

@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sharefold.errors import SharefoldError
+from sharefold.layers import Bank, BasisConv, add_bank, form_of
+from sharefold.measure import Agreement, agreement
+from sharefold.repair import refine as module
+from sharefold.repair.refine import centred, refine, relative_error
+from sharefold.repair.views import random_views
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.norm(self.conv2(self.conv(x).relu())))
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.blocks = nn.Sequential(Block(width), Block(width))
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).relu().mean((2, 3)))
+
+
+def converted(teacher: Net, rank: int = 10) -> Net:
+    """A network whose four block convolutions share one random-subspace basis: a damaged conversion."""
+    model = copy.deepcopy(teacher)
+    layers = [conv for block in model.blocks for conv in (block.conv, block.conv2)]
+    stacked = torch.cat([conv.weight.detach().flatten(1) for conv in layers])
+    basis = torch.linalg.svd(stacked, full_matrices=False).Vh[:rank]
+    bank = add_bank(model, "group", Bank({"basis": basis.reshape(rank, 8, 3, 3).contiguous()}, uses=4))
+    for block in model.blocks:
+        for key in ("conv", "conv2"):
+            conv = getattr(block, key)
+            form = form_of(conv)
+            assert form is not None
+            setattr(block, key, BasisConv(form, conv.weight.detach().flatten(1) @ basis.T, bank))
+    return model
+
+
+@pytest.fixture
+def pair() -> tuple[Net, Net, Tensor, Tensor]:
+    teacher = Net()
+    with torch.no_grad():
+        teacher.head.weight.mul_(20)
+        for block in teacher.blocks:
+            block.norm.running_mean.normal_(0, 0.1)
+            block.norm.running_var.uniform_(0.05, 0.2)
+    teacher.eval()
+    images = torch.randn(96, 3, 12, 12)
+    return teacher, converted(teacher), images[:64], images[64:]
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_lowers_held_out_kl_much(pair) -> None:
+    teacher, model, images, held_out = pair
+    frozen = state(teacher)
+    statistics = [block.norm.running_var.clone() for block in model.blocks]
+    result = refine(teacher, model, images, held_out, epochs=12, batch_size=16)
+    assert result["kept"] and result["epochs"] == 12
+    assert result["kl_before"] > 0.01
+    assert result["kl_after"] < 0.6 * result["kl_before"]
+    assert agreement(teacher, model, held_out).kl == pytest.approx(result["kl_after"], rel=1e-5)
+    assert result["kl_after"] == result["history"][-1]
+    assert same(state(teacher), frozen)
+    assert all(torch.equal(a, block.norm.running_var) for a, block in zip(statistics, model.blocks, strict=True))
+
+
+def guard_of(monkeypatch, divergences: list[float], before: float) -> tuple[module._Guard, nn.Linear]:
+    """A guard that is told these divergences in turn, and the model it watches."""
+    told = iter(divergences)
+    monkeypatch.setattr(module, "agreement", lambda *_: Agreement(1.0, next(told)))
+    model = nn.Linear(1, 1, bias=False)
+    return module._Guard(model, model, torch.zeros(1, 1), before), model
+
+
+@pytest.mark.parametrize(
+    ("divergences", "remains"),
+    [([0.2, 0.6], 2.0), ([0.7, 0.9], 2.0), ([0.2, 1.1], 0.0), ([1.5, 1.1], 0.0), ([0.2, math.nan], 1.0)],
+    ids=["end", "end, by little", "no better than the start", "never better", "no longer finite"],
+)
+def test_the_end_counts_and_not_the_states_on_the_way(monkeypatch, divergences, remains) -> None:
+    guard, model = guard_of(monkeypatch, divergences, before=1.0)
+    for value, share in ((0.0, 0.05), (1.0, 0.5), (2.0, 1.0)):
+        with torch.no_grad():
+            model.weight.fill_(value)
+            if value == 0.0:
+                guard.saved = guard.start = module._snapshot(model)
+        assert guard.passes(share) == (value < 2.0 or math.isfinite(divergences[1]))
+    assert float(guard.saved["weight"]) == remains
+    assert guard.best == {2.0: divergences[1], 1.0: divergences[0], 0.0: 1.0}[remains]
+    assert guard.history == pytest.approx(divergences, nan_ok=True)
+
+
+def test_returns_what_it_was_given_when_training_only_harms(pair) -> None:
+    teacher, model, images, held_out = pair
+    before = state(model)
+    result = refine(teacher, model, images, held_out, epochs=2, batch_size=16, step=30.0)
+    assert not result["kept"]
+    assert result["kl_after"] == result["kl_before"]
+    assert all(not kl < result["kl_before"] for kl in result["history"])
+    assert same(state(model), before)
+
+
+def test_a_known_divergence_is_taken_as_it_is(pair) -> None:
+    teacher, model, images, held_out = pair
+    before = state(model)
+    result = refine(teacher, model, images, held_out, epochs=2, batch_size=16, before=0.0)
+    assert not result["kept"] and result["kl_before"] == 0.0 and same(state(model), before)
+
+
+def test_a_perfect_model_stays_as_it_is(pair) -> None:
+    teacher, _, images, held_out = pair
+    model = copy.deepcopy(teacher)
+    result = refine(teacher, model, images, held_out, epochs=1)
+    assert not result["kept"] and result["kl_after"] == result["kl_before"]
+    assert same(state(model), state(teacher))
+
+
+def test_same_seed_same_result_and_global_state_untouched(pair) -> None:
+    teacher, model, images, held_out = pair
+    first, second, third = (copy.deepcopy(model) for _ in range(3))
+    torch.manual_seed(5)
+    random_state = torch.get_rng_state()
+    refine(teacher, first, images, held_out, epochs=3, batch_size=16, seed=1)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    torch.rand(7)
+    refine(teacher, second, images, held_out, epochs=3, batch_size=16, seed=1)
+    refine(teacher, third, images, held_out, epochs=3, batch_size=16, seed=2)
+    assert same(state(first), state(second))
+    assert not same(state(first), state(third))
+
+
+def test_modes_flags_gradients_runtimes_and_hooks_come_back(pair) -> None:
+    teacher, model, images, held_out = pair
+    model.train()
+    model.blocks[0].norm.eval()
+    model.stem.weight.requires_grad_(False)
+    mark = torch.ones_like(model.head.weight)
+    model.head.weight.grad = mark
+    model.blocks[0].conv.runtime = "factored"
+    teacher.blocks[1].train()
+    with torch.no_grad():
+        result = refine(teacher, model, images, held_out, epochs=3, batch_size=16)
+    assert result["kept"]
+    assert model.training and not model.blocks[0].norm.training and model.blocks[1].norm.training
+    assert teacher.blocks[1].training and not teacher.training
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["stem.weight"]
+    assert model.head.weight.grad is mark and torch.equal(mark, torch.ones_like(mark))
+    assert all(p.grad is None for n, p in model.named_parameters() if n != "head.weight")
+    assert all(p.requires_grad for p in teacher.parameters())
+    assert model.blocks[0].conv.runtime == "factored" and model.blocks[1].conv.runtime == "auto"
+    assert not any(m._forward_hooks for net in (teacher, model) for m in net.modules())
+
+
+def test_an_interruption_leaves_the_best_state_so_far(pair) -> None:
+    teacher, model, images, held_out = pair
+    before = agreement(teacher, model, held_out).kl
+
+    def stop(name: str, done: int, total: int) -> None:
+        if done > 70:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        refine(teacher, model, images, held_out, epochs=12, batch_size=16, progress=stop)
+    assert agreement(teacher, model, held_out).kl < before
+    assert not any(m._forward_hooks for net in (teacher, model) for m in net.modules())
+
+
+def test_seconds_bound_the_time(pair, monkeypatch) -> None:
+    monkeypatch.setattr(module, "MOST_EPOCHS", 10**6)
+    teacher, model, images, held_out = pair
+    shares: list[int] = []
+
+    def note(name: str, done: int, total: int) -> None:
+        shares.append(done)
+
+    result = refine(teacher, model, images, held_out, seconds=1.0, progress=note)
+    assert 1.0 <= result["seconds"] < 6
+    assert shares == sorted(shares) and shares[-1] == 100
+    assert result["epochs"] > 0
+
+
+def test_small_networks_stop_at_the_most_epochs(pair, monkeypatch) -> None:
+    monkeypatch.setattr(module, "MOST_EPOCHS", 3)
+    teacher, model, images, held_out = pair
+    assert refine(teacher, model, images, held_out, seconds=60.0)["epochs"] == 3
+
+
+def test_network_without_blocks_learns_from_outputs(pair) -> None:
+    teacher, model, images, held_out = pair
+    result = refine(teacher, model, images, held_out, epochs=6, batch_size=16, blocks=["none.such"])
+    assert result["kept"] and result["kl_after"] < result["kl_before"]
+
+
+@pytest.mark.parametrize("options", [{"epochs": 0}, {"seconds": -1.0}, {"batch_size": 0}])
+def test_bad_budgets_are_refused(pair, options) -> None:
+    teacher, model, images, held_out = pair
+    with pytest.raises(SharefoldError, match=next(iter(options))):
+        refine(teacher, model, images, held_out, **options)
+
+
+def test_no_images_are_refused(pair) -> None:
+    teacher, model, images, held_out = pair
+    with pytest.raises(SharefoldError, match="no images"):
+        refine(teacher, model, images[:0], held_out, epochs=1)
+
+
+def draw(images: Tensor, seed: int = 0, **options: float) -> Tensor:
+    return random_views(images, torch.Generator().manual_seed(seed), **options)
+
+
+def test_views_of_no_strength_are_the_images_or_their_mirror_images() -> None:
+    images = torch.randn(40, 3, 8, 10)
+    plain = draw(images, strength=0, mix=0)
+    mirrored = [bool(torch.allclose(v, i.flip(-1), atol=1e-4)) for v, i in zip(plain, images, strict=True)]
+    assert all(m or torch.allclose(v, i, atol=1e-4) for m, v, i in zip(mirrored, plain, images, strict=True))
+    assert 8 < sum(mirrored) < 32
+
+
+def test_views_depend_on_the_seed_alone_and_keep_shape_and_type() -> None:
+    for channels in (1, 3, 6):
+        images = torch.randn(8, channels, 12, 9)
+        assert torch.equal(draw(images), draw(images)) and not torch.equal(draw(images), draw(images, 1))
+        assert draw(images).shape == images.shape and draw(images).dtype == images.dtype
+    assert torch.isfinite(draw(torch.randn(1, 3, 5, 5))).all()
+
+
+def test_views_move_and_recolour_within_their_limits() -> None:
+    column = torch.zeros(300, 3, 41, 41)
+    column[:, :, 20, 20] = 1.0
+    moved = draw(column, mix=0)
+    moved = moved - moved.amin((2, 3), keepdim=True)
+    place = moved.sum(1).flatten(1).argmax(1)
+    down, across = place // 41 - 20, place % 41 - 20
+    reach = 7  # a fifth of half a side is 4 pixels, of a view that may be larger by a third and turned
+    assert 2 < int(down.abs().max()) <= reach and 2 < int(across.abs().max()) <= reach
+    flat = torch.full((300, 3, 6, 6), 0.7)
+    shades = draw(flat, mix=0)[:, :, 3, 3] - 0.7
+    assert 0.3 < float(shades.abs().max()) <= 0.4 + 1e-4
+    assert float((shades - shades.mean(1, keepdim=True)).abs().max()) <= 0.2  # a flat image has no colour: tint alone
+
+
+def test_mixed_views_hold_at_most_half_of_another_image() -> None:
+    constant = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)]).repeat(200, 1, 1, 1)
+    mixed = draw(constant, strength=0)[:, 0, 0, 0].reshape(-1, 2)
+    assert bool((mixed[:, 0] <= 0.5 + 1e-5).all()) and bool((mixed[:, 1] >= 0.5 - 1e-5).all())
+    between = ((mixed > 1e-4) & (mixed < 1 - 1e-4)).float().mean()
+    assert 0.15 < float(between) < 0.35  # half are chosen, half of those meet their like
+
+
+def test_losses_against_their_definitions() -> None:
+    logits = torch.randn(6, 5, 3, dtype=torch.float64)
+    assert torch.allclose(centred(logits + 7), centred(logits), atol=1e-5) and float(centred(logits).sum(1).abs().max()) < 1e-5
+    a, b = torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
+    assert float(relative_error([a, 3 * a], [b, b], [1.0, 9.0])) == pytest.approx(1.0)
+    assert float(relative_error([a, 3 * a], [b, b], [1.0, 1.0])) == pytest.approx(5.0)
