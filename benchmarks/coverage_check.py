@@ -30,7 +30,7 @@ from sharefold.graph import Group, NetworkGraph, analyze, find_groups
 from sharefold.graph.trace import tensors_in
 from sharefold.layers import checked_form
 from sharefold.measure import count_parameters
-from sharefold.methods import method_named
+from sharefold.methods import method_named, step_named
 from sharefold.planner import find_candidates, find_units
 from sharefold.plans import GroupPlan, Plan
 from sharefold.procedural import dead_leaves
@@ -249,7 +249,7 @@ def convert_blank(model: nn.Module, image: Tensor, graph: NetworkGraph) -> tuple
     plan = uniform_plan(model, graph)
     check_plan(model, plan)
     for group in plan.groups:
-        method_named(group.method).install(model, group, None)
+        step_named(group.method).install(model, group, None)
     after, found = count_parameters(model), outputs(model, image)
     assert after == plan.params_after, f"{after:,} parameters, planned {plan.params_after:,}"
     # A detector's blank network finds another number of boxes.

@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sharefold.card import model_card
-from sharefold.convert import check_plan
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.files import check_output, write_file, write_folder
 from sharefold.layers import shared_layers, stray_pointers, to_dense
-from sharefold.methods import method_named
+from sharefold.methods import step_named
+from sharefold.methods.checks import check_plan
 from sharefold.plans import Plan
 from sharefold.settings import plain_defaults
 from sharefold.state_dicts import load_tensors
@@ -121,7 +121,7 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: str | torc
     plan = Plan.from_dict(config["plan"], where=f"the plan in {path}")
     check_plan(model, plan)
     for group in plan.groups:
-        method_named(group.method).install(model, group, None)
+        step_named(group.method).install(model, group, None)
     state = _read_tensors(file)
     if config.get("store"):
         from sharefold.store import decode
@@ -173,7 +173,7 @@ def expand(model: nn.Module) -> nn.Module:
         raise SharefoldError("expand: the model has no shared layers: it is dense already")
     dense = to_dense(model)
     for group in reversed(Plan.from_dict(config_of(model)["plan"]).groups):
-        method_named(group.method).expand(dense, group)
+        step_named(group.method).expand(dense, group)
     del dense.sharefold_config
     return dense.eval()
 

@@ -13,9 +13,6 @@ from typing import Any
 from sharefold.errors import SharefoldError
 
 PLAN_VERSION = 1
-# What a plan keeps small unless told otherwise. Here, since the command line asks before torch is imported.
-DEFAULT_OBJECTIVE = "fisher"
-
 # Called with (what, done, total) during long work.
 Progress = Callable[[str, int, int], None]
 

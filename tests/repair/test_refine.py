@@ -12,7 +12,7 @@ from sharefold.layers import Bank, BasisConv, add_bank, form_of
 from sharefold.measure import Agreement, agreement
 from sharefold.repair import refine as module
 from sharefold.repair.refine import centred, refine, relative_error
-from sharefold.repair.views import random_views
+from sharefold.data.views import random_views
 
 
 class Block(nn.Module):
