@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharefold.architectures.bases import base_of
 from sharefold.budget import Effort, parse_effort
 from sharefold.calibration.images import calibration_or_procedural, input_config
 from sharefold.calibration.statistics import Statistics, statistics_of
 from sharefold.errors import SharefoldError, SharefoldWarning
+from sharefold.format import FileConfig, carry_config
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.layers import Bank, shared_layers
 from sharefold.layers.bank import bank_key
@@ -26,10 +28,12 @@ from sharefold.plans import GroupPlan, Plan, Progress
 from sharefold.repair.batchnorm_statistics import reestimate_norms
 from sharefold.repair.classifier import refit_head
 from sharefold.repair.means import absorb_means
+from sharefold.repair.refine import refine as run_refine
 from sharefold.repair.refit import refit
 from sharefold.repair.views import blended
 from sharefold.settings import with_plain_settings
 from sharefold.store import parse_store, quantize_
+from sharefold.store.tensor_spec import carry_spec
 
 # In the order in which they run.
 REPAIRS = ("refit", "norms", "head")
@@ -118,7 +122,8 @@ def convert_(
         method_named(group.method).finish(model, graph, group)
     done = replace(plan, groups=groups, params_after=sum(p.numel() for p in model.parameters()))
 
-    model.sharefold_config = describe(original, done, config)  # type: ignore[assignment]
+    carry_config(model, describe(original, done, config))
+    carry_spec(model, None)
 
     held, rest = split_indices(len(images))
     held_out, fitting = images[held], images[rest]
@@ -140,8 +145,6 @@ def convert_(
         steps["head"] = refit_head(original, model, fitting, deciding, before=_kl_so_far(steps))
         seconds["repair"] = time.perf_counter() - start
     if effort is not None and not reason:
-        from sharefold.repair.refine import refine as run_refine
-
         start = time.perf_counter()
         steps["refine"] = run_refine(
             original, model, fitting, deciding, epochs=effort.epochs, seconds=effort.seconds, graph=graph,
@@ -162,21 +165,16 @@ def _kl_so_far(steps: Mapping[str, Mapping[str, Any]]) -> float | None:
     return measured[-1] if measured else None
 
 
-def describe(original: nn.Module, plan: Plan, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def describe(original: nn.Module, plan: Plan, known: Mapping[str, Any] | None = None) -> FileConfig:
     """What ``save`` needs to know: how to build the dense architecture, how it wants its images, and the plan.
 
     ``base`` is what :func:`sharefold.open_source` noted on the model, or the registered architecture that its names
     and shapes identify; None for a network of the user's own, which ``load`` then asks for. Entries in ``known`` are
     taken over and not looked for.
     """
-    from sharefold.sources import base_of
-
-    config: dict[str, Any] = {**(known or {}), "plan": plan.to_dict()}
-    if "base" not in config:
-        config["base"] = base_of(original)
-    if "pretrained_cfg" not in config:
-        config["pretrained_cfg"] = input_config(original)
-    return config
+    known = known or {}
+    base = known["base"] if "base" in known else base_of(original)
+    return FileConfig(plan, base or None, known["pretrained_cfg"] if "pretrained_cfg" in known else input_config(original))
 
 
 def split_held_out(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,11 @@ from sharefold.graph import analyze
 from sharefold.measure import count_macs, count_parameters, device_of, model_bytes
 from sharefold.planner import Planner
 from sharefold.plans import Progress
+from sharefold.report.plots import write_curve
+from sharefold.report.svg import curve_chart
 from sharefold.settings import with_plain_settings
-from sharefold.store import StoreSpec, file_bytes
+from sharefold.store import file_bytes
+from sharefold.store.tensor_spec import carried_spec
 
 
 @dataclass(frozen=True)
@@ -123,8 +126,8 @@ def _point(
 
 def _bytes(model: nn.Module) -> int:
     """Of the file where small number types were chosen for it, else of the tensors in memory."""
-    store = (getattr(model, "sharefold_config", None) or {}).get("store")
-    return model_bytes(model) if store is None else file_bytes(model, StoreSpec.from_dict(dict(store)))
+    spec = carried_spec(model)
+    return model_bytes(model) if spec is None else file_bytes(model, spec)
 
 
 def to_csv(points: Sequence[Point]) -> str:
@@ -138,9 +141,6 @@ def to_csv(points: Sequence[Point]) -> str:
 
 def write_results(folder: Path, points: Sequence[Point], details: dict[str, Any]) -> list[str]:
     """``sweep.csv``, ``sweep.json``, ``sweep.svg`` and, where matplotlib is, ``sweep.png``; gives the names."""
-    from sharefold.report.plots import write_curve
-    from sharefold.report.svg import curve_chart
-
     dense, rest = points[0], sorted(points[1:], key=lambda point: point.params)
     marks = [(float(point.params), point.top1, point.budget) for point in rest]
     (folder / "sweep.csv").write_text(to_csv(points))

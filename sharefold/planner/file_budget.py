@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sharefold.budget import Budget
 from sharefold.convert import convert_, describe, split_held_out, with_blends
 from sharefold.errors import SharefoldError
+from sharefold.format import carry_config
 from sharefold.measure import agreement, count_parameters, gives_logits, model_bytes
 from sharefold.planner.candidates import method_text
 from sharefold.plans import Plan
@@ -77,7 +78,7 @@ def plan_bytes(planner: Planner, budget: Budget) -> Plan:
         if plan.groups:
             convert_(trial, plan, repair=False, statistics=statistics, graph=planner.graph, seed=planner.seed)
         else:
-            trial.sharefold_config = describe(trial, plan)  # type: ignore[assignment]
+            carry_config(trial, describe(trial, plan))
         try:
             quantize_(trial, f"mixed:{limit}B", calibration=rounding, original=model)
         except SharefoldError as error:  # too small for so many parameters
