@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sharefold.data.views import random_views
 from sharefold.errors import SharefoldError
 from sharefold.layers import Bank, BasisConv, add_bank, form_of
 from sharefold.measure import Agreement, agreement
 from sharefold.repair import refine as module
 from sharefold.repair.refine import centred, refine, relative_error
-from sharefold.data.views import random_views
 
 
 class Block(nn.Module):
