@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +11,7 @@ from sharefold.budget import Budget, Effort, parse_budget, parse_effort
 from sharefold.errors import SharefoldError
 from sharefold.files import check_output
 from sharefold.plans import DEFAULT_OBJECTIVE
+from sharefold.untrusted import read_text
 
 from .source import SourceOptions
 
@@ -34,16 +33,7 @@ def read_plan(path: Path) -> Plan:
     """A plan file: what ``Plan.to_json`` wrote, or the JSON of ``convert --dry-run --json``."""
     from sharefold.plans import Plan
 
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise SharefoldError(f"plan {path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SharefoldError(f"plan {path}: cannot be read ({error})") from error
-    except json.JSONDecodeError as error:
-        raise SharefoldError(f"plan {path} is not JSON (line {error.lineno}: {error.msg})") from error
-    inner = data.get("plan") if isinstance(data, dict) else None
-    return Plan.from_dict(inner if isinstance(inner, dict) else data, where=f"plan {path}")
+    return Plan.from_json(read_text(path, f"plan {path}"), where=f"plan {path}")
 
 
 @dataclass(frozen=True)
@@ -90,15 +80,6 @@ def share_of(text: str | None, option: str) -> float | None:
     return value
 
 
-def check_writable(output: Path) -> None:
-    """Really writes beside ``output``: permission bits say yes to root, and nothing of read-only or full disks."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.resolve().parent):
-            pass
-    except OSError as error:
-        raise SharefoldError(f"output {output} cannot be written: {error.strerror}: choose another place") from error
-
-
 def check_request(
     source: SourceOptions, output: Path | None, budget: str | None, keep_agreement: str | None, method: str | None,
     objective: str | None, pivots: bool, plan: Path | None, exclude: str | None, refine: str | None, recipe: str | None,
@@ -137,7 +118,6 @@ def check_request(
     if not dry_run:
         output = output or default_output(source.source)
         check_output(output, force)
-        check_writable(output)
     return Request(
         source, output, bound, share_of(keep_agreement, "--keep-agreement"), method or "auto", objective or DEFAULT_OBJECTIVE,
         pivots, None if plan is None else read_plan(plan), exclude, parse_effort(refine), recipe, store, repair, dry_run, force,
