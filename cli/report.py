@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sharefold.errors import SharefoldError
+from sharefold.untrusted import parse_json, read_text
 
 from .common import Run, shared_options
 from .convert_request import read_plan
@@ -98,8 +98,8 @@ def _plan_facts(run: Run, path: Path, source: str | None) -> Facts:
     from sharefold.report import facts_of
 
     plan = read_plan(path)
-    data = json.loads(path.read_text())
-    inner = data if isinstance(data.get("plan"), dict) else {}
+    data = parse_json(read_text(path, f"plan {path}"), f"plan {path}")
+    inner = data if isinstance(data, dict) and isinstance(data.get("plan"), dict) else {}
     named = str(inner.get("source") or "")
     metrics = {key: inner[key] for key in ("params", "bytes", "macs", "agreement") if inner.get(key) is not None}
     opened = None

@@ -2,7 +2,7 @@
 
 A file is one ``.safetensors`` whose metadata holds the configuration as JSON text; a directory holds the same text once
 more as ``sharefold_config.json``, for people and for the Hub. Everything here may come from a stranger, so every field
-is checked when it is read, and no text is unfolded beyond :data:`CONFIG_LIMIT`.
+is checked when it is read, and no text is unfolded beyond ``JSON_LIMIT``.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from torch import Tensor, nn
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.files import CONFIG_NAME
 from sharefold.plans import Plan
+from sharefold.untrusted import JSON_LIMIT, is_int, is_number, parse_json, read_text, shown
 from sharefold.version import __version__
 
 __all__ = ["CARD_NAME", "CONFIG_NAME", "FORMAT_VERSION", "METADATA_KEY", "WEIGHTS_NAME", "FileConfig"]
 
 FORMAT_VERSION = 1
 WEIGHTS_NAME, CARD_NAME, METADATA_KEY = "model.safetensors", "README.md", "sharefold"
-# Before a configuration that is compressed and in base 85; and the most bytes that any configuration may have. JSON takes
-# up to thirty times its text in memory, and the plan of a network with 1,000 groups is a tenth of this.
-PACKED, CONFIG_LIMIT = "zlib85:", 1 << 22
+PACKED = "zlib85:"  # before a configuration that is compressed and in base 85
 _ATTRIBUTE = "sharefold_config"
 _LARGEST_SIDE = 1 << 16
 
@@ -90,7 +89,7 @@ class FileConfig:
         Warns:
             SharefoldWarning: unknown keys, which are ignored.
         """
-        return cls.from_dict(read_json(_unpacked(text, where), where), where)
+        return cls.from_dict(parse_json(_unpacked(text, where), f"{where}: its configuration"), where)
 
     @classmethod
     def from_dict(cls, data: Any, where: str | Path) -> FileConfig:
@@ -165,37 +164,13 @@ def distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     return tensors, aliases
 
 
-def read_json(text: str, where: str | Path) -> Any:
-    """JSON values of at most :data:`CONFIG_LIMIT` characters.
-
-    Raises:
-        SharefoldError: larger, nested too deeply, a number with thousands of digits, or no JSON.
-    """
-    if len(text) > CONFIG_LIMIT:
-        raise SharefoldError(f"{where}: its configuration has more than {CONFIG_LIMIT >> 20} MB: it is damaged")
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise SharefoldError(f"{where}: its configuration is not JSON ({error.msg}, line {error.lineno})") from None
-    except (RecursionError, ValueError) as error:  # nested too deeply; an integer of more than 4,300 digits
-        what = "nested too deeply" if isinstance(error, RecursionError) else "a number is too long"
-        raise SharefoldError(f"{where}: its configuration is not readable ({what}): download or save it again") from None
-
-
 def read_config_file(file: Path) -> FileConfig:
     """The configuration in ``sharefold_config.json``.
 
     Raises:
         SharefoldError: as :meth:`FileConfig.from_text`, or it cannot be read.
     """
-    try:
-        with file.open("rb") as stream:
-            data = stream.read(CONFIG_LIMIT + 1)
-        return FileConfig.from_text(data.decode(), file.parent)
-    except OSError as error:
-        raise SharefoldError(f"{file} cannot be read ({error.strerror}): check its permissions") from None
-    except UnicodeDecodeError:
-        raise SharefoldError(f"{file.parent}: its configuration is no text (UTF-8): download or save it again") from None
+    return FileConfig.from_text(read_text(file, f"{file.parent}: its configuration"), file.parent)
 
 
 def checked_pretrained_cfg(data: Any, where: str | Path) -> dict[str, Any]:
@@ -218,7 +193,7 @@ def checked_pretrained_cfg(data: Any, where: str | Path) -> dict[str, Any]:
         values = found.get(key)
         if values is None:
             continue
-        if not isinstance(values, tuple) or not values or not all(_is_number(v) for v in values):
+        if not isinstance(values, tuple) or not values or not all(is_number(v) for v in values):
             raise _wrong(where, key, "a list of finite numbers", data[key])
         # A colour recipe on a grey network is what timm has: its stem is summed over the inputs.
         if size is not None and len(values) not in {1, size[0], 3 if size[0] == 1 else size[0]}:
@@ -227,27 +202,12 @@ def checked_pretrained_cfg(data: Any, where: str | Path) -> dict[str, Any]:
             raise _wrong(where, key, "above 0", data[key])
     for key, least, most in (("crop_pct", 0, 16), ("num_classes", -2, math.inf)):
         number: Any = found.get(key)
-        if number is not None and not (_is_number(number) and least < number < most):
+        if number is not None and not (is_number(number) and least < number < most):
             raise _wrong(where, key, f"a number above {least}", number)
     for key in ("interpolation", "crop_mode"):
         if found.get(key) is not None and not isinstance(found[key], str):
             raise _wrong(where, key, "a text", found[key])
     return found
-
-
-def is_int(value: Any) -> bool:
-    """Whether ``value`` is a whole number, and no bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def shown(value: Any, limit: int = 80) -> str:
-    """``value`` for a message, cut off."""
-    text = str(value) if isinstance(value, str) else repr(value)
-    return text if len(text) <= limit else text[:limit] + "..."
-
-
-def _is_number(value: Any) -> bool:
-    return is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _base(data: Any, where: str | Path) -> dict[str, Any] | None:
@@ -285,10 +245,10 @@ def _unpacked(text: str, where: str | Path) -> str:
     if not text.startswith(PACKED):
         return text
     try:
-        if len(text) > 2 * CONFIG_LIMIT:
+        if len(text) > 2 * JSON_LIMIT:
             raise ValueError("too long")
         unzip = zlib.decompressobj()
-        data = unzip.decompress(base64.b85decode(text[len(PACKED) :]), CONFIG_LIMIT)
+        data = unzip.decompress(base64.b85decode(text[len(PACKED) :]), JSON_LIMIT)
         if not unzip.eof:
             raise ValueError("cut off, or larger than any configuration")
         return data.decode()
