@@ -65,11 +65,17 @@ class Calibration:
         """Images (m, C, H, W) of the part ``fit``."""
         return self.images[self.parts.fit]
 
+    @cached_property
+    def refit_images(self) -> Tensor:
+        """Images of both parts: those of ``fit`` that the network is least certain of, then those of ``decide``."""
+        telling = self.parts.fit[torch.isin(self.parts.fit, self.statistics.chosen)]
+        return self.images[torch.cat([telling, self.parts.decide])]
+
     @property
-    def telling(self) -> Tensor:
-        """Images (m, C, H, W) of the part ``fit`` that the network is least certain of: layers are fitted to those."""
-        fit = self.parts.fit
-        return self.images[fit[torch.isin(fit, self.statistics.chosen)]]
+    def refit_parts(self) -> Parts:
+        """Indices into :attr:`refit_images`."""
+        count, decide = len(self.refit_images), len(self.parts.decide)
+        return Parts(torch.arange(count - decide), torch.arange(count - decide, count))
 
     def solution(self, key: Hashable, solve: Callable[[], Any]) -> Any:
         """What ``solve`` gives, kept under ``key``: the planner's trials and the conversion solve every group once."""

@@ -15,19 +15,18 @@ from torch import Tensor, nn
 
 from sharefold.calibration.calibrate import Calibration
 from sharefold.calibration.images import calibration_or_procedural
-from sharefold.calibration.pairs import Gatherer
 from sharefold.errors import SharefoldError
 from sharefold.format import config_of
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.layers import BasisConv, SharedConv, SpatialConv, to_dense
 from sharefold.measure import evaluating
 from sharefold.plans import Progress
-from sharefold.repair.lockstep import Place, batches_for, walk
+from sharefold.repair.lockstep import Visited, Wanted, walk
 from sharefold.repair.means import give_mean
 from sharefold.settings import with_plain_settings
 from sharefold.solvers.grid import kmeans_codebook, search_scale
 from sharefold.solvers.least_squares import PulledLeastSquares
-from sharefold.solvers.pair_moments import PairSums
+from sharefold.solvers.pair_moments import PairMoments, PairSums
 from sharefold.store.moments import gather, runs
 from sharefold.store.norm_folding import fold_norms
 from sharefold.store.prepare import Prepared, free_metric, matrices, prepare, vertical_metric
@@ -291,16 +290,13 @@ def _sequential(
 ) -> bool:  # fmt: skip
     if graph.fx_graph is None or len(prepared.forms) < len(graph.layers):
         return False
-    batches = batches_for(teacher, images)
-    count = sum(map(len, batches))
+    def visit(at: Visited) -> None:
+        pairs = PairMoments(torch.float32)
+        pairs.add(at.samples.x.permute(1, 2, 0), at.samples.y.reshape(*at.samples.x.shape[:2], -1).permute(1, 2, 0))
+        layer(at.name, pairs.result(prepared.centered[at.name]))
 
-    def visit(name: str, place: Place) -> None:
-        gatherer = Gatherer(prepared.forms[name], count)
-        for x, y in zip(place.inputs, place.targets, strict=True):
-            gatherer.add(x, y)
-        layer(name, gatherer.result(prepared.centered[name]))
-
-    walk(graph.fx_graph, teacher, model, batches, visit, set(prepared.forms))
+    wanted = {name: Wanted(form) for name, form in prepared.forms.items()}
+    walk(graph.fx_graph, teacher, model, images, wanted, visit)
     return True
 
 
