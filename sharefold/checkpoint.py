@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from sharefold.architectures.build import build_base
 from sharefold.card import model_card
+from sharefold.checksum import ALGORITHM, check_finite, checksum
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.files import check_output, write_file, write_folder
 from sharefold.format import (
     CARD_NAME,
+    CHECKSUM_KEY,
     CONFIG_NAME,
     METADATA_KEY,
     WEIGHTS_NAME,
@@ -75,12 +77,15 @@ def save(model: nn.Module, path: str | Path, *, metrics: dict[str, Any] | None =
     if metrics is not None:
         config = replace(config, metrics={**config.metrics, **metrics})
         carry_config(model, config)
-    config = replace(config, aliases=aliases, store=None if spec is None else FORMAT, sharefold_version=__version__)
+    config = replace(config, aliases=aliases, store=None if spec is None else FORMAT)
+    config = replace(config, checksum=ALGORITHM, sharefold_version=__version__)
+    check_finite(tensors, str(target), "a run that diverged? take an earlier state")
     text = config.to_text()
+    FileConfig.from_text(text, target)  # what could not be read again is not written
     if spec is not None:
         tensors = encode(tensors, spec)
         text = config.packed()
-    metadata = {METADATA_KEY: text, "format": "pt"}
+    metadata = {METADATA_KEY: text, CHECKSUM_KEY: checksum(text, tensors), "format": "pt"}
     if target.suffix == ".safetensors":
         write_file(target, lambda temporary: save_file(tensors, str(temporary), metadata))
         return target
@@ -120,11 +125,12 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: str | torc
     check_plan(model, config.plan)
     for group in config.plan.groups:
         step_named(group.method).install(model, group, None)
-    state = _read_tensors(file)
+    state = _read_tensors(file, config.checksum)
     spec = None
     if config.store is not None:
         template = {name: t for name, t in model.state_dict().items() if name not in config.aliases}
         state, spec = decode(state, template)
+    check_finite(state, str(path), "it is damaged: download or save it again")
     for alias, name in config.aliases.items():
         if name not in state:
             raise SharefoldError(f"{path} is damaged: tensor {name!r} is missing")
@@ -193,14 +199,24 @@ def read_config(path: str | Path) -> tuple[Path, FileConfig]:
             metadata = handle.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise SharefoldError(f"{file} is damaged or no safetensors file ({error}): download or save it again") from None
-    side = target / CONFIG_NAME
-    if target.is_dir() and side.exists():
-        return file, read_config_file(side)
     if METADATA_KEY not in metadata:
         raise SharefoldError(
             f"{file} holds no sharefold configuration: convert it first, or use it as a checkpoint source"
         )
-    return file, FileConfig.from_text(metadata[METADATA_KEY], target)
+    config = FileConfig.from_text(metadata[METADATA_KEY], target)
+    side = target / CONFIG_NAME
+    if not target.is_dir() or not side.exists():
+        return file, config
+    # The copy beside the weights is for people and the Hub. It alone holds the metrics of packed weights; all else is said by
+    # the weights file, whose checksum covers it.
+    copy = read_config_file(side)
+    inside, beside = ({k: json.dumps(v) for k, v in c.to_dict().items() if k != "metrics"} for c in (config, copy))
+    wrong = sorted(k for k in inside.keys() | beside.keys() if inside.get(k) != beside.get(k))
+    if wrong:
+        raise SharefoldError(
+            f"{side} says another {wrong[0]} than {WEIGHTS_NAME}: it is damaged or was edited: delete it, or save again"
+        )
+    return file, replace(config, metrics={**config.metrics, **copy.metrics})
 
 
 def is_sharefold(path: str | Path) -> bool:
@@ -217,10 +233,20 @@ def is_sharefold(path: str | Path) -> bool:
         return False
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def _read_tensors(file: Path, check: str) -> dict[str, Tensor]:
+    """The tensors of the file, after its checksum; ``check``: how the configuration says that it has one."""
     try:
         with safe_open(str(file), framework="pt") as handle:
+            metadata = handle.metadata() or {}
             # A copy each: in the file tensors lie at odd addresses, for which some kernels round differently.
-            return {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
+            state = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise SharefoldError(f"{file} is damaged ({error}): download or save it again") from None
+    if not check and CHECKSUM_KEY not in metadata:
+        warnings.warn(
+            f"{file} has no checksum (an older sharefold wrote it), so that damage would not show: save it again",
+            SharefoldWarning, stacklevel=3,
+        )  # fmt: skip
+    elif checksum(metadata.get(METADATA_KEY, ""), state) != metadata.get(CHECKSUM_KEY):
+        raise SharefoldError(f"{file} is damaged: its checksum does not hold: download or save it again")
+    return state

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 # Bottom to top. A name stands for a file or a folder of sharefold/.
 FLOORS = (
-    ("errors", "version", "budget", "files", "options", "offline", "untrusted"),
+    ("errors", "version", "budget", "checksum", "files", "options", "offline", "untrusted"),
     ("solvers", "layers", "state_dicts", "models"),
     ("measure", "settings", "graph"),
     ("plans", "outputs"),
