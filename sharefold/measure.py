@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sharefold.errors import SharefoldError
 from sharefold.outputs.agreement import Agreement, agreement  # noqa: F401
-from sharefold.running import device_of, evaluating, has_doubles, run_on  # noqa: F401
+from sharefold.running import evaluating, run_on
 
 
 def count_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:
@@ -56,20 +56,6 @@ def first_logits(output: Any) -> Tensor:
     for value in values:
         return first_logits(value)
     raise SharefoldError(f"the model returned {type(output).__name__}, which holds no tensor of logits")
-
-
-def gives_logits(model: nn.Module, images: Tensor) -> bool:
-    """Whether two networks can be compared by what ``model`` returns: a row of logits for every image.
-
-    Detectors return boxes instead, another number of them for every image and every network.
-    """
-    with evaluating(model):
-        output = run_on(model, images)
-    try:
-        logits = first_logits(output)
-    except SharefoldError:
-        return False
-    return logits.ndim > 1 and len(logits) == len(images)
 
 
 def count_macs(model: nn.Module, example_input: Tensor) -> int:

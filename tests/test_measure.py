@@ -9,18 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
-from sharefold.measure import (
-    agreement,
-    count_macs,
-    count_parameters,
-    evaluate,
-    evaluating,
-    first_logits,
-    latency,
-    model_bytes,
-    peak_memory,
-)
+from sharefold.measure import agreement, count_macs, count_parameters, evaluate, first_logits, latency, model_bytes, peak_memory
 from sharefold.outputs import read_outputs
+from sharefold.running import evaluating
 
 
 class Fixed(nn.Module):

@@ -10,10 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
+from sharefold.graph import NetworkGraph
 from sharefold.outputs.leaf import CLASSES, LABELS, LOGITS, Leaf, rows
-from sharefold.outputs.reading import OutputReading
+from sharefold.outputs.reading import OutputReading, read_outputs
 from sharefold.outputs.terms import Categorical, Measuring, Numbers, Term, as_numbers, is_categorical, over_axis
 from sharefold.running import evaluating
+
+# Whose answers show how much outputs vary.
+IMAGES = 256
 
 
 class Divergence:
@@ -37,15 +41,18 @@ class Divergence:
         for batch in answers:
             for one, tensor in zip(measured, batch, strict=True):
                 one.add(tensor.detach())
-        if any(one.count == 0 for one in measured):
+        if any(one.count == 0 and one.varies for one in measured):
             raise SharefoldError("outputs: there are no images to compare networks on: give at least one")
         self.terms: list[Term] = [one.term() for one in measured]
 
     @classmethod
     def of(cls, model: nn.Module, reading: OutputReading, images: Tensor, batch_size: int = 100) -> Divergence:
-        """Measured on what ``model`` says on ``images`` (n, C, H, W)."""
+        """Measured on what ``model`` says on ``images`` (n, C, H, W), of which some, evenly spaced, are run."""
+        if not any(Measuring(leaf, reading.classes is not None).varies for leaf in reading.leaves):
+            return cls(reading, [])
+        index = torch.linspace(0, len(images) - 1, min(IMAGES, len(images))).long()
         with evaluating(model):
-            return cls(reading, (reading.run(model, batch) for batch in images.split(batch_size)))
+            return cls(reading, (reading.run(model, batch) for batch in images[index].split(batch_size)))
 
     def each(self, original: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
         """(leaves, n) float64 on the CPU: every leaf's divergence for every image; infinite where it is not a number.
@@ -147,6 +154,11 @@ def _of_labels(leaf: Leaf, tensor: Tensor, generator: torch.Generator, informati
         drawn = torch.rand(logits.shape, generator=generator).to(logits.device) < logits.detach().sigmoid()
         loss = F.binary_cross_entropy_with_logits(logits, drawn.float(), reduction="sum")
     return loss / math.sqrt(positions * information)
+
+
+def divergence_of(model: nn.Module, images: Tensor, graph: NetworkGraph | None = None, batch_size: int = 100) -> Divergence:
+    """The divergence from ``model`` as it is told on ``images`` (n, C, H, W); without terms where nothing can be compared."""
+    return Divergence.of(model, read_outputs(model, images, graph), images, batch_size)
 
 
 def centred(logits: Tensor, axis: int = 1) -> Tensor:

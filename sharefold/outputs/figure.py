@@ -68,17 +68,19 @@ def _number(metric: str, value: float) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """What a conversion shall keep: the end of the interval that promises least must reach ``value``.
+    """What a conversion shall keep.
 
     Attributes:
         metric: one of :data:`METRICS`.
         value: a share of 1 for shares, dB for psnr.
         text: as the user wrote it.
+        proven: judged by the end of the interval that promises least; else by the figure itself.
     """
 
     metric: str
     value: float
     text: str
+    proven: bool = True
 
     def met(self, figures: Sequence[Figure]) -> bool:
         """Whether every figure of the metric reaches it.
@@ -88,8 +90,8 @@ class Target:
         """
         meant = self.of(figures)
         if METRICS[self.metric][0]:
-            return all(figure.interval[0] >= self.value for figure in meant)
-        return all(figure.interval[1] <= self.value for figure in meant)
+            return all((figure.interval[0] if self.proven else figure.value) >= self.value for figure in meant)
+        return all((figure.interval[1] if self.proven else figure.value) <= self.value for figure in meant)
 
     def of(self, figures: Sequence[Figure]) -> list[Figure]:
         """The figures that are meant.

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from sharefold.outputs import leaf as kinds
-from sharefold.outputs.facts import Facts, hint_of
 from sharefold.outputs.last_operations import Tail
 from sharefold.outputs.leaf import Leaf
+from sharefold.outputs.own_word import Facts, hint_of
 
 NEAR = 2e-3  # of sums and norms to 1, in half precision too
 SMALLEST_EMBEDDING = 8

@@ -13,12 +13,12 @@ from torch.utils.hooks import RemovableHandle
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.graph.preserved import preserved
-from sharefold.outputs.facts import Facts, facts_of
 from sharefold.outputs.kinds import Seen, tell
 from sharefold.outputs.last_operations import Tail, tails_of
 from sharefold.outputs.leaf import CLASSES, REGRESSION, Leaf, images_first
 from sharefold.outputs.leaves import tensors_of
 from sharefold.outputs.overrides import overridden, parse_overrides
+from sharefold.outputs.own_word import Facts, facts_of
 from sharefold.outputs.taps import Tap, are_detections, listening, taps_of
 from sharefold.running import run_on
 

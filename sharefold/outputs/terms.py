@@ -109,11 +109,16 @@ class Measuring:
         self.squares: Tensor | float = 0.0
         self.entropy = 0.0
 
+    @property
+    def varies(self) -> bool:
+        """Whether the leaf's divergence depends on how much its answers vary."""
+        return self.leaf.kind != LABELS and not self.nats
+
     def add(self, tensor: Tensor) -> None:
         """Answers (n, ...) of the original."""
-        self.count += len(tensor)
-        if self.leaf.kind == LABELS or self.nats:
+        if not self.varies:
             return
+        self.count += len(tensor)
         if is_categorical(self.leaf):
             logs = log_shares(self.leaf, tensor)
             shares = logs.exp().double()

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from sharefold.calibration.mean_owner import output_mean_owner
 from sharefold.layers import resolve
-from sharefold.measure import device_of, evaluating, run_on
+from sharefold.running import device_of, evaluating, run_on
 
 # Activations of all images and both networks that may live at once; elements of a batch's largest map, times four.
 MEMORY_BYTES = 2 << 30

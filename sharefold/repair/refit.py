@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from sharefold.graph import NetworkGraph
 from sharefold.layers import Again, RepeatedBlock, SharedConv, fold_scale, resolve, shift_output, takes_scale
-from sharefold.measure import evaluating
 from sharefold.plans import GroupPlan
 from sharefold.repair.lockstep import Place, Visited, batches_for, walk
 from sharefold.repair.means import give_mean
 from sharefold.repair.own_factors import has_own_factors, solve_on_prefix
 from sharefold.repair.rectified import refit_rectified
 from sharefold.repair.work import Work
+from sharefold.running import evaluating
 from sharefold.solvers.least_squares import PulledLeastSquares
 from sharefold.solvers.pair_moments import PairMoments
 

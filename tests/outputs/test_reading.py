@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
 from sharefold.outputs import OutputReading, read_outputs
-from sharefold.outputs.facts import hint_of
 from sharefold.outputs.leaves import tensors_of
+from sharefold.outputs.own_word import hint_of
 
 torch.manual_seed(0)
 IMAGES = torch.rand(12, 3, 8, 8)
