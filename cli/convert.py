@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 @source_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory or .safetensors file.")
 @click.option("--budget", metavar="SIZE", help=f"50%, 2.1M, 8MB (of the file), 50% MACs, 4ms ...  [default: {DEFAULT_BUDGET}]")
+@click.option("--keep", metavar="FIGURE", help="Smallest size proven to keep: agreement 99%, psnr 40, cosine .99, error 2% ...")
 @click.option("--keep-agreement", metavar="SHARE", help="Smallest size whose predictions agree this often, e.g. 99%.")
+@click.option("--outputs", metavar="KIND", multiple=True, help="What an output is: logits:axis=1, boxes:regression; repeatable.")
 @record_options(PlanOptions)
 @click.option("--plan", type=click.Path(path_type=Path), help="A plan written by --dry-run --json, perhaps edited.")
 @click.option("--calib", metavar="DATA", help="Images without labels.  [default: procedural images]")
@@ -84,7 +86,7 @@ def command(
     if calib is None and request.dry_run and (request.recipe is not None or request.plan is not None):
         images = torch.zeros(1, *preprocess.size)
     else:
-        count = calib_count or default_count(*preprocess.size[1:])
+        count = calib_count or count_for(request, default_count(*preprocess.size[1:]))
         images = calibration_images(calib, preprocess, count, run.seed, calib_split, resize=calib_resize)
         if calib is None:
             images = matched(model, images, run.seed)
@@ -92,8 +94,8 @@ def command(
     timer.lap("calibration_images")
     before = {"params": count_parameters(model), "bytes": model_bytes(model), "macs": count_macs(model, example)}
     timer.lap("measure")
-    # One calibration serves planning and solving, and every trial of --keep-agreement.
-    cal = sharefold.calibrate(model, images, seed=run.seed, example_input=example)
+    # One calibration serves planning and solving, and every trial of --keep.
+    cal = sharefold.calibrate(model, images, seed=run.seed, example_input=example, outputs=request.outputs or None)
     config = {"base": opened.base, "pretrained_cfg": jsonable({**opened.pretrained_cfg, **preprocess.cfg})}
     how = replace(request.how, config=config)
     with run.progress() as progress:
@@ -134,6 +136,7 @@ def command(
         "groups": group_rows(done.plan),
         "agreement": done.agreement,
         "kl": done.kl,
+        "outputs": [figure.to_dict() for figure in done.outputs],
         **({} if not done.plan.store else {"store": done.plan.store}),
         "steps": {name: record.to_dict() for name, record in done.steps.items()},
     }
@@ -151,6 +154,15 @@ def command(
             "file_bytes": weight_file_bytes(request.output),
         }
     )
+
+
+def count_for(request: Request, default: int) -> int:
+    """Small images: as many as can prove what shall be kept; a fifth of them decides."""
+    from sharefold.calibration.images import SMALL_COUNT
+
+    if request.keep is None or not request.keep.proven or default < SMALL_COUNT:
+        return default
+    return max(default, min(5 * request.keep.images, 10 * default))
 
 
 def check_names(request: Request) -> None:

@@ -106,9 +106,13 @@ def report_conversion(
             ["parameters", before["params"], after["params"], kept["params"]],
             [size, f"{before['bytes'] / 1e6:.3f}", f"{after['bytes'] / 1e6:.3f}", kept["bytes"]],
             ["MMACs", f"{before['macs'] / 1e6:,.1f}", f"{after['macs'] / 1e6:,.1f}", kept["macs"]],
-            ["agreement", "", "no logits" if done.agreement is None else f"{done.agreement:.2%}", ""],
         ],
     )
+    figures = [[figure.name, figure.kind, figure.metric, figure.text(), str(figure.images)] for figure in done.outputs]
+    if figures:
+        run.table(["output", "kind", "", "converted to original (95%)", "images"], figures)
+    else:
+        run.say("nothing that the network returns can be compared")
     if done.plan.store:
         run.say(f"stored as {done.plan.store}: {weight_file_bytes(output) / 1e6:.3f} MB of weights in the file")
-    run.say(f"{output} written ({timer.total()['total']:.1f} s); agreement is top-1, on held-out calibration images")
+    run.say(f"{output} written ({timer.total()['total']:.1f} s); outputs are compared on held-out calibration images")

@@ -1,4 +1,4 @@
-"""``--keep-agreement``: the smallest conversion whose predictions still agree with the original's."""
+"""``--keep``: the smallest conversion that still says what the original says, as far as was asked for."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ if TYPE_CHECKING:
     from torch import nn
 
     from sharefold.convert import Conversion
+    from sharefold.outputs import Target
 
 LARGEST, TRIALS = 0.95, 6
 
 
 def smallest_keeping(
-    model: nn.Module, keep: float, attempt: Callable[[nn.Module, float], Conversion]
+    model: nn.Module, target: Target, attempt: Callable[[nn.Module, float], Conversion]
 ) -> tuple[nn.Module, Conversion]:
     """Bisects the share of parameters that stays.
 
     Args:
         model: the dense network; not changed.
-        keep: least top-1 agreement on held-out calibration images, 0 to 1.
+        target: what its figures on the images that decide must reach.
         attempt: converts a copy in place to a share of its parameters; raises SharefoldError below the floor.
 
     Returns:
         The converted copy and what was done.
 
     Raises:
-        SharefoldError: even the largest conversion tried agrees less.
+        SharefoldError: the network has no such figure, or even the largest conversion tried does not reach it.
     """
     best: tuple[nn.Module, Conversion] | None = None
     low, high, share = 0.0, LARGEST, LARGEST
@@ -43,17 +44,24 @@ def smallest_keeping(
                 raise
             low = share
         else:
-            if done.agreement is None:
-                raise SharefoldError("--keep-agreement: this network returns no logits to compare: give --budget")
-            if done.agreement >= keep:
+            if target.met(done.outputs):
                 best, high = (candidate, done), done.plan.size
             elif best is None:
-                raise SharefoldError(
-                    f"--keep-agreement {keep:.4g}: at {done.plan.size:.1%} of the parameters {done.agreement:.2%} of "
-                    "held-out predictions agree: ask for less, or give real or more images with --calib"
-                )
+                raise SharefoldError(_refusal(target, done))
             else:
                 low = share
         share = (low + high) / 2
     assert best is not None
     return best
+
+
+def _refusal(target: Target, done: Conversion) -> str:
+    figures = target.of(done.outputs)
+    found = ", ".join(f"{figure.name} {figure.text()}" for figure in figures)
+    advice = "ask for less, or give real or more images with --calib"
+    if target.proven and figures[0].images < target.images:
+        advice = f"so many images prove no more; ask for less, or for {5 * target.images} of them with --calib-count"
+    return (
+        f"--keep {target.text}: at {done.plan.size:.1%} of the parameters there is {target.metric} {found} on "
+        f"{figures[0].images} images that decide: {advice}"
+    )

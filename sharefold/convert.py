@@ -20,11 +20,12 @@ from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.format import FileConfig, carry_config
 from sharefold.graph.preserved import restored_on_error
 from sharefold.layers import Bank, shared_layers
-from sharefold.measure import agreement
 from sharefold.methods import Solution, step_named
 from sharefold.methods.checks import check_layers, check_plan
 from sharefold.methods.solved import key_of, solution_of
 from sharefold.options import CalibrationOptions, ConvertOptions, RefineOptions, chosen
+from sharefold.outputs import Figure
+from sharefold.outputs.agreement import mean_agreement
 from sharefold.plans import GroupPlan, Plan, Progress
 from sharefold.repair.batchnorm_statistics import NormStatistics
 from sharefold.repair.classifier import Classifier
@@ -48,9 +49,11 @@ class Conversion:
     Attributes:
         plan: the plan as carried out, with measured errors and resolved options.
         original: the dense network, a copy; the teacher of any fine-tuning.
-        agreement: share of held-out calibration images on which both networks' top-1 agree; None for networks that
-            return no logits (detectors).
-        kl: mean KL(original || converted) on them, nats; None likewise.
+        agreement: share of predicted classes that coincide on the images that decide; NaN for networks that predict none, None
+            for those that return nothing to compare.
+        kl: divergence from the original on them: of a classifier the mean KL(original || converted) in nats, else the sum over
+            outputs of errors as a share of what the output varies by; None likewise.
+        outputs: a figure for people an output, with a 95 % interval, on the same images.
         steps: the repairs, by name, and whether they were kept.
         seconds: wall-clock seconds of each phase.
     """
@@ -59,6 +62,7 @@ class Conversion:
     original: nn.Module
     agreement: float | None
     kl: float | None
+    outputs: list[Figure] = field(default_factory=list)
     steps: dict[str, StepRecord] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -87,13 +91,13 @@ def convert_(
     """
     wanted = chosen(options, overrides, ConvertOptions)
     effort = parse_effort(wanted.refine)
-    cal = calibration_of(model, calibration, CalibrationOptions(wanted.seed))
+    cal = calibration_of(model, calibration, CalibrationOptions(wanted.seed, None, wanted.outputs, wanted.criterion))
     check_plan(model, plan)
     check_layers(cal.graph, plan)
     if plan.store:
         parse_store(plan.store)
     if effort is not None and not cal.comparable:
-        raise SharefoldError("refine: this network returns no logits to learn from (a detector?): convert without it")
+        raise SharefoldError("refine: this network returns nothing to learn from: convert without it, or give a criterion")
     seconds: dict[str, float] = {}
     with restored_on_error(model):
         with _timed(seconds, "solve"):
@@ -102,14 +106,22 @@ def convert_(
         done = _install(model, plan, solutions, cal)
         carry_config(model, describe(cal.original, done, wanted.config))
         carry_spec(model, None)
-        work = Work(cal, model, done, Guard(cal.original, cal.deciding), progress)
-        steps = _mended(work, wanted.repair, effort, seconds)
+        steps = _mended(model, done, cal, wanted.repair, effort, seconds, progress)
         if plan.store:
             with _timed(seconds, "store"):
-                quantize_(model, plan.store, cal.images, cal.original, cal.seed, progress)
-        found = agreement(cal.original, model, cal.images[cal.parts.decide]) if cal.comparable else None
+                quantize_(model, plan.store, cal, cal.original, cal.seed, progress)
+        kl, figures = _compared(model, cal)
     teacher = copied(cal.original) if cal is calibration else cal.original
-    return Conversion(done, teacher, found and found.top1, found and found.kl, {s.name: s for s in steps}, seconds)
+    agreed = None if kl is None else mean_agreement(figures)
+    return Conversion(done, teacher, agreed, kl, figures, {s.name: s for s in steps}, seconds)
+
+
+def _compared(model: nn.Module, cal: Calibration) -> tuple[float | None, list[Figure]]:
+    """Divergence and figures on the images that decide, without blends."""
+    if not cal.comparable:
+        return None, []
+    found, figures = cal.comparison(cal.images[cal.parts.decide]).measure(model)
+    return found.mean, figures
 
 
 def _aligned(model: nn.Module, plan: Plan, cal: Calibration) -> Calibration:
@@ -152,26 +164,30 @@ def _install(model: nn.Module, plan: Plan, solutions: list[Solution], cal: Calib
     return replace(plan, groups=groups, params_after=sum(p.numel() for p in model.parameters()))
 
 
-def _mended(work: Work, repair: bool, effort: Effort | None, seconds: dict[str, float]) -> list[StepRecord]:
+def _mended(
+    model: nn.Module, plan: Plan, cal: Calibration, repair: bool, effort: Effort | None, seconds: dict[str, float],
+    progress: Progress | None,
+) -> list[StepRecord]:  # fmt: skip
     """Repairs and refinement, as far as they are asked for and something can decide on them; a record each."""
     reason = ""
-    if not work.plan.groups:
+    if not plan.groups:
         reason = "nothing was shared, so that there is nothing to repair or refine"
-    elif not work.cal.comparable:
-        reason = "the network returns no logits to decide by"
+    elif not cal.comparable:
+        reason = "the network returns nothing to decide by"
     if reason:
         if effort is not None:
             warnings.warn(f"not refined: {reason}", SharefoldWarning, stacklevel=4)
         names = [*(step.name for step in REPAIRS if repair), *(["refine"] if effort else [])]
         return [StepRecord(name, False, reason) for name in names]
     records: list[StepRecord] = []
+    work = Work(cal, model, plan, Guard(cal.decided), progress)
     if repair:
         with _timed(seconds, "repair"):
             records += repaired(work, REPAIRS)
     if effort is not None:
         with _timed(seconds, "refine"):
-            wanted = RefineOptions(effort.epochs, effort.seconds, seed=work.cal.seed)
-            records.append(refine(work.model, work.cal, wanted, work.guard, work.progress))
+            wanted = RefineOptions(effort.epochs, effort.seconds, seed=cal.seed)
+            records.append(refine(model, cal, wanted, work.guard, progress))
     return records
 
 

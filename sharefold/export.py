@@ -25,7 +25,8 @@ from sharefold.calibration.images import input_config
 from sharefold.checkpoint import expand
 from sharefold.errors import SharefoldError
 from sharefold.files import check_output, write_file
-from sharefold.measure import evaluating, model_bytes
+from sharefold.measure import model_bytes
+from sharefold.running import evaluating
 
 __all__ = ["Exported", "export"]
 FORMATS = {"onnx": (".onnx",), "pt2": (".pt2",), "dense": (".safetensors", ".pt", ".pth")}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sharefold.errors import SharefoldError
-from sharefold.measure import device_of
+from sharefold.running import device_of
 
 P = ParamSpec("P")
 R = TypeVar("R")

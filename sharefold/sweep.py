@@ -18,12 +18,13 @@ from sharefold.budget import Budget, parse_budget
 from sharefold.calibration.calibrate import Calibration
 from sharefold.convert import convert_
 from sharefold.errors import SharefoldError
-from sharefold.measure import count_macs, count_parameters, device_of, model_bytes
+from sharefold.measure import count_macs, count_parameters, model_bytes
 from sharefold.options import ConvertOptions, PlanOptions, chosen
 from sharefold.planner import Planner
 from sharefold.plans import Progress
 from sharefold.report.plots import write_curve
 from sharefold.report.svg import curve_chart
+from sharefold.running import device_of
 from sharefold.settings import with_plain_settings
 from sharefold.store import file_bytes
 from sharefold.store.tensor_spec import carried_spec

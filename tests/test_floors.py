@@ -18,10 +18,10 @@ ROOT = Path(__file__).parents[1]
 # Bottom to top. A name stands for a file or a folder of sharefold/.
 FLOORS = (
     ("errors", "version", "budget", "checksum", "files", "options", "offline", "untrusted"),
-    ("solvers", "layers", "state_dicts", "models"),
-    ("measure", "settings", "graph"),
+    ("solvers", "layers", "state_dicts", "models", "running"),
+    ("settings", "graph"),
     ("plans", "outputs"),
-    ("data", "procedural"),
+    ("data", "procedural", "measure"),
     ("calibration",),
     ("methods", "recipes"),
     ("repair",),

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from sharefold.calibration.images import calibration_or_procedural
 from sharefold.calibration.parts import Parts, parts_of
-from sharefold.calibration.statistics import Statistics, statistics_of
+from sharefold.calibration.statistics import Statistics, batch_for, statistics_of
 from sharefold.data.views import blended
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph, analyze
-from sharefold.measure import device_of, gives_logits
 from sharefold.options import CalibrationOptions, chosen
+from sharefold.outputs import Comparison, Criterion, Divergence, OutputReading, read_outputs
+from sharefold.outputs.comparison import BATCH
+from sharefold.outputs.reading import Given
+from sharefold.running import device_of
 from sharefold.settings import with_plain_settings
 
 
@@ -33,22 +36,53 @@ class Calibration:
         graph: :func:`sharefold.analyze` of the network.
         example: (B, C, H, W) for tracing and latency.
         seed: of everything random.
+        outputs: the user's word on what the outputs are.
+        criterion: of the user's own, in place of the divergence where whole networks are compared.
     """
 
-    def __init__(self, original: nn.Module, images: Tensor, graph: NetworkGraph, example: Tensor, seed: int) -> None:
+    def __init__(
+        self, original: nn.Module, images: Tensor, graph: NetworkGraph, example: Tensor, seed: int, outputs: Given = None,
+        criterion: Criterion | None = None,
+    ) -> None:  # fmt: skip
         self.original, self.images, self.graph, self.example, self.seed = original, images, graph, example, seed
+        self.outputs, self.criterion = outputs, criterion
         self.parts: Parts = parts_of(len(images))
         self._solutions: dict[Hashable, Any] = {}
 
     @cached_property
     def statistics(self) -> Statistics:
         """Moments of the layers' inputs and what their outputs matter, each collected when first asked for."""
-        return statistics_of(self.original, self.graph, self.images, self.seed)
+        return statistics_of(self.original, self.graph, self.images, self.seed, self.divergence)
 
     @cached_property
+    def reading(self) -> OutputReading:
+        """What the network says: every output and its kind."""
+        return read_outputs(self.original, self.images, self.graph, self.outputs)
+
+    @cached_property
+    def divergence(self) -> Divergence:
+        """How conversions are compared with the network, output by output."""
+        return Divergence.of(self.original, self.reading, self.images, batch_for(self.images))
+
+    @property
     def comparable(self) -> bool:
-        """Whether the network returns logits, by which a conversion can be compared with it."""
-        return gives_logits(self.original, self.images[:2])
+        """Whether there is anything by which a conversion can be compared with the network."""
+        return self.reading.comparable or self.criterion is not None
+
+    def comparison(self, images: Tensor, batch_size: int = BATCH) -> Comparison:
+        """The network's answers to ``images`` (n, C, H, W), against which conversions are held.
+
+        Raises:
+            SharefoldError: there is nothing to compare.
+        """
+        return Comparison(
+            self.original, images, self.reading, divergence=self.divergence, criterion=self.criterion, batch_size=batch_size
+        )
+
+    @cached_property
+    def decided(self) -> Comparison:
+        """The comparison on the images that decide."""
+        return self.comparison(self.deciding)
 
     @cached_property
     def deciding(self) -> Tensor:
@@ -94,7 +128,7 @@ class Calibration:
 
     def of(self, network: nn.Module) -> Calibration:
         """The same images for another network of the same graph; nothing measured carries over."""
-        return Calibration(network, self.images, self.graph, self.example, self.seed)
+        return Calibration(network, self.images, self.graph, self.example, self.seed, self.outputs, self.criterion)
 
     def check_model(self, model: nn.Module) -> None:
         """Checks that ``model`` is the network that was calibrated, on the same device.
@@ -140,16 +174,21 @@ def calibrate(
     example = found[:1] if wanted.example_input is None else wanted.example_input
     if graph is None:
         graph = analyze(model, example)
-    return Calibration(copied(model).eval(), found, graph, example, wanted.seed)
+    made = Calibration(copied(model).eval(), found, graph, example, wanted.seed, wanted.outputs, wanted.criterion)
+    if wanted.outputs is not None:
+        made.reading  # noqa: B018  what the user says is checked before work starts
+    return made
 
 
 def calibration_of(model: nn.Module, given: Calibration | Tensor | None, options: CalibrationOptions) -> Calibration:
     """``given`` after a check that it is of ``model``, or a calibration on the images ``given``, or on procedural ones.
 
     Raises:
-        SharefoldError: as :func:`calibrate` and :meth:`Calibration.check_model`.
+        SharefoldError: as :func:`calibrate` and :meth:`Calibration.check_model`; outputs or a criterion beside a calibration.
     """
     if isinstance(given, Calibration):
+        if options.outputs is not None or options.criterion is not None:
+            raise SharefoldError("outputs, criterion: the calibration has its own: give them to calibrate")
         given.check_model(model)
         return given
     return calibrate(model, given, options)

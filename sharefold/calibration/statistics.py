@@ -13,7 +13,8 @@ from sharefold.calibration.sample_selection import least_certain
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.layers import ConvForm, form_of, target_weight
-from sharefold.measure import device_of, evaluating, has_doubles
+from sharefold.outputs import Divergence, divergence_of
+from sharefold.running import device_of, evaluating, has_doubles
 from sharefold.solvers.data_norm import Moments, sample_patches
 
 # Samples a layer needs for its N x N moment: this many a row, and never fewer than the floor.
@@ -45,11 +46,12 @@ class Statistics:
         centered: per layer, whether the mean is taken out (a bias or BatchNorm behind the layer absorbs it).
         batch_size: images a forward pass.
         seed: of the sampled positions.
+        divergence: of conversions from ``model``; by default told from the images where it is asked for.
     """
 
     def __init__(
         self, model: nn.Module, images: Tensor, *, chosen: Tensor | None = None, centered: dict[str, bool] | None = None,
-        batch_size: int = 100, seed: int = 0, cache_bytes: int = CACHE_BYTES,
+        batch_size: int = 100, seed: int = 0, cache_bytes: int = CACHE_BYTES, divergence: Divergence | None = None,
     ) -> None:  # fmt: skip
         self.model, self.images = model, images
         self.chosen = torch.arange(len(images)) if chosen is None else chosen
@@ -59,6 +61,7 @@ class Statistics:
         self.means: dict[str, Tensor] = {}
         self.frames: dict[str, Tensor] = {}
         self.passes = 0
+        self._divergence = divergence
         self._sensitivity: dict[str, Tensor] | None = None
 
     def moments(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -70,12 +73,20 @@ class Statistics:
         self._evict(set(names))
         return found
 
+    @property
+    def divergence(self) -> Divergence:
+        """How conversions of ``model`` are compared with it."""
+        if self._divergence is None:
+            self._divergence = divergence_of(self.model, self.images, batch_size=self.batch_size)
+        return self._divergence
+
     def sensitivity(self) -> dict[str, Tensor]:
-        """Per layer (O,): how much its output matters to the predictions; empty where that cannot be told."""
+        """Per layer (O,): how much its output matters to what the network says; empty where that cannot be told."""
         if self._sensitivity is None:
             self._sensitivity = sensitivity.output_sensitivity(
-                self.model, self.centered, self.sample(sensitivity.IMAGES), max(1, self.batch_size // 2), self.seed
-            )
+                self.model, self.centered, self.sample(sensitivity.IMAGES), max(1, self.batch_size // 2), self.seed,
+                self.divergence,
+            )  # fmt: skip
         return self._sensitivity
 
     def sample(self, count: int) -> Tensor:
@@ -166,7 +177,9 @@ class Statistics:
                 total -= self.cache.pop(name).numel() * 4
 
 
-def statistics_of(model: nn.Module, graph: NetworkGraph, images: Tensor, seed: int = 0) -> Statistics:
+def statistics_of(
+    model: nn.Module, graph: NetworkGraph, images: Tensor, seed: int = 0, divergence: Divergence | None = None
+) -> Statistics:
     """Statistics of all layers of ``graph`` on the images that ``model`` is least certain of.
 
     A mean that a BatchNorm or bias can absorb is taken out.
@@ -183,9 +196,18 @@ def statistics_of(model: nn.Module, graph: NetworkGraph, images: Tensor, seed: i
         name: output_mean_owner(model, model.get_submodule(name), record.norm) is not None
         for name, record in graph.layers.items()
     }
-    batch = max(1, min(100, 100 * 3 * 64 * 64 // max(1, images[0].numel())))
-    chosen = least_certain(model, images, batch)
-    return Statistics(model, images, chosen=chosen, centered=centered, batch_size=batch, seed=seed)
+    batch = batch_for(images)
+    if divergence is None:
+        divergence = divergence_of(model, images, graph, batch)
+    chosen = least_certain(model, images, batch, divergence.reading)
+    return Statistics(
+        model, images, chosen=chosen, centered=centered, batch_size=batch, seed=seed, divergence=divergence
+    )
+
+
+def batch_for(images: Tensor) -> int:
+    """Images a forward pass: a hundred small ones."""
+    return max(1, min(100, 100 * 3 * 64 * 64 // max(1, images[0].numel())))
 
 
 def is_wide(form: ConvForm) -> bool:

@@ -17,10 +17,10 @@ from torch import Tensor, fx, nn
 
 from sharefold.calibration.mean_owner import output_mean_owner
 from sharefold.layers import ConvForm, resolve
-from sharefold.measure import device_of, evaluating, run_on
 from sharefold.repair.boundary import Shelf, Values, elements, shelf_for
 from sharefold.repair.rectifier import Rectifier, rectifier_behind
 from sharefold.repair.samples import Collector, Samples
+from sharefold.running import device_of, evaluating, run_on
 
 MEMORY_BYTES = 4 << 30
 # Elements of the largest map of a batch.

@@ -19,10 +19,11 @@ from sharefold.errors import SharefoldError
 from sharefold.format import config_of
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.layers import BasisConv, SharedConv, SpatialConv, to_dense
-from sharefold.measure import evaluating
+from sharefold.outputs import Divergence
 from sharefold.plans import Progress
 from sharefold.repair.lockstep import Visited, Wanted, walk
 from sharefold.repair.means import give_mean
+from sharefold.running import evaluating
 from sharefold.settings import with_plain_settings
 from sharefold.solvers.grid import kmeans_codebook, search_scale
 from sharefold.solvers.least_squares import PulledLeastSquares
@@ -84,10 +85,13 @@ def quantize_(
             found = _halves(model)
             snap_(model, found)
             return _finished(model, found, request, False)
+        known = None
+        if isinstance(calibration, Calibration) and (original is None or original is calibration.original):
+            known = calibration.divergence
         images, original = _material(model, calibration, original, seed)
         dense = to_dense(model).eval()
         with evaluating(model, *([] if original is None else [original])):
-            return _rounded(model, dense if original is None else original, dense, request, images, progress)
+            return _rounded(model, dense if original is None else original, dense, request, images, known, progress)
     except BaseException:
         carry_spec(model, before[0])
         model.load_state_dict(before[1])
@@ -95,11 +99,12 @@ def quantize_(
 
 
 def _rounded(
-    model: nn.Module, teacher: nn.Module, dense: nn.Module, request: StoreRequest, images: Tensor, progress: Progress | None
-) -> StoreReport:
+    model: nn.Module, teacher: nn.Module, dense: nn.Module, request: StoreRequest, images: Tensor, divergence: Divergence | None,
+    progress: Progress | None,
+) -> StoreReport:  # fmt: skip
     """Rounds ``model``, in eval mode like both others, and again with another step until the file has the size asked for."""
     graph = analyze(dense, images[:1])
-    prepared = prepare(teacher, model, graph, images)
+    prepared = prepare(teacher, model, graph, images, divergence)
     if request.kind == "coded" and request.step == 0:
         request = _step_for(model, prepared, request)
     start = copy.deepcopy(model.state_dict())
