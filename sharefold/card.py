@@ -18,6 +18,7 @@ def model_card(config: dict[str, Any]) -> str:
         "", "```python", "import sharefold", 'model = sharefold.load("path/to/this/directory")', "```", "",
     ]  # fmt: skip
     metrics = config.get("metrics") or {}
+    metrics = {**metrics, **_agreement(metrics)}
     rows = [(key, value) for key, value in metrics.items() if isinstance(value, (int, float, str, bool))]
     if rows:
         lines += ["| metric | value |", "|---|---|"]
@@ -45,3 +46,12 @@ def model_card(config: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _agreement(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The agreement with its interval and the number of images behind it, as one entry; nothing where it was not measured."""
+    share, interval, count = (metrics.get(key) for key in ("agreement", "agreement_interval", "report_images"))
+    if not isinstance(share, float) or not isinstance(interval, (list, tuple)) or len(interval) != 2 or not count:
+        return {}
+    told = f"{share:.4f} ({interval[0]:.4f} to {interval[1]:.4f}, 95 % interval of {count} held-out calibration images)"
+    return {"agreement": told, "report_images": None}

@@ -18,6 +18,7 @@ from sharefold.calibration.calibrate import Calibration, calibration_of, copied
 from sharefold.calibration.images import input_config
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.graph.preserved import restored_on_error
+from sharefold.intervals import wilson
 from sharefold.layers import Bank, shared_layers
 from sharefold.measure import agreement
 from sharefold.methods import Solution, step_named
@@ -46,8 +47,11 @@ class Conversion:
     Attributes:
         plan: the plan as carried out, with measured errors and resolved options.
         original: the dense network, a copy; the teacher of any fine-tuning.
-        agreement: share of held-out calibration images on which both networks' top-1 agree; None for networks that
-            return no logits (detectors).
+        agreement: share of the part ``report`` of the calibration images, on which nothing was fitted or decided, on which
+            both networks' top-1 agree; None where there are too few images for such a part
+            (:mod:`sharefold.calibration.parts`), and for networks that return no logits (detectors).
+        agreement_interval: 95 % interval of the agreement on all images like these (Wilson); None likewise.
+        report_images: how many images are behind it; 0 where it was not measured.
         kl: mean KL(original || converted) on them, nats; None likewise.
         steps: the repairs, by name, and whether they were kept.
         seconds: wall-clock seconds of each phase.
@@ -57,6 +61,8 @@ class Conversion:
     original: nn.Module
     agreement: float | None
     kl: float | None
+    agreement_interval: tuple[float, float] | None = None
+    report_images: int = 0
     steps: dict[str, StepRecord] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -84,29 +90,47 @@ def convert_(
         SharefoldWarning: refinement is asked for and nothing was shared.
     """
     wanted = chosen(options, overrides, ConvertOptions)
-    effort = parse_effort(wanted.refine)
+    wanted = replace(wanted, refine=parse_effort(wanted.refine))
     cal = calibration_of(model, calibration, CalibrationOptions(wanted.seed))
+    seconds: dict[str, float] = {}
+    with restored_on_error(model):
+        done, cal, steps = carry_out(model, plan, cal, wanted, seconds, progress)
+        count = len(cal.parts.report) if cal.comparable else 0
+        found = agreement(cal.original, model, cal.reporting) if count else None
+    teacher = copied(cal.original) if cal is calibration else cal.original
+    result = Conversion(done, teacher, None, None, steps={step.name: step for step in steps}, seconds=seconds)
+    if found is None:
+        return result
+    return replace(result, agreement=found.top1, kl=found.kl, agreement_interval=wilson(found.top1, count), report_images=count)
+
+
+def carry_out(
+    model: nn.Module, plan: Plan, cal: Calibration, options: ConvertOptions, seconds: dict[str, float],
+    progress: Progress | None = None,
+) -> tuple[Plan, Calibration, list[StepRecord]]:  # fmt: skip
+    """:func:`convert_` without its report, for trials: an image that is reported on is read once, at the end of all.
+
+    Returns:
+        The plan as carried out, the calibration of the network with its channels reordered (mostly ``cal``), the steps.
+    """
+    effort = parse_effort(options.refine)
     check_plan(model, plan)
     check_layers(cal.graph, plan)
     if plan.store:
         parse_store(plan.store)
     if effort is not None and not cal.comparable:
         raise SharefoldError("refine: this network returns no logits to learn from (a detector?): convert without it")
-    seconds: dict[str, float] = {}
-    with restored_on_error(model):
-        with _timed(seconds, "solve"):
-            cal = _aligned(model, plan, cal)
-            solutions = _solved(plan, cal, progress)
-        done = _install(model, plan, solutions, cal)
-        model.sharefold_config = describe(cal.original, done, wanted.config)  # type: ignore[assignment]
-        work = Work(cal, model, done, Guard(cal.original, cal.deciding), progress)
-        steps = _mended(work, wanted.repair, effort, seconds)
-        if plan.store:
-            with _timed(seconds, "store"):
-                quantize_(model, plan.store, cal.images, cal.original, cal.seed, progress)
-        found = agreement(cal.original, model, cal.images[cal.parts.decide]) if cal.comparable else None
-    teacher = copied(cal.original) if cal is calibration else cal.original
-    return Conversion(done, teacher, found and found.top1, found and found.kl, {s.name: s for s in steps}, seconds)
+    with _timed(seconds, "solve"):
+        cal = _aligned(model, plan, cal)
+        solutions = _solved(plan, cal, progress)
+    done = _install(model, plan, solutions, cal)
+    model.sharefold_config = describe(cal.original, done, options.config)  # type: ignore[assignment]
+    work = Work(cal, model, done, Guard(cal.original, cal.deciding), progress)
+    steps = _mended(work, options.repair, effort, seconds)
+    if plan.store:
+        with _timed(seconds, "store"):
+            quantize_(model, plan.store, cal, cal.original, cal.seed, progress)
+    return done, cal, steps
 
 
 def _aligned(model: nn.Module, plan: Plan, cal: Calibration) -> Calibration:
@@ -158,7 +182,7 @@ def _mended(work: Work, repair: bool, effort: Effort | None, seconds: dict[str, 
         reason = "the network returns no logits to decide by"
     if reason:
         if effort is not None:
-            warnings.warn(f"not refined: {reason}", SharefoldWarning, stacklevel=4)
+            warnings.warn(f"not refined: {reason}", SharefoldWarning, stacklevel=5)
         names = [*(step.name for step in REPAIRS if repair), *(["refine"] if effort else [])]
         return [StepRecord(name, False, reason) for name in names]
     records: list[StepRecord] = []

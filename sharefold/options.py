@@ -33,10 +33,13 @@ class CalibrationOptions:
     Attributes:
         seed: of everything random, from the parts of the images to the sampled positions.
         example_input: (B, C, H, W) for tracing and for latency, by default one image of the calibration images.
+        held_out: how many of the images should decide, and be reported on, each; by default about 15 %, and at most 30 %
+            (:mod:`sharefold.calibration.parts`).
     """
 
     seed: int = 0
     example_input: Tensor | None = None
+    held_out: int | None = None
 
 
 @dataclass(frozen=True)

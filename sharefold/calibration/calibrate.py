@@ -29,21 +29,24 @@ class Calibration:
     Attributes:
         original: the dense network, a copy in eval mode.
         images: (n, C, H, W) normalised, on the CPU.
-        parts: which of them are fitted to, and which decide.
+        parts: which of them are fitted to, which decide, and which the finished network is reported on.
         graph: :func:`sharefold.analyze` of the network.
         example: (B, C, H, W) for tracing and latency.
         seed: of everything random.
     """
 
-    def __init__(self, original: nn.Module, images: Tensor, graph: NetworkGraph, example: Tensor, seed: int) -> None:
+    def __init__(
+        self, original: nn.Module, images: Tensor, graph: NetworkGraph, example: Tensor, seed: int, held_out: int | None = None
+    ) -> None:
         self.original, self.images, self.graph, self.example, self.seed = original, images, graph, example, seed
-        self.parts: Parts = parts_of(len(images))
+        self.parts: Parts = parts_of(len(images), seed, held_out)
+        self._held_out = held_out
         self._solutions: dict[Hashable, Any] = {}
 
     @cached_property
     def statistics(self) -> Statistics:
-        """Moments of the layers' inputs and what their outputs matter, each collected when first asked for."""
-        return statistics_of(self.original, self.graph, self.images, self.seed)
+        """Moments of the layers' inputs and what their outputs matter, on the part ``fit``; each collected when first needed."""
+        return statistics_of(self.original, self.graph, self.images, self.seed, self.parts.fit)
 
     @cached_property
     def comparable(self) -> bool:
@@ -66,10 +69,14 @@ class Calibration:
         return self.images[self.parts.fit]
 
     @property
+    def reporting(self) -> Tensor:
+        """Images (m, C, H, W) of the part ``report``, perhaps none: for the figures of the finished network alone."""
+        return self.images[self.parts.report]
+
+    @property
     def telling(self) -> Tensor:
         """Images (m, C, H, W) of the part ``fit`` that the network is least certain of: layers are fitted to those."""
-        fit = self.parts.fit
-        return self.images[fit[torch.isin(fit, self.statistics.chosen)]]
+        return self.images[self.statistics.chosen]
 
     def solution(self, key: Hashable, solve: Callable[[], Any]) -> Any:
         """What ``solve`` gives, kept under ``key``: the planner's trials and the conversion solve every group once."""
@@ -88,7 +95,7 @@ class Calibration:
 
     def of(self, network: nn.Module) -> Calibration:
         """The same images for another network of the same graph; nothing measured carries over."""
-        return Calibration(network, self.images, self.graph, self.example, self.seed)
+        return Calibration(network, self.images, self.graph, self.example, self.seed, self._held_out)
 
     def check_model(self, model: nn.Module) -> None:
         """Checks that ``model`` is the network that was calibrated, on the same device.
@@ -134,7 +141,7 @@ def calibrate(
     example = found[:1] if wanted.example_input is None else wanted.example_input
     if graph is None:
         graph = analyze(model, example)
-    return Calibration(copied(model).eval(), found, graph, example, wanted.seed)
+    return Calibration(copied(model).eval(), found, graph, example, wanted.seed, wanted.held_out)
 
 
 def calibration_of(model: nn.Module, given: Calibration | Tensor | None, options: CalibrationOptions) -> Calibration:

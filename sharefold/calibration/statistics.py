@@ -166,8 +166,11 @@ class Statistics:
                 total -= self.cache.pop(name).numel() * 4
 
 
-def statistics_of(model: nn.Module, graph: NetworkGraph, images: Tensor, seed: int = 0) -> Statistics:
-    """Statistics of all layers of ``graph`` on the images that ``model`` is least certain of.
+def statistics_of(
+    model: nn.Module, graph: NetworkGraph, images: Tensor, seed: int = 0, among: Tensor | None = None
+) -> Statistics:
+    """Statistics of all layers of ``graph`` on the images that ``model`` is least certain of; ``among``: indices (m,) of those
+    that may be chosen, by default all.
 
     A mean that a BatchNorm or bias can absorb is taken out.
 
@@ -184,7 +187,8 @@ def statistics_of(model: nn.Module, graph: NetworkGraph, images: Tensor, seed: i
         for name, record in graph.layers.items()
     }
     batch = max(1, min(100, 100 * 3 * 64 * 64 // max(1, images[0].numel())))
-    chosen = least_certain(model, images, batch)
+    allowed = torch.arange(len(images)) if among is None else among
+    chosen = allowed[least_certain(model, images[allowed], batch)]
     return Statistics(model, images, chosen=chosen, centered=centered, batch_size=batch, seed=seed)
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from sharefold.planner.candidates import Candidates
 from sharefold.plans import GroupPlan, Progress
 from sharefold.repair.means import absorb_means
 
-# All trials together cost about so many passes over the calibration images: few images a trial for many groups.
+# All trials together cost about so many passes over the images that are fitted to: few images a trial for many groups.
 PASSES = 16
 IMAGES, FEWEST = 500, 24
 # Of per-pixel outputs, about so many pixels a batch.
@@ -37,7 +38,7 @@ STEP = 0.2
 
 
 class Trials:
-    """KL(original || converted) of any picks, before repairs, on a few calibration images; nats.
+    """KL(original || converted) of any picks, before repairs, on a few of the deciding images; nats.
 
     Raises:
         SharefoldError: the network returns no logits.
@@ -45,12 +46,13 @@ class Trials:
 
     def __init__(self, cal: Calibration, candidates: Candidates) -> None:
         self.cal, self.candidates = cal, candidates
-        images = len(cal.statistics.chosen)
+        images, deciding = len(cal.statistics.chosen), cal.deciding
         self.rounds = min(ROUNDS, int(WORK / max(self._work(), 1)))
         groups = sum(len(row) > 1 for row in candidates.options)
-        count = min(IMAGES, images, max(FEWEST, PASSES * images // max(ROUNDS * groups, 1)))
+        count = min(IMAGES, len(deciding), max(FEWEST, PASSES * images // max(ROUNDS * groups, 1)))
         device = device_of(cal.original)
-        self.batches = [batch.to(device) for batch in cal.statistics.sample(count).split(cal.statistics.batch_size)]
+        sample = deciding[torch.linspace(0, len(deciding) - 1, count).long()]
+        self.batches = [batch.to(device) for batch in sample.split(cal.statistics.batch_size)]
         self.norms = {name: record.norm for name, record in cal.graph.layers.items()}
         self.known: dict[tuple[int, ...], float] = {}
 
