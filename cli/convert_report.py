@@ -86,6 +86,8 @@ def report_plan(run: Run, request: Request, plan: Plan, before: dict[str, int], 
             "groups": group_rows(plan),
             "plan": plan.to_dict(),
             "agreement": None,
+            "agreement_interval": None,
+            "report_images": 0,
             "seconds": timer.total(),
             "peak_memory_bytes": memory,
             "output": None,
@@ -94,9 +96,9 @@ def report_plan(run: Run, request: Request, plan: Plan, before: dict[str, int], 
 
 
 def report_conversion(
-    run: Run, done: Conversion, before: dict[str, int], after: dict[str, int], output: Path, timer: Timer
+    run: Run, done: Conversion, before: dict[str, int], after: dict[str, int], output: Path, timer: Timer, agreement: str
 ) -> None:
-    """Before and after, for people."""
+    """Before and after, for people; ``agreement`` is a sentence."""
     print_plan(run, done.plan)
     kept = {key: f"{after[key] / max(before[key], 1):.1%}" for key in before}
     size = "MB in memory" if done.plan.store else "MB"
@@ -115,4 +117,4 @@ def report_conversion(
         run.say("nothing that the network returns can be compared")
     if done.plan.store:
         run.say(f"stored as {done.plan.store}: {weight_file_bytes(output) / 1e6:.3f} MB of weights in the file")
-    run.say(f"{output} written ({timer.total()['total']:.1f} s); outputs are compared on held-out calibration images")
+    run.say(f"{output} written ({timer.total()['total']:.1f} s); {agreement}")

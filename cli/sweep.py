@@ -14,6 +14,7 @@ from sharefold.budget import parse_effort
 from sharefold.errors import SharefoldError
 from sharefold.options import ConvertOptions, PlanOptions
 
+from .agreement_text import share_text
 from .common import Run, jsonable, shared_options
 from .record_options import record_of, record_options
 from .source import SourceOptions, preprocess_options, source_options
@@ -59,6 +60,7 @@ def command(
     device = run.setup()
     import sharefold
     from sharefold.calibration.images import default_count
+    from sharefold.calibration.parts import FEWEST_IMAGES
     from sharefold.data import Preprocess, calibration_images, loader, open_data
     from sharefold.format import carry_config, checked_pretrained_cfg, config_of
     from sharefold.measure import evaluate
@@ -102,9 +104,15 @@ def command(
         ["budget", "parameters", "kept", "MB", "top-1", "top-5", "agreement", "seconds"],
         [
             [p["budget"], p["params"], f"{p['share']:.1%}", f"{p['bytes'] / 1e6:.2f}", f"{p['top1']:.2%}",
-             f"{p['top5']:.2%}", f"{p['agreement']:.2%}", f"{p['seconds']:.1f}"]
+             f"{p['top5']:.2%}", None if p["agreement"] is None else share_text(p["agreement"], p["agreement_interval"]),
+             f"{p['seconds']:.1f}"]
             for p in found["points"]
         ],
     )  # fmt: skip
+    reported = max(p["report_images"] for p in found["points"])
+    if reported:
+        run.say(f"agreement: top-1, on {reported} calibration images kept for the report (95 % interval)")
+    else:
+        run.say(f"agreement not measured: only {len(images)} images, {FEWEST_IMAGES} or more are needed")
     run.say(f"{target} written: {', '.join(found['files'])}")
     run.result({**found, "seconds": time.perf_counter() - start, "output": str(target)})

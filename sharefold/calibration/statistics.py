@@ -178,9 +178,11 @@ class Statistics:
 
 
 def statistics_of(
-    model: nn.Module, graph: NetworkGraph, images: Tensor, seed: int = 0, divergence: Divergence | None = None
-) -> Statistics:
-    """Statistics of all layers of ``graph`` on the images that ``model`` is least certain of.
+    model: nn.Module, graph: NetworkGraph, images: Tensor, seed: int = 0, divergence: Divergence | None = None,
+    among: Tensor | None = None,
+) -> Statistics:  # fmt: skip
+    """Statistics of all layers of ``graph`` on the images that ``model`` is least certain of; ``among``: indices (m,) of those
+    that may be chosen, by default all.
 
     A mean that a BatchNorm or bias can absorb is taken out.
 
@@ -199,7 +201,8 @@ def statistics_of(
     batch = batch_for(images)
     if divergence is None:
         divergence = divergence_of(model, images, graph, batch)
-    chosen = least_certain(model, images, batch, divergence.reading)
+    allowed = torch.arange(len(images)) if among is None else among
+    chosen = allowed[least_certain(model, images[allowed], batch, divergence.reading)]
     return Statistics(
         model, images, chosen=chosen, centered=centered, batch_size=batch, seed=seed, divergence=divergence
     )

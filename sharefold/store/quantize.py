@@ -69,7 +69,8 @@ def quantize_(
         model: a network that ``convert_`` converted (with an empty plan, a dense one).
         spec: ``fp16``, ``int2``..``int8``, ``kmeans2``..``kmeans8``, ``mixed:0.4MB``, or a request of
             :func:`plan_store`.
-        calibration: of the dense network, or (n, C, H, W) normalised images, no labels; by default procedural images.
+        calibration: of the dense network, of whose images the part ``fit`` is used, or (n, C, H, W) normalised images, no
+            labels, all used; by default procedural images.
         original: the dense network whose outputs are aimed at; by default the calibrated one, else the model as it is.
         seed: of procedural images.
 
@@ -152,7 +153,7 @@ def _material(
 ) -> tuple[Tensor, nn.Module | None]:
     """The images, and the network that they are compared on."""
     if isinstance(calibration, Calibration):
-        return calibration.images, calibration.original if original is None else original
+        return calibration.fitting, calibration.original if original is None else original
     return calibration_or_procedural(model, calibration, seed), original
 
 

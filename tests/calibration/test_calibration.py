@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import sharefold
 from sharefold.calibration.calibrate import Calibration, calibrate
-from sharefold.calibration.parts import parts_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import analysis
 from sharefold.methods import METHODS
@@ -201,20 +200,13 @@ def test_the_network_may_change_afterwards() -> None:
 # Its parts -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [1, 4, 5, 11, 200])
-def test_parts_cover_all_images_and_do_not_meet(count: int) -> None:
-    parts = parts_of(count)
-    fit, decide = set(parts.fit.tolist()), set(parts.decide.tolist())
-    assert fit | decide == set(range(count)) and len(decide) == (count if count < 5 else -(-count // 5))
-    assert not fit & decide or count < 5
-    assert bool((parts.fit.diff() > 0).all()) and bool((parts.decide.diff() > 0).all())
-
-
 def test_what_is_fitted_to_is_the_part_fit_and_the_least_certain_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sharefold.calibration.sample_selection.FEWEST", 4)
     cal = calibrate(net(), IMAGES)
-    chosen = set(cal.statistics.chosen.tolist())
-    assert len(chosen) == 20
-    assert torch.equal(cal.fitting, IMAGES[[i for i in range(40) if i % 5]])
-    assert torch.equal(cal.telling, IMAGES[[i for i in range(40) if i % 5 and i in chosen]])
-    assert torch.equal(cal.deciding[:8], IMAGES[::5]) and cal.deciding.shape == (16, 3, 12, 12)
+    chosen, fit = set(cal.statistics.chosen.tolist()), set(cal.parts.fit.tolist())
+    assert chosen < fit and len(chosen) == round(len(fit) / 2)
+    assert torch.equal(cal.fitting, IMAGES[cal.parts.fit])
+    assert torch.equal(cal.refit_images[cal.refit_parts.fit], IMAGES[cal.statistics.chosen])
+    assert torch.equal(cal.refit_images[cal.refit_parts.decide], IMAGES[cal.parts.decide])
+    held_out = len(cal.parts.decide)
+    assert torch.equal(cal.deciding[:held_out], IMAGES[cal.parts.decide]) and len(cal.deciding) == 2 * held_out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from safetensors.torch import load_file, save_file
 import sharefold
 from sharefold.errors import SharefoldError
 from sharefold_cli.convert_request import default_output
-from sharefold_cli.keep import smallest_keeping
 from sharefold_cli.main import cli
 
 NET = "timm:resnet20_cifar"
@@ -172,45 +170,6 @@ def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
         assert call("convert", NET, *FAST, "-o", out, "--seed", 3, "-q").exit_code == 0
     first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("a", "b"))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-
-
-def test_keep_agreement_finds_a_smaller_network(tmp_path: Path) -> None:
-    few = ["--exclude", r"layer[12]|layer3\.0", "--method", "svd"]
-    result = call("convert", NET, *FAST, *few, "-o", tmp_path / "kept", "--keep-agreement", "75%", "--json")
-    assert result.exit_code == 0, result.output
-    report = json.loads(result.stdout)
-    assert report["agreement"] >= 0.75 and report["params"]["after"] < 0.9 * report["params"]["before"]
-
-
-class Attempts:
-    """Conversions whose agreement is their share of the parameters; nothing under a floor."""
-
-    def __init__(self, floor: float) -> None:
-        self.floor, self.shares = floor, []
-
-    def __call__(self, model: torch.nn.Module, share: float) -> SimpleNamespace:
-        self.shares.append(share)
-        if share < self.floor:
-            raise SharefoldError("below the floor")
-        model.converted = share
-        return SimpleNamespace(agreement=share, plan=SimpleNamespace(size=share))
-
-
-@pytest.mark.parametrize(("keep", "floor", "share"), [(0.5, 0.0, 0.5), (0.2, 0.6, 0.6), (0.9, 0.1, 0.9)])
-def test_bisection_ends_just_above_the_limit(keep: float, floor: float, share: float) -> None:
-    model = torch.nn.Identity()
-    found, done = smallest_keeping(model, keep, Attempts(floor))
-    assert share <= done.plan.size <= share + 0.04 and found.converted == done.plan.size
-    assert not hasattr(model, "converted")
-
-
-def test_bisection_gives_up_at_once_where_nothing_helps() -> None:
-    attempts = Attempts(0.0)
-    with pytest.raises(SharefoldError, match=r"--keep-agreement 0.99: at 95.0%"):
-        smallest_keeping(torch.nn.Identity(), 0.99, attempts)
-    with pytest.raises(SharefoldError, match="below the floor"):
-        smallest_keeping(torch.nn.Identity(), 0.5, Attempts(0.99))
-    assert len(attempts.shares) == 1
 
 
 @pytest.mark.parametrize(
