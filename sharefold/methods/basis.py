@@ -12,10 +12,9 @@ from sharefold.calibration.ragged import RaggedProblem, is_ragged, ragged_proble
 from sharefold.graph import NetworkGraph
 from sharefold.layers import Bank, BasisConv, ConvForm, SharedConv, checked_form
 from sharefold.methods.contract import Choice, Solution, curve_effort, solve_effort
-from sharefold.methods.two_factors import Pivoted, blank_pivots
+from sharefold.methods.two_factors import Pivoted, blank_pivots, per_layer
 from sharefold.plans import GroupPlan
 from sharefold.solvers import shared_basis
-from sharefold.solvers.data_norm import Problem
 from sharefold.solvers.interpolative import pivot
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class Basis(Pivoted):
         flat = problem.flat()
         points = shared_basis.curve(flat, ranks, **curve_effort(widest))
         return [
-            Choice(self.options(p.rank), self.price(p.rank, rows, widest), self._per_layer(len(forms), flat, p.errors))
+            Choice(self.options(p.rank), self.price(p.rank, rows, widest), per_layer(len(forms), flat, p.errors))
             for p in points
         ]
 
@@ -63,7 +62,7 @@ class Basis(Pivoted):
         return Solution(
             bank,
             [{"coefficients": c[: form.out_channels].float()} for c, form in zip(coefficients, forms, strict=True)],
-            self._per_layer(len(forms), flat, result.errors),
+            per_layer(len(forms), flat, result.errors),
         )
 
     def columns(self, forms: list[ConvForm]) -> int:
@@ -85,9 +84,3 @@ class Basis(Pivoted):
 
     def member(self, form: ConvForm, bank: Bank | None, tensors: dict[str, Tensor], kept: dict[str, Tensor]) -> SharedConv:
         return BasisConv(form, tensors["coefficients"], bank, bias=kept.get("bias"), gain=kept.get("gain"))
-
-    @staticmethod
-    def _per_layer(layers: int, flat: Problem, errors: Tensor) -> Tensor:
-        """(K,) layer errors from the (K * G,) errors of conv groups, weighted by their share of the energy."""
-        energy = flat.energy.reshape(layers, -1)
-        return (errors.reshape_as(energy) * energy).sum(1) / energy.sum(1).clamp_min(1e-30)
