@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -65,6 +65,10 @@ class Hybrid(Pivoted):
     def _sizes(self, forms: Sequence[ConvForm], dense: int, share: float) -> list[tuple[int, int]]:
         """(rank, own) of growing cost, below ``dense``, with about ``share`` of the cost for the own part."""
         limits, room, wide = self.largest(list(forms)), max(form.features for form in forms), _width(forms[0])
+        if self.pivoted:  # something must be left to follow from the pivots
+            limits = {"rank": min(limits["rank"], room - 1), "own": min(limits["own"], min(own_inputs(forms)) - 1)}
+        if min(limits.values()) < 1:
+            return []
         sizes = set()
         for cost in np.geomspace(self.amount(forms, 1, 1), 0.95 * dense, POINTS):
             own = _most(limits["own"], share * cost, partial(self.amount, forms, 0))
@@ -114,6 +118,16 @@ class Hybrid(Pivoted):
         ]
         return Solution(bank, members, per_layer(len(forms), flat, result.errors))
 
+    def solve_own(self, problem: GroupProblem, layer: BasisConv) -> dict[str, Tensor]:
+        """The tensors of one member, its own filters solved again from those it has; the bank stays."""
+        form = layer.form
+        filters, _ = cast("tuple[Tensor, Tensor]", layer.linear_part())
+        own = layer.columns() if isinstance(layer, HybridConv) else filters[: layer.own_columns]
+        result = shared_and_own.solve_own(
+            problem.flat(), filters[layer.own_columns :].flatten(1), own.detach().flatten(1)[None], kind_of(form)
+        )
+        return self._member(form, result.own[0], result.coefficients[0], layer.pivots is not None)
+
     @staticmethod
     def _member(form: ConvForm, own: Tensor, coefficients: Tensor, pivoted: bool) -> dict[str, Tensor]:
         """One layer's tensors, of its own filters (r, J), perhaps wider than it needs, and its coefficients (O, M)."""
@@ -137,7 +151,7 @@ class Hybrid(Pivoted):
         columns, narrow = max(form.features for form in forms), min(own_inputs(forms))
         rank = min(columns, sum(form.out_channels for form in forms))
         own = min(narrow, min(form.out_channels for form in forms) * _width(forms[0]))
-        return {"rank": min(rank, columns - 1), "own": min(own, max(narrow - 1, 1))}
+        return {"rank": rank, "own": own}
 
     def blank(self, forms: list[ConvForm], options: dict[str, Any]) -> Solution:
         rank, own, widest = int(options["rank"]), int(options["own"]), max(forms, key=lambda form: form.features)

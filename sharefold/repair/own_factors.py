@@ -1,8 +1,8 @@
 """Factors that one layer has for itself, solved again on the inputs that the converted network gives it.
 
-A shared bank belongs to many layers and stays as it is during the sequential refit. A layer that shares nothing can do
-better than new coefficients: the weight that best turns its new inputs into the original's outputs, factored under the
-moments of those inputs.
+A shared bank belongs to many layers and stays as it is during the sequential refit. A layer can do better than new coefficients
+with what is its own: the weight that best turns its new inputs into the original's outputs, factored under the moments of those
+inputs.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from sharefold.calibration.pairs import Gatherer
 from sharefold.calibration.problem import group_problem
-from sharefold.layers import SharedConv
+from sharefold.layers import BasisConv, SharedConv
 from sharefold.methods import method_named
 from sharefold.methods.contract import LARGE_FEATURES
+from sharefold.methods.hybrid import Hybrid
 from sharefold.plans import GroupPlan
 from sharefold.solvers.data_norm import solve_psd
 
@@ -26,10 +27,12 @@ RIDGE = 1e-3
 
 
 def has_own_factors(layer: nn.Module, plan: GroupPlan | None) -> bool:
-    """Whether the layer shares nothing, and is small enough for its factors to be solved twice."""
-    if plan is None or not isinstance(layer, SharedConv) or layer.bank is not None or layer.linear_part() is None:
+    """Whether the layer shares nothing or has filters beside the shared ones, and is small enough to solve them twice."""
+    if plan is None or not isinstance(layer, SharedConv) or layer.linear_part() is None:
         return False
-    return method_named(plan.method).smallest_group == 1 and layer.form.groups == 1 and layer.form.features <= LARGE_FEATURES
+    method = method_named(plan.method)
+    alone = layer.bank is None and method.smallest_group == 1
+    return (alone or isinstance(method, Hybrid)) and layer.form.groups == 1 and layer.form.features <= LARGE_FEATURES
 
 
 @torch.no_grad()
@@ -62,6 +65,10 @@ def solve_on_prefix(
     gram = gram + rho * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     problem = group_problem(original, [name], [norm], [gram[None]])
     best = solve_psd(gram, (cross + rho * problem.weights[0].to(cross)).T).T
-    solution = method_named(plan.method).solve(replace(problem, weights=best[None].to(problem.weights)), plan.options)
-    for key, tensor in solution.members[0].items():
+    problem, method = replace(problem, weights=best[None].to(problem.weights)), method_named(plan.method)
+    if isinstance(method, Hybrid):
+        tensors = method.solve_own(problem, cast(BasisConv, layer))
+    else:
+        tensors = method.solve(problem, plan.options).members[0]
+    for key, tensor in tensors.items():
         cast(Tensor, getattr(layer, key)).copy_(tensor)

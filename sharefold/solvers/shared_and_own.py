@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sharefold.errors import SharefoldError
 from sharefold.solvers.data_norm import Problem
-from sharefold.solvers.variable_projection import RIDGE, Kind, VariableProjection, refine
+from sharefold.solvers.variable_projection import RIDGE, Kind, VariableProjection, orthonormal, refine
 
 
 @dataclass
@@ -75,14 +75,13 @@ def curve(work: VariableProjection, sizes: Sequence[tuple[int, int]], iterations
 
 
 def solve_own(
-    problem: Problem, basis: Tensor, own: int, kind: Kind = "columns", *, iterations: int = 40, ridge: float = RIDGE
+    problem: Problem, basis: Tensor, own: Tensor, kind: Kind = "columns", *, iterations: int = 40, ridge: float = RIDGE
 ) -> HybridSolution:
-    """Own filters and coefficients for shared filters (R, N) that stay as they are."""
+    """Own filters and coefficients for shared filters (R, N) that stay as they are, from own filters (L, r, J) on."""
     dtype = problem.weights.dtype
     work = VariableProjection(problem, kind, ridge=ridge)
-    basis = basis.to(work.problem.weights)
-    start = work.start_own(own, basis)
-    _, private, history = refine(work, basis, start, iterations=iterations, tol=1e-3, fixed=True)
-    coefficients = work.coefficients(basis, private)
-    errors = work.problem.errors(coefficients @ work.stack(basis, private))
-    return HybridSolution(basis.to(dtype), private.to(dtype), coefficients.to(dtype), errors.to(dtype), history)
+    basis, own = basis.to(work.problem.weights), orthonormal(own.to(work.problem.weights))
+    _, own, history = refine(work, basis, own, iterations=iterations, tol=1e-3, fixed=True)
+    coefficients = work.coefficients(basis, own)
+    errors = work.problem.errors(coefficients @ work.stack(basis, own))
+    return HybridSolution(basis.to(dtype), own.to(dtype), coefficients.to(dtype), errors.to(dtype), history)
