@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,17 +13,15 @@ from torch import Tensor, nn
 
 from sharefold.calibration.problem import GroupProblem
 from sharefold.calibration.ragged import RaggedProblem, is_ragged, ragged_problem
+from sharefold.calibration.statistics import Statistics
 from sharefold.graph import NetworkGraph
 from sharefold.layers import Bank, BasisConv, ConvForm, HybridConv, SharedConv, checked_form
-from sharefold.methods.contract import LARGE_FEATURES, Choice, Solution
-from sharefold.methods.two_factors import Pivoted, blank_pivots, per_layer
+from sharefold.methods.contract import LARGE_FEATURES, Candidate, Solution
+from sharefold.methods.two_factors import TwoFactors, blank_pivots, per_layer
 from sharefold.plans import GroupPlan
 from sharefold.solvers import shared_and_own
 from sharefold.solvers.interpolative import pivot
 from sharefold.solvers.variable_projection import Kind, VariableProjection
-
-if TYPE_CHECKING:
-    from sharefold.calibration.statistics import Statistics
 
 # Of a candidate's parameters, what the layers' own filters and their coefficients take.
 SHARES = (0.25, 0.5, 0.75)
@@ -32,7 +30,7 @@ POINTS = 16
 FITTED = 5
 
 
-class Hybrid(Pivoted):
+class Hybrid(TwoFactors):
     """What_k = C_k [own_k; B] by variable projection under the data norm. Options: ``rank`` of B, ``own`` filters, ``pivoted``.
 
     Own filters are h x 1 ones, in every column of the kernel, or whole ones where the kernel has one row or column. Members may
@@ -43,7 +41,7 @@ class Hybrid(Pivoted):
     paper = "https://arxiv.org/abs/2006.05066"
     takes_ragged = True
 
-    def choices(self, problem: GroupProblem | RaggedProblem) -> list[Choice]:
+    def candidates(self, problem: GroupProblem | RaggedProblem) -> list[Candidate]:
         forms, flat = problem.forms, problem.flat()
         dense = sum(form.out_channels * form.features for form in forms)
         sizes = [self._sizes(forms, dense, share) for share in SHARES]
@@ -52,15 +50,15 @@ class Hybrid(Pivoted):
         large = flat.columns > LARGE_FEATURES
         work = VariableProjection(flat, kind_of(forms[0]), groups=forms[0].groups, inputs=own_inputs(forms))
         iterations = 5 if large else 30 if flat.columns <= LARGE_FEATURES // 2 else 15
-        found: dict[tuple[int, int], Choice] = {}
+        found: dict[tuple[int, int], Candidate] = {}
         for row in sizes[1:2] if large else sizes:
             fitted = sorted({row[int(i)] for i in np.linspace(0, len(row) - 1, min(FITTED, len(row))).round()}) if row else []
             errors = [per_layer(len(forms), flat, e) for e in shared_and_own.curve(work, fitted, iterations)]
             known = [self.amount(forms, *size) for size in fitted]
             for size in row:
                 cost = self.amount(forms, *size)
-                found[size] = Choice(self.sized(*size), cost, _between(cost, known, errors))
-        return sorted(found.values(), key=lambda choice: choice.cost)
+                found[size] = Candidate(self.sized(*size), cost, _between(cost, known, errors))
+        return sorted(found.values(), key=lambda candidate: candidate.cost)
 
     def _sizes(self, forms: Sequence[ConvForm], dense: int, share: float) -> list[tuple[int, int]]:
         """(rank, own) of growing cost, below ``dense``, with about ``share`` of the cost for the own part."""

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from sharefold.layers import ConvForm
-from sharefold.methods.contract import Method, rank_grid
+from sharefold.methods.contract import LayerMethod, rank_grid
 from sharefold.solvers.data_norm import Problem
 
 
-class Pivoted(Method):
+class TwoFactors(LayerMethod):
     """A method that factors weights. Options: ``rank``, ``pivoted``."""
 
-    pivoted = True  # whether its choices are
+    pivoted = True  # whether its candidates are
 
-    def without_pivots(self) -> Method:
+    def without_pivots(self) -> LayerMethod:
         twin = copy.copy(self)
         twin.pivoted = False
         return twin
