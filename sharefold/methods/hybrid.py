@@ -28,6 +28,8 @@ SHARES = (0.25, 0.5, 0.75)
 # Candidates per share, of which so many are fitted; the errors of those between follow by their costs' logarithms.
 POINTS = 16
 FITTED = 5
+# Filters of so few numbers allow few counts, with jumps between; there every candidate is fitted.
+SMALL_FEATURES = 100
 
 
 class Hybrid(TwoFactors):
@@ -52,7 +54,8 @@ class Hybrid(TwoFactors):
         iterations = 5 if large else 30 if flat.columns <= LARGE_FEATURES // 2 else 15
         found: dict[tuple[int, int], Candidate] = {}
         for row in sizes[1:2] if large else sizes:
-            fitted = sorted({row[int(i)] for i in np.linspace(0, len(row) - 1, min(FITTED, len(row))).round()}) if row else []
+            count = len(row) if flat.columns <= SMALL_FEATURES else min(FITTED, len(row))
+            fitted = [row[i] for i in sorted({int(i) for i in np.linspace(0, len(row) - 1, count).round()})]
             errors = [per_layer(len(forms), flat, e) for e in shared_and_own.curve(work, fitted, iterations)]
             known = [self.amount(forms, *size) for size in fitted]
             for size in row:
