@@ -24,7 +24,7 @@ from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.measure import model_bytes
 
 NAME = "digits_resnet"
-METHODS = ("basis", "svd", "spatial", "tucker", "average", "tied", "cluster-layer", "cluster-filter", "cluster-kernel")
+METHODS = ("basis", "hybrid", "svd", "spatial", "tucker", "average", "tied", "cluster-layer", "cluster-filter", "cluster-kernel")
 
 
 def registered(method: str = "basis", budget: str = "88%") -> nn.Module:

@@ -35,6 +35,7 @@ def full_plan(model: nn.Module, method: str) -> Plan:
             continue
         options = {
             "basis": {"rank": min(features, layers * outputs)},
+            "hybrid": {"rank": min(features, layers * outputs), "own": 1},
             "svd": {"rank": min(features, outputs)},
             "spatial": {"rank": min(inputs * height, outputs * width)},
             "cluster-layer": {"count": layers},
@@ -44,7 +45,7 @@ def full_plan(model: nn.Module, method: str) -> Plan:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["basis", "svd", "spatial", "cluster-layer"])
+@pytest.mark.parametrize("method", ["basis", "hybrid", "svd", "spatial", "cluster-layer"])
 def test_full_rank_is_the_original(kind: str, method: str) -> None:
     model = net(kind)
     plan = full_plan(model, method)
@@ -95,12 +96,13 @@ def output_error(dense: nn.Module, shared: nn.Module, name: str, norm: str) -> f
 
 @pytest.mark.parametrize("kind", ["residual", "grouped"])
 @pytest.mark.parametrize(
-    "method", ["basis", "svd", "spatial", "tucker", "average", "tied", "cluster-filter", "cluster-kernel"]
+    "method", ["basis", "hybrid", "svd", "spatial", "tucker", "average", "tied", "cluster-filter", "cluster-kernel"]
 )
 def test_reported_errors_are_those_of_the_layers_outputs(kind: str, method: str) -> None:
     model = net(kind)
-    options = {"basis": {"rank": 14}, "svd": {"rank": 3}, "spatial": {"rank": 5}, "tucker": {"rank": 9, "width": 5},
-               "cluster-filter": {"count": 20}, "cluster-kernel": {"count": 12}}.get(method, {})  # fmt: skip
+    options = {"basis": {"rank": 14}, "hybrid": {"rank": 6, "own": 2}, "svd": {"rank": 3}, "spatial": {"rank": 5},
+               "tucker": {"rank": 9, "width": 5}, "cluster-filter": {"count": 20},
+               "cluster-kernel": {"count": 12}}.get(method, {})  # fmt: skip
     if kind == "grouped" and method in ("svd", "spatial", "tucker"):
         return
     names = tuple(f"stage2.{i}.conv{j}" for i in range(3) for j in (1, 2))

@@ -243,7 +243,7 @@ def test_tied_weights_stay_tied_in_loaded_networks(tmp_path: Path) -> None:
     assert len(sizes) == 1
 
 
-@pytest.mark.parametrize("method", ["average", "basis", "svd", "spatial"])
+@pytest.mark.parametrize("method", ["average", "basis", "hybrid", "svd", "spatial"])
 def test_frozen_parameters_stay_frozen(method: str) -> None:
     model = net()
     model.stage1.requires_grad_(False)

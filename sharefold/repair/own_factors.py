@@ -1,8 +1,8 @@
 """Factors that one layer has for itself, solved again on the inputs that the converted network gives it.
 
-A shared bank belongs to many layers and stays as it is during the sequential refit. A layer that shares nothing can do
-better than new coefficients: the weight that best turns its new inputs into the original's outputs, factored under the
-moments of those inputs.
+A shared bank belongs to many layers and stays as it is during the sequential refit. A layer can do better than new coefficients
+with what is its own: the weight that best turns its new inputs into the original's outputs, factored under the moments of those
+inputs.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.calibration.problem import group_problem
-from sharefold.layers import SharedConv
+from sharefold.layers import BasisConv, SharedConv
 from sharefold.methods import METHODS
 from sharefold.methods.contract import LARGE_FEATURES
+from sharefold.methods.hybrid import Hybrid
 from sharefold.plans import GroupPlan
 from sharefold.repair.lockstep import Visited
 from sharefold.repair.samples import Samples
@@ -27,11 +28,13 @@ RIDGE = 1e-3
 
 
 def has_own_factors(layer: nn.Module, plan: GroupPlan) -> bool:
-    """Whether the layer shares nothing, and is small enough for its factors to be solved twice."""
-    if not isinstance(layer, SharedConv) or layer.bank is not None or layer.linear_part() is None:
+    """Whether the layer shares nothing or has filters beside the shared ones, and is small enough to solve them twice."""
+    if not isinstance(layer, SharedConv) or layer.linear_part() is None:
         return False
     small = layer.form.groups == 1 and layer.form.features <= LARGE_FEATURES
-    return small and plan.method in METHODS and METHODS[plan.method].smallest_group == 1
+    method = METHODS.get(plan.method)
+    alone = layer.bank is None and method is not None and method.smallest_group == 1
+    return small and (alone or isinstance(method, Hybrid))
 
 
 @torch.no_grad()
@@ -54,6 +57,10 @@ def own_factors(at: Visited, fit: Samples, plan: GroupPlan, ridge: float = RIDGE
     system = PulledLeastSquares(gram, ridge)
     problem = group_problem(at.original, [at.name], [at.norm], [system.normal[None]])
     best = system.robust(cross, problem.weights[0].to(system.normal))
-    solution = METHODS[plan.method].solve(replace(problem, weights=best[None].to(problem.weights)), plan.options)
-    for key, tensor in solution.members[0].items():
+    problem, method = replace(problem, weights=best[None].to(problem.weights)), METHODS[plan.method]
+    if isinstance(method, Hybrid):
+        tensors = method.solve_own(problem, cast(BasisConv, layer))
+    else:
+        tensors = method.solve(problem, plan.options).members[0]
+    for key, tensor in tensors.items():
         cast(Tensor, getattr(layer, key)).copy_(tensor)

@@ -18,7 +18,7 @@ from sharefold.calibration.images import calibration_or_procedural
 from sharefold.errors import SharefoldError
 from sharefold.format import config_of
 from sharefold.graph import NetworkGraph, analyze
-from sharefold.layers import BasisConv, SharedConv, SpatialConv, to_dense
+from sharefold.layers import BasisConv, HybridConv, SharedConv, SpatialConv, to_dense
 from sharefold.outputs import Divergence
 from sharefold.plans import Progress
 from sharefold.repair.lockstep import Visited, Wanted, walk
@@ -329,7 +329,7 @@ def _round_factors(
 ) -> None:  # fmt: skip
     leaf = "horizontal" if isinstance(module, SpatialConv) else "coefficients"
     metric = inputs.gram.double().mean(0, keepdim=True)
-    if isinstance(module, SpatialConv) and f"{name}.vertical" in wanted:
+    if isinstance(module, SpatialConv | HybridConv) and f"{name}.vertical" in wanted:
         settle(f"{name}.vertical", vertical_metric(metric, module))
     elif isinstance(module, BasisConv) and f"{name}.unique" in wanted:
         settle(f"{name}.unique", free_metric(metric, module.pivots))

@@ -17,7 +17,7 @@ from sharefold.finetune.whole import whole_factors
 from sharefold.layers import banks, shared_layers
 from sharefold.methods import method_named
 
-METHODS = ("basis", "svd", "spatial")
+METHODS = ("basis", "hybrid", "svd", "spatial")
 
 
 def converted(method: str) -> nn.Module:

@@ -23,7 +23,9 @@ from sharefold.options import PlanOptions
 from sharefold.planner import Planner, file_budget, find_units
 
 CALIBRATION = images(16)
-METHODS = ("basis", "svd", "spatial", "tucker", "average", "tied", "cluster-layer", "cluster-filter", "cluster-kernel")
+METHODS = (
+    "basis", "hybrid", "svd", "spatial", "tucker", "average", "tied", "cluster-layer", "cluster-filter", "cluster-kernel",
+)  # fmt: skip
 
 
 class Prepared:
@@ -108,10 +110,10 @@ def test_auto_is_at_least_as_good_as_each_of_its_methods(residual: Prepared) -> 
     def damage(method: str) -> float:
         return sum((g.error or 0) * len(g.members) for g in residual.plan("45%", method).groups)
 
-    assert damage("auto") <= min(damage(method) for method in ("basis", "svd", "spatial")) * 1.01
+    assert damage("auto") <= min(damage(method) for method in ("basis", "hybrid", "svd", "spatial")) * 1.01
 
 
-@pytest.mark.parametrize("method", ["auto", "basis", "svd", "spatial"])
+@pytest.mark.parametrize("method", ["auto", "basis", "hybrid", "svd", "spatial"])
 def test_pivots_buy_accuracy_and_can_be_left_out(residual: Prepared, method: str) -> None:
     def damage(plan: sharefold.Plan) -> float:
         return sum((g.error or 0) * len(g.members) for g in plan.groups)
