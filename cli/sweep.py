@@ -79,7 +79,7 @@ def command(
     model = opened.model.to(device).eval()
     preprocess = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size, mean=mean, std=std)
     dataset = open_data(data, split, transform_cfg=preprocess)
-    count = calib_count or default_count(*preprocess.size[1:])
+    count = calib_count or default_count(*preprocess.size[1:], procedural=False)
     images = calibration_images(calib or data, preprocess, count, run.seed, "train")
 
     def measure(network: nn.Module) -> dict[str, Any]:
