@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +11,7 @@ from sharefold.budget import Budget, parse_budget, parse_effort
 from sharefold.errors import SharefoldError
 from sharefold.files import check_output
 from sharefold.options import ConvertOptions, PlanOptions
+from sharefold.untrusted import read_text
 
 from .record_options import record_of
 from .source import SourceOptions
@@ -35,16 +34,7 @@ def read_plan(path: Path) -> Plan:
     """A plan file: what ``Plan.to_json`` wrote, or the JSON of ``convert --dry-run --json``."""
     from sharefold.plans import Plan
 
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise SharefoldError(f"plan {path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SharefoldError(f"plan {path}: cannot be read ({error})") from error
-    except json.JSONDecodeError as error:
-        raise SharefoldError(f"plan {path} is not JSON (line {error.lineno}: {error.msg})") from error
-    inner = data.get("plan") if isinstance(data, dict) else None
-    return Plan.from_dict(inner if isinstance(inner, dict) else data, where=f"plan {path}")
+    return Plan.from_json(read_text(path, f"plan {path}"), where=f"plan {path}")
 
 
 @dataclass(frozen=True)
@@ -88,15 +78,6 @@ def share_of(text: str | None, option: str) -> float | None:
     return value
 
 
-def check_writable(output: Path) -> None:
-    """Really writes beside ``output``: permission bits say yes to root, and nothing of read-only or full disks."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.resolve().parent):
-            pass
-    except OSError as error:
-        raise SharefoldError(f"output {output} cannot be written: {error.strerror}: choose another place") from error
-
-
 def check_request(
     source: SourceOptions, output: Path | None, budget: str | None, keep_agreement: str | None, plan: Path | None,
     recipe: str | None, store: str | None, dry_run: bool, force: bool, **records: Any,
@@ -138,7 +119,6 @@ def check_request(
     if not dry_run:
         output = output or default_output(source.source)
         check_output(output, force)
-        check_writable(output)
     read = None if plan is None else read_plan(plan)
     return Request(
         source, output, bound, share_of(keep_agreement, "--keep-agreement"), what, how, read, recipe, store, dry_run, force

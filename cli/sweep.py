@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,7 @@ def command(
     import sharefold
     from sharefold.calibration.images import default_count
     from sharefold.data import Preprocess, calibration_images, loader, open_data
+    from sharefold.format import carry_config, checked_pretrained_cfg, config_of
     from sharefold.measure import evaluate
     from sharefold.methods import method_named
     from sharefold.sweep import SweepOptions, parse_budgets, sweep, write_results
@@ -84,11 +85,8 @@ def command(
 
     def fill(folder: Path) -> None:
         def keep(budget: str, network: nn.Module, metrics: dict[str, Any]) -> None:
-            network.sharefold_config = {  # type: ignore[assignment]
-                **network.sharefold_config,  # type: ignore[dict-item]
-                "base": opened.base,
-                "pretrained_cfg": jsonable({**opened.pretrained_cfg, **preprocess.cfg}),
-            }
+            cfg = checked_pretrained_cfg(jsonable({**opened.pretrained_cfg, **preprocess.cfg}), source.source)
+            carry_config(network, replace(config_of(network), base=opened.base or None, pretrained_cfg=cfg))
             sharefold.save(network, folder / re.sub(r"[^\w.-]+", "-", budget).strip("-"), metrics=jsonable(metrics))
 
         with run.progress() as progress:

@@ -17,6 +17,7 @@ from sharefold.budget import Effort, parse_effort
 from sharefold.calibration.calibrate import Calibration, calibration_of, copied
 from sharefold.calibration.images import input_config
 from sharefold.errors import SharefoldError, SharefoldWarning
+from sharefold.format import FileConfig, carry_config
 from sharefold.graph.preserved import restored_on_error
 from sharefold.layers import Bank, shared_layers
 from sharefold.measure import agreement
@@ -34,6 +35,7 @@ from sharefold.repair.refit import Refit
 from sharefold.repair.work import Repair, Work, repaired
 from sharefold.settings import with_plain_settings
 from sharefold.store import parse_store, quantize_
+from sharefold.store.tensor_spec import carry_spec
 
 # In the order in which they run.
 REPAIRS: tuple[Repair, ...] = (Refit(), NormStatistics(), Classifier())
@@ -98,7 +100,8 @@ def convert_(
             cal = _aligned(model, plan, cal)
             solutions = _solved(plan, cal, progress)
         done = _install(model, plan, solutions, cal)
-        model.sharefold_config = describe(cal.original, done, wanted.config)  # type: ignore[assignment]
+        carry_config(model, describe(cal.original, done, wanted.config))
+        carry_spec(model, None)
         work = Work(cal, model, done, Guard(cal.original, cal.deciding), progress)
         steps = _mended(work, wanted.repair, effort, seconds)
         if plan.store:
@@ -172,19 +175,16 @@ def _mended(work: Work, repair: bool, effort: Effort | None, seconds: dict[str, 
     return records
 
 
-def describe(original: nn.Module, plan: Plan, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def describe(original: nn.Module, plan: Plan, known: Mapping[str, Any] | None = None) -> FileConfig:
     """What ``save`` needs to know: how to build the dense architecture, how it wants its images, and the plan.
 
     ``base`` is what :func:`sharefold.open_source` noted on the model, or the registered architecture that its names
     and shapes identify; None for a network of the user's own, which ``load`` then asks for. Entries in ``known`` are
     taken over and not looked for.
     """
-    config: dict[str, Any] = {**(known or {}), "plan": plan.to_dict()}
-    if "base" not in config:
-        config["base"] = base_of(original)
-    if "pretrained_cfg" not in config:
-        config["pretrained_cfg"] = input_config(original)
-    return config
+    known = known or {}
+    base = known["base"] if "base" in known else base_of(original)
+    return FileConfig(plan, base or None, known["pretrained_cfg"] if "pretrained_cfg" in known else input_config(original))
 
 
 def _freeze(model: nn.Module, frozen: set[str]) -> None:

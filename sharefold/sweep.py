@@ -25,7 +25,8 @@ from sharefold.plans import Progress
 from sharefold.report.plots import write_curve
 from sharefold.report.svg import curve_chart
 from sharefold.settings import with_plain_settings
-from sharefold.store import StoreSpec, file_bytes
+from sharefold.store import file_bytes
+from sharefold.store.tensor_spec import carried_spec
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,8 @@ def _point(
 
 def _bytes(model: nn.Module) -> int:
     """Of the file where small number types were chosen for it, else of the tensors in memory."""
-    store = (getattr(model, "sharefold_config", None) or {}).get("store")
-    return model_bytes(model) if store is None else file_bytes(model, StoreSpec.from_dict(dict(store)))
+    spec = carried_spec(model)
+    return model_bytes(model) if spec is None else file_bytes(model, spec)
 
 
 def to_csv(points: Sequence[Point]) -> str:

@@ -12,6 +12,7 @@ from sharefold.budget import Budget
 from sharefold.calibration.calibrate import Calibration
 from sharefold.convert import convert_, describe
 from sharefold.errors import SharefoldError
+from sharefold.format import carry_config
 from sharefold.measure import agreement, count_parameters, model_bytes
 from sharefold.plans import Plan, Progress
 from sharefold.store import quantize_
@@ -72,7 +73,7 @@ def plan_bytes(
         if plan.groups:
             convert_(trial, plan, cal, repair=False)
         else:
-            trial.sharefold_config = describe(trial, plan)  # type: ignore[assignment]
+            carry_config(trial, describe(trial, plan))
         try:
             quantize_(trial, f"mixed:{limit}B", rounding, model)
         except SharefoldError as error:  # too small for so many parameters

@@ -17,6 +17,7 @@ from sharefold.calibration.calibrate import Calibration
 from sharefold.calibration.images import calibration_or_procedural
 from sharefold.calibration.pairs import Gatherer
 from sharefold.errors import SharefoldError
+from sharefold.format import config_of
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.layers import BasisConv, SharedConv, SpatialConv, to_dense
 from sharefold.measure import evaluating
@@ -33,7 +34,7 @@ from sharefold.store.prepare import Prepared, free_metric, matrices, prepare, ve
 from sharefold.store.rans import LARGEST
 from sharefold.store.rounding import round_matrix
 from sharefold.store.size import file_bytes, size_predictor
-from sharefold.store.tensor_spec import StoreRequest, StoreSpec, TensorSpec, parse_store, scaled
+from sharefold.store.tensor_spec import StoreRequest, StoreSpec, TensorSpec, carried_spec, carry_spec, parse_store, scaled
 
 # Pull of the refit towards the weights so far, as a share of the mean diagonal of the moments.
 PULL = 1e-2
@@ -65,7 +66,7 @@ def quantize_(
     """Rounds ``model`` in place to what the file will hold, so that saving and loading changes nothing more.
 
     Args:
-        model: a network that ``convert_`` converted (or a dense one with a ``sharefold_config``).
+        model: a network that ``convert_`` converted (with an empty plan, a dense one).
         spec: ``fp16``, ``int2``..``int8``, ``kmeans2``..``kmeans8``, ``mixed:0.4MB``, or a request of
             :func:`plan_store`.
         calibration: of the dense network, or (n, C, H, W) normalised images, no labels; by default procedural images.
@@ -76,11 +77,10 @@ def quantize_(
         SharefoldError: an unknown spec, or a budget below what the coarsest rounding needs.
     """
     request = parse_store(spec)
-    if not isinstance(getattr(model, "sharefold_config", None), dict):
-        raise SharefoldError("store: the model is not a sharefold network: convert it first (sharefold.convert_)")
-    before = model.sharefold_config, copy.deepcopy(model.state_dict())
+    config_of(model)
+    before = carried_spec(model), copy.deepcopy(model.state_dict())
     try:
-        _forget(model)
+        carry_spec(model, None)
         if request.kind == "fp16":
             found = _halves(model)
             snap_(model, found)
@@ -90,7 +90,7 @@ def quantize_(
         with evaluating(model, *([] if original is None else [original])):
             return _rounded(model, dense if original is None else original, dense, request, images, progress)
     except BaseException:
-        model.sharefold_config = before[0]  # type: ignore[assignment]
+        carry_spec(model, before[0])
         model.load_state_dict(before[1])
         raise
 
@@ -179,14 +179,8 @@ def snap_(model: nn.Module, spec: StoreSpec) -> None:
 
 
 def _finished(model: nn.Module, spec: StoreSpec, request: StoreRequest, sequential: bool) -> StoreReport:
-    model.sharefold_config = {**cast(dict, model.sharefold_config), "store": spec.to_dict()}  # type: ignore[assignment]
+    carry_spec(model, spec)
     return StoreReport(spec, file_bytes(model, spec), request, sequential)
-
-
-def _forget(model: nn.Module) -> None:
-    config = dict(cast(dict, model.sharefold_config))
-    config.pop("store", None)
-    model.sharefold_config = config  # type: ignore[assignment]
 
 
 def _halves(model: nn.Module) -> StoreSpec:

@@ -22,7 +22,6 @@ from sharefold.measure import agreement, model_bytes
 from sharefold.methods import method_named
 from sharefold.options import PlanOptions
 from sharefold.planner import Planner, file_budget, find_units
-from sharefold.plans import Plan
 
 CALIBRATION = images(16)
 METHODS = ("basis", "svd", "spatial", "tucker", "average", "tied", "cluster-layer", "cluster-filter", "cluster-kernel")
@@ -163,7 +162,7 @@ def test_shares_are_compared_in_files_as_they_will_be(residual: Prepared, monkey
     real = file_budget._divergence
 
     def noted(cal: Calibration, trial: nn.Module) -> float:
-        plan = Plan.from_dict(trial.sharefold_config["plan"])
+        plan = trial.sharefold_config.plan
         assert not any(group.options.get("pivoted") for group in plan.groups)
         tried.append((real(cal, trial), plan.params_after / residual.params))
         return tried[-1][0]
