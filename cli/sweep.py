@@ -52,8 +52,7 @@ def command(
     """
     from sharefold.files import check_output, write_folder
 
-    again = force and (output / "sweep.json").is_file()  # a folder of ours, though not of a network
-    target = output if again else check_output(output, force)
+    target = check_output(output, force)
     device = run.setup()
     import sharefold
     from sharefold.calibration.images import default_count
