@@ -64,8 +64,13 @@ class Elimination:
         return stays.nonzero().flatten()
 
 
-def eliminate(readers: Sequence[Reader], channels: int, fewest: int = 1) -> Elimination:
+def eliminate(
+    readers: Sequence[Reader], channels: int, fewest: int = 1, shares: Sequence[float] | None = None
+) -> Elimination:
     """Leaves out channels one by one until ``fewest`` are left; O(O N^2 + N^3) operations for each reader.
+
+    Args:
+        shares: how much every reader's error counts; by default all the same.
 
     Raises:
         SharefoldError: a reader's columns are no multiple of ``channels``, or its moment is not positive definite.
@@ -73,13 +78,14 @@ def eliminate(readers: Sequence[Reader], channels: int, fewest: int = 1) -> Elim
     if not readers or not 1 <= fewest <= channels:
         raise SharefoldError(f"channel elimination: {len(readers)} readers, {fewest} of {channels} channels to keep")
     states = [_State(reader, channels) for reader in readers]
+    factors = torch.ones(len(readers)) if shares is None else torch.tensor(list(shares))
     alive = torch.arange(channels)
     pending: list[int] = []  # places in `alive` that are gone
     order: list[int] = []
     steps: list[list[float]] = []
     while channels - len(order) > fewest:
         costs = torch.stack([state.costs() for state in states])
-        total = costs.sum(0)
+        total = factors.to(costs) @ costs
         total[pending] = torch.inf
         place = int(total.argmin())
         order.append(int(alive[place]))

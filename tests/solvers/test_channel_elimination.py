@@ -49,6 +49,14 @@ def test_every_step_takes_the_channel_that_costs_least(channels: int, blocks: tu
         assert found.kept(len(kept)).tolist() == kept
 
 
+def test_shares_say_which_reader_matters() -> None:
+    readers = [_reader(6, 1, 4, seed) for seed in (7, 8)]
+    alone = eliminate([readers[1]], 6)
+    both = eliminate(readers, 6, shares=[1e-9, 1.0])
+    assert torch.equal(alone.order, both.order)
+    torch.testing.assert_close(alone.errors[0], both.errors[1])
+
+
 def test_panels_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     readers = [_reader(40, 3, 12, 0), _reader(40, 1, 50, 1)]
     whole = eliminate(readers, 40, fewest=4)
