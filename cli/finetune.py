@@ -118,6 +118,7 @@ def command(
     from sharefold.finetune.loaders import limited
     from sharefold.finetune.loop import finetune
     from sharefold.finetune.scratch import reinitialize
+    from sharefold.format import FileConfig, carry_config, checked_pretrained_cfg, config_of
     from sharefold.measure import count_parameters
     from sharefold.plans import Plan
 
@@ -128,9 +129,10 @@ def command(
     )
     if not opened.shared:  # a network that shares by design, or a dense one: an empty plan describes it
         parameters = count_parameters(model)
-        plan = Plan([], parameters, parameters, f"source {source.source}").to_dict()
-        model.sharefold_config = {"base": opened.base, "plan": plan}  # type: ignore[assignment]
-    model.sharefold_config["pretrained_cfg"] = jsonable({**opened.pretrained_cfg, **preprocess.cfg})  # type: ignore[index,operator]
+        plan = Plan([], parameters, parameters, f"source {source.source}")
+        carry_config(model, FileConfig(plan, opened.base or None))
+    cfg = jsonable({**opened.pretrained_cfg, **preprocess.cfg})
+    carry_config(model, dataclasses.replace(config_of(model), pretrained_cfg=checked_pretrained_cfg(cfg, source.source)))
     if from_scratch or recipe_schedule:
         reinitialize(model, run.seed, joint=config.orthogonality_joint)
     guide = None

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from sharefold.errors import SharefoldError
+from sharefold.untrusted import parse_json, read_text
 
 from .common import Run, shared_options
 from .convert_request import read_plan
@@ -74,12 +74,12 @@ def command(run: Run, what: Path, output: Path, source: str | None, png: Path | 
 
 def _shared_facts(path: Path, source: str | None) -> Facts:
     import sharefold
-    from sharefold.plans import Plan
+    from sharefold.format import config_of
     from sharefold.report import facts_of
     from sharefold.sources import build_base, open_source
 
     opened = open_source(path)
-    config: Any = opened.model.sharefold_config
+    config = config_of(opened.model)
     weights, original = True, source is not None
     if source is not None:
         dense = _dense(source).model
@@ -88,10 +88,9 @@ def _shared_facts(path: Path, source: str | None) -> Facts:
             dense = sharefold.expand(opened.model)
         except SharefoldError:  # a method without a dense twin: the map is still that of the architecture
             dense, weights = build_base(opened.base), False
-    plan = Plan.from_dict(config["plan"], where=str(path))
     title = f"{opened.name}, shared"
     return facts_of(
-        title, plan, config.get("metrics"), dense, _example(opened.pretrained_cfg), weights=weights, original=original
+        title, config.plan, config.metrics, dense, _example(opened.pretrained_cfg), weights=weights, original=original
     )  # fmt: skip
 
 
@@ -99,8 +98,8 @@ def _plan_facts(run: Run, path: Path, source: str | None) -> Facts:
     from sharefold.report import facts_of
 
     plan = read_plan(path)
-    data = json.loads(path.read_text())
-    inner = data if isinstance(data.get("plan"), dict) else {}
+    data = parse_json(read_text(path, f"plan {path}"), f"plan {path}")
+    inner = data if isinstance(data, dict) and isinstance(data.get("plan"), dict) else {}
     named = str(inner.get("source") or "")
     metrics = {key: inner[key] for key in ("params", "bytes", "macs", "agreement") if inner.get(key) is not None}
     opened = None

@@ -19,11 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sharefold.architectures.build import build_base
+from sharefold.checkpoint import load, save
 from sharefold.errors import SharefoldError
+from sharefold.format import config_of
 from sharefold.layers import SharedConv, shared_layers
 from sharefold.layers.shared_conv import FACTORED_SHARE
 from sharefold.measure import evaluating
@@ -269,12 +273,7 @@ def race_loading(
     Raises:
         SharefoldError: neither timm nor torchvision has the architecture.
     """
-    from safetensors.torch import load_file, save_file
-
-    from sharefold.checkpoint import config_of, load, save
-    from sharefold.sources import build_base
-
-    base = config_of(shared).get("base")
+    base = config_of(shared).base
     if not base:
         raise SharefoldError("bench: load times need a network of a known architecture, and this one is of your own")
     with tempfile.TemporaryDirectory(prefix="sharefold-bench-") as folder:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from dataclasses import replace
+
+from sharefold.format import FileConfig
 
 
-def model_card(config: dict[str, Any]) -> str:
+def model_card(config: FileConfig) -> str:
     """A model card (Hugging Face front matter, then Markdown) that embeds the exact configuration."""
-    plan, base = config["plan"], config.get("base") or {}
-    name = base.get("name", "a network of your own")
-    before, after = plan["params_before"], plan["params_after"]
+    plan = config.plan
+    name = "a network of your own" if config.base is None else config.base["name"]
+    before, after = plan.params_before, plan.params_after
     lines = [
         "---", "library_name: sharefold", "tags:", "- sharefold", "- model-compression", "---", "",
         f"# {name}, shared by sharefold", "",
-        f"{before:,} -> {after:,} parameters ({after / max(before, 1):.1%} kept), by {plan.get('source') or 'a plan'}.",
+        f"{before:,} -> {after:,} parameters ({after / max(before, 1):.1%} kept), by {plan.source or 'a plan'}.",
         "", "```python", "import sharefold", 'model = sharefold.load("path/to/this/directory")', "```", "",
     ]  # fmt: skip
-    metrics = config.get("metrics") or {}
-    rows = [(key, value) for key, value in metrics.items() if isinstance(value, (int, float, str, bool))]
+    rows = [(key, value) for key, value in config.metrics.items() if isinstance(value, (int, float, str, bool))]
     if rows:
         lines += ["| metric | value |", "|---|---|"]
         lines += [
@@ -26,13 +27,13 @@ def model_card(config: dict[str, Any]) -> str:
         ]
         lines.append("")
     lines += ["| group | method | layers | parameters | error |", "|---|---|---|---|---|"]
-    for group in plan["groups"]:
-        error = "" if group.get("error") is None else f"{group['error']:.4f}"
+    for group in plan.groups:
+        error = "" if group.error is None else f"{group.error:.4f}"
         lines.append(
-            f"| {group['name']} | {group['method']} | {len(group['members'])} | "
-            f"{group['params_before']:,} -> {group['params_after']:,} | {error} |"
+            f"| {group.name} | {group.method} | {len(group.members)} | "
+            f"{group.params_before:,} -> {group.params_after:,} | {error} |"
         )
-    shown = {key: value for key, value in config.items() if key != "metrics"}
+    shown = replace(config, metrics={}).to_dict()
     lines += [
         "",
         "<details><summary>Exact configuration</summary>",

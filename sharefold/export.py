@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from sharefold.calibration.images import input_config
+from sharefold.checkpoint import expand
 from sharefold.errors import SharefoldError
 from sharefold.files import check_output, write_file
 from sharefold.measure import evaluating, model_bytes
@@ -317,8 +319,6 @@ def write_dense(dense: nn.Module, target: Path) -> None:
     Raises:
         SharefoldError: another suffix, or the file cannot be written; nothing is half-written.
     """
-    from safetensors.torch import save_file
-
     format_of(target, "dense")
     # Clones: a tensor tied inside the stock network is written in full under each name, as its loaders expect.
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in dense.state_dict().items()}
@@ -329,8 +329,6 @@ def write_dense(dense: nn.Module, target: Path) -> None:
 
 
 def _write_expanded(model: nn.Module, target: Path, example: Tensor, tolerance: float) -> float:
-    from sharefold.checkpoint import expand
-
     dense = expand(model)
     gap = _difference(model, lambda batch: _tensors(dense(batch)), [example])
     _accept(gap, tolerance, "the dense network")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from sharefold.errors import SharefoldError
 
+CONFIG_NAME = "sharefold_config.json"  # what tells a directory of sharefold from a user's own
+
 
 def check_output(path: str | Path, force: bool = False) -> Path:
     """The path, after checking before any work that it can be written.
@@ -30,7 +32,7 @@ def check_output(path: str | Path, force: bool = False) -> Path:
     if target.exists():
         if not force:
             raise SharefoldError(f"output {target} exists: pass --force to replace it, or choose another name")
-        if target.is_dir() and any(target.iterdir()) and not (target / "sharefold_config.json").exists():
+        if target.is_dir() and any(target.iterdir()) and not (target / CONFIG_NAME).exists():
             raise SharefoldError(f"output {target} is a folder that sharefold did not write: choose another name")
     return target
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from sharefold.checkpoint import CONFIG_NAME, WEIGHTS_NAME, load, read_config
+from sharefold.checkpoint import load, read_config
 from sharefold.errors import SharefoldError
-from sharefold.sources.hub_models import offline_when_unreachable
+from sharefold.format import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from sharefold.offline import offline_when_unreachable
 
 __all__ = ["load_from_hub", "push_to_hub"]
-FILES = ("README.md", CONFIG_NAME, WEIGHTS_NAME)
+FILES = (CARD_NAME, CONFIG_NAME, WEIGHTS_NAME)
 
 
 def push_to_hub(

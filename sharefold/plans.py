@@ -11,11 +11,9 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from sharefold.errors import SharefoldError
+from sharefold.untrusted import is_int, parse_json
 
 PLAN_VERSION = 1
-# What a plan keeps small unless told otherwise. Here, since the command line asks before torch is imported.
-DEFAULT_OBJECTIVE = "fisher"
-
 # Called with (what, done, total) during long work.
 Progress = Callable[[str, int, int], None]
 
@@ -82,14 +80,7 @@ class Plan:
         Raises:
             SharefoldError: not JSON, not a plan, a newer plan version, or a layer in two groups.
         """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise SharefoldError(
-                f"{where} is not JSON (line {error.lineno}: {error.msg}): write one with "
-                "`sharefold convert ... --dry-run --json`"
-            ) from None
-        return cls.from_dict(data, where)
+        return cls.from_dict(parse_json(text, where), where)
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "plan") -> Plan:
@@ -100,7 +91,7 @@ class Plan:
                 f"{where} holds no list of groups: write one with `sharefold convert ... --dry-run --json`"
             )
         for key, default in (("plan_version", PLAN_VERSION), ("params_before", 0), ("params_after", 0)):
-            if not _is_int(data.get(key, default)):
+            if not is_int(data.get(key, default)):
                 raise SharefoldError(f"{where}: {key} must be an integer, not {data[key]!r}")
         if data.get("plan_version", PLAN_VERSION) > PLAN_VERSION:
             raise SharefoldError(
@@ -163,7 +154,7 @@ def _group(entry: Any, index: int, where: str) -> GroupPlan:
         if not isinstance(entry.get(key, ""), str):
             raise SharefoldError(f"{where}: {key} of group {entry['name']!r} must be a text, not {entry[key]!r}")
     for key in ("params_before", "params_after", "stage"):
-        if not _is_int(entry.get(key, 0)):
+        if not is_int(entry.get(key, 0)):
             raise SharefoldError(f"{where}: {key} of group {entry['name']!r} must be an integer, not {entry[key]!r}")
     error = entry.get("error")
     if error is not None and (isinstance(error, bool) or not isinstance(error, (int, float))):
@@ -174,7 +165,3 @@ def _group(entry: Any, index: int, where: str) -> GroupPlan:
     if not isinstance(entry.get("options", {}), dict):
         raise SharefoldError(f"{where}: options of group {entry['name']!r} must be an object")
     return GroupPlan(**{**entry, "members": tuple(members)})
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

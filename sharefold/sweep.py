@@ -15,15 +15,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from sharefold.budget import Budget, parse_budget
-from sharefold.calibration.statistics import statistics_of
+from sharefold.calibration.calibrate import Calibration
 from sharefold.convert import convert_
 from sharefold.errors import SharefoldError
-from sharefold.graph import analyze
 from sharefold.measure import count_macs, count_parameters, device_of, model_bytes
+from sharefold.options import ConvertOptions, PlanOptions, chosen
 from sharefold.planner import Planner
 from sharefold.plans import Progress
+from sharefold.report.plots import write_curve
+from sharefold.report.svg import curve_chart
 from sharefold.settings import with_plain_settings
-from sharefold.store import StoreSpec, file_bytes
+from sharefold.store import file_bytes
+from sharefold.store.tensor_spec import carried_spec
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,15 @@ class Point:
     agreement: float
     kl: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """How every size is planned and converted, and ``keep``: called with the budget's text, the network and its metrics."""
+
+    plan: PlanOptions = PlanOptions()
+    convert: ConvertOptions = ConvertOptions()
+    keep: Callable[[str, nn.Module, dict[str, Any]], None] | None = None
 
 
 def parse_budgets(text: str | Sequence[str]) -> list[Budget]:
@@ -62,48 +74,40 @@ def parse_budgets(text: str | Sequence[str]) -> list[Budget]:
 
 @with_plain_settings
 def sweep(
-    model: nn.Module, budgets: Sequence[str | Budget], evaluate: Callable[[nn.Module], dict[str, Any]],
-    images: Tensor, *, method: str | Sequence[str] = "auto", exclude: str | None = None, repair: bool = True,
-    refine: int = 0, seed: int = 0, keep: Callable[[str, nn.Module, dict[str, Any]], None] | None = None,
-    progress: Progress | None = None,
+    cal: Calibration, budgets: Sequence[str | Budget], evaluate: Callable[[nn.Module], dict[str, Any]],
+    options: SweepOptions | None = None, progress: Progress | None = None, **overrides: Any,
 ) -> list[Point]:  # fmt: skip
-    """Converts ``model`` to every budget and measures it; the dense network comes first, as budget ``"dense"``.
+    """Converts the calibrated network to every budget and measures it; the dense network comes first, as budget ``"dense"``.
 
-    The network is traced once, and its input statistics are gathered once for all budgets. All plans are made before
-    the first conversion, so that an unreachable budget costs no conversion.
+    All plans are made before the first conversion, so that an unreachable budget costs no conversion.
 
     Args:
-        model: dense; not changed.
+        cal: of the dense network.
         budgets: as :func:`sharefold.budget.parse_budget` reads them.
         evaluate: gives ``top1``, ``top5`` and ``loss``.
-        images: calibration images (n, C, H, W), normalised.
-        keep: called with the budget's text, the converted network and its metrics.
+        options: see :class:`SweepOptions`; its fields may be given by keyword.
 
     Raises:
         SharefoldError: as :func:`sharefold.plan`.
     """
+    wanted = chosen(options, overrides, SweepOptions)
     bounds = parse_budgets([b.text if isinstance(b, Budget) else b for b in budgets])
-    example = images[:1]
-    graph = analyze(model, example)
-    statistics = statistics_of(model, graph, images, seed)
-    planner = Planner(model, graph, statistics, example, method=method, exclude=exclude, seed=seed)
+    model, example = cal.original, cal.example
+    planner = Planner(cal, wanted.plan)
     plans = [planner.plan(bound) for bound in bounds]
     points = [_point("dense", model, count_parameters(model), evaluate(model), 1.0, 0.0, 0.0, example)]
     for index, (bound, decided) in enumerate(zip(bounds, plans, strict=True)):
         start = time.perf_counter()
         converted = copy.deepcopy(model)
-        done = convert_(
-            converted, decided, example_input=example, repair=repair, refine=refine, statistics=statistics,
-            graph=graph, seed=seed,
-        )  # fmt: skip
+        done = convert_(converted, decided, cal, wanted.convert)
         seconds = time.perf_counter() - start
         scores = evaluate(converted)
         assert done.agreement is not None and done.kl is not None  # `evaluate` has counted its logits
         points.append(
             _point(bound.text, converted, points[0].params, scores, done.agreement, done.kl, seconds, example)
         )  # fmt: skip
-        if keep is not None:
-            keep(bound.text, converted, asdict(points[-1]))
+        if wanted.keep is not None:
+            wanted.keep(bound.text, converted, asdict(points[-1]))
         if progress:
             progress("budgets", index + 1, len(bounds))
     return points
@@ -123,8 +127,8 @@ def _point(
 
 def _bytes(model: nn.Module) -> int:
     """Of the file where small number types were chosen for it, else of the tensors in memory."""
-    store = (getattr(model, "sharefold_config", None) or {}).get("store")
-    return model_bytes(model) if store is None else file_bytes(model, StoreSpec.from_dict(dict(store)))
+    spec = carried_spec(model)
+    return model_bytes(model) if spec is None else file_bytes(model, spec)
 
 
 def to_csv(points: Sequence[Point]) -> str:
@@ -138,9 +142,6 @@ def to_csv(points: Sequence[Point]) -> str:
 
 def write_results(folder: Path, points: Sequence[Point], details: dict[str, Any]) -> list[str]:
     """``sweep.csv``, ``sweep.json``, ``sweep.svg`` and, where matplotlib is, ``sweep.png``; gives the names."""
-    from sharefold.report.plots import write_curve
-    from sharefold.report.svg import curve_chart
-
     dense, rest = points[0], sorted(points[1:], key=lambda point: point.params)
     marks = [(float(point.params), point.top1, point.budget) for point in rest]
     (folder / "sweep.csv").write_text(to_csv(points))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,7 +122,7 @@ def test_loading_reads_what_it_wrote(shared: nn.Module) -> None:
     assert model_bytes(shared) <= sizes["shared"] <= model_bytes(shared) + 20_000
     assert times["dense"].median > 0 and times["shared"].median > 0
     own = copy.deepcopy(shared)
-    own.sharefold_config = {**own.sharefold_config, "base": None}
+    own.sharefold_config = replace(own.sharefold_config, base=None)
     with pytest.raises(SharefoldError, match="known architecture"):
         race_loading(own, dense)
 

@@ -127,7 +127,7 @@ def test_a_pushed_network_is_a_source(
     opened = sharefold.open_source("hf-hub:me/net@v1")
     assert opened.shared and opened.kind == "hf-hub" and opened.name == "digits_resnet"
     assert hub.calls[-2:] == [("file", "v1"), ("download", "v1")]
-    assert opened.base == shared.sharefold_config["base"] and opened.pretrained_cfg["input_size"] == (1, 8, 8)
+    assert opened.base == shared.sharefold_config.base and opened.pretrained_cfg["input_size"] == (1, 8, 8)
     assert torch.equal(logits(opened.model), logits(shared))
     with pytest.raises(SharefoldError, match=r"hf-hub:me/net is a converted network .*: leave --num-classes out"):
         sharefold.open_source("hf-hub:me/net", num_classes=3)

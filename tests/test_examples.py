@@ -49,4 +49,4 @@ def test_finetune_shared(tmp_path: Path) -> None:
     out = run("finetune_shared.py", tmp_path, "tuned", "5")
     original, converted, tuned = (float(share) / 100 for share in re.findall(r": +([\d.]+)%", out))
     assert original > 0.95 and converted < original and tuned > converted
-    assert sharefold.load(tmp_path / "tuned").sharefold_config["plan"]["params_after"] <= 0.08 * 198_898
+    assert sharefold.load(tmp_path / "tuned").sharefold_config.plan.params_after <= 0.08 * 198_898

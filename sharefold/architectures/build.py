@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from sharefold import models as models  # registers sharefold's own networks with timm
 from sharefold.architectures.arguments import close_matches
 from sharefold.errors import SharefoldError
 
@@ -176,7 +177,6 @@ def _literal(value: Any) -> bool:
 
 
 def _timm() -> Any:
-    importlib.import_module("sharefold.models")  # registers sharefold's own networks with timm
     return importlib.import_module("timm")
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sharefold.architectures.build import make_base, own_models
+from sharefold.architectures.build import make_base
 from sharefold.architectures.shapes import Shapes
 
 INDEX_FILE = Path(__file__).with_name("index.npz")
@@ -218,18 +218,3 @@ def load_index(path: Path = INDEX_FILE) -> Index:
         for i, (number, entries) in enumerate(text["records"])
     ]
     return Index(records, text["versions"])
-
-
-@functools.lru_cache(maxsize=1)
-def complete_index() -> Index:
-    """The prebuilt index plus sharefold's own networks that are newer than it."""
-    index = load_index()
-    fresh = [name for name in own_models() if ("timm", name) not in index.names]
-    if not fresh:
-        return index
-    return Index([*index.records, *sweep().records_of("timm", fresh)], index.versions)
-
-
-def sweep() -> Any:
-    """The module that makes records; it imports this one, hence late."""
-    return importlib.import_module("sharefold.architectures.index_builder")

@@ -7,6 +7,7 @@ torchvision or sharefold gains models.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from sharefold.architectures.build import build_on_meta, make_base, registry
+from sharefold.architectures.build import build_on_meta, make_base, own_models, registry
 from sharefold.architectures.index import (
     INDEX_FILE,
     Entry,
@@ -25,6 +26,7 @@ from sharefold.architectures.index import (
     Rule,
     fingerprint,
     is_parameter,
+    load_index,
     save_index,
     sketch,
     versions,
@@ -82,6 +84,14 @@ def records_of(library: str, names: Iterable[str], failures: dict[str, str] | No
                 if failures is not None:
                     failures[name] = str(error)
     return list(merged.values())
+
+
+@functools.lru_cache(maxsize=1)
+def complete_index() -> Index:
+    """The prebuilt index plus sharefold's own networks that are newer than it."""
+    index = load_index()
+    fresh = [name for name in own_models() if ("timm", name) not in index.names]
+    return Index([*index.records, *records_of("timm", fresh)], index.versions) if fresh else index
 
 
 def merge(*parts: list[Record]) -> list[Record]:

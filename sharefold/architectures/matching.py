@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sharefold.architectures.build import build_on_meta, own_models, torchvision_urls
-from sharefold.architectures.index import Entry, Record, complete_index, read_counts, sweep
+from sharefold.architectures.index import Entry, Record, read_counts
+from sharefold.architectures.index_builder import complete_index, describe
 from sharefold.architectures.shapes import Difference, Shapes, compare
 from sharefold.errors import SharefoldError
 
@@ -105,7 +106,7 @@ def named_architecture(library: str, name: str, kwargs: dict[str, Any], shapes: 
     Raises:
         SharefoldError: it cannot be built with these arguments.
     """
-    records = list(sweep().describe(library, name, kwargs))
+    records = list(describe(library, name, kwargs))
     record = next((r for r in records if read_counts(r.pattern, shapes) is not None), records[-1])
     classes, channels = _counts_nearby(record, shapes)
     base = record.entries[0].base(

@@ -29,11 +29,13 @@ from sharefold.finetune.batches import (
 )
 from sharefold.finetune.config import FinetuneConfig
 from sharefold.finetune.distributed import World
+from sharefold.format import carried_config
 
 
 def preprocess_of(model: nn.Module, config: FinetuneConfig) -> Preprocess:
     """The model's own preprocessing (timm's ``pretrained_cfg``), with the configuration's mean and std on top."""
-    cfg = getattr(model, "sharefold_config", {}).get("pretrained_cfg") or getattr(model, "pretrained_cfg", None)
+    config_of_file = carried_config(model)
+    cfg = (config_of_file and config_of_file.pretrained_cfg) or getattr(model, "pretrained_cfg", None)
     cfg = cfg if isinstance(cfg, Mapping) else getattr(cfg, "to_dict", dict)()
     return Preprocess.from_cfg(cfg, mean=config.mean or None, std=config.std or None)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharefold.checkpoint import save
 from sharefold.errors import SharefoldError
 from sharefold.finetune import seeds
 from sharefold.finetune.batches import Data, EvalBatches, TrainBatches
@@ -111,8 +112,6 @@ def finetune(
             run = _Run(model, teacher, batches, checks, config, where, folder, quiet)
             report = run.go(resume)
         if out is not None and where.first:
-            from sharefold.checkpoint import save
-
             top1 = {} if report.top1_after is None else {"top1": report.top1_after}
             told = {**(metrics or {}), **top1, "finetune": _card(report, config, batches)}
             save(model, out, metrics=told, force=force or resume)

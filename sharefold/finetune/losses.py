@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sharefold.format import carried_config
 from sharefold.layers import bank_key, banks
 
 
@@ -109,7 +110,8 @@ def collect_bases(model: nn.Module, *, joint: bool = False, skip: str = "") -> l
     cannot be so (:mod:`sharefold.finetune.whole`). Stage and role come from the plan that the model carries; without one
     each bank is alone, and its kernel size is its kind.
     """
-    plans = {bank_key(g["name"]): g for g in getattr(model, "sharefold_config", {}).get("plan", {}).get("groups", [])}
+    config = carried_config(model)
+    plans = {bank_key(group.name): group for group in (config.plan.groups if config else [])}
     unique: dict[int, list[Tensor]] = {}
     for module in model.modules():
         bank, own = module.__dict__.get("bank"), getattr(module, "unique", None)
@@ -121,9 +123,9 @@ def collect_bases(model: nn.Module, *, joint: bool = False, skip: str = "") -> l
         if not isinstance(basis, Tensor) or bank.pivots is not None or (skip and re.search(skip, name)):
             continue
         rows = _rows(basis)
-        group = plans.get(name, {})
-        key = (group["stage"], rows.shape[1]) if joint and group else (name,)
-        mine = Bases(rows, unique.get(id(bank), []), kind=group.get("role") or str(tuple(basis.shape[2:])))
+        group = plans.get(name)
+        key = (group.stage, rows.shape[1]) if joint and group else (name,)
+        mine = Bases(rows, unique.get(id(bank), []), kind=(group and group.role) or str(tuple(basis.shape[2:])))
         if key in merged:
             first = merged[key]
             mine = Bases(torch.cat([first.shared, rows]), first.unique + mine.unique, first.kind)

@@ -12,6 +12,7 @@ from torch import nn
 
 from sharefold.errors import SharefoldError
 from sharefold.finetune.config import FinetuneConfig
+from sharefold.layers.bank import ATTRIBUTE, banks
 
 ADAPTIVE = ("adam", "lamb", "lion", "adan", "adopt", "mars", "muon", "nadam", "radam", "rmsprop", "lars", "adafactor",
             "adabelief", "laprop", "soap", "kron", "novograd", "madgrad")  # fmt: skip
@@ -31,8 +32,6 @@ def roles(model: nn.Module, decay: str = "filters") -> dict[str, Role]:
     With ``decay="filters"`` weights, bases and own filters decay; coefficients, scales, norms and biases do not: a
     coefficient row is the layer's filter seen from the basis, and pulling it to zero undoes the fit of the conversion.
     """
-    from sharefold.layers.bank import ATTRIBUTE, banks
-
     uses = {f"{ATTRIBUTE}.{key}.": bank.uses for key, bank in banks(model).items()}
     member_own = {
         f"{name}.{key}" if name else key

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sharefold.format import carried_config
 from sharefold.layers import SharedConv, bank_key, banks
 
 
@@ -26,13 +27,14 @@ def reinitialize(model: nn.Module, seed: int = 0, joint: bool = False) -> None:
             for name, value in module.named_parameters(recurse=False):
                 _draw(name, value)
     bases: dict[object, list[Tensor]] = {}
-    plans = {bank_key(g["name"]): g for g in getattr(model, "sharefold_config", {}).get("plan", {}).get("groups", [])}
+    config = carried_config(model)
+    plans = {bank_key(group.name): group for group in (config.plan.groups if config else [])}
     for key, bank in banks(model).items():
         for name, value in bank.named_parameters():
             if name != "basis" or bank.pivots is not None:
                 _draw(name, value)
                 continue
-            together = (plans[key]["stage"], value[0].numel()) if joint and key in plans else key
+            together = (plans[key].stage, value[0].numel()) if joint and key in plans else key
             bases.setdefault(together, []).append(value)
     for members in bases.values():
         rows = torch.empty(sum(len(m) for m in members), members[0][0].numel())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sharefold.layers import Bank, BasisConv, SharedConv, SpatialConv, banks, shared_layers, with_pivots
 from sharefold.solvers.interpolative import pivot
+from sharefold.store.tensor_spec import carried_spec
 
 FACTORS = ("basis", "unique", "vertical")
 
@@ -27,7 +28,7 @@ def whole_factors(model: nn.Module) -> Iterator[None]:
     Afterwards, whatever happened, they are pivoted again, in as many numbers as before. Networks whose tensors are rounded
     while they train (``store`` in their configuration) stay as they are.
     """
-    rounded = bool(getattr(model, "sharefold_config", {}).get("store"))
+    rounded = carried_spec(model) is not None
     every: list[Bank | SharedConv] = [*banks(model).values(), *shared_layers(model).values()]
     owners = [] if rounded else [owner for owner in every if _pivots(owner) is not None]
     readers = {owner: _readers(model, owner) for owner in owners}

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import socket
-import urllib.parse
-import urllib.request
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -15,6 +10,7 @@ from torch import nn
 from sharefold.architectures.build import build_base, build_on_meta, check_arguments, check_name, make_base, torchvision_urls
 from sharefold.architectures.shapes import load_weights, shapes_of
 from sharefold.errors import SharefoldError
+from sharefold.offline import offline_when_unreachable
 
 
 def open_timm(name: str, kwargs: dict[str, Any], pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
@@ -91,31 +87,6 @@ def open_hub(identifier: str, kwargs: dict[str, Any], pretrained: bool) -> tuple
     except Exception as error:
         raise _no_download(where, error) from None
     return model.eval(), _with_classes(make_base("timm", name, arguments), model)
-
-
-@contextlib.contextmanager
-def offline_when_unreachable() -> Iterator[None]:
-    """Without a network the Hub's client retries for most of a minute; this makes it use its cache or fail at once.
-
-    Only a host name that does not resolve counts as no network; behind a proxy nothing is assumed.
-    """
-    constants: Any = importlib.import_module("huggingface_hub.constants")
-    host = urllib.parse.urlparse(constants.ENDPOINT).hostname
-    if constants.HF_HUB_OFFLINE or host is None or urllib.request.getproxies() or _resolves(host):
-        yield
-        return
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = False
-
-
-def _resolves(host: str) -> bool:
-    try:
-        return bool(socket.getaddrinfo(host, 443))
-    except OSError:
-        return False
 
 
 def _pretrained_timm(name: str, kwargs: dict[str, Any]) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import warnings
@@ -12,11 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sharefold import checkpoint
 from sharefold.architectures.arguments import close_matches, parse_options
 from sharefold.architectures.build import build_base, check_arguments, check_name, note_base, registry
 from sharefold.architectures.matching import Match, exact_match, match_architecture, named_architecture
 from sharefold.architectures.shapes import load_weights, shapes_of
 from sharefold.errors import SharefoldError, SharefoldWarning
+from sharefold.format import config_of
+from sharefold.hub import shared_folder
 from sharefold.sources.hub_models import open_hub, open_timm, open_torchvision
 from sharefold.sources.preprocessing import preprocessing
 from sharefold.sources.read import check_file, read_state_dict
@@ -97,7 +99,7 @@ def open_source(
     if not name:
         raise SharefoldError(f"no model name in {text!r}: write for example timm:resnet50")
     if kind == "hf-hub":
-        folder = importlib.import_module("sharefold.hub").shared_folder(name)
+        folder = shared_folder(name)
         if folder is not None:
             _refuse_options(text, num_classes=num_classes, in_chans=in_chans)
             return replace(_open_sharefold(folder), kind=kind)
@@ -128,9 +130,7 @@ def _name_and_options(rest: str, where: str) -> tuple[str, dict[str, Any]]:
 def _open_path(
     path: Path, arch: str | None, num_classes: int | None, in_chans: int | None, trust_pickle: bool
 ) -> Source:
-    from sharefold.checkpoint import is_sharefold
-
-    if is_sharefold(path):
+    if checkpoint.is_sharefold(path):
         _refuse_options(path, arch=arch, num_classes=num_classes, in_chans=in_chans)
         return _open_sharefold(path)
     hub: dict[str, Any] = {}
@@ -230,12 +230,11 @@ def _refuse_options(source: str | Path, **options: Any) -> None:
 
 
 def _open_sharefold(path: Path) -> Source:
-    model = importlib.import_module("sharefold.checkpoint").load(path)
-    config = model.sharefold_config
-    base = config.get("base") or {}
-    name = base.get("name", path.stem)
-    stored = {k: tuple(v) if isinstance(v, list) else v for k, v in (config.get("pretrained_cfg") or {}).items()}
-    return Source(model.eval(), base, {**preprocessing(model, base), **stored}, name, "sharefold", shared=True)
+    model = checkpoint.load(path)
+    config = config_of(model)
+    base = config.base or {}
+    cfg = {**preprocessing(model, base), **config.pretrained_cfg}
+    return Source(model.eval(), base, cfg, base.get("name", path.stem), "sharefold", shared=True)
 
 
 def _open_module(module: nn.Module, path: Path, notes: dict[str, Any]) -> Source:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -20,17 +19,17 @@ __all__ = [
 ]  # fmt: skip
 
 
-def encode(tensors: Mapping[str, Tensor], store: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of the file for a state dict that ``quantize_`` rounded; ``store`` is ``config["store"]``.
+def encode(tensors: Mapping[str, Tensor], spec: StoreSpec) -> dict[str, Tensor]:
+    """The tensors of the file for a state dict that ``quantize_`` rounded to ``spec``.
 
     Raises:
         SharefoldError: a tensor changed since it was rounded.
     """
-    return {NAME: encode_blob(tensors, StoreSpec.from_dict(dict(store)))}
+    return {NAME: encode_blob(tensors, spec)}
 
 
-def decode(tensors: Mapping[str, Tensor], template: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict behind :func:`encode`, and ``config["store"]`` for saving again.
+def decode(tensors: Mapping[str, Tensor], template: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], StoreSpec]:
+    """The state dict behind :func:`encode`, and its spec for saving again.
 
     Args:
         tensors: what the file holds.
@@ -42,5 +41,4 @@ def decode(tensors: Mapping[str, Tensor], template: Mapping[str, Tensor]) -> tup
     blob = tensors.get(NAME)
     if blob is None or blob.dim() != 1 or str(blob.dtype) != "torch.uint8":
         raise SharefoldError("store: the file holds no packed weights: it is damaged")
-    found, spec = decode_blob(blob, template)
-    return found, spec.to_dict()
+    return decode_blob(blob, template)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from sharefold.format import METADATA_KEY, config_of, distinct
 from sharefold.store.blob import NAME, blob_bytes, encode_blob
 from sharefold.store.norm_folding import fold_norms
-from sharefold.store.tensor_spec import StoreSpec
+from sharefold.store.tensor_spec import FORMAT, StoreSpec
+from sharefold.version import __version__
 
 
 def file_bytes(model: nn.Module, spec: StoreSpec) -> int:
@@ -42,14 +44,10 @@ def size_predictor(model: nn.Module) -> Callable[[StoreSpec], int]:
 
 def _content(model: nn.Module) -> tuple[dict[str, Tensor], str]:
     """The tensors of the file, and its metadata."""
-    from sharefold.checkpoint import distinct, file_config, pack_config
-
     tensors, aliases = distinct(model.state_dict())
-    config: dict[str, Any] = {**file_config(model, aliases), "store": {"format": 1}}
-    return tensors, pack_config(config)
+    config = replace(config_of(model), aliases=aliases, store=FORMAT, sharefold_version=__version__)
+    return tensors, config.packed()
 
 
 def _size(blob: Tensor, text: str) -> int:
-    from sharefold.checkpoint import METADATA_KEY
-
     return len(to_bytes({NAME: blob}, {METADATA_KEY: text, "format": "pt"}))

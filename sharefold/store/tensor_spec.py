@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharefold.budget import parse_budget
 from sharefold.errors import SharefoldError
+from sharefold.store.rans import LARGEST
 
 FORMAT = 1
 # Row scales lie on a grid of sixteenth octaves below the tensor's largest, so that one byte holds a scale.
 OCTAVE = 16
+_ATTRIBUTE = "sharefold_store"
 KINDS = ("raw", "fp16", "fill", "int", "grid", "codebook", "coded")
 HINT = "use fp16, int2 to int8, kmeans2 to kmeans8, or mixed:SIZE such as mixed:0.4MB"
 
@@ -112,8 +113,6 @@ class TensorSpec:
     @property
     def limit(self) -> int:
         """The largest integer code."""
-        from sharefold.store.rans import LARGEST
-
         return LARGEST if self.kind == "coded" else 2 ** (self.bits - 1) - 1
 
     def snapped(self, tensor: Tensor) -> Tensor:
@@ -141,19 +140,23 @@ class StoreSpec:
 
     tensors: dict[str, TensorSpec]
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"format": FORMAT, "tensors": {name: asdict(spec) for name, spec in self.tensors.items()}}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> StoreSpec:
-        """Raises SharefoldError when ``data`` holds no tensors."""
-        if not isinstance(data.get("tensors"), dict):
-            raise SharefoldError("store: the configuration does not say how tensors are stored: run quantize_ again")
-        return cls({name: TensorSpec(**entry) for name, entry in data["tensors"].items()})
-
     def fits(self, tensors: dict[str, Tensor]) -> bool:
         """Whether every tensor lies exactly on its grid, so that the file loses nothing."""
         return all(
             name in tensors and bool((spec.snapped(tensors[name]) == tensors[name]).all())
             for name, spec in self.tensors.items()
         )
+
+
+def carried_spec(model: nn.Module) -> StoreSpec | None:
+    """How the tensors of ``model`` were rounded; None for full precision."""
+    spec = getattr(model, _ATTRIBUTE, None)
+    return spec if isinstance(spec, StoreSpec) else None
+
+
+def carry_spec(model: nn.Module, spec: StoreSpec | None) -> None:
+    """Leaves ``spec`` on the model for ``save``, or takes it off."""
+    if spec is not None:
+        setattr(model, _ATTRIBUTE, spec)
+    elif hasattr(model, _ATTRIBUTE):
+        delattr(model, _ATTRIBUTE)

@@ -144,7 +144,7 @@ def test_a_budget_in_bytes_is_the_size_of_the_file(tmp_path: Path) -> None:
     report = json.loads(result.stdout)
     assert report["store"] == "mixed:200000B" and report["bytes"]["after"] > 200_000
     assert 150_000 < report["file_bytes"] == (tmp_path / "small.safetensors").stat().st_size <= 200_000
-    assert sharefold.load(tmp_path / "small.safetensors").sharefold_config["plan"]["store"] == report["store"]
+    assert sharefold.load(tmp_path / "small.safetensors").sharefold_config.plan.store == report["store"]
 
 
 def test_a_budget_in_macs_and_an_objective(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_budget_in_macs_and_an_objective(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert 0.5 * report["macs"]["before"] < report["macs"]["after"] <= 0.6 * report["macs"]["before"]
-    source = sharefold.load(tmp_path / "net").sharefold_config["plan"]["source"]
+    source = sharefold.load(tmp_path / "net").sharefold_config.plan.source
     assert source.startswith("budget 60% MACs, method svd: ") and "40,551,040 MACs expected" in source
 
 

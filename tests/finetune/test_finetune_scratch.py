@@ -10,7 +10,9 @@ from sharefold.finetune.losses import Bases, collect_bases, orthogonality
 from sharefold.finetune.published import SCHEDULES, published
 from sharefold.finetune.schedule import Schedule, build_optimizer
 from sharefold.finetune.scratch import reinitialize
+from sharefold.format import FileConfig, carry_config
 from sharefold.layers import Bank, add_bank
+from sharefold.plans import GroupPlan, Plan
 
 
 def test_the_published_numbers():
@@ -71,8 +73,8 @@ def test_two_bases_of_a_stage_can_be_orthonormal_together():
     net = Net()
     for name, rows in (("one", 5), ("two", 6)):
         add_bank(net, name, Bank({"basis": torch.randn(rows, 8, 3, 3)}, uses=2))
-    groups = [{"name": name, "stage": 0, "role": role} for name, role in (("one", "conv1"), ("two", "conv2"))]
-    net.sharefold_config = {"plan": {"groups": groups}}
+    groups = [GroupPlan(name, "basis", ("layer",), role=role) for name, role in (("one", "conv1"), ("two", "conv2"))]
+    carry_config(net, FileConfig(Plan(groups, 0, 0)))
     reinitialize(net, joint=True)
     (together,) = collect_bases(net, joint=True)
     assert together.shared.shape == (11, 72) and float(orthogonality([together]).detach()) < 1e-8

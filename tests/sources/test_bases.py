@@ -73,7 +73,7 @@ def test_round_trip_without_the_dense_module(source: str, tmp_path: Path) -> Non
     loaded = sharefold.load(sharefold.save(model, tmp_path / "net"))
     with torch.no_grad():
         assert torch.equal(loaded(images), model.eval()(images))
-    assert base_of(sharefold.expand(loaded)) == model.sharefold_config["base"]
+    assert base_of(sharefold.expand(loaded)) == model.sharefold_config.base
 
 
 def test_builder_arguments_of_a_checkpoint(tmp_path: Path) -> None:

@@ -19,7 +19,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import sharefold.checkpoint
+from sharefold import offline
 from sharefold.errors import SharefoldError, SharefoldWarning
+from sharefold.format import FileConfig, carry_config
+from sharefold.plans import Plan
 from sharefold.sources import Source, build_base, open_source
 from sharefold.sources import hub_models as hub
 
@@ -153,13 +156,13 @@ class TestDownloads:
         def unresolved(*_: Any) -> None:
             raise OSError("no such host")
 
-        monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
-        monkeypatch.setattr(hub.socket, "getaddrinfo", unresolved)
+        monkeypatch.setattr(offline.urllib.request, "getproxies", dict)
+        monkeypatch.setattr(offline.socket, "getaddrinfo", unresolved)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         with hub.offline_when_unreachable():
             assert constants.HF_HUB_OFFLINE is True
         assert constants.HF_HUB_OFFLINE is False
-        monkeypatch.setattr(hub.socket, "getaddrinfo", lambda *_: [("address",)])
+        monkeypatch.setattr(offline.socket, "getaddrinfo", lambda *_: [("address",)])
         with hub.offline_when_unreachable():
             assert constants.HF_HUB_OFFLINE is False
 
@@ -375,8 +378,8 @@ class TestSharefoldFiles:
 
     def opened(self, path: Path, monkeypatch: pytest.MonkeyPatch, **kwargs: Any) -> Source:
         model = OwnNet().train()
-        config = {"base": {"library": "timm", "name": "resnet18"}, "pretrained_cfg": {"mean": [0.1]}}
-        model.sharefold_config = config  # type: ignore[assignment]
+        base = {"library": "timm", "name": "resnet18", "kwargs": {}}
+        carry_config(model, FileConfig(Plan([], 0, 0), base, {"mean": (0.1,)}))
         seen: list[Path] = []
         monkeypatch.setattr(sharefold.checkpoint, "load", lambda p: (seen.append(p), model)[1])
         source = open_source(path, **kwargs)

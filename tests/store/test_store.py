@@ -172,7 +172,7 @@ def test_small_budgets_are_met_to_the_byte(budget: int, tmp_path: Path) -> None:
     assert 0.9 * budget < file.stat().st_size == report.bytes <= budget
     folder = sharefold.save(model, tmp_path / "net", metrics={"note": "measured"})
     assert (folder / "model.safetensors").stat().st_size == report.bytes
-    assert sharefold.load(folder, model=trained()).sharefold_config["metrics"]["note"] == "measured"
+    assert sharefold.load(folder, model=trained()).sharefold_config.metrics["note"] == "measured"
 
 
 def test_the_modes_of_the_network_change_nothing_and_come_back() -> None:

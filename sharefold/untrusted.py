@@ -1,0 +1,74 @@
+"""Texts and values from files that anybody may have written: read with bounds, shown without their escapes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from sharefold.errors import SharefoldError
+
+# Most bytes of a JSON text. In memory JSON takes up to thirty times its text, and the plan of a network with 1,000 groups is
+# a tenth of this.
+JSON_LIMIT = 1 << 22
+
+
+def read_text(file: Path, what: str, limit: int = JSON_LIMIT) -> str:
+    """The text (UTF-8) of a file with at most ``limit`` bytes.
+
+    Raises:
+        SharefoldError: missing, unreadable, larger, or no text.
+    """
+    try:
+        with file.open("rb") as stream:
+            data = stream.read(limit + 1)
+    except FileNotFoundError:
+        raise SharefoldError(f"{what}: no such file") from None
+    except OSError as error:
+        raise SharefoldError(f"{what}: cannot be read ({error.strerror}): check its permissions") from None
+    if len(data) > limit:
+        raise SharefoldError(f"{what} has more than {limit >> 20} MB: it is damaged, or another file is meant")
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise SharefoldError(f"{what} is no text (UTF-8): it is damaged, or another file is meant") from None
+
+
+def parse_json(text: str, what: str) -> Any:
+    """The values in a JSON text of at most :data:`JSON_LIMIT` characters.
+
+    Raises:
+        SharefoldError: larger, nested too deeply, a number with thousands of digits, or no JSON.
+    """
+    if len(text) > JSON_LIMIT:
+        raise SharefoldError(f"{what} has more than {JSON_LIMIT >> 20} MB: it is damaged, or another file is meant")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SharefoldError(f"{what} is not JSON (line {error.lineno}: {error.msg})") from None
+    except RecursionError:
+        raise SharefoldError(f"{what} is not readable: it is nested too deeply") from None
+    except ValueError:  # an integer of more than 4,300 digits
+        raise SharefoldError(f"{what} is not readable: a number has thousands of digits") from None
+
+
+def is_int(value: Any) -> bool:
+    """Whether ``value`` is a whole number, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether ``value`` is a whole or a finite floating number."""
+    return is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """``value`` for a message: cut off, and without control characters, which a terminal would obey."""
+    text = printable(value) if isinstance(value, str) else repr(value)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def printable(text: str) -> str:
+    """``text`` with every character that is no letter, sign or space written as its escape."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
