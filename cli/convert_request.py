@@ -92,6 +92,7 @@ def check_request(
     """
     deciders = {f"--{name}": records[name] for name in ("method", "exclude", "objective")}
     pivots = None if records["pivots"] is None else True
+    deciders["--round-channels"] = records["round_channels"]
     deciders |= {"--budget": budget, "--keep-agreement": keep_agreement, "--no-pivots": pivots}
     idle = [name for name, value in deciders.items() if value is not None]
     what, how = record_of(PlanOptions, records), record_of(ConvertOptions, records)

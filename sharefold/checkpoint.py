@@ -36,6 +36,7 @@ from sharefold.format import (
 from sharefold.layers import shared_layers, stray_pointers, to_dense
 from sharefold.methods import step_named
 from sharefold.methods.checks import check_plan
+from sharefold.methods.narrowing import install_blank
 from sharefold.settings import plain_defaults
 from sharefold.state_dicts import load_tensors
 from sharefold.store import decode, encode
@@ -118,8 +119,7 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: str | torc
             )
         model = build_base(config.base)
     check_plan(model, config.plan)
-    for group in config.plan.groups:
-        step_named(group.method).install(model, group, None)
+    install_blank(model, config.plan)
     state = _read_tensors(file)
     spec = None
     if config.store is not None:
@@ -169,7 +169,8 @@ def expand(model: nn.Module) -> nn.Module:
     if not shared_layers(model) and carried_config(model) is None:
         raise SharefoldError("expand: the model has no shared layers: it is dense already")
     dense = to_dense(model)
-    for group in reversed(config_of(model).plan.groups):
+    plan = config_of(model).plan
+    for group in (*reversed(plan.sharing), *reversed(plan.narrowing)):
         step_named(group.method).expand(dense, group)
     carry_config(dense, None)
     carry_spec(dense, None)

@@ -23,7 +23,8 @@ from sharefold.layers import Bank, shared_layers
 from sharefold.measure import agreement
 from sharefold.methods import Solution, step_named
 from sharefold.methods.checks import check_layers, check_plan
-from sharefold.methods.solved import key_of, solution_of
+from sharefold.methods.narrowing import narrow_, narrowed
+from sharefold.methods.solved import solution_of, solutions_of
 from sharefold.options import CalibrationOptions, ConvertOptions, RefineOptions, chosen
 from sharefold.plans import GroupPlan, Plan, Progress
 from sharefold.repair.batchnorm_statistics import NormStatistics
@@ -97,12 +98,15 @@ def convert_(
     seconds: dict[str, float] = {}
     with restored_on_error(model):
         with _timed(seconds, "solve"):
-            cal = _aligned(model, plan, cal)
-            solutions = _solved(plan, cal, progress)
-        done = _install(model, plan, solutions, cal)
+            narrow_(model, cal, plan.narrowing, progress)
+            base = _aligned(model, plan, narrowed(cal, plan.narrowing))
+            solutions = solutions_of(base, plan.sharing, progress)
+        if not plan.narrowing:
+            cal = base
+        done = _install(model, plan, solutions, cal, base)
         carry_config(model, describe(cal.original, done, wanted.config))
         carry_spec(model, None)
-        work = Work(cal, model, done, Guard(cal.original, cal.deciding), progress)
+        work = Work(cal, model, done, Guard(cal.original, cal.deciding), base, progress)
         steps = _mended(work, wanted.repair, effort, seconds)
         if plan.store:
             with _timed(seconds, "store"):
@@ -114,7 +118,7 @@ def convert_(
 
 def _aligned(model: nn.Module, plan: Plan, cal: Calibration) -> Calibration:
     """The calibration of ``model`` once every group has reordered the channels that it wants to; mostly ``cal`` itself."""
-    steps = [(step_named(group.method), group) for group in plan.groups]
+    steps = [(step_named(group.method), group) for group in plan.sharing]
     if not any(step.may_align() for step, _ in steps):
         return cal
     original = copy.deepcopy(cal.original)
@@ -124,31 +128,18 @@ def _aligned(model: nn.Module, plan: Plan, cal: Calibration) -> Calibration:
     return cal.of(original)
 
 
-def _solved(plan: Plan, cal: Calibration, progress: Progress | None) -> list[Solution]:
-    """The tensors of every group; moments are collected a bounded batch of groups at a time."""
-    layers = {group.name: step_named(group.method).layers(cal.graph, group) for group in plan.groups}
-    solutions: list[Solution] = []
-    for run in cal.statistics.batches([layers[group.name] for group in plan.groups]):
-        needed = [plan.groups[index] for index in run if not cal.is_solved(key_of(plan.groups[index]))]
-        cal.statistics.moments([name for group in needed for name in layers[group.name]])
-        for index in run:
-            solutions.append(solution_of(cal, plan.groups[index]))
-            if progress:
-                progress("solving", len(solutions), len(plan.groups))
-    return solutions
-
-
-def _install(model: nn.Module, plan: Plan, solutions: list[Solution], cal: Calibration) -> Plan:
-    """Swaps the layers; gives the plan with measured errors."""
+def _install(model: nn.Module, plan: Plan, solutions: list[Solution], cal: Calibration, base: Calibration) -> Plan:
+    """Swaps the layers of the narrowed network; gives the plan with measured errors."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    groups = []
-    for group, solution in zip(plan.groups, solutions, strict=True):
+    groups = [_measured(group, solution_of(cal, group)) for group in plan.narrowing]
+    for group, solution in zip(plan.sharing, solutions, strict=True):
         step_named(group.method).install(model, group, solution)
         groups.append(_measured(group, solution))
     _freeze(model, frozen)
-    absorb_means(cal.original, model, cal.graph, cal.statistics.means)
-    for group in plan.groups:
-        step_named(group.method).finish(model, cal.graph, group)
+    if plan.sharing:
+        absorb_means(base.original, model, base.graph, base.statistics.means)
+    for group in plan.sharing:
+        step_named(group.method).finish(model, base.graph, group)
     return replace(plan, groups=groups, params_after=sum(p.numel() for p in model.parameters()))
 
 

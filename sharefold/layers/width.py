@@ -47,6 +47,20 @@ def set_columns(module: nn.Module, weight: Tensor) -> None:
 
 
 @torch.no_grad()
+def take_columns(module: nn.Module, kept: Tensor) -> None:
+    """Leaves the weights on the inputs ``kept`` as they are, and no others."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    set_columns(module, weight.detach().index_select(1, kept.to(weight.device)))
+
+
+@torch.no_grad()
+def add_to(module: nn.Module, key: str, change: Tensor) -> None:
+    """Adds to a parameter or buffer of ``module``; the tensor there is a new one."""
+    old: Tensor = getattr(module, key)
+    _put(module, key, old.detach() + change.to(old))
+
+
+@torch.no_grad()
 def give_columns(module: nn.Module, kept: Tensor, channels: int) -> None:
     """``channels`` inputs again; the weights of those that are not ``kept`` are zero."""
     weight: Tensor = module.weight  # type: ignore[assignment]

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sharefold.calibration.mean_owner import output_mean_owner
-from sharefold.calibration.problem import GroupProblem, problem_of
+from sharefold.calibration.problem import problem_of
+from sharefold.calibration.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.graph.hidden_channels import HiddenSpace
-from sharefold.layers import Bank, ConvForm, SharedConv, checked_form
-from sharefold.layers.width import give_columns, give_rows, set_columns, take_rows
-from sharefold.methods.contract import Choice, Method, Solution
+from sharefold.layers import checked_form
+from sharefold.layers.width import add_to, give_columns, give_rows, set_columns, take_columns, take_rows
+from sharefold.methods.contract import ConversionStep, Solution
 from sharefold.plans import GroupPlan
 from sharefold.solvers.channel_elimination import (
-    Elimination, Reader, column_index, compensation, eliminate, error_without, left_out,
+    Elimination,
+    Reader,
+    column_index,
+    compensation,
+    eliminate,
+    error_without,
+    left_out,
 )  # fmt: skip
-
-if TYPE_CHECKING:
-    from sharefold.calibration.statistics import Statistics
+from sharefold.untrusted import is_int
 
 # Fewest channels that a space keeps, and the share of them below which no curve goes.
 FEWEST, LEAST_SHARE = 2, 0.1
+WORD = 64
+_NAMES = ("gates", "through", "readers")
 
 
 @dataclass
@@ -43,57 +50,45 @@ class Folding(Solution):
     owners: tuple[str, ...] = ()
 
 
-class Fold(Method):
+class Fold(ConversionStep):
     """Leaves channels out of one hidden space (:class:`sharefold.graph.hidden_channels.HiddenSpace`). One space a group.
 
-    The only member is the layer that writes the channels. Options: ``keep``, their number, or a list of those that stay;
-    ``channels``, how many the dense network has; ``gates``, ``through``, ``readers``: the modules of the space. What has been
-    carried out also says which channels stayed, as the bits of the hexadecimal number ``kept`` (lowest: channel 0).
+    The only member is the layer that writes the channels. Options: ``keep``, how many stay; ``channels``, how many the dense
+    network has; ``gates``, ``through``, ``readers``: the modules of the space; ``kept``, which ones stay, as
+    hexadecimal numbers of 64 bits each (the lowest bit of the first: channel 0). Without ``kept`` they are chosen here.
     """
 
     name = "fold"
     paper = "https://arxiv.org/abs/2502.10216"
     smallest_group = 1
 
-    def choices(self, problem: GroupProblem) -> list[Choice]:
-        return []  # planned by spaces, not by layers: sharefold/planner/fold_levels.py
-
-    def solve(self, problem: GroupProblem, options: dict[str, Any]) -> Solution:
-        raise SharefoldError("method fold takes the channels between layers, not layers")
-
-    def blank(self, forms: list[ConvForm], options: dict[str, Any]) -> Solution:
-        return Solution({}, [{} for _ in forms])
-
-    def member(self, form: ConvForm, bank: Bank | None, tensors: dict[str, Tensor], kept: dict[str, Tensor]) -> SharedConv:
-        raise NotImplementedError("folded layers stay the modules that they are")
-
     def layers(self, graph: NetworkGraph, plan: GroupPlan) -> tuple[str, ...]:
         return space_of(plan).readers
 
     def check(self, model: nn.Module, plan: GroupPlan) -> None:
-        where = f"plan: group {plan.name!r}"
+        where, options = f"plan: group {plan.name!r}", plan.options
         if len(plan.members) != 1:
             raise SharefoldError(f"{where}: method fold takes one layer a group, the one that writes the channels")
-        options = plan.options
-        channels, keep = options.get("channels"), options.get("keep")
-        chosen = keep if isinstance(keep, list) else [keep]
-        if not all(isinstance(n, int) and not isinstance(n, bool) for n in (channels, *chosen)):
-            raise SharefoldError(f"{where}: method fold needs the options channels, an integer, and keep, an integer or a list of them")
-        space = space_of(plan)
-        if not space.readers or not all(isinstance(name, str) for name in space.layers):
-            raise SharefoldError(f"{where}: method fold needs the names of the layers that read the channels as option readers")
-        count = len(keep) if isinstance(keep, list) else keep
-        if not FEWEST <= count <= space.channels or (
-            isinstance(keep, list) and (len(set(keep)) != len(keep) or not all(0 <= c < space.channels for c in keep))
+        if not all(is_int(options.get(key)) for key in ("keep", "channels")):
+            raise SharefoldError(f"{where}: method fold needs the options keep and channels, both integers")
+        if not FEWEST <= options["keep"] <= options["channels"]:
+            raise SharefoldError(f"{where}: keep must be {FEWEST} to {options['channels']}, not {options['keep']}")
+        if not options.get("readers") or not all(
+            isinstance(options.get(key, []), list) and all(isinstance(name, str) for name in options.get(key, []))
+            for key in _NAMES
         ):
-            raise SharefoldError(f"{where}: keep must be {FEWEST} to {space.channels} different channels of {space.channels}")
+            raise SharefoldError(f"{where}: method fold needs readers, a list of layer names, and perhaps gates and through")
+        if "kept" in options and len(_read_bits(options["kept"], where)) != options["keep"]:
+            raise SharefoldError(f"{where}: kept does not hold {options['keep']} channels of {options['channels']}: leave it out")
+        space = space_of(plan)
         for name in space.layers:
             try:
                 module = model.get_submodule(name)
             except AttributeError:
-                raise SharefoldError(f"{where} names {name!r}, which this model does not have: was the plan made for another "
-                                     "model?") from None
-            if name in (*space.readers, space.writer, *space.gates):
+                raise SharefoldError(
+                    f"{where} names {name!r}, which this model does not have: was the plan made for another model?"
+                ) from None
+            if name not in space.through:
                 form = checked_form(name, module)
                 width = form.in_channels if name in space.readers else form.out_channels
                 if width != space.channels or form.groups != 1:
@@ -101,42 +96,35 @@ class Fold(Method):
 
     def fit(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, plan: GroupPlan) -> Solution:
         space, keep = space_of(plan), plan.options["keep"]
+        statistics.moments(space.readers)
         readers = readers_of(model, graph, statistics, space)
-        if isinstance(keep, list):
-            kept = torch.tensor(sorted(keep))
-        elif keep == space.channels:
-            kept = torch.arange(keep)
+        if "kept" in plan.options or keep == space.channels:
+            kept = _recorded(plan)
         else:
             kept = elimination_of(model, graph, statistics, space).kept(keep)
         members, owners, errors = [], [], []
         for name, reader in zip(space.readers, readers, strict=True):
             mix = compensation(reader.moment, kept, space.channels)
-            tensors = {"mix": mix}
-            owner = output_mean_owner(model, model.get_submodule(name), graph.layers[name].norm)
+            tensors, layer = {"mix": mix}, model.get_submodule(name)
+            owner = output_mean_owner(model, layer, graph.layers[name].norm)
             if owner is not None and statistics.centered.get(name, False):
                 mean = statistics.means[name][0].to(mix)
-                block = len(mean) // space.channels
-                mine, gone = (column_index(c, block).to(mean.device) for c in (kept, left_out(kept, space.channels)))
+                mine, gone = _columns(kept, space.channels, len(mean))
                 tensors["lost"] = mean[gone] - mix @ mean[mine]
-            owners.append("" if "lost" not in tensors else name if owner is model.get_submodule(name) else str(graph.layers[name].norm))
+            owners.append("" if "lost" not in tensors else name if owner is layer else str(graph.layers[name].norm))
             members.append(tensors)
             errors.append(error_without(reader, kept, space.channels))
-        options = {"keep": len(kept), "kept": as_bits(kept)}
-        return Folding({}, members, torch.tensor(errors), options, kept, tuple(owners))
+        return Folding({}, members, torch.tensor(errors), {"kept": as_bits(kept, space.channels)}, kept, tuple(owners))
 
     @torch.no_grad()
     def install(self, model: nn.Module, plan: GroupPlan, solution: Solution | None) -> None:
         space = space_of(plan)
-        if solution is None:
-            kept = _recorded(plan)
-        else:
-            kept = cast(Folding, solution).kept
-            for name, owner, tensors in zip(space.readers, cast(Folding, solution).owners, solution.members, strict=True):
-                _make_up(model, name, owner, tensors, kept, space.channels)
-        if solution is None:
-            for name in space.readers:
-                layer = model.get_submodule(name)
-                set_columns(layer, cast(Tensor, layer.weight).detach().index_select(1, kept.to(layer.weight.device)))  # type: ignore[arg-type]
+        kept = _recorded(plan) if solution is None else cast(Folding, solution).kept
+        for index, name in enumerate(space.readers):
+            if solution is None:
+                take_columns(model.get_submodule(name), kept)
+            else:
+                _make_up(model, name, cast(Folding, solution).owners[index], solution.members[index], kept, space.channels)
         for name in (space.writer, *space.gates, *space.through):
             take_rows(model.get_submodule(name), kept, space.channels)
 
@@ -156,10 +144,11 @@ def space_of(plan: GroupPlan) -> HiddenSpace:
     return HiddenSpace(plan.members[0], options["channels"], gates, through, readers, plan.stage, plan.role)
 
 
-def options_for(space: HiddenSpace, keep: int | list[int]) -> dict[str, Any]:
-    """The options of a plan that keeps these channels of ``space``."""
-    named = {"gates": space.gates, "through": space.through, "readers": space.readers}
-    return {"keep": keep, "channels": space.channels, **{key: list(names) for key, names in named.items() if names}}
+def options_for(space: HiddenSpace, kept: Tensor) -> dict[str, Any]:
+    """The options of a plan that keeps these channels (k,) of ``space``."""
+    named = {key: list(getattr(space, key)) for key in _NAMES}
+    bits = as_bits(kept, space.channels)
+    return {"keep": len(kept), "channels": space.channels, **{key: names for key, names in named.items() if names}, "kept": bits}
 
 
 def readers_of(model: nn.Module, graph: NetworkGraph, statistics: Statistics, space: HiddenSpace) -> list[Reader]:
@@ -174,20 +163,15 @@ def readers_of(model: nn.Module, graph: NetworkGraph, statistics: Statistics, sp
 
 
 def elimination_of(model: nn.Module, graph: NetworkGraph, statistics: Statistics, space: HiddenSpace) -> Elimination:
-    """In which order the space's channels go, and the relative errors of its readers; kept in ``statistics``.
+    """In which order the space's channels go, and the relative errors of its readers.
 
     Of several readers each counts by what losing its output would cost, as :func:`sharefold.planner.objectives.fisher` has it.
     """
-    key = f"elimination {space.writer}"
-    if key not in statistics.solved:
-        readers = readers_of(model, graph, statistics, space)
-        shares = [1.0]
-        if len(readers) > 1:
-            sensitivity = statistics.sensitivity()
-            shares = [_share(r, sensitivity.get(name)) for r, name in zip(readers, space.readers, strict=True)]
-        fewest = max(FEWEST, int(LEAST_SHARE * space.channels))
-        statistics.solved[key] = eliminate(readers, space.channels, fewest, shares)
-    return statistics.solved[key]
+    readers, shares = readers_of(model, graph, statistics, space), [1.0]
+    if len(readers) > 1:
+        sensitivity = statistics.sensitivity()
+        shares = [_share(r, sensitivity.get(name)) for r, name in zip(readers, space.readers, strict=True)]
+    return eliminate(readers, space.channels, max(FEWEST, int(LEAST_SHARE * space.channels)), shares)
 
 
 def _share(reader: Reader, sensitivity: Tensor | None) -> float:
@@ -197,20 +181,30 @@ def _share(reader: Reader, sensitivity: Tensor | None) -> float:
     return float((sensitivity.to(energy) @ energy / 2).clamp_min(1e-12).sqrt())
 
 
-def as_bits(kept: Tensor) -> str:
-    """Indices as the bits of a hexadecimal number."""
-    return f"{sum(1 << int(c) for c in kept):x}"
+def as_bits(kept: Tensor, channels: int) -> list[str]:
+    """Indices as the bits of hexadecimal numbers, ``WORD`` channels each."""
+    bits = sum(1 << int(c) for c in kept)
+    return [f"{bits >> start & (1 << WORD) - 1:x}" for start in range(0, channels, WORD)]
+
+
+def _read_bits(words: Any, where: str) -> list[int]:
+    try:
+        bits = sum(int(word, 16) << WORD * index for index, word in enumerate(words))
+    except (TypeError, ValueError):
+        raise SharefoldError(f"{where}: kept must be a list of hexadecimal numbers: leave it out") from None
+    return [c for c in range(bits.bit_length()) if bits >> c & 1] if bits > 0 else []
 
 
 def _recorded(plan: GroupPlan) -> Tensor:
-    """The channels that a plan says were kept; the first ones where it says only how many."""
-    keep, kept = plan.options["keep"], plan.options.get("kept")
-    if isinstance(keep, list):
-        return torch.tensor(sorted(keep))
-    if kept is None:
-        return torch.arange(keep)
-    bits = int(kept, 16)
-    return torch.tensor([c for c in range(plan.options["channels"]) if bits >> c & 1])
+    """The channels that a plan keeps; the first ones where it says only how many."""
+    if "kept" not in plan.options:
+        return torch.arange(plan.options["keep"])
+    return torch.tensor(_read_bits(plan.options["kept"], f"plan: group {plan.name!r}"))
+
+
+def _columns(kept: Tensor, channels: int, features: int) -> tuple[Tensor, Tensor]:
+    """Of ``features`` columns those of the channels that stay, and the others."""
+    return column_index(kept, features // channels), column_index(left_out(kept, channels), features // channels)
 
 
 def _make_up(model: nn.Module, name: str, owner: str, tensors: dict[str, Tensor], kept: Tensor, channels: int) -> None:
@@ -218,14 +212,13 @@ def _make_up(model: nn.Module, name: str, owner: str, tensors: dict[str, Tensor]
     layer = model.get_submodule(name)
     weight = cast(Tensor, layer.weight).detach()
     flat = weight.flatten(1).double()
-    block = flat.shape[1] // channels
-    mine, gone = (column_index(c, block).to(weight.device) for c in (kept, left_out(kept, channels)))
+    mine, gone = (index.to(weight.device) for index in _columns(kept, channels, flat.shape[1]))
     new = flat[:, mine] + flat[:, gone] @ tensors["mix"].to(flat)
     set_columns(layer, new.reshape(len(weight), len(kept), *weight.shape[2:]).to(weight))
-    if owner:
-        shift = flat[:, gone] @ tensors["lost"].to(flat)
-        if owner == name:
-            cast(Tensor, layer.bias).add_(shift.to(weight))
-        else:
-            mean = cast(Tensor, model.get_submodule(owner).running_mean)
-            mean.sub_(shift.to(mean))
+    if not owner:
+        return
+    shift = flat[:, gone] @ tensors["lost"].to(flat)
+    if owner == name:
+        add_to(layer, "bias", shift)
+    else:
+        add_to(model.get_submodule(owner), "running_mean", -shift)

@@ -14,15 +14,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sharefold.calibration.calibrate import Calibration
 from sharefold.calibration.problem import problem_of
 from sharefold.calibration.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.graph.hidden_channels import HiddenSpace
+from sharefold.methods import FOLD
 from sharefold.methods.fold import FEWEST, elimination_of, options_for
 from sharefold.planner.costs import Cost, Parameters
 from sharefold.planner.objectives import Objective
 from sharefold.plans import GroupPlan, Progress
+from sharefold.solvers.channel_elimination import Elimination
 
 SWEEPS, BISECTIONS = 8, 60
 
@@ -40,7 +43,7 @@ class FoldLevels:
     """The hidden spaces of a network, what their channels cost, and what is lost without them.
 
     Args:
-        model, graph, statistics: the dense network.
+        cal: of the dense network.
         spaces: from :func:`sharefold.graph.hidden_channels.hidden_spaces`.
         cost: what budgets count.
         objective: factors on the readers' relative errors.
@@ -48,9 +51,10 @@ class FoldLevels:
     """
 
     def __init__(
-        self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, spaces: Sequence[HiddenSpace], cost: Cost,
-        objective: Objective, round_to: int = 1, progress: Progress | None = None,
+        self, cal: Calibration, spaces: Sequence[HiddenSpace], cost: Cost, objective: Objective, round_to: int = 1,
+        progress: Progress | None = None,
     ) -> None:  # fmt: skip
+        model, graph, statistics = cal.original, cal.graph, cal.statistics
         self.spaces, self.cost = list(spaces), cost
         self.items = _items(model, graph, self.spaces, cost)
         parameters = Parameters(model, graph)
@@ -60,6 +64,7 @@ class FoldLevels:
         self.choices: list[list[int]] = []  # widths, from the dense one down
         self.damages: list[Tensor] = []  # of these
         self.errors: list[Tensor] = []
+        self.eliminations: list[Elimination] = []
         for batch in statistics.batches([space.readers for space in self.spaces]):
             statistics.moments([name for index in batch for name in self.spaces[index].readers])
             for index in batch:
@@ -68,15 +73,17 @@ class FoldLevels:
                     progress("folding", len(self.choices), len(self.spaces))
 
     def _measure(
-        self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, space: HiddenSpace, objective: Objective, round_to: int
-    ) -> None:
+        self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, space: HiddenSpace, objective: Objective,
+        round_to: int,
+    ) -> None:  # fmt: skip
         found = elimination_of(model, graph, statistics, space)
+        self.eliminations.append(found)
         factors = [
             float(objective(problem_of(model, graph, [name], statistics), [name])[0]) for name in space.readers
         ]
         gone = [0] + [
             n for n in range(1, found.errors.shape[1])
-            if (space.channels - n) % round_to == 0 and space.channels - n >= max(FEWEST, 1)
+            if (space.channels - n) % round_to == 0 and space.channels - n >= FEWEST
         ]  # fmt: skip
         self.choices.append([space.channels - n for n in gone])
         self.damages.append((torch.tensor(factors, dtype=torch.float64) @ found.errors)[gone])
@@ -95,6 +102,11 @@ class FoldLevels:
     def total(self, widths: Sequence[int]) -> float:
         """Cost of the whole network with so many channels in its spaces."""
         return self.fixed + self._sum(self.items, widths)
+
+    def parameters(self, widths: Sequence[int]) -> int:
+        """Parameters of the whole network with so many channels in its spaces."""
+        dense = sum(item.amount for item in self.counted)
+        return round(self.before - dense + self._sum(self.counted, widths))
 
     def _sum(self, items: Sequence[_Item], widths: Sequence[int]) -> float:
         shares = [width / space.channels for width, space in zip(widths, self.spaces, strict=True)]
@@ -192,12 +204,9 @@ class FoldLevels:
             shares[index] = width / space.channels
             after = sum(item.amount * _share(shares, item.written) * _share(shares, item.read) for item in mine)
             error = float(self.errors[index][self.choices[index].index(width)])
-            result.append(
-                GroupPlan(
-                    f"fold {space.writer}", "fold", (space.writer,), options_for(space, width), round(before), round(after),
-                    error, space.stage, space.role,
-                )  # fmt: skip
-            )
+            options = options_for(space, self.eliminations[index].kept(width))
+            name, sizes = f"fold {space.writer}", (round(before), round(after))
+            result.append(GroupPlan(name, FOLD.name, (space.writer,), options, *sizes, error, space.stage, space.role))
         return result
 
 

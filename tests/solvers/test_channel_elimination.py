@@ -9,7 +9,12 @@ import torch
 
 from sharefold.errors import SharefoldError
 from sharefold.solvers.channel_elimination import (
-    Reader, column_index, compensation, eliminate, error_without, left_out,
+    Reader,
+    column_index,
+    compensation,
+    eliminate,
+    error_without,
+    left_out,
 )  # fmt: skip
 
 
