@@ -8,14 +8,20 @@ from torch import Tensor, nn
 
 from sharefold.budget import Budget, parse_budget
 from sharefold.calibration.calibrate import Calibration, calibration_of
+from sharefold.graph.hidden_channels import hidden_spaces
+from sharefold.methods import FOLD
 from sharefold.options import CalibrationOptions, PlanOptions, chosen
 from sharefold.planner.candidates import Candidates, find_candidates, method_text
 from sharefold.planner.costs import cost_of
 from sharefold.planner.file_budget import plan_bytes
+from sharefold.planner.fold_levels import FoldLevels
 from sharefold.planner.objectives import JOINT, objective_named
 from sharefold.planner.search import Trials, search
 from sharefold.plans import Plan, Progress
 from sharefold.settings import with_plain_settings
+
+# What spaces are compared by: see docs/methods/fold.md.
+FOLD_OBJECTIVE = "error"
 
 
 @with_plain_settings
@@ -61,6 +67,7 @@ class Planner:
         self.cal, self.options, self.progress = cal, PlanOptions() if options is None else options, progress
         objective_named(self.options.objective)
         self._made: dict[str, Candidates] = {}
+        self._levels: dict[str, FoldLevels] = {}
 
     def candidates(self, unit: str = "parameters") -> Candidates:
         """What every group may become, priced in ``unit``; ``"bytes"`` are priced as parameters, for coding to make small.
@@ -75,6 +82,30 @@ class Planner:
             self._made[unit] = find_candidates(self.cal, options, cost, self.progress)
         return self._made[unit]
 
+    def levels(self, unit: str = "parameters") -> FoldLevels:
+        """What the hidden spaces lose with their channels, priced in ``unit``; bytes as parameters."""
+        unit = "parameters" if unit == "bytes" else unit
+        if unit not in self._levels:
+            cal, options = self.cal, self.options
+            cost = cost_of(unit, cal.original, cal.graph, cal.example)
+            spaces, _ = hidden_spaces(cal.original, cal.graph, options.exclude)
+            objective = objective_named(FOLD_OBJECTIVE)(cal.statistics)
+            self._levels[unit] = FoldLevels(cal, spaces, cost, objective, options.round_channels, self.progress)
+        return self._levels[unit]
+
+    @property
+    def only_folds(self) -> bool:
+        """Whether method fold alone is allowed."""
+        return self.options.method in (FOLD.name, (FOLD.name,))
+
+    def folded(self, levels: FoldLevels, limit: float, budget: str) -> Plan:
+        """The plan by method fold alone that costs at most ``limit``; ``budget`` is what the user wrote."""
+        widths = levels.within(limit, budget)
+        source = f"budget {budget}, method {FOLD.name}"
+        if levels.cost.unit != "parameters":
+            source += f": {levels.cost.text(levels.total(widths))} of {levels.cost.text(levels.cost.total)} expected"
+        return Plan(levels.plans(widths), levels.before, levels.parameters(widths), source)
+
     def plan(self, budget: str | float | Budget) -> Plan:
         """A plan at or under the budget.
 
@@ -85,11 +116,17 @@ class Planner:
         if bound.unit == "bytes":
             source = f"budget {bound.text}, method {method_text(self.options.method)}"
             return plan_bytes(self.cal, bound, source, lambda limit: self._coded(limit, bound.text), self.progress)
+        if self.only_folds:
+            levels = self.levels(bound.unit)
+            return self.folded(levels, bound.limit(levels.cost.total), bound.text)
         candidates = self.candidates(bound.unit)
         return self.within(candidates, bound.limit(candidates.cost.total), bound.text)
 
     def _coded(self, limit: int, budget: str) -> Plan | None:
         """The plan of at most so many parameters that are to be coded; None below the floor."""
+        if self.only_folds:
+            levels = self.levels()
+            return None if limit < levels.floor else self.folded(levels, limit, budget)
         candidates = self.candidates("bytes")
         return None if limit < candidates.floor else self.within(candidates, limit, budget)
 
