@@ -9,19 +9,17 @@ from torch import Tensor, nn
 from sharefold.budget import Budget, parse_budget
 from sharefold.calibration.calibrate import Calibration, calibration_of
 from sharefold.graph.hidden_channels import hidden_spaces
-from sharefold.methods import FOLD
+from sharefold.methods import AUTO, FOLD
 from sharefold.options import CalibrationOptions, PlanOptions, chosen
 from sharefold.planner.candidates import Candidates, find_candidates, method_text
 from sharefold.planner.costs import cost_of
 from sharefold.planner.file_budget import plan_bytes
 from sharefold.planner.fold_levels import FoldLevels
+from sharefold.planner.mixed import Mixer
 from sharefold.planner.objectives import JOINT, objective_named
 from sharefold.planner.search import Trials, search
 from sharefold.plans import Plan, Progress
 from sharefold.settings import with_plain_settings
-
-# What spaces are compared by: see docs/methods/fold.md.
-FOLD_OBJECTIVE = "error"
 
 
 @with_plain_settings
@@ -78,7 +76,7 @@ class Planner:
         if unit not in self._made:
             coded = unit == "bytes"
             cost = cost_of("parameters" if coded else unit, self.cal.original, self.cal.graph, self.cal.example)
-            options = chosen(self.options, {"pivots": self.options.pivots and not coded}, PlanOptions)
+            options = chosen(self.sharing, {"pivots": self.options.pivots and not coded}, PlanOptions)
             self._made[unit] = find_candidates(self.cal, options, cost, self.progress)
         return self._made[unit]
 
@@ -89,14 +87,21 @@ class Planner:
             cal, options = self.cal, self.options
             cost = cost_of(unit, cal.original, cal.graph, cal.example)
             spaces, _ = hidden_spaces(cal.original, cal.graph, options.exclude)
-            objective = objective_named(FOLD_OBJECTIVE)(cal.statistics)
+            objective = objective_named(options.objective)(cal.statistics)
             self._levels[unit] = FoldLevels(cal, spaces, cost, objective, options.round_channels, self.progress)
         return self._levels[unit]
 
     @property
-    def only_folds(self) -> bool:
-        """Whether method fold alone is allowed."""
-        return self.options.method in (FOLD.name, (FOLD.name,))
+    def methods(self) -> tuple[str, ...]:
+        """Names of all that are allowed."""
+        method = self.options.method
+        return (*AUTO, FOLD.name) if method == "auto" else (method,) if isinstance(method, str) else tuple(method)
+
+    @property
+    def sharing(self) -> PlanOptions:
+        """The options with the methods that share alone."""
+        names = tuple(name for name in self.methods if name != FOLD.name)
+        return self.options if self.options.method == "auto" else chosen(self.options, {"method": names}, PlanOptions)
 
     def folded(self, levels: FoldLevels, limit: float, budget: str) -> Plan:
         """The plan by method fold alone that costs at most ``limit``; ``budget`` is what the user wrote."""
@@ -116,19 +121,28 @@ class Planner:
         if bound.unit == "bytes":
             source = f"budget {bound.text}, method {method_text(self.options.method)}"
             return plan_bytes(self.cal, bound, source, lambda limit: self._coded(limit, bound.text), self.progress)
-        if self.only_folds:
-            levels = self.levels(bound.unit)
-            return self.folded(levels, bound.limit(levels.cost.total), bound.text)
-        candidates = self.candidates(bound.unit)
-        return self.within(candidates, bound.limit(candidates.cost.total), bound.text)
+        cost = cost_of(bound.unit, self.cal.original, self.cal.graph, self.cal.example)
+        return self.at_most(bound.unit, bound.limit(cost.total), bound.text)
+
+    def at_most(self, unit: str, limit: float, budget: str) -> Plan:
+        """The plan that costs at most ``limit``; ``budget`` is what the user wrote."""
+        if self.methods == (FOLD.name,):
+            return self.folded(self.levels(unit), limit, budget)
+        candidates = self.candidates(unit)
+        if FOLD.name not in self.methods or self.options.objective == JOINT:
+            return self.within(candidates, limit, budget)
+        levels = self.levels(unit)
+        if not levels.spaces:
+            return self.within(candidates, limit, budget)
+        options = chosen(self.sharing, {"pivots": self.options.pivots and unit != "bytes"}, PlanOptions)
+        return Mixer(self.cal, candidates, levels, options, unit, self.progress).plan(limit, budget)
 
     def _coded(self, limit: int, budget: str) -> Plan | None:
         """The plan of at most so many parameters that are to be coded; None below the floor."""
-        if self.only_folds:
-            levels = self.levels()
-            return None if limit < levels.floor else self.folded(levels, limit, budget)
-        candidates = self.candidates("bytes")
-        return None if limit < candidates.floor else self.within(candidates, limit, budget)
+        floors = [self.levels().floor] if FOLD.name in self.methods else []
+        if self.methods != (FOLD.name,):
+            floors.append(self.candidates("bytes").floor)
+        return None if limit < min(floors) else self.at_most("bytes", limit, budget)
 
     def within(self, candidates: Candidates, limit: float, budget: str) -> Plan:
         """The plan that costs at most ``limit``; ``budget`` is what the user wrote."""

@@ -62,7 +62,8 @@ class FoldLevels:
         self.before = int(parameters.total)
         self.fixed = cost.total - sum(item.amount for item in self.items)
         self.choices: list[list[int]] = []  # widths, from the dense one down
-        self.damages: list[Tensor] = []  # of these
+        self.damages: list[Tensor] = []  # of these, by the objective
+        self.losses: list[Tensor] = []  # of these, all readers alike: what widths are chosen by
         self.errors: list[Tensor] = []
         self.eliminations: list[Elimination] = []
         for batch in statistics.batches([space.readers for space in self.spaces]):
@@ -87,6 +88,7 @@ class FoldLevels:
         ]  # fmt: skip
         self.choices.append([space.channels - n for n in gone])
         self.damages.append((torch.tensor(factors, dtype=torch.float64) @ found.errors)[gone])
+        self.losses.append(found.errors.sum(0)[gone])
         self.errors.append(found.errors.mean(0)[gone])
 
     @property
@@ -123,6 +125,15 @@ class FoldLevels:
                 found[item.read] += item.amount * _share(shares, item.written)
         return [slope / space.channels for slope, space in zip(found, self.spaces, strict=True)]
 
+    def layer_shares(self, widths: Sequence[int]) -> dict[str, float]:
+        """What is left of the cost of every layer that gets smaller, 0 to 1, by name."""
+        shares = [width / space.channels for width, space in zip(widths, self.spaces, strict=True)]
+        found: dict[str, float] = {}
+        for share, space in zip(shares, self.spaces, strict=True):
+            for name in space.layers:
+                found[name] = found.get(name, 1.0) * share
+        return found
+
     def damage(self, widths: Sequence[int]) -> float:
         """What the objective adds up to."""
         return sum(
@@ -136,7 +147,7 @@ class FoldLevels:
             slopes = self.slopes(widths)
             found = [
                 row[int((values + price * slope * torch.tensor(row, dtype=torch.float64)).argmin())]
-                for row, values, slope in zip(self.choices, self.damages, slopes, strict=True)
+                for row, values, slope in zip(self.choices, self.losses, slopes, strict=True)
             ]
             if found == widths:
                 break
@@ -159,7 +170,7 @@ class FoldLevels:
                 f"budget {budget} ({self.cost.text(limit)}) is below what fold can reach on this model: the floor is "
                 f"{self.cost.text(self.floor)} ({self.floor / self.cost.total:.1%}); raise the budget or allow more methods"
             )
-        scale = max(sum(float(v[-1]) for v in self.damages), 1e-12) / self.cost.total
+        scale = max(sum(float(v[-1]) for v in self.losses), 1e-12) / self.cost.total
         low, high = -12.0, 12.0  # in the logarithm to base 10, of prices in units of `scale`
         widths = [row[-1] for row in self.choices]
         for _ in range(BISECTIONS):
@@ -178,7 +189,7 @@ class FoldLevels:
         while True:
             slopes = self.slopes(widths)
             best: tuple[float, int, float] | None = None
-            for index, (row, values, place) in enumerate(zip(self.choices, self.damages, places, strict=True)):
+            for index, (row, values, place) in enumerate(zip(self.choices, self.losses, places, strict=True)):
                 if place == 0:
                     continue
                 price = slopes[index] * (row[place - 1] - row[place])
