@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import sharefold
 from sharefold.graph import analyze
-from sharefold.plans import GroupPlan, Plan
 from sharefold.layers.form import form_of
+from sharefold.plans import GroupPlan, Plan
 from sharefold.repair import coefficients
 from sharefold.repair import refit as refit_module
 from sharefold.repair.lockstep import Visited
