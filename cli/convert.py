@@ -88,7 +88,7 @@ def command(
     if calib is None and request.dry_run and (request.recipe is not None or request.plan is not None):
         images = torch.zeros(1, *preprocess.size)
     else:
-        count = calib_count or default_count(*preprocess.size[1:]) + 2 * (held_out or 0)
+        count = calib_count or default_count(*preprocess.size[1:], procedural=calib is None) + 2 * (held_out or 0)
         images = calibration_images(calib, preprocess, count, run.seed, calib_split, resize=calib_resize)
         if calib is None:
             images = matched(model, images, run.seed)

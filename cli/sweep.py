@@ -55,8 +55,7 @@ def command(
 
     what, how = record_of(PlanOptions, records), record_of(ConvertOptions, records)
     parse_effort(how.refine)
-    again = force and (output / "sweep.json").is_file()  # a folder of ours, though not of a network
-    target = output if again else check_output(output, force)
+    target = check_output(output, force)
     device = run.setup()
     import sharefold
     from sharefold.calibration.images import default_count
@@ -79,7 +78,7 @@ def command(
     model = opened.model.to(device).eval()
     preprocess = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size, mean=mean, std=std)
     dataset = open_data(data, split, transform_cfg=preprocess)
-    count = calib_count or default_count(*preprocess.size[1:])
+    count = calib_count or default_count(*preprocess.size[1:], procedural=False)
     images = calibration_images(calib or data, preprocess, count, run.seed, "train")
 
     def measure(network: nn.Module) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
+from networks import images, made_once, net
 from repair_works import done_by, work_of
-from spine_nets import images, net
 from torch import Tensor, nn
 
 import sharefold
@@ -16,6 +16,7 @@ from sharefold.layers.form import form_of
 from sharefold.plans import GroupPlan, Plan
 from sharefold.repair import coefficients
 from sharefold.repair import refit as refit_module
+from sharefold.repair.guard import Guard
 from sharefold.repair.lockstep import Visited
 from sharefold.repair.own_factors import has_own_factors, own_factors
 from sharefold.repair.refit import Refit
@@ -25,6 +26,7 @@ IMAGES, HELD_OUT = images(40, 3), images(20, 4)
 NAME = "stage1.0.conv1"
 
 
+@made_once
 def converted(method: str, rank: int) -> tuple[nn.Module, nn.Module, GroupPlan]:
     model = net(blocks=2)
     plan = Plan([GroupPlan(NAME, method, (NAME,), {"rank": rank})], 0, 0)
@@ -149,15 +151,16 @@ def test_shared_dense_and_wide_layers_keep_their_filters(monkeypatch: pytest.Mon
 
 
 def test_refit_solves_them_when_it_is_told_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept, whatever images that decide say: the shared prefix is exact here and leaves nothing to gain."""
+    falling = iter([1.0, 0.5, 1.0, 0.5])
+    monkeypatch.setattr(Guard, "divergence", lambda *_: next(falling))
+    errors = iter([0.5, 1.0])  # of the factors solved again, and of those that there were
+    monkeypatch.setattr(refit_module._Task, "error", lambda _: next(errors))
     original, model, plan = converted("spatial", 4)
     before = model.get_submodule(NAME).vertical.clone()  # type: ignore[operator,union-attr]
     without = copy.deepcopy(model)
-    done_by(Refit(), work_of(original, without, IMAGES, HELD_OUT))
+    assert done_by(Refit(), work_of(original, without, IMAGES, HELD_OUT)).kept
     assert torch.equal(without.get_submodule(NAME).vertical, before)  # type: ignore[arg-type]
-    told: list[tuple[str, GroupPlan]] = []
-    monkeypatch.setattr(refit_module, "own_factors", lambda at, fit, plan: told.append((at.name, plan)))
-    done_by(Refit(), work_of(original, copy.deepcopy(model), IMAGES, HELD_OUT, [plan]))
-    assert told == [(NAME, plan)]
-    monkeypatch.undo()
     record = done_by(Refit(), work_of(original, model, IMAGES, HELD_OUT, [plan]))
-    assert record.kept or torch.equal(model.get_submodule(NAME).vertical, before)  # type: ignore[arg-type]
+    assert record.kept and record["steps"] == {NAME: 1.0}
+    assert not torch.equal(model.get_submodule(NAME).vertical, before)  # type: ignore[arg-type]
