@@ -103,7 +103,7 @@ class _Task:
         self.groups, self.outputs = fit.x.shape[1], fit.y.shape[1]
         part = layer.linear_part() if isinstance(layer, SharedConv) else None
         self.flat = None if part is None else part[0].detach().flatten(1).float()  # of filters (M, I/g, h, w)
-        coefficients = cast(Tensor, layer.weight).flatten(1) if part is None else part[1]  # (O, M); a dense layer's filters are its inputs
+        coefficients = cast(Tensor, layer.weight).flatten(1) if part is None else part[1]  # (O, M)
         weight = coefficients.detach().cpu().double().reshape(self.groups, -1, coefficients.shape[1])
         self.free = at.owner is not None
         self.map = Linear(weight, self._constant(weight))

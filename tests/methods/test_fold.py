@@ -204,7 +204,10 @@ def test_plans_that_do_not_fit_say_so(change: dict[str, object], message: str) -
         FOLD.check(model, replace(plan.groups[0], members=("layer3.0.conv1", "conv1")))
 
 
-@pytest.mark.parametrize("module", [nn.Conv2d(6, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Linear(5, 8), nn.BatchNorm2d(8), nn.PReLU(8)])
+ROWS = [nn.Conv2d(6, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Linear(5, 8), nn.BatchNorm2d(8), nn.PReLU(8)]
+
+
+@pytest.mark.parametrize("module", ROWS)
 def test_rows_come_back_where_they_were(module: nn.Module) -> None:
     before, kept = copy.deepcopy(module), torch.tensor([0, 3, 4])
     take_rows(module, kept, 8)
