@@ -32,6 +32,8 @@ from sharefold.measure import count_macs, count_parameters, peak_memory
 
 RESULTS = Path(__file__).parent / "results" / "imagenet.json"
 ARCHITECTURE = "timm:tf_efficientnet_lite0"
+# A row of the same settings takes the place of an older one.
+KEY = ("size", "method", "refine", "calib", "calib_images", "seed")
 
 
 @torch.no_grad()
@@ -48,7 +50,8 @@ def measured(original: nn.Module, model: nn.Module, dataset: Any) -> dict[str, f
         same += int((a.argmax(1) == b.argmax(1)).sum())
         divergence += float(F.kl_div(b.log_softmax(1), a.log_softmax(1), reduction="sum", log_target=True))
         total += len(labels)
-    return {"top1_dense": dense / total, "top1": right / total, "agreement": same / total, "kl": divergence / total, "images": total}
+    shares = {"top1_dense": dense / total, "top1": right / total, "agreement": same / total}
+    return {**shares, "kl": divergence / total, "images": total}
 
 
 def run(model: nn.Module, images: Tensor, size: str, options: argparse.Namespace, dataset: Any) -> dict[str, Any]:
@@ -62,14 +65,14 @@ def run(model: nn.Module, images: Tensor, size: str, options: argparse.Namespace
     seconds = {"cpu_seconds": time.process_time() - cpu, "plan_cpu_seconds": planned, "wall_seconds": time.perf_counter() - wall}
     found = measured(done.original, network, dataset)
     return {
-        "size": size, "method": options.method, "refine": options.refine, "calib": options.calib, "calib_images": len(images),
+        "network": "efficientnet_lite0", "size": size, "method": options.method, "refine": options.refine or "", "calib": options.calib, "calib_images": len(images),
         "seed": options.seed, "kept": count_parameters(network) / count_parameters(model), **found,
         "said_agreement": done.agreement, "said_interval": done.agreement_interval, "report_images": done.report_images,
         "macs_kept": count_macs(network, images[:1]) / count_macs(model, images[:1]),
         "methods": dict(Counter(group.method for group in done.plan.groups)),
         "steps": {name: record.to_dict() for name, record in done.steps.items() if name != "refit"},
         "refit": {key: done.steps["refit"].to_dict().get(key) for key in ("kept", "kl_before", "kl_after")},
-        **seconds, "peak_memory_bytes": peak_memory(), "hardware": hardware(), "date": time.strftime("%Y-%m-%d"),
+        **seconds, "peak_memory_bytes": peak_memory(), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
 
 
@@ -95,11 +98,10 @@ def main() -> None:
     dataset = open_data(f"npz:{options.data}", "test", transform_cfg=preprocess)
     for size in options.sizes:
         record = run(source.model, images, size, options, dataset)
-        key = [record[name] for name in ("size", "method", "refine", "calib", "calib_images", "seed")]
-        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-        known = [r for r in known if [r[name] for name in ("size", "method", "refine", "calib", "calib_images", "seed")] != key]
-        RESULTS.write_text(json.dumps([*known, record], indent=1) + "\n")
-        print({name: record[name] for name in ("size", "kept", "top1_dense", "top1", "agreement", "kl", "said_interval", "methods")})
+        known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+        known = [row for row in known if [row[name] for name in KEY] != [record[name] for name in KEY]]
+        RESULTS.write_text(json.dumps({"hardware": hardware(), "rows": [*known, record]}, indent=1) + "\n")
+        print({name: record[name] for name in ("size", "kept", "top1_dense", "top1", "agreement", "kl", "said_interval")})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sharefold.architectures.bases import base_of
@@ -145,6 +146,7 @@ def carry_out(
     carry_config(model, describe(cal.original, done, options.config))
     carry_spec(model, None)
     steps = _mended(model, done, cal, base, options, seconds, progress)
+    _put_back(model, cal.original, plan)
     if plan.store:
         with _timed(seconds, "store"):
             quantize_(model, plan.store, cal, cal.original, cal.seed, progress)
@@ -203,6 +205,19 @@ def _mended(
             wanted = RefineOptions(effort.epochs, effort.seconds, seed=cal.seed)
             records.append(refine(model, cal, wanted, work.guard, progress))
     return records
+
+
+@torch.no_grad()
+def _put_back(model: nn.Module, original: nn.Module, plan: Plan) -> None:
+    """Every tensor of a protected module as it was: a norm may have taken up the mean of a layer in front of it."""
+    for name, module in original.named_modules():
+        if not plan.protects(name):
+            continue
+        ours = model.get_submodule(name)
+        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            found = getattr(ours, key, None)
+            if isinstance(found, Tensor) and found.shape == tensor.shape:
+                found.copy_(tensor)
 
 
 def describe(original: nn.Module, plan: Plan, known: Mapping[str, Any] | None = None) -> FileConfig:

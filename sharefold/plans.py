@@ -6,6 +6,7 @@ A recipe, the planner and a hand-edited JSON file all produce the same :class:`P
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -55,6 +56,7 @@ class Plan:
         params_before, params_after: ``sum(p.numel())`` of the whole model.
         source: what decided, such as ``"budget 50%"`` or ``"recipe sharesnet"``.
         store: number types of the saved file as :func:`sharefold.store.parse_store` reads them; "" for float32.
+        exclude: regular expression; modules whose name it matches keep every tensor bit for bit, whatever is repaired or stored.
     """
 
     groups: list[GroupPlan]
@@ -62,6 +64,11 @@ class Plan:
     params_after: int
     source: str = ""
     store: str = ""
+    exclude: str = ""
+
+    def protects(self, name: str) -> bool:
+        """Whether the module called ``name`` has to stay as it is."""
+        return bool(self.exclude) and re.search(self.exclude, name) is not None
 
     @property
     def narrowing(self) -> list[GroupPlan]:
@@ -113,6 +120,9 @@ class Plan:
         store = data.get("store", "")
         if not isinstance(store, str):
             raise SharefoldError(f"{where}: store must be a text such as int8, not {store!r}")
+        exclude = data.get("exclude", "")
+        if not isinstance(exclude, str) or not _is_expression(exclude):
+            raise SharefoldError(f"{where}: exclude must be a regular expression, not {exclude!r}")
         groups = [_group(entry, index, where) for index, entry in enumerate(data["groups"])]
         owners: dict[bool, dict[str, str]] = {True: {}, False: {}}
         names: set[str] = set()
@@ -128,7 +138,7 @@ class Plan:
                     )
                 owner[member] = group.name
         source = str(data.get("source", ""))
-        return cls(groups, data.get("params_before", 0), data.get("params_after", 0), source, store)
+        return cls(groups, data.get("params_before", 0), data.get("params_after", 0), source, store, exclude)
 
     def __str__(self) -> str:
         head = ["group", "method", "layers", "options", "params", "kept", "error"]
@@ -152,6 +162,14 @@ class Plan:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         total = f"{self.params_before:,} -> {self.params_after:,} parameters ({self.size:.1%} kept)"
         return "\n".join([*lines, total, *([f"stored as {self.store}"] if self.store else [])])
+
+
+def _is_expression(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 def _group(entry: Any, index: int, where: str) -> GroupPlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -117,7 +118,9 @@ class Planner:
         Raises:
             SharefoldError: unreachable budget (says the floor), unknown method.
         """
-        bound = parse_budget(budget)
+        return replace(self._plan(parse_budget(budget)), exclude=self.options.exclude or "")
+
+    def _plan(self, bound: Budget) -> Plan:
         if bound.unit == "bytes":
             source = f"budget {bound.text}, method {method_text(self.options.method)}"
             return plan_bytes(self.cal, bound, source, lambda limit: self._coded(limit, bound.text), self.progress)
