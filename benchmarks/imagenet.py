@@ -65,7 +65,8 @@ def run(model: nn.Module, images: Tensor, size: str, options: argparse.Namespace
     seconds = {"cpu_seconds": time.process_time() - cpu, "plan_cpu_seconds": planned, "wall_seconds": time.perf_counter() - wall}
     found = measured(done.original, network, dataset)
     return {
-        "network": "efficientnet_lite0", "size": size, "method": options.method, "refine": options.refine or "", "calib": options.calib, "calib_images": len(images),
+        "network": "efficientnet_lite0", "size": size, "method": options.method, "refine": options.refine or "",
+        "calib": options.calib, "calib_images": len(images),
         "seed": options.seed, "kept": count_parameters(network) / count_parameters(model), **found,
         "said_agreement": done.agreement, "said_interval": done.agreement_interval, "report_images": done.report_images,
         "macs_kept": count_macs(network, images[:1]) / count_macs(model, images[:1]),
