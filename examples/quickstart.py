@@ -19,7 +19,8 @@ size = model.pretrained_cfg["input_size"]
 plan = sharefold.plan(model, budget="50%")  # no images given: procedural ones; real ones do better
 print(plan)
 result = sharefold.convert_(model, plan)  # in place
-print(f"top-1 agrees with the original on {result.agreement:.1%} of held-out calibration images")
+if result.agreement is not None:  # there were 200 images or more
+    print(f"top-1 agrees with the original on {result.agreement:.1%} of {result.report_images} held-out calibration images")
 
 sharefold.save(model, output, force=True)  # safetensors, JSON and a model card
 loaded = sharefold.load(output)

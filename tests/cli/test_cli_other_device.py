@@ -32,8 +32,8 @@ def call(*args: object, doubles: bool = True) -> dict[str, Any]:
 def npz(tmp_path_factory: pytest.TempPathFactory) -> str:
     rng = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("data") / "set.npz"
-    images, labels = rng.integers(0, 256, (30, 8, 8, 1), dtype=np.uint8), rng.integers(0, 10, 30)
-    np.savez(path, train_x=images, train_y=labels, test_x=images, test_y=labels)
+    images, labels = rng.integers(0, 256, (200, 8, 8, 1), dtype=np.uint8), rng.integers(0, 10, 200)
+    np.savez(path, train_x=images, train_y=labels, test_x=images[:30], test_y=labels[:30])
     return f"npz:{path}"
 
 
