@@ -23,6 +23,7 @@ from sharefold.hub import shared_folder
 from sharefold.sources.hub_models import open_hub, open_timm, open_torchvision
 from sharefold.sources.preprocessing import preprocessing
 from sharefold.sources.read import check_file, read_state_dict
+from sharefold.sources.twins import Look, settled
 from sharefold.sources.unwrap import PREFIXES
 
 _KINDS = {"timm": "timm", "tv": "torchvision", "torchvision": "torchvision", "hf-hub": "hf-hub", "hf_hub": "hf-hub"}
@@ -64,6 +65,7 @@ def open_source(
     num_classes: int | None = None,
     trust_pickle: bool = False,
     in_chans: int | None = None,
+    look: Look | None = None,
 ) -> Source:
     """Opens a network.
 
@@ -78,9 +80,15 @@ def open_source(
             is made anew and a warning says so.
         trust_pickle: allow a checkpoint to run code.
         in_chans: channels of the input, for named models.
+        look: gives normalised images (n, C, H, W), no labels, for a configuration such as ``pretrained_cfg``. Where several
+            architectures have the tensors of a file, they tell by its BatchNorms which one it was trained with; by default
+            procedural images have to.
 
     Raises:
         SharefoldError: in one line, whatever is wrong with the request, the file or the network connection.
+
+    Warns:
+        SharefoldWarning: several architectures fit a file, and its BatchNorms do not tell which one it is.
     """
     if num_classes is not None and num_classes < 1:
         raise SharefoldError(f"num_classes={num_classes}: a classifier needs at least one class")
@@ -89,7 +97,7 @@ def open_source(
     text = str(source)
     kind, rest = _split(text)
     if kind is None:
-        return _open_path(Path(text).expanduser(), arch, num_classes, in_chans, trust_pickle)
+        return _open_path(Path(text).expanduser(), arch, num_classes, in_chans, trust_pickle, look)
     if arch is not None:
         raise SharefoldError(f"--arch is for checkpoint files, and {text} names its architecture: leave --arch out")
     name, kwargs = _name_and_options(rest, text) if kind != "hf-hub" else (rest, {})
@@ -129,7 +137,7 @@ def _name_and_options(rest: str, where: str) -> tuple[str, dict[str, Any]]:
 
 
 def _open_path(
-    path: Path, arch: str | None, num_classes: int | None, in_chans: int | None, trust_pickle: bool
+    path: Path, arch: str | None, num_classes: int | None, in_chans: int | None, trust_pickle: bool, look: Look | None
 ) -> Source:
     if checkpoint.is_sharefold(path):
         _refuse_options(path, arch=arch, num_classes=num_classes, in_chans=in_chans)
@@ -150,6 +158,7 @@ def _open_path(
         if module is None or arch is not None:
             raise
         return _open_module(module, path, notes)
+    match = settled(match, state, str(path), look)
     return _fill(state, match, notes, path, num_classes, in_chans, hub)
 
 
