@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,12 +64,17 @@ def print_plan(run: Run, plan: Plan) -> None:
     run.table(
         ["group", "method", "layers", "rank", "before", "after", "kept", "error"],
         [
-            [row["name"], row["method"], str(len(row["members"])), row["rank"], row["params_before"],
+            [row["name"], row["method"], str(len(row["members"])), _rank(group.options), row["params_before"],
              row["params_after"], f"{row['params_after'] / max(row['params_before'], 1):.0%}",
              None if row["error"] is None else f"{row['error']:.4f}"]
-            for row in group_rows(plan)
+            for row, group in zip(group_rows(plan), plan.groups, strict=True)
         ],
     )  # fmt: skip
+
+
+def _rank(options: Mapping[str, Any]) -> Any:
+    """The group's rank; of shared and own filters both numbers."""
+    return f"{options['rank']} + {options['own']}" if "own" in options else options.get("rank")
 
 
 def report_plan(run: Run, request: Request, plan: Plan, before: dict[str, int], timer: Timer, memory: int) -> None:

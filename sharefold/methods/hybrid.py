@@ -65,18 +65,22 @@ class Hybrid(TwoFactors):
 
     def _sizes(self, forms: Sequence[ConvForm], dense: int, share: float) -> list[tuple[int, int]]:
         """(rank, own) of growing cost, below ``dense``, with about ``share`` of the cost for the own part."""
-        limits, room, wide = self.largest(list(forms)), max(form.features for form in forms), _width(forms[0])
-        if self.pivoted:  # something must be left to follow from the pivots
-            limits = {"rank": min(limits["rank"], room - 1), "own": min(limits["own"], min(own_inputs(forms)) - 1)}
-        if min(limits.values()) < 1:
+        room, wide = max(form.features for form in forms), _width(forms[0])
+        if min(room, *own_inputs(forms)) < 2:
             return []
-        sizes = set()
-        for cost in np.geomspace(self.amount(forms, 1, 1), 0.95 * dense, POINTS):
-            own = _most(limits["own"], share * cost, partial(self.amount, forms, 0))
-            rank = _most(limits["rank"], cost, partial(self._with_own, forms, own))
-            if rank + own * wide <= room and self.amount(forms, rank, own) < dense:
-                sizes.add((rank, own))
+        costs = np.geomspace(self.amount(forms, 1, 1), 0.95 * dense, POINTS)
+        sizes = {self.split(forms, cost, share) for cost in costs.tolist()}
+        sizes = {size for size in sizes if size[0] + size[1] * wide <= room and self.amount(forms, *size) < dense}
         return sorted(sizes, key=lambda size: self.amount(forms, *size))
+
+    def split(self, forms: Sequence[ConvForm], cost: float, share: float) -> tuple[int, int]:
+        """The largest (rank, own), at least (1, 1), of at most ``cost``, about ``share`` of it for the own part."""
+        limits = self.largest(list(forms))
+        if self.pivoted:  # something must be left to follow from the pivots
+            columns, narrow = max(form.features for form in forms), min(own_inputs(forms))
+            limits = {"rank": min(limits["rank"], columns - 1), "own": min(limits["own"], narrow - 1)}
+        own = _most(limits["own"], share * cost, partial(self.amount, forms, 0))
+        return _most(limits["rank"], cost, partial(self._with_own, forms, own)), own
 
     def _with_own(self, forms: Sequence[ConvForm], own: int, rank: int) -> int:
         return self.amount(forms, rank, own)
