@@ -55,8 +55,7 @@ def command(
 
     what, how = record_of(PlanOptions, records), record_of(ConvertOptions, records)
     parse_effort(how.refine)
-    again = force and (output / "sweep.json").is_file()  # a folder of ours, though not of a network
-    target = output if again else check_output(output, force)
+    target = check_output(output, force)
     device = run.setup()
     import sharefold
     from sharefold.calibration.images import default_count

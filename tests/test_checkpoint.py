@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from file_tools import edit_config, reseal
+from networks import BLOCKS, images, logits, made_once, net
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from spine_nets import BLOCKS, images, logits, net
 from torch import nn
 
 import sharefold
@@ -27,9 +27,9 @@ NAME = "digits_resnet"
 METHODS = ("basis", "hybrid", "svd", "spatial", "tucker", "average", "tied", "cluster-layer", "cluster-filter", "cluster-kernel")
 
 
+@made_once
 def registered(method: str = "basis", budget: str = "88%") -> nn.Module:
     """A shared network whose architecture is in a registry."""
-    torch.manual_seed(0)
     model = sharefold.open_source(f"timm:{NAME}", pretrained=False).model.eval()
     x = inputs(16)
     plan = sharefold.plan(model, budget=budget, calibration=x, method=method, exclude=r"layer2\.[^1]|layer1\.[^23]")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
-from spine_nets import images, net
+from command_line import call, reported
+from networks import images, net
 from torch import Tensor, nn
 
 import sharefold
 from sharefold.errors import SharefoldError
 from sharefold.measure import first_logits
-from sharefold_cli.main import cli
 
 
 class Detector(nn.Module):
@@ -91,12 +89,10 @@ def test_refinement_of_what_cannot_be_compared_is_refused_before_anything_change
 def test_the_command_converts_a_torchvision_detector(tmp_path: Path) -> None:
     out = tmp_path / "small"
     common = ["convert", "tv:ssdlite320_mobilenet_v3_large", "--no-pretrained", "--calib-count", "4", "--method", "svd",
-              "-o", str(out), "--json"]  # fmt: skip
-    refused = CliRunner().invoke(cli, [*common, "--keep-agreement", "99%"])
+              "-o", out]  # fmt: skip
+    refused = call(*common, "--json", "--keep-agreement", "99%")
     assert refused.exit_code == 2 and "--keep-agreement" in refused.output and not out.exists()
-    done = CliRunner().invoke(cli, common)
-    assert done.exit_code == 0, done.output
-    report = json.loads(done.stdout)
+    report = reported(*common)
     assert report["agreement"] is None and report["params"]["after"] <= report["params"]["before"] / 2
     boxes = sharefold.load(out)(torch.rand(1, 3, 96, 96))
     assert len(boxes) == 1 and boxes[0]["boxes"].shape[1] == 4

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from spine_nets import images, net
+from networks import images, net
 from torch import Tensor, nn
 
 import sharefold

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from spine_nets import BLOCKS, images, net
+from networks import BLOCKS, images, net
 from torch import Tensor, nn
 
 from sharefold.calibration.statistics import Statistics, shrunk, statistics_of

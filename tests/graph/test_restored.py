@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from spine_nets import images, net
+from networks import images, net
 from torch import nn
 
 import sharefold

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from networks import images, net
 from repair_works import work_of
-from spine_nets import images, net
 from torch import nn
 
 from sharefold.measure import agreement

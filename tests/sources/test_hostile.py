@@ -138,7 +138,7 @@ def test_nested_and_self_referencing_containers_take_no_time(tmp_path: Path) -> 
 
 def test_what_training_scripts_store_is_let_through(tmp_path: Path) -> None:
     content = {
-        "state_dict": {"a": torch.randn(3, 4), "t": torch.randn(4, 3).t(), "e": torch.randn(1).expand(1000)},
+        "state_dict": {"a": torch.randn(3, 4), "t": torch.randn(4, 3).t(), "e": torch.ones(1).expand(1000), "0": torch.tensor(1)},
         "best": np.float64(0.5), "array": np.arange(6).reshape(2, 3),
         "betas": (0.9, (0.1, 0.2)), ("a", 1): {1: 2},
         "parameter": torch.nn.Parameter(torch.ones(2)), "raw": b"12", "size": torch.Size([1, 2]), "kind": torch.float16,
