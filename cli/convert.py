@@ -166,7 +166,7 @@ def command(
 
 def check_names(request: Request) -> None:
     """Unknown methods, recipes and stored types are refused before the network is read."""
-    from sharefold.methods import method_named
+    from sharefold.methods import check_method
     from sharefold.planner.objectives import objective_named
     from sharefold.recipes import parse_recipe
     from sharefold.store import parse_store
@@ -176,5 +176,5 @@ def check_names(request: Request) -> None:
     if request.store is not None:
         parse_store(request.store)
     for name in request.methods:
-        method_named(name)
+        check_method(name)
     objective_named(request.what.objective)

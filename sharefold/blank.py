@@ -11,8 +11,8 @@ from sharefold.architectures.bounded import limited_modules, parameters_on_meta,
 from sharefold.architectures.build import build_base, build_on_meta
 from sharefold.errors import SharefoldError
 from sharefold.format import FileConfig
-from sharefold.methods import step_named
 from sharefold.methods.checks import check_plan
+from sharefold.methods.narrowing import install_blank
 from sharefold.plans import Plan
 
 # Packed weights of few bytes may stand for many: entropy coding goes down to hundredths of a bit. Beyond this no network does.
@@ -95,5 +95,4 @@ def install(model: nn.Module, plan: Plan) -> None:
         SharefoldError: the plan does not fit the model.
     """
     check_plan(model, plan)
-    for group in plan.groups:
-        step_named(group.method).install(model, group, None)
+    install_blank(model, plan)

@@ -177,7 +177,8 @@ def expand(model: nn.Module) -> nn.Module:
     if not shared_layers(model) and carried_config(model) is None:
         raise SharefoldError("expand: the model has no shared layers: it is dense already")
     dense = to_dense(model)
-    for group in reversed(config_of(model).plan.groups):
+    plan = config_of(model).plan
+    for group in (*reversed(plan.sharing), *reversed(plan.narrowing)):
         step_named(group.method).expand(dense, group)
     carry_config(dense, None)
     carry_spec(dense, None)

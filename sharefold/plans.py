@@ -14,6 +14,8 @@ from sharefold.errors import SharefoldError
 from sharefold.untrusted import is_int, parse_json
 
 PLAN_VERSION = 1
+# Methods that make layers narrower, before all others: a layer may be in one group of theirs and in one of another method.
+NARROWING = frozenset({"fold"})
 # Called with (what, done, total) during long work.
 Progress = Callable[[str, int, int], None]
 
@@ -62,6 +64,16 @@ class Plan:
     store: str = ""
 
     @property
+    def narrowing(self) -> list[GroupPlan]:
+        """The groups that make layers narrower; they are carried out first."""
+        return [group for group in self.groups if group.method in NARROWING]
+
+    @property
+    def sharing(self) -> list[GroupPlan]:
+        """All other groups; their numbers are about the network that the narrowing ones leave."""
+        return [group for group in self.groups if group.method not in NARROWING]
+
+    @property
     def size(self) -> float:
         """Share of the parameters that stays."""
         return self.params_after / max(self.params_before, 1)
@@ -102,12 +114,13 @@ class Plan:
         if not isinstance(store, str):
             raise SharefoldError(f"{where}: store must be a text such as int8, not {store!r}")
         groups = [_group(entry, index, where) for index, entry in enumerate(data["groups"])]
-        owner: dict[str, str] = {}
+        owners: dict[bool, dict[str, str]] = {True: {}, False: {}}
         names: set[str] = set()
         for group in groups:
             if group.name in names:
                 raise SharefoldError(f"{where}: two groups are named {group.name!r}: rename one")
             names.add(group.name)
+            owner = owners[group.method in NARROWING]
             for member in group.members:
                 if member in owner:
                     raise SharefoldError(

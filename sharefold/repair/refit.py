@@ -43,14 +43,14 @@ class Refit:
     name = "refit"
 
     def refusal(self, work: Work) -> str:
-        if work.cal.graph.fx_graph is None:
+        if work.base.graph.fx_graph is None:
             return "the network has no fx graph"
-        if not _refittable(work.model, work.cal.graph):
+        if not _refittable(work.model, work.base.graph):
             return "no layer has a linear part or a norm of its own"
         return ""
 
     def run(self, work: Work) -> Mapping[str, Any]:
-        original, model, graph = work.cal.original, work.model, work.cal.graph
+        original, model, graph = work.base.original, work.model, work.base.graph
         assert graph.fx_graph is not None
         layers = _refittable(model, graph)
         plans = {name: group for group in work.plan.groups for name in group.members}
