@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -135,6 +136,15 @@ class Fold(ConversionStep):
             give_rows(model.get_submodule(name), kept, space.channels)
         for name in space.readers:
             give_columns(model.get_submodule(name), kept, space.channels)
+
+
+def kept_rows(groups: Sequence[GroupPlan]) -> dict[str, Tensor]:
+    """Layer -> those of its output channels that stay, for every layer that the ``groups``, as carried out, made narrower."""
+    found: dict[str, Tensor] = {}
+    for group in groups:
+        space = space_of(group)
+        found |= dict.fromkeys((space.writer, *space.gates, *space.through), _recorded(group))
+    return found
 
 
 def space_of(plan: GroupPlan) -> HiddenSpace:

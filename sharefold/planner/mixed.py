@@ -2,8 +2,8 @@
 
 In the first few per cent folding is the cheapest of all, since one error pays for parameters of two or three layers; then sharing
 is. What a folded layer would lose by sharing is estimated from what the whole one would lose at the same share of its cost,
-so that every depth of folding is compared in no time. The best is then planned on the network that is really left, and so is half of it:
-folding takes what was easy to spare, and the estimate does not know that.
+so that every depth of folding is compared in no time. The best is then planned on the network that is really left, and so is
+half of it: folding takes what was easy to spare, and the estimate does not know that.
 """
 
 from __future__ import annotations
