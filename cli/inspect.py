@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @click.option("--exclude", metavar="REGEX", help="Leave out layers whose name matches.")
 @click.option("--layers", "show_layers", is_flag=True, help="List every layer, not only the groups.")
 @click.option("--input-size", metavar="C,H,W", help="Input size.  [default: the model's]")
+@click.option("--outputs", metavar="KIND", multiple=True, help="What an output is: logits:axis=1, boxes:regression; repeatable.")
 @shared_options
 def command(
     run: Run,
@@ -35,6 +36,7 @@ def command(
     exclude: str | None,
     show_layers: bool,
     input_size: str | None,
+    outputs: tuple[str, ...],
 ) -> None:
     """Show which layers of SOURCE are isomorphic, in which groups, and which are left out.
 
@@ -44,19 +46,25 @@ def command(
     device = run.setup()
     import torch
 
-    from sharefold.data import Preprocess
+    from sharefold.data import Preprocess, calibration_images
     from sharefold.graph import analyze, find_groups
     from sharefold.measure import count_parameters
+    from sharefold.outputs import read_outputs
 
     opened = source.open()
-    size = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size).size
+    preprocess = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size)
+    size = preprocess.size
     graph = analyze(opened.model.to(device), torch.zeros(1, *size, device=device))
     groups = find_groups(graph, by_role=by_role, first_block=first_block, exclude=exclude)
     total = count_parameters(opened.model)
     _print(run, opened.name, graph, groups, total, size, show_layers)
+    images = calibration_images(None, preprocess, 8, run.seed)
+    reading = read_outputs(opened.model, images.to(device), graph, outputs or None)
+    run.table(["output", "is", "because"], reading.lines(), title="outputs")
     run.result(
         {
             "source": source.source,
+            "outputs": [leaf.to_dict() for leaf in reading.leaves],
             "params": total,
             "input_size": size,
             "traced": graph.traced,

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from networks import images, net
 from other_device import Elsewhere, other_device
-from spine_nets import images, net
 from torch import nn
 
 import sharefold

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from networks import images, net
 from repair_works import done_by, work_of
-from spine_nets import images, net
 from torch import Tensor, nn
 from torch.nn.parallel.replicate import replicate
 from torch.utils.data import DataLoader, Dataset

@@ -43,7 +43,7 @@ def plan(
     """
     wanted = chosen(options, overrides, PlanOptions)
     bound = parse_budget(budget)
-    cal = calibration_of(model, calibration, CalibrationOptions(wanted.seed))
+    cal = calibration_of(model, calibration, CalibrationOptions(wanted.seed, None, wanted.outputs, wanted.criterion))
     return Planner(cal, wanted, progress).plan(bound)
 
 

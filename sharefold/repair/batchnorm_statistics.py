@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sharefold.measure import evaluating, run_on
 from sharefold.repair.work import Work
+from sharefold.running import evaluating, run_on
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 BATCH = 200

@@ -1,6 +1,6 @@
-"""The classifier, fitted to the original's logits on the features that the converted network gives it.
+"""The last layers, fitted to what the original's give on the features that the converted network gives them.
 
-A classifier that is shared or factored is part of the sequential refit. One that stays dense is not, and it is right for
+A last layer that is shared or factored is part of the sequential refit. One that stays dense is not, and it is right for
 features that badly damaged layers no longer give.
 """
 
@@ -11,50 +11,86 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sharefold.measure import evaluating, first_logits, run_on
+from sharefold.outputs import OutputReading
+from sharefold.outputs.leaves import tensors_of
+from sharefold.outputs.taps import listening
 from sharefold.repair.work import Work
+from sharefold.running import evaluating, run_on
 from sharefold.solvers.least_squares import PulledLeastSquares
 
-# Pull towards the original classifier, as a share of the mean variance of its inputs.
+# Pull towards the original layer, as a share of the mean variance of its inputs.
 RIDGE = 1e-2
 BATCH = 200
+# Numbers of all inputs that a layer is fitted to: of maps, evenly spaced positions.
+ENTRIES = 1 << 24
 
 
 class Classifier:
-    """Least squares for weight and bias of the classifier; the original's logits on the images are the targets."""
+    """Least squares for weight and bias of every dense layer whose output is one of the network's."""
 
     name = "head"
 
     def refusal(self, work: Work) -> str:
-        head = _head(work.model, work.cal.fitting[:2])
-        return "" if head is not None else "the logits are not the output of a dense Linear with a bias"
+        return "" if _pairs(work) else "no output is that of a dense Linear or convolution with a bias"
 
     @torch.no_grad()
     def run(self, work: Work) -> Mapping[str, Any] | None:
-        images = work.cal.fitting
-        head = _head(work.model, images[:2])
-        assert head is not None
-        mean_x, mean_y, gram, cross = (value.double() for value in _moments(work.cal.original, work.model, head, images))
-        solved = PulledLeastSquares(gram, RIDGE).solve(cross, head.weight.double())
-        if solved is None:
-            return None
-        head.weight.copy_(solved)
-        head.bias.copy_(mean_y - solved @ mean_x)
-        return {}
+        solved = 0
+        for head, wanted in _pairs(work):
+            found = _moments(work.cal.original, work.model, head, wanted, work.cal.fitting)
+            mean_x, mean_y, gram, cross = (value.double() for value in found)
+            weight = PulledLeastSquares(gram, RIDGE).solve(cross, head.weight.double().flatten(1))
+            if weight is not None:
+                head.weight.copy_(weight.reshape(head.weight.shape))
+                head.bias.copy_(mean_y - weight @ mean_x)
+                solved += 1
+        return {} if solved else None
 
 
-def _head(model: nn.Module, images: Tensor) -> nn.Linear | None:
-    """The Linear whose output is the network's; found in one run."""
-    linears = [module for module in model.modules() if type(module) is nn.Linear and module.bias is not None]
+def _pairs(work: Work) -> list[tuple[Any, nn.Module]]:
+    """Dense layers of the converted network whose outputs are its own, and those of the original that give the same outputs."""
+    reading, images = work.cal.reading, work.cal.fitting[:2]
+    ours, theirs = _heads(reading, work.model, images), _heads(reading, work.cal.original, images)
+    found = [(ours[name], theirs[name]) for name in ours if name in theirs]
+    return [(head, wanted) for head, wanted in found if _solvable(head) and type(head) is type(wanted)]
+
+
+def _heads(reading: OutputReading, model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
+    """Layers that run once and whose output is one of the network's, by the name of that; found in one run."""
+    sources = {leaf.source for leaf in reading.leaves}
     with ExitStack() as stack:
-        runs = [(linear, stack.enter_context(_watched(linear))) for linear in linears]
+        layers = [module for module in model.modules() if type(module) in (nn.Linear, nn.Conv2d)]
+        runs = [(layer, stack.enter_context(_watched(layer))) for layer in layers]
         stack.enter_context(evaluating(model))
-        logits = first_logits(run_on(model, images))
-    if logits.ndim != 2:
-        return None
-    return next((linear for linear, seen in runs if len(seen) == 1 and torch.equal(seen[0][1], logits)), None)
+        seen = stack.enter_context(listening(model, reading.taps))
+        output = run_on(model, images)
+        returned = tensors_of(seen if reading.taps else output)
+    once = [(layer, run[0][1]) for layer, run in runs if len(run) == 1]
+    return {
+        name: layer for name, tensor in returned.items() if name in sources for layer, given in once if _is_view(given, tensor)
+    }
+
+
+def _solvable(module: nn.Module) -> bool:
+    """With a bias, not frozen, and of a form that least squares can be set up for."""
+    if isinstance(module, nn.Conv2d) and (
+        module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
+    ):
+        return False
+    own = dict(module.named_parameters(recurse=False))
+    return set(own) == {"weight", "bias"} and all(p.requires_grad and p.is_floating_point() for p in own.values())
+
+
+def _is_view(output: Any, returned: Tensor) -> bool:
+    """Whether what the network returns is all of a layer's output, in whatever shape and order."""
+    if not isinstance(output, Tensor) or output.numel() != returned.numel():
+        return False
+    if output.untyped_storage().data_ptr() == returned.untyped_storage().data_ptr():
+        return True
+    return output.shape == returned.shape and torch.equal(output, returned)
 
 
 @contextmanager
@@ -69,17 +105,37 @@ def _watched(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 
 def _moments(
-    original: nn.Module, model: nn.Module, head: nn.Linear, images: Tensor, batch_size: int = BATCH
+    original: nn.Module, model: nn.Module, head: nn.Module, wanted_head: nn.Module, images: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Means (F,) of the features and (O,) of the wanted logits, and centred moments (F, F) and (O, F)."""
+    """Means (F,) of the features and (O,) of the wanted outputs, and centred moments (F, F) and (O, F)."""
     features, wanted = [], []
-    with _watched(head) as seen, evaluating(original, model):
-        for batch in images.split(batch_size):
+    with _watched(head) as seen, _watched(wanted_head) as seen_wanted, evaluating(original, model):
+        for batch in images.split(BATCH):
             seen.clear()
+            seen_wanted.clear()
             run_on(model, batch)
-            features.append(seen[0][0].double())
-            wanted.append(first_logits(run_on(original, batch)).double())
+            run_on(original, batch)
+            rows, targets = _rows(head, seen[0][0], seen_wanted[0][1], len(images))
+            features.append(rows.double())
+            wanted.append(targets.double())
     x, y = torch.cat(features), torch.cat(wanted)
     mean_x, mean_y = x.mean(0), y.mean(0)
     x, y = x - mean_x, y - mean_y
     return mean_x, mean_y, x.T @ x / len(x), y.T @ x / len(x)
+
+
+def _rows(head: nn.Module, inputs: Tensor, outputs: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    """Features (rows, F) and outputs (rows, O) of evenly spaced positions of a batch."""
+    if isinstance(head, nn.Conv2d):
+        columns = F.unfold(inputs, head.kernel_size, head.dilation, head.padding, head.stride)  # type: ignore[arg-type]
+        every = _spacing(columns.shape[1], images * columns.shape[2])
+        x, y = columns[..., ::every], outputs.flatten(2)[..., ::every]
+        return x.transpose(1, 2).flatten(0, 1), y.transpose(1, 2).flatten(0, 1)
+    x, y = inputs.reshape(-1, inputs.shape[-1]), outputs.reshape(-1, outputs.shape[-1])
+    every = _spacing(x.shape[1], images * len(x) // len(inputs)) if inputs.ndim > 2 else 1
+    return x[::every], y[::every]
+
+
+def _spacing(features: int, rows: int) -> int:
+    """Odd, so that the sampled columns of a map shift from row to row."""
+    return max(1, rows * features // ENTRIES) // 2 * 2 + 1

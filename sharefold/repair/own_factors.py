@@ -13,7 +13,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sharefold.calibration.pairs import Gatherer
 from sharefold.calibration.problem import group_problem
 from sharefold.layers import BasisConv, SharedConv
 from sharefold.methods import METHODS
@@ -21,6 +20,7 @@ from sharefold.methods.contract import LARGE_FEATURES
 from sharefold.methods.hybrid import Hybrid
 from sharefold.plans import GroupPlan
 from sharefold.repair.lockstep import Visited
+from sharefold.repair.samples import Samples
 from sharefold.solvers.least_squares import PulledLeastSquares
 
 # Pull towards the original weight, as a share of the mean diagonal of the inputs' moment.
@@ -38,28 +38,25 @@ def has_own_factors(layer: nn.Module, plan: GroupPlan) -> bool:
 
 
 @torch.no_grad()
-def solve_on_prefix(at: Visited, plan: GroupPlan, positions: int, ridge: float = RIDGE, seed: int = 0) -> None:
+def own_factors(at: Visited, fit: Samples, plan: GroupPlan, ridge: float = RIDGE) -> None:
     """Puts the factors of min E |y - What x~|^2 into the converted network's layer.
 
     With S = E[x~ x~^T] and Y = E[y x~^T] the best dense weight is (Y + rho W)(S + rho I)^-1, W the original's; its
     excess error is measured by S, so that the method's own solver factors it under that norm.
 
     Args:
-        at: the layer; its inputs are those that the converted prefix gives, its targets the original layer's outputs.
+        at: the layer.
+        fit: its samples.
         plan: of the layer's group; method and options hold for the layer alone.
-        positions: input patches a map that are drawn, with the outputs at the same places.
-        seed: of the drawn positions.
     """
     layer = cast(SharedConv, at.layer)
-    gatherer = Gatherer(layer.form, 1, seed, positions)
-    for x, y in zip(at.place.inputs, at.place.targets, strict=True):
-        gatherer.add(x, y)
-    found = gatherer.result(centered=at.owner is not None)
-    if found is None:
-        return
-    system = PulledLeastSquares(found.gram[0].double(), ridge)
+    x, y = fit.x[:, 0], fit.y
+    if at.owner is not None:
+        x, y = x - x.mean(0), y - y.mean(0)
+    gram, cross = ((left.T @ x).double() / len(x) for left in (x, y))
+    system = PulledLeastSquares(gram, ridge)
     problem = group_problem(at.original, [at.name], [at.norm], [system.normal[None]])
-    best = system.robust(found.cross[0].double(), problem.weights[0].to(system.normal))
+    best = system.robust(cross, problem.weights[0].to(system.normal))
     problem, method = replace(problem, weights=best[None].to(problem.weights)), METHODS[plan.method]
     if isinstance(method, Hybrid):
         tensors = method.solve_own(problem, cast(BasisConv, layer))

@@ -14,6 +14,7 @@ from sharefold.calibration.sensitivity import output_sensitivity
 from sharefold.calibration.statistics import WIDE
 from sharefold.graph import NetworkGraph
 from sharefold.layers import BasisConv, ConvForm, HybridConv, SharedConv, SpatialConv, TiedConv, banks, form_of, free_columns
+from sharefold.outputs import Divergence, divergence_of
 from sharefold.solvers.pair_moments import PairSums
 from sharefold.solvers.tucker_als import lift
 from sharefold.store.moments import gather, runs
@@ -59,12 +60,15 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Para
 
 
 @torch.no_grad()
-def prepare(original: nn.Module, model: nn.Module, graph: NetworkGraph, images: Tensor) -> Prepared:
+def prepare(
+    original: nn.Module, model: nn.Module, graph: NetworkGraph, images: Tensor, divergence: Divergence | None = None
+) -> Prepared:
     """Measures ``model`` (float still) and turns the bases of its banks; the network computes what it did.
 
     Args:
         original: a dense network of the graph, for the layers' norms.
         images: (n, C, H, W) calibration images.
+        divergence: of conversions from ``original``; by default told from the images.
     """
     forms, centered = {}, {}
     for name, record in graph.layers.items():
@@ -77,7 +81,8 @@ def prepare(original: nn.Module, model: nn.Module, graph: NetworkGraph, images: 
             forms[name] = form
             centered[name] = output_mean_owner(model, layer, record.norm) is not None
     plan = Prepared(forms, centered)
-    sensitivity = output_sensitivity(original, list(forms), images)
+    divergence = divergence_of(original, images, graph) if divergence is None else divergence
+    sensitivity = output_sensitivity(original, list(forms), images, divergence=divergence)
     members = _members(model, forms)
     together = [name for names in members.values() for name in names]
     _shared(model, graph, plan, members, sensitivity, images)

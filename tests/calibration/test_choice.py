@@ -11,6 +11,7 @@ from sharefold.calibration.parts import parts_of
 from sharefold.calibration.sample_selection import least_certain
 from sharefold.calibration.statistics import Statistics, statistics_of
 from sharefold.graph import analyze
+from sharefold.outputs import read_outputs
 
 
 class Certain(nn.Module):
@@ -61,7 +62,8 @@ def test_dense_predictions_count_by_their_mean() -> None:
     images = torch.zeros(9, 3, 2, 2)
     images[:, 0] = 9.0
     images[2:6, 0, :, 1] = 0.0  # half of the pixels uncertain
-    assert least_certain(Pixels(), images).tolist() == [2, 3, 4, 5]
+    reading = read_outputs(Pixels(), images, overrides="logits:axis=1")
+    assert least_certain(Pixels(), images, reading=reading).tolist() == [2, 3, 4, 5]
 
 
 def test_without_logits_all_count() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from spine_nets import images, logits, net
+from networks import images, logits, net
 
 import sharefold
 from sharefold.calibration.problem import GroupProblem, problem_of

@@ -8,7 +8,7 @@ import pkgutil
 
 import pytest
 import torch
-from spine_nets import images, net
+from networks import images, made_once, net
 
 import sharefold.methods
 from sharefold.calibration.problem import GroupProblem, problem_of
@@ -35,6 +35,7 @@ PLAIN = (
 )
 
 
+@made_once
 def problem(kind: str, role: str = "conv") -> GroupProblem:
     model = net(kind)
     graph = analyze(model, IMAGES[:1])
