@@ -33,7 +33,7 @@ from sharefold.calibration.ragged import ragged_problem
 from sharefold.calibration.statistics import statistics_of
 from sharefold.graph import analyze
 from sharefold.solvers import low_rank, shared_basis
-from sharefold.solvers.allocate import Choice, allocate
+from sharefold.solvers.allocate import Option, allocate
 from sharefold.solvers.curves import CurvePoint
 from sharefold.solvers.data_norm import Problem
 
@@ -57,7 +57,7 @@ def problems(network: str, seed: int, count: int) -> tuple[Problem, list[Problem
 
 def allocated(curves: list[list[CurvePoint]], budget: float) -> list[int]:
     """The rank of every entry, least sum of its layers' errors within the budget."""
-    picks = allocate([[Choice(p.cost, float(p.errors.sum())) for p in points] for points in curves], budget)
+    picks = allocate([[Option(p.cost, float(p.errors.sum())) for p in points] for points in curves], budget)
     return [points[pick].rank for points, pick in zip(curves, picks, strict=True)]
 
 

@@ -36,16 +36,17 @@ BITS = (4, 3)
 
 def converted(model: nn.Module, size: int, share: float | None, refine: str | None, data: dict[str, Any], seed: int) -> dict:
     """One file of at most ``size`` bytes; ``share`` None lets sharefold decide."""
-    model, calibration = copy.deepcopy(model), data["calibration"]
+    model = copy.deepcopy(model)
     before = sum(p.numel() for p in model.parameters())
     start = time.perf_counter()
+    cal = sharefold.calibrate(model, data["calibration"], seed=seed)
     if share is None:
-        plan = sharefold.plan(model, budget=f"{size}B", calibration=calibration, seed=seed)
+        plan = sharefold.plan(model, f"{size}B", cal)
     else:
         empty = Plan([], before, before)
-        plan = empty if share == 1 else sharefold.plan(model, budget=share, calibration=calibration, seed=seed)
+        plan = empty if share == 1 else sharefold.plan(model, share, cal)
         plan = replace(plan, store=f"mixed:{size}B")
-    done = sharefold.convert_(model, plan, calibration=calibration, refine=refine, seed=seed)
+    done = sharefold.convert_(model, plan, cal, refine=refine)
     seconds = time.perf_counter() - start
     size, model = written(model)
     return {

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
@@ -23,14 +22,14 @@ from torch import Tensor, nn
 import sharefold
 from sharefold.architectures.build import build_base, build_on_meta, make_base
 from sharefold.calibration.images import input_config
-from sharefold.calibration.statistics import statistics_of
-from sharefold.convert import check_plan
 from sharefold.errors import SharefoldError
 from sharefold.graph import Group, NetworkGraph, analyze, find_groups
 from sharefold.graph.trace import tensors_in
 from sharefold.layers import checked_form
 from sharefold.measure import count_parameters
-from sharefold.methods import method_named
+from sharefold.methods import method_named, step_named
+from sharefold.methods.checks import check_plan
+from sharefold.options import PlanOptions
 from sharefold.planner import find_candidates, find_units
 from sharefold.plans import GroupPlan, Plan
 from sharefold.procedural import dead_leaves
@@ -200,17 +199,15 @@ def convert_for_real(
         AssertionError: a promise is broken: size, count, or the outputs of the loaded network.
         Stated: there is nothing to share.
     """
-    graph = graph or analyze(model, images[:1])
     before = count_parameters(model)
-    statistics = statistics_of(model, graph, images)
-    common: dict[str, Any] = {"calibration": images, "statistics": statistics, "graph": graph}
-    candidates = find_candidates(model, graph, statistics, method)
+    cal = sharefold.calibrate(model, images, graph=graph)
+    candidates = find_candidates(cal, PlanOptions(method))
     limit = max(int(BUDGET * before), candidates.floor)
     if limit >= before:
         raise Stated(NOTHING)
     note = _above(limit / before) if limit > BUDGET * before else ""
     plan = candidates.plan(candidates.pick(limit, f"{limit:,}"), f"{limit:,}")
-    done = sharefold.convert_(model, plan, repair=False, **common)
+    done = sharefold.convert_(model, plan, cal, repair=False)
     after = count_parameters(model)
     assert after <= limit, f"{after:,} parameters are more than the budget of {limit:,}"
     assert after == plan.params_after == done.plan.params_after, f"{after:,} parameters, planned {plan.params_after:,}"
@@ -249,7 +246,7 @@ def convert_blank(model: nn.Module, image: Tensor, graph: NetworkGraph) -> tuple
     plan = uniform_plan(model, graph)
     check_plan(model, plan)
     for group in plan.groups:
-        method_named(group.method).install(model, group, None)
+        step_named(group.method).install(model, group, None)
     after, found = count_parameters(model), outputs(model, image)
     assert after == plan.params_after, f"{after:,} parameters, planned {plan.params_after:,}"
     # A detector's blank network finds another number of boxes.

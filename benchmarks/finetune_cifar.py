@@ -71,8 +71,8 @@ def converted(
     """A copy of ``dense`` within ``params`` parameters, from a thousand unlabelled training images."""
     model = copy.deepcopy(dense)
     images = calibration_images(data, Preprocess.from_cfg(cfg), 1000, seed, "train")
-    plan = sharefold.plan(model, budget=params, calibration=images, method=method, pivots=pivots, seed=seed)
-    sharefold.convert_(model, plan, calibration=images, seed=seed)
+    cal = sharefold.calibrate(model, images, seed=seed)
+    sharefold.convert_(model, sharefold.plan(model, params, cal, method=method, pivots=pivots), cal)
     return model
 
 

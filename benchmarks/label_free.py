@@ -87,12 +87,14 @@ def converted(
     model: nn.Module, method: str, size: str, refine: str, data: dict[str, Any], seed: int
 ) -> Iterator[dict[str, Any]]:
     """sharefold's rows: one plan, carried out as it is and, with ``refine``, refined."""
-    calibration, start = data["calibration"], time.perf_counter()
-    plan = sharefold.plan(model, budget=size, calibration=calibration, method=method, seed=seed)
+    start = time.perf_counter()
+    cal = sharefold.calibrate(model, data["calibration"], seed=seed)
+    plan = sharefold.plan(model, size, cal, method=method)
     planned = time.perf_counter() - start
     for effort in ["", refine] if refine and plan.groups else [""]:  # nothing shared, nothing refined
+        cal.forget_solutions()  # both rows' seconds are those of a first conversion
         start, trial = time.perf_counter(), copy.deepcopy(model)
-        done = sharefold.convert_(trial, plan, calibration=calibration, refine=effort or None, seed=seed)
+        done = sharefold.convert_(trial, plan, cal, refine=effort or None)
         row = {"refine": effort, "agreement": done.agreement, "kl": done.kl, "seconds_by_step": done.seconds}
         row["seconds"] = round(planned + time.perf_counter() - start, 1)
         yield finished(row, trial, size, data)

@@ -46,11 +46,12 @@ def measure(source: Any, method: str, size: str, calib: str, data: dict[str, Any
     calibration = data["calibration"] if calib == "train" else None
     record: dict[str, Any] = {"method": method, "size": size, "calib": calib, "seed": seed, "params_before": before}
     start = time.perf_counter()
+    cal = sharefold.calibrate(model, calibration, seed=seed)
     try:
-        plan = sharefold.plan(model, budget=size, calibration=calibration, method=method, seed=seed)
+        plan = sharefold.plan(model, size, cal, method=method)
     except sharefold.SharefoldError as error:
         return {**record, "refused": str(error)}
-    done = sharefold.convert_(model, plan, calibration=calibration, seed=seed)
+    done = sharefold.convert_(model, plan, cal)
     seconds = time.perf_counter() - start
     after = count_parameters(model)
     codes = sum(b.numel() * b.element_size() for n, b in model.named_buffers() if n.endswith("codes"))

@@ -22,9 +22,9 @@ from label_free import SIZES, load
 from methods_cifar import correct
 
 import sharefold
-from sharefold.calibration.statistics import statistics_of
 from sharefold.graph import analyze
 from sharefold.measure import agreement
+from sharefold.options import PlanOptions
 from sharefold.planner import OBJECTIVES, Planner
 
 RESULTS = Path(__file__).parent / "results" / "objectives_cifar.json"
@@ -47,13 +47,13 @@ def main() -> None:
             graph = analyze(model, images[:1])
             test = data["normalize"](data["test"][0][:2000])
             for objective in options.objectives:
-                statistics = statistics_of(model, graph, images, seed)
-                planner = Planner(model, graph, statistics, images[:1], objective=objective, seed=seed)
+                cal = sharefold.calibrate(model, images, graph=graph, seed=seed)
+                planner = Planner(cal, PlanOptions(objective=objective))
                 for size in options.sizes or [size for size in SIZES[network] if size.endswith("%")]:
                     start, converted = time.perf_counter(), copy.deepcopy(model)
                     plan = planner.plan(size)
                     planned = time.perf_counter() - start
-                    done = sharefold.convert_(converted, plan, statistics=statistics, graph=graph, seed=seed)
+                    done = sharefold.convert_(converted, plan, cal)
                     row = {
                         "network": network, "objective": objective, "size": size, "seed": seed, "images": options.images,
                         "top1": correct(converted, *data["test"], data["normalize"]),

@@ -29,6 +29,7 @@ from sharefold.data import Preprocess
 from sharefold.finetune.loop import finetune
 from sharefold.measure import count_parameters
 from sharefold.recipes import build_plan
+from sharefold.repair.refine import refine
 from sharefold.sources import open_source
 
 RESULTS = Path(__file__).parent / "results" / "recipes_cifar.json"
@@ -80,15 +81,13 @@ def measure(network: str, recipe: str, dense: nn.Module, data: dict[str, Any], o
         print(network, recipe, name, f"{accuracy[name]:.4f}", f"{seconds[name]} s", flush=True)
 
     start = time.perf_counter()
-    done = sharefold.convert_(model, plan, calibration=data["calibration"], seed=seed)
+    cal = sharefold.calibrate(model, data["calibration"], seed=seed)
+    done = sharefold.convert_(model, plan, cal)
     lap("converted", start)
     if options.refine:
-        from sharefold.convert import split_held_out
-        from sharefold.repair.refine import refine
-
         start = time.perf_counter()
-        held_out, fitting = split_held_out(data["calibration"])
-        refine(done.original, model, fitting, held_out, epochs=options.refine, seed=seed)
+        # Its teacher's channels may come in another order than those of the calibrated network (layer reuse).
+        refine(model, cal.of(done.original), epochs=options.refine, seed=seed)
         lap("refined", start)
     if options.epochs:
         start = time.perf_counter()

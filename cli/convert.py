@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sharefold.errors import SharefoldError
+from sharefold.options import ConvertOptions, PlanOptions
 
 from .common import Run, jsonable, shared_options
 from .convert_report import Timer, group_rows, report_conversion, report_plan, weight_file_bytes
 from .convert_request import DEFAULT_BUDGET, Request, check_request
 from .keep import smallest_keeping
+from .record_options import record_options
 from .source import preprocess_options, source_options
 
 if TYPE_CHECKING:
@@ -29,20 +31,15 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory or .safetensors file.")
 @click.option("--budget", metavar="SIZE", help=f"50%, 2.1M, 8MB (of the file), 50% MACs, 4ms ...  [default: {DEFAULT_BUDGET}]")
 @click.option("--keep-agreement", metavar="SHARE", help="Smallest size whose predictions agree this often, e.g. 99%.")
-@click.option("--method", metavar="NAME", help="auto, or a method, or several: basis,svd.  [default: auto]")
-@click.option("--objective", metavar="NAME", help="What the plan keeps small: fisher, joint, kl, error.  [default: fisher]")
-@click.option("--pivots/--no-pivots", default=True, show_default=True, help="Leave out of factors what says nothing.")
+@record_options(PlanOptions)
 @click.option("--plan", type=click.Path(path_type=Path), help="A plan written by --dry-run --json, perhaps edited.")
 @click.option("--calib", metavar="DATA", help="Images without labels.  [default: procedural images]")
 @click.option("--calib-count", type=click.IntRange(min=1), metavar="N", help="How many.  [default: by image size]")
 @click.option("--calib-split", default="train", show_default=True, help="Which part of the data.")
 @click.option("--calib-resize", is_flag=True, help="Resize stored images of another size.")
 @click.option("--recipe", metavar="NAME[:k=v,...]", help="A published system, such as sharesnet.")
-@click.option("--refine", is_flag=False, flag_value="auto", metavar="EFFORT",
-              help="Distil on the calibration images: epochs (20), a time (4m), or nothing for the default.")
 @click.option("--store", metavar="TYPE", help="Small types in the file: fp16, int2 to int8, kmeans4, mixed:0.4MB ...")
-@click.option("--repair/--no-repair", default=True, show_default=True, help="Refit on the converted prefix.")
-@click.option("--exclude", metavar="REGEX", help="Keep layers whose name matches.")
+@record_options(ConvertOptions)
 @click.option("--dry-run", is_flag=True, help="Stop at the plan; write nothing.")
 @click.option("--force", is_flag=True, help="Replace what is at the output.")
 @preprocess_options
@@ -71,7 +68,6 @@ def command(
 
     import sharefold
     from sharefold.calibration.images import default_count, matched
-    from sharefold.calibration.statistics import statistics_of
     from sharefold.data import Preprocess, calibration_images
     from sharefold.measure import count_macs, count_parameters, model_bytes, peak_memory
     from sharefold.planner import Planner
@@ -96,31 +92,25 @@ def command(
     timer.lap("calibration_images")
     before = {"params": count_parameters(model), "bytes": model_bytes(model), "macs": count_macs(model, example)}
     timer.lap("measure")
-    graph = sharefold.analyze(model, example)
-    # One pass over the images serves planning and solving, and every trial of --keep-agreement.
-    statistics = statistics_of(model, graph, images, run.seed)
+    # One calibration serves planning and solving, and every trial of --keep-agreement.
+    cal = sharefold.calibrate(model, images, seed=run.seed, example_input=example)
     config = {"base": opened.base, "pretrained_cfg": jsonable({**opened.pretrained_cfg, **preprocess.cfg})}
+    how = replace(request.how, config=config)
     with run.progress() as progress:
-        planner = Planner(
-            model, graph, statistics, example, method=request.methods or "auto", exclude=request.exclude,
-            objective=request.objective, pivots=request.pivots, seed=run.seed, progress=progress,
-        )  # fmt: skip
+        planner = Planner(cal, request.what, progress)
 
         def decide(dense: nn.Module, budget: Budget | float | None) -> Plan:
             if request.plan is not None:
                 plan = request.plan
             elif request.recipe is not None:
-                plan = sharefold.build_plan(request.recipe, dense, example, graph)
+                plan = sharefold.build_plan(request.recipe, dense, example, cal.graph)
             else:
                 assert budget is not None
                 plan = planner.plan(budget)
             return plan if request.store is None else replace(plan, store=request.store)
 
         def carry_out(dense: nn.Module, plan: Plan) -> Conversion:
-            return sharefold.convert_(
-                dense, plan, example_input=example, repair=request.repair, refine=request.refine,
-                statistics=statistics, graph=graph, config=config, seed=run.seed, progress=progress,
-            )  # fmt: skip
+            return sharefold.convert_(dense, plan, cal, how, progress)
 
         if request.keep is not None:
             model, done = smallest_keeping(model, request.keep, lambda net, share: carry_out(net, decide(net, share)))
@@ -145,7 +135,7 @@ def command(
         "agreement": done.agreement,
         "kl": done.kl,
         **({} if not done.plan.store else {"store": done.plan.store}),
-        "steps": done.steps,
+        "steps": {name: record.to_dict() for name, record in done.steps.items()},
     }
     assert request.output is not None
     metrics = {key: value for key, value in result.items() if key not in ("groups", "steps")}
@@ -176,4 +166,4 @@ def check_names(request: Request) -> None:
         parse_store(request.store)
     for name in request.methods:
         method_named(name)
-    objective_named(request.objective)
+    objective_named(request.what.objective)

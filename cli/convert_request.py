@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sharefold.budget import Budget, Effort, parse_budget, parse_effort
+from sharefold.budget import Budget, parse_budget, parse_effort
 from sharefold.errors import SharefoldError
 from sharefold.files import check_output
-from sharefold.plans import DEFAULT_OBJECTIVE
+from sharefold.options import ConvertOptions, PlanOptions
 from sharefold.untrusted import read_text
 
+from .record_options import record_of
 from .source import SourceOptions
 
 if TYPE_CHECKING:
@@ -44,27 +45,24 @@ class Request:
     output: Path | None
     budget: Budget | None
     keep: float | None
-    method: str
-    objective: str
-    pivots: bool
+    what: PlanOptions
+    how: ConvertOptions
     plan: Plan | None
-    exclude: str | None
-    refine: Effort | None
     recipe: str | None
     store: str | None
-    repair: bool
     dry_run: bool
     force: bool
 
     @property
     def methods(self) -> tuple[str, ...]:
         """Names in ``--method a,b``; none for "auto"."""
-        return () if self.method == "auto" else tuple(name.strip() for name in self.method.split(","))
+        method = self.what.method
+        return () if method == "auto" else (method,) if isinstance(method, str) else method
 
     @property
     def decided_by(self) -> str:
         """The ``method`` entry of the JSON."""
-        return "plan" if self.plan is not None else "recipe" if self.recipe is not None else self.method
+        return "plan" if self.plan is not None else "recipe" if self.recipe is not None else ",".join(self.methods) or "auto"
 
 
 def share_of(text: str | None, option: str) -> float | None:
@@ -81,20 +79,23 @@ def share_of(text: str | None, option: str) -> float | None:
 
 
 def check_request(
-    source: SourceOptions, output: Path | None, budget: str | None, keep_agreement: str | None, method: str | None,
-    objective: str | None, pivots: bool, plan: Path | None, exclude: str | None, refine: str | None, recipe: str | None,
-    store: str | None, repair: bool, dry_run: bool, force: bool,
+    source: SourceOptions, output: Path | None, budget: str | None, keep_agreement: str | None, plan: Path | None,
+    recipe: str | None, store: str | None, dry_run: bool, force: bool, **records: Any,
 ) -> Request:  # fmt: skip
     """Everything that is wrong with the options alone.
+
+    Args:
+        records: the options of :class:`PlanOptions` and :class:`ConvertOptions` as they were given.
 
     Raises:
         SharefoldError: contradicting options, a malformed budget, share, plan or expression, an output that exists.
     """
-    deciders = {
-        "--method": method, "--budget": budget, "--keep-agreement": keep_agreement, "--exclude": exclude,
-        "--objective": objective, "--no-pivots": None if pivots else True,
-    }  # fmt: skip
+    deciders = {f"--{name}": records[name] for name in ("method", "exclude", "objective")}
+    pivots = None if records["pivots"] is None else True
+    deciders |= {"--budget": budget, "--keep-agreement": keep_agreement, "--no-pivots": pivots}
     idle = [name for name, value in deciders.items() if value is not None]
+    what, how = record_of(PlanOptions, records), record_of(ConvertOptions, records)
+    how = replace(how, refine=parse_effort(how.refine))
     if plan is not None and idle:
         raise SharefoldError(f"{idle[0]} has no effect with --plan, which already decides: leave one out")
     if recipe is not None and (plan is not None or idle):
@@ -102,11 +103,11 @@ def check_request(
         raise SharefoldError(f"{other} has no effect with --recipe, which already decides: leave one out")
     if budget is not None and keep_agreement is not None:
         raise SharefoldError("--budget and --keep-agreement both decide the size: give one")
-    if exclude is not None:
+    if what.exclude is not None:
         try:
-            re.compile(exclude)
+            re.compile(what.exclude)
         except re.error as error:
-            raise SharefoldError(f"--exclude {exclude!r} is not a regular expression: {error}") from None
+            raise SharefoldError(f"--exclude {what.exclude!r} is not a regular expression: {error}") from None
     bound = None
     if plan is None and recipe is None and keep_agreement is None:
         bound = parse_budget(DEFAULT_BUDGET if budget is None else budget)
@@ -118,7 +119,7 @@ def check_request(
     if not dry_run:
         output = output or default_output(source.source)
         check_output(output, force)
+    read = None if plan is None else read_plan(plan)
     return Request(
-        source, output, bound, share_of(keep_agreement, "--keep-agreement"), method or "auto", objective or DEFAULT_OBJECTIVE,
-        pivots, None if plan is None else read_plan(plan), exclude, parse_effort(refine), recipe, store, repair, dry_run, force,
-    )  # fmt: skip
+        source, output, bound, share_of(keep_agreement, "--keep-agreement"), what, how, read, recipe, store, dry_run, force
+    )

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sharefold.budget import parse_effort
 from sharefold.errors import SharefoldError
+from sharefold.options import ConvertOptions, PlanOptions
 
 from .common import Run, jsonable, shared_options
+from .record_options import record_of, record_options
 from .source import SourceOptions, preprocess_options, source_options
 
 if TYPE_CHECKING:
@@ -28,10 +31,8 @@ if TYPE_CHECKING:
 @click.option("--calib", metavar="DATA", help="Images without labels.  [default: the training part of --data]")
 @click.option("--calib-count", type=click.IntRange(min=1), metavar="N", help="How many.  [default: by image size]")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the results.")
-@click.option("--method", default="auto", show_default=True, metavar="NAME", help="auto, or methods with commas.")
-@click.option("--exclude", metavar="REGEX", help="Keep layers whose name matches.")
-@click.option("--refine", type=click.IntRange(min=0), default=0, show_default=True, help="Label-free epochs.")
-@click.option("--repair/--no-repair", default=True, show_default=True, help="Refit on the converted prefix.")
+@record_options(PlanOptions)
+@record_options(ConvertOptions)
 @click.option("--save/--no-save", default=True, show_default=True, help="Keep the converted networks.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=250, show_default=True, help="Images a batch.")
 @click.option("--force", is_flag=True, help="Replace what is there.")
@@ -39,9 +40,8 @@ if TYPE_CHECKING:
 @shared_options
 def command(
     run: Run, source: SourceOptions, budgets: str, data: str, split: str, limit: int | None, calib: str | None,
-    calib_count: int | None, output: Path, method: str, exclude: str | None, refine: int, repair: bool, save: bool,
-    batch_size: int, force: bool, mean: tuple[float, ...] | None, std: tuple[float, ...] | None,
-    input_size: str | None,
+    calib_count: int | None, output: Path, save: bool, batch_size: int, force: bool, mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None, input_size: str | None, **records: Any,
 ) -> None:  # fmt: skip
     """Convert SOURCE at several budgets, measure each, and plot accuracy against size.
 
@@ -52,6 +52,8 @@ def command(
     """
     from sharefold.files import check_output, write_folder
 
+    what, how = record_of(PlanOptions, records), record_of(ConvertOptions, records)
+    parse_effort(how.refine)
     target = check_output(output, force)
     device = run.setup()
     import sharefold
@@ -60,12 +62,13 @@ def command(
     from sharefold.format import carry_config, checked_pretrained_cfg, config_of
     from sharefold.measure import evaluate
     from sharefold.methods import method_named
-    from sharefold.sweep import parse_budgets, sweep, write_results
+    from sharefold.sweep import SweepOptions, parse_budgets, sweep, write_results
 
     sizes = parse_budgets(budgets)
-    methods = () if method == "auto" else tuple(name.strip() for name in method.split(","))
+    methods = (what.method,) if isinstance(what.method, str) else what.method
     for name in methods:
-        method_named(name)
+        if name != "auto":
+            method_named(name)
     start = time.perf_counter()
     opened = source.open()
     if opened.shared:
@@ -86,11 +89,9 @@ def command(
             sharefold.save(network, folder / re.sub(r"[^\w.-]+", "-", budget).strip("-"), metrics=jsonable(metrics))
 
         with run.progress() as progress:
-            points = sweep(
-                model, sizes, measure, images, method=methods or "auto", exclude=exclude, repair=repair,
-                refine=refine, seed=run.seed, keep=keep if save else None, progress=progress,
-            )  # fmt: skip
-        details = {"source": source.source, "data": data, "split": split, "method": method}
+            cal = sharefold.calibrate(model, images, seed=run.seed)
+            points = sweep(cal, sizes, measure, SweepOptions(what, how, keep if save else None), progress)
+        details = {"source": source.source, "data": data, "split": split, "method": ",".join(methods)}
         names = write_results(folder, points, details)
         found.update(details, points=[asdict(point) for point in points], files=names)
 

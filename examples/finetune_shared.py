@@ -25,8 +25,9 @@ def accuracy(network: torch.nn.Module) -> float:
 
 
 print(f"original:   {accuracy(model):.2%}")
-plan = sharefold.plan(model, budget="8%", calibration=images)
-original = sharefold.convert_(model, plan, calibration=images).original
+cal = sharefold.calibrate(model, images)
+plan = sharefold.plan(model, "8%", cal)
+original = sharefold.convert_(model, plan, cal).original
 print(f"converted:  {accuracy(model):.2%} with {plan.size:.1%} of the parameters")
 report = finetune(model, train, test, teacher=original, epochs=epochs, quiet=True)
 print(f"fine-tuned: {report.top1_after:.2%}")

@@ -29,8 +29,8 @@ class Net(nn.Module):
 
 output = sys.argv[1] if len(sys.argv) > 1 else "own-shared"
 model, images = Net().eval(), torch.randn(100, 3, 32, 32)  # your network and your images, normalised
-plan = sharefold.plan(model, budget="40%", calibration=images)
-result = sharefold.convert_(model, plan, calibration=images)
+cal = sharefold.calibrate(model, images)
+result = sharefold.convert_(model, sharefold.plan(model, "40%", cal), cal)
 print(result.plan)
 sharefold.save(model, output, force=True)
 loaded = sharefold.load(output, model=Net())

@@ -16,9 +16,10 @@ output = sys.argv[2] if len(sys.argv) > 2 else "quickstart-shared"
 model = sharefold.open_source(source).model
 size = model.pretrained_cfg["input_size"]
 
-plan = sharefold.plan(model, budget="50%")  # no images given: procedural ones; real ones do better
+cal = sharefold.calibrate(model)  # no images given: procedural ones; real ones do better
+plan = sharefold.plan(model, "50%", cal)
 print(plan)
-result = sharefold.convert_(model, plan)  # in place
+result = sharefold.convert_(model, plan, cal)  # in place
 print(f"top-1 agrees with the original on {result.agreement:.1%} of held-out calibration images")
 
 sharefold.save(model, output, force=True)  # safetensors, JSON and a model card

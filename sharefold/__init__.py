@@ -1,8 +1,9 @@
 """sharefold: turn a pretrained CNN into a smaller one whose layers share parameters.
 
->>> plan = sharefold.plan(model, budget="50%", calibration=images)      # doctest: +SKIP
->>> report = sharefold.convert_(model, plan, calibration=images)        # doctest: +SKIP
->>> sharefold.save(model, "resnet50-shared")                            # doctest: +SKIP
+>>> cal = sharefold.calibrate(model, images)                # doctest: +SKIP
+>>> plan = sharefold.plan(model, "50%", cal)                # doctest: +SKIP
+>>> report = sharefold.convert_(model, plan, cal)           # doctest: +SKIP
+>>> sharefold.save(model, "resnet50-shared")                # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -15,10 +16,16 @@ from sharefold.version import __version__
 
 # Name -> module; loaded on first use, so that `import sharefold` stays cheap and the command line starts at once.
 _LAZY = {
+    "calibrate": "sharefold.calibration.calibrate",
+    "Calibration": "sharefold.calibration.calibrate",
     "plan": "sharefold.planner",
     "convert_": "sharefold.convert",
     "Conversion": "sharefold.convert",
     "Plan": "sharefold.plans",
+    "CalibrationOptions": "sharefold.options",
+    "PlanOptions": "sharefold.options",
+    "ConvertOptions": "sharefold.options",
+    "RefineOptions": "sharefold.options",
     "GroupPlan": "sharefold.plans",
     "build_plan": "sharefold.recipes",
     "save": "sharefold.checkpoint",

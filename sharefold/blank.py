@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from sharefold.architectures.bounded import limited_modules, parameters_on_meta, unfiled_bytes
 from sharefold.architectures.build import build_base, build_on_meta
-from sharefold.convert import check_plan
 from sharefold.errors import SharefoldError
 from sharefold.format import FileConfig
-from sharefold.methods import method_named
+from sharefold.methods import step_named
+from sharefold.methods.checks import check_plan
 from sharefold.plans import Plan
 
 # Packed weights of few bytes may stand for many: entropy coding goes down to hundredths of a bit. Beyond this no network does.
@@ -96,4 +96,4 @@ def install(model: nn.Module, plan: Plan) -> None:
     """
     check_plan(model, plan)
     for group in plan.groups:
-        method_named(group.method).install(model, group, None)
+        step_named(group.method).install(model, group, None)

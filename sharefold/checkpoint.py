@@ -37,7 +37,7 @@ from sharefold.format import (
     read_config_file,
 )
 from sharefold.layers import shared_layers, stray_pointers, to_dense
-from sharefold.methods import method_named
+from sharefold.methods import step_named
 from sharefold.settings import plain_defaults
 from sharefold.state_dicts import load_tensors
 from sharefold.store import decode, encode
@@ -178,7 +178,7 @@ def expand(model: nn.Module) -> nn.Module:
         raise SharefoldError("expand: the model has no shared layers: it is dense already")
     dense = to_dense(model)
     for group in reversed(config_of(model).plan.groups):
-        method_named(group.method).expand(dense, group)
+        step_named(group.method).expand(dense, group)
     carry_config(dense, None)
     carry_spec(dense, None)
     return dense.eval()

@@ -14,9 +14,6 @@ from sharefold.errors import SharefoldError
 from sharefold.untrusted import is_int, parse_json
 
 PLAN_VERSION = 1
-# What a plan keeps small unless told otherwise. Here, since the command line asks before torch is imported.
-DEFAULT_OBJECTIVE = "fisher"
-
 # Called with (what, done, total) during long work.
 Progress = Callable[[str, int, int], None]
 

@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from sharefold.budget import Budget, parse_budget
-from sharefold.calibration.statistics import statistics_of
+from sharefold.calibration.calibrate import Calibration
 from sharefold.convert import convert_
 from sharefold.errors import SharefoldError
-from sharefold.graph import analyze
 from sharefold.measure import count_macs, count_parameters, device_of, model_bytes
+from sharefold.options import ConvertOptions, PlanOptions, chosen
 from sharefold.planner import Planner
 from sharefold.plans import Progress
 from sharefold.report.plots import write_curve
@@ -46,6 +46,15 @@ class Point:
     seconds: float
 
 
+@dataclass(frozen=True)
+class SweepOptions:
+    """How every size is planned and converted, and ``keep``: called with the budget's text, the network and its metrics."""
+
+    plan: PlanOptions = PlanOptions()
+    convert: ConvertOptions = ConvertOptions()
+    keep: Callable[[str, nn.Module, dict[str, Any]], None] | None = None
+
+
 def parse_budgets(text: str | Sequence[str]) -> list[Budget]:
     """``25%,50%,2M`` as budgets.
 
@@ -65,48 +74,40 @@ def parse_budgets(text: str | Sequence[str]) -> list[Budget]:
 
 @with_plain_settings
 def sweep(
-    model: nn.Module, budgets: Sequence[str | Budget], evaluate: Callable[[nn.Module], dict[str, Any]],
-    images: Tensor, *, method: str | Sequence[str] = "auto", exclude: str | None = None, repair: bool = True,
-    refine: int = 0, seed: int = 0, keep: Callable[[str, nn.Module, dict[str, Any]], None] | None = None,
-    progress: Progress | None = None,
+    cal: Calibration, budgets: Sequence[str | Budget], evaluate: Callable[[nn.Module], dict[str, Any]],
+    options: SweepOptions | None = None, progress: Progress | None = None, **overrides: Any,
 ) -> list[Point]:  # fmt: skip
-    """Converts ``model`` to every budget and measures it; the dense network comes first, as budget ``"dense"``.
+    """Converts the calibrated network to every budget and measures it; the dense network comes first, as budget ``"dense"``.
 
-    The network is traced once, and its input statistics are gathered once for all budgets. All plans are made before
-    the first conversion, so that an unreachable budget costs no conversion.
+    All plans are made before the first conversion, so that an unreachable budget costs no conversion.
 
     Args:
-        model: dense; not changed.
+        cal: of the dense network.
         budgets: as :func:`sharefold.budget.parse_budget` reads them.
         evaluate: gives ``top1``, ``top5`` and ``loss``.
-        images: calibration images (n, C, H, W), normalised.
-        keep: called with the budget's text, the converted network and its metrics.
+        options: see :class:`SweepOptions`; its fields may be given by keyword.
 
     Raises:
         SharefoldError: as :func:`sharefold.plan`.
     """
+    wanted = chosen(options, overrides, SweepOptions)
     bounds = parse_budgets([b.text if isinstance(b, Budget) else b for b in budgets])
-    example = images[:1]
-    graph = analyze(model, example)
-    statistics = statistics_of(model, graph, images, seed)
-    planner = Planner(model, graph, statistics, example, method=method, exclude=exclude, seed=seed)
+    model, example = cal.original, cal.example
+    planner = Planner(cal, wanted.plan)
     plans = [planner.plan(bound) for bound in bounds]
     points = [_point("dense", model, count_parameters(model), evaluate(model), 1.0, 0.0, 0.0, example)]
     for index, (bound, decided) in enumerate(zip(bounds, plans, strict=True)):
         start = time.perf_counter()
         converted = copy.deepcopy(model)
-        done = convert_(
-            converted, decided, example_input=example, repair=repair, refine=refine, statistics=statistics,
-            graph=graph, seed=seed,
-        )  # fmt: skip
+        done = convert_(converted, decided, cal, wanted.convert)
         seconds = time.perf_counter() - start
         scores = evaluate(converted)
         assert done.agreement is not None and done.kl is not None  # `evaluate` has counted its logits
         points.append(
             _point(bound.text, converted, points[0].params, scores, done.agreement, done.kl, seconds, example)
         )  # fmt: skip
-        if keep is not None:
-            keep(bound.text, converted, asdict(points[-1]))
+        if wanted.keep is not None:
+            wanted.keep(bound.text, converted, asdict(points[-1]))
         if progress:
             progress("budgets", index + 1, len(bounds))
     return points

@@ -11,8 +11,7 @@ from spine_nets import BLOCKS, images, logits, net
 from torch import Tensor, nn
 
 import sharefold
-from sharefold.calibration.statistics import statistics_of
-from sharefold.convert import split_held_out, with_blends
+from sharefold.calibration.calibrate import calibrate
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze, find_groups
 from sharefold.layers import SharedConv, banks, shared_layers
@@ -142,16 +141,17 @@ def test_repair_does_not_raise_the_divergence() -> None:
     plain, repaired = copy.deepcopy(model), copy.deepcopy(model)
     without = sharefold.convert_(plain, plan, calibration=CALIBRATION, repair=False)
     done = sharefold.convert_(repaired, plan, calibration=CALIBRATION)
-    deciding = with_blends(split_held_out(CALIBRATION)[0])
+    deciding = calibrate(model, CALIBRATION).deciding
     before, after = (agreement(done.original, network, deciding).kl for network in (plain, repaired))
     assert after <= before and without.steps == {} and set(done.steps) == {"refit", "norms", "head"}
     assert done.steps["refit"]["kl_before"] == pytest.approx(before, rel=1e-4, abs=1e-8)
 
 
 def test_blends_stand_beside_the_held_out_images() -> None:
-    held_out = torch.randn(9, 3, 6, 6)
-    deciding = with_blends(held_out)
-    assert torch.equal(deciding[:9], held_out) and torch.equal(deciding, with_blends(held_out))
+    model, given = net(), torch.randn(45, 3, 12, 12)
+    held_out = given[::5]
+    deciding = calibrate(model, given).deciding
+    assert torch.equal(deciding[:9], held_out) and torch.equal(deciding, calibrate(model, given).deciding)
     apart = (deciding[9:, None] - held_out[None]).flatten(2).norm(dim=2)
     assert bool((apart.argmin(1) == torch.arange(9)).all())  # at most half of the weight is another image's
     assert int((apart.amin(1) > 1e-3).sum()) >= 5
@@ -168,16 +168,6 @@ def test_moments_are_taken_from_the_dense_network_alone() -> None:
     sharefold.convert_(second, one, calibration=CALIBRATION, repair=False)
     for name in names[1]:
         assert torch.equal(first.get_submodule(name).weight, second.get_submodule(name).weight)
-
-
-def test_statistics_can_be_handed_over() -> None:
-    model = net()
-    graph = analyze(model, CALIBRATION[:1])
-    statistics = statistics_of(model, graph, CALIBRATION)
-    plan = sharefold.plan(model, budget="50%", statistics=statistics, graph=graph)
-    passes = statistics.passes
-    done = sharefold.convert_(model, plan, statistics=statistics, graph=graph, repair=False)
-    assert statistics.passes == passes and done.plan.params_after <= 0.5 * plan.params_before
 
 
 MEMBERS = ("stage2.0.conv1", "stage2.1.conv1")
@@ -255,7 +245,7 @@ def test_every_step_goes_on_from_what_the_one_before_it_left() -> None:
     assert len(measured) >= 3
     for step, following in itertools.pairwise(measured):
         assert following["kl_before"] == step["kl_after" if step["kept"] else "kl_before"]
-    deciding = with_blends(split_held_out(CALIBRATION)[0])
+    deciding = calibrate(done.original, CALIBRATION).deciding
     assert agreement(done.original, model, deciding).kl == pytest.approx(steps[-1]["kl_after"], rel=1e-3, abs=1e-7)
 
 

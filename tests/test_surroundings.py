@@ -13,20 +13,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from repair_works import done_by, work_of
 from spine_nets import images, net
 from torch import Tensor, nn
 from torch.nn.parallel.replicate import replicate
 from torch.utils.data import DataLoader, Dataset
 
 import sharefold
-from sharefold.calibration.statistics import statistics_of
 from sharefold.errors import SharefoldError
 from sharefold.finetune import finetune
 from sharefold.graph import analyze
 from sharefold.layers import fold, shared_layers
 from sharefold.measure import agreement
 from sharefold.plans import GroupPlan, Plan
-from sharefold.repair.batchnorm_statistics import reestimate_norms
+from sharefold.repair import batchnorm_statistics
+from sharefold.repair.batchnorm_statistics import NormStatistics
 from sharefold.store import quantize_
 
 IMAGES = images(40, 3)
@@ -259,20 +260,19 @@ def test_frozen_parameters_stay_frozen(method: str) -> None:
 # What belongs to the caller ------------------------------------------------------------------------------------------
 
 
-def test_statistics_stay_those_of_the_dense_network() -> None:
+def test_a_calibration_stays_that_of_the_dense_network() -> None:
     """Layer reuse reorders channels of a copy; the next conversion must not see them."""
     def run(reused: bool) -> nn.Module:
         model = net(blocks=3)
-        graph = analyze(model, IMAGES[:1])
-        statistics = statistics_of(model, graph, IMAGES)
+        cal = sharefold.calibrate(model, IMAGES)
         if reused:
             first = copy.deepcopy(model)
-            statistics.model = first
-            plan = sharefold.build_plan("layer-reuse", first, graph=graph)
-            done = sharefold.convert_(first, plan, statistics=statistics, graph=graph, config=CONFIG)
-            assert not same_tensors(done.original, model) and same_tensors(statistics.model, model)
-        plan = sharefold.plan(model, budget="60%", method="svd", statistics=statistics, graph=graph)
-        sharefold.convert_(model, plan, statistics=statistics, graph=graph, config=CONFIG)
+            plan = sharefold.build_plan("layer-reuse", first, graph=cal.graph)
+            done = sharefold.convert_(first, plan, cal, config=CONFIG)
+            assert not same_tensors(done.original, model)
+            assert same_tensors(cal.original, model) and cal.statistics.model is cal.original
+        plan = sharefold.plan(model, "60%", cal, method="svd")
+        sharefold.convert_(model, plan, cal, config=CONFIG)
         return model
 
     assert same_tensors(run(True), run(False))
@@ -301,7 +301,8 @@ def test_training_images_are_not_written_into(augment: dict[str, float]) -> None
     assert all(torch.equal(old, batch) for old, (batch, _) in zip(before, data.batches, strict=True))
 
 
-def test_interrupted_reestimation_leaves_norms_that_work() -> None:
+def test_interrupted_reestimation_leaves_norms_that_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batchnorm_statistics, "BATCH", 8)
     model, original = net(), net()
     before, calls = copy.deepcopy(model.state_dict()), []
 
@@ -312,7 +313,7 @@ def test_interrupted_reestimation_leaves_norms_that_work() -> None:
 
     model.fc.register_forward_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        reestimate_norms(original, model, IMAGES, IMAGES[:8], before=1.0, batch_size=8)
+        done_by(NormStatistics(), work_of(original, model, IMAGES, IMAGES[:8], now=1.0))
     assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 

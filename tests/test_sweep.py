@@ -13,7 +13,10 @@ from torch import nn
 import sharefold
 from sharefold.calibration.statistics import Statistics
 from sharefold.errors import SharefoldError
-from sharefold.sweep import parse_budgets, sweep, to_csv
+from sharefold.options import ConvertOptions, PlanOptions
+from sharefold.sweep import SweepOptions, parse_budgets, sweep, to_csv
+
+BASIS = SweepOptions(PlanOptions("basis"), ConvertOptions(repair=False))
 
 
 def scores(model: nn.Module) -> dict[str, Any]:
@@ -32,10 +35,10 @@ def test_every_budget_is_kept_and_the_network_stays(net: nn.Module, monkeypatch:
     original = Statistics.__init__
     monkeypatch.setattr(Statistics, "__init__", lambda self, *a, **k: (made.append(self), original(self, *a, **k))[1])
     kept: dict[str, tuple[nn.Module, dict]] = {}
+    cal = sharefold.calibrate(net, torch.randn(40, 1, 8, 8))
     points = sweep(
-        net, ["60%", "40%"], scores, torch.randn(40, 1, 8, 8), method="basis", repair=False,
-        keep=lambda budget, model, metrics: kept.update({budget: (model, metrics)}),
-    )  # fmt: skip
+        cal, ["60%", "40%"], scores, BASIS, keep=lambda budget, model, metrics: kept.update({budget: (model, metrics)})
+    )
     assert [point.budget for point in points] == ["dense", "60%", "40%"] and len(made) == 1 and made[0].passes == 1
     assert points[0].params == 198_898 and points[0].share == 1 and points[0].agreement == 1
     assert points[1].params <= 0.6 * 198_898 and points[2].params <= 0.4 * 198_898 < points[1].params
@@ -50,8 +53,8 @@ def test_every_budget_is_kept_and_the_network_stays(net: nn.Module, monkeypatch:
 
 def test_results_do_not_depend_on_the_other_budgets(net: nn.Module) -> None:
     images = torch.randn(40, 1, 8, 8)
-    alone = sweep(net, ["40%"], scores, images, method="basis", repair=False)[1]
-    second = sweep(net, ["60%", "40%"], scores, images, method="basis", repair=False)[2]
+    alone = sweep(sharefold.calibrate(net, images), ["40%"], scores, BASIS)[1]
+    second = sweep(sharefold.calibrate(net, images), ["60%", "40%"], scores, BASIS)[2]
     assert (alone.params, alone.agreement) == (second.params, second.agreement)
     assert alone.kl == pytest.approx(second.kl, rel=1e-3)
 
@@ -59,7 +62,8 @@ def test_results_do_not_depend_on_the_other_budgets(net: nn.Module) -> None:
 def test_an_unreachable_budget_is_refused_before_any_conversion(net: nn.Module) -> None:
     kept: list[str] = []
     with pytest.raises(SharefoldError, match="the floor is"):
-        sweep(net, ["60%", "1%"], scores, torch.randn(40, 1, 8, 8), method="basis", keep=lambda *a: kept.append(a[0]))
+        cal = sharefold.calibrate(net, torch.randn(40, 1, 8, 8))
+        sweep(cal, ["60%", "1%"], scores, BASIS, keep=lambda *a: kept.append(a[0]))
     assert not kept
 
 

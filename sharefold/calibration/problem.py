@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from sharefold.calibration.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
-from sharefold.layers import ConvForm, form_of
+from sharefold.layers import ConvForm, form_of, target_weight
 from sharefold.solvers.data_norm import Problem
-
-if TYPE_CHECKING:
-    from sharefold.calibration.statistics import Statistics
 
 
 @dataclass
@@ -94,14 +91,6 @@ class GroupProblem:
             self.forms[pick], self.weights[pick], self.moments[pick], self.row_weights[pick], self.importance[pick],
             None if self.frames is None else self.frames[pick],
         )  # fmt: skip
-
-
-def target_weight(layer: nn.Module, form: ConvForm) -> Tensor:
-    """(O, N) weight that the layer convolves with, before a learned gain."""
-    weight = layer.weight.detach()  # type: ignore[union-attr,operator]
-    if form.standardize is not None:
-        weight = form.standardized(weight, None)
-    return weight.reshape(form.out_channels, -1)  # type: ignore[operator]
 
 
 def row_scale(layer: nn.Module, norm: nn.Module | None) -> Tensor:

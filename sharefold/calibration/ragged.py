@@ -10,19 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sharefold.calibration.problem import GroupProblem, problem_of
+from sharefold.calibration.statistics import Statistics
 from sharefold.graph import NetworkGraph
 from sharefold.layers import ConvForm
 from sharefold.solvers.data_norm import Problem
-
-if TYPE_CHECKING:
-    from sharefold.calibration.statistics import Statistics
 
 # Elements of all layers' padded moments; beyond it layers of different widths are left to themselves.
 LARGEST = 1 << 25

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sharefold.calibration import sensitivity
 from sharefold.calibration.mean_owner import output_mean_owner
-from sharefold.calibration.problem import target_weight
 from sharefold.calibration.sample_selection import least_certain
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
-from sharefold.layers import ConvForm, form_of
+from sharefold.layers import ConvForm, form_of, target_weight
 from sharefold.measure import device_of, evaluating, has_doubles
 from sharefold.solvers.data_norm import Moments, sample_patches
 
@@ -61,7 +59,6 @@ class Statistics:
         self.means: dict[str, Tensor] = {}
         self.frames: dict[str, Tensor] = {}
         self.passes = 0
-        self.solved: dict[str, Any] = {}  # see sharefold/methods/solved.py
         self._sensitivity: dict[str, Tensor] | None = None
 
     def moments(self, names: Sequence[str]) -> dict[str, Tensor]:

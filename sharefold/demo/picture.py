@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from sharefold.demo.results import Demo
 from sharefold.layers import Bank, BasisConv, shared_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from sharefold.demo.run import Demo
 
 COLORS = {"average": "#c0504d", "basis": "#4f81bd", "auto": "#2e7d32"}
 MARKERS = {"average": "s", "basis": "o", "auto": "^"}

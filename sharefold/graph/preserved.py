@@ -45,6 +45,23 @@ def preserved(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
+@contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Where an exception leaves the block, ``model`` is put back: modules, attributes, hooks, modes and values of tensors."""
+    before = [(m, {key: (value, _shallow(value)) for key, value in m.__dict__.items()}) for m in model.modules()]
+    tensors = [(t, t.detach().clone(), t.requires_grad) for t in (*model.parameters(), *model.buffers())]
+    try:
+        yield
+    except BaseException:
+        for module, attributes in before:
+            _restore(module, attributes)
+        with torch.no_grad():
+            for tensor, value, flag in tensors:
+                tensor.copy_(value)
+                tensor.requires_grad_(flag)
+        raise
+
+
 def _shallow(value: Any) -> Any:
     return copy.copy(value) if type(value) in _CONTAINERS else None
 

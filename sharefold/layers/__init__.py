@@ -2,9 +2,9 @@
 
 from sharefold.layers.bank import Bank, add_bank, bank_key, banks
 from sharefold.layers.basis_conv import BasisConv
-from sharefold.layers.batchnorm import fold_scale, takes_scale
+from sharefold.layers.batchnorm import affine, fold_scale, shift_output, takes_scale
 from sharefold.layers.codebook_conv import CodebookConv, code_dtype
-from sharefold.layers.form import ConvForm, form_of
+from sharefold.layers.form import ConvForm, form_of, target_weight
 from sharefold.layers.grouped_conv import GroupedPointwise, plain_norm
 from sharefold.layers.pivots import free_columns, with_pivots
 from sharefold.layers.repeat import Again, RepeatedBlock, fold, own_modules, resolve, shared_parameters
@@ -15,8 +15,9 @@ from sharefold.layers.tied_conv import TiedConv
 from sharefold.layers.tucker_conv import TuckerConv
 
 __all__ = [
-    "Again", "Bank", "BasisConv", "CodebookConv", "ConvForm", "GroupedPointwise", "RepeatedBlock", "SharedConv", "SpatialConv",
-    "TiedConv", "TuckerConv", "add_bank", "bank_key", "banks", "checked_form", "code_dtype", "fold", "fold_scale", "form_of",
-    "free_columns", "own_modules", "plain_norm", "replace_module", "resolve", "running", "shared_layers", "shared_parameters",
-    "stray_pointers", "takes_scale", "to_dense", "with_pivots",
+    "Again", "Bank", "BasisConv", "CodebookConv", "ConvForm", "GroupedPointwise", "RepeatedBlock", "SharedConv",
+    "SpatialConv", "TiedConv", "TuckerConv", "add_bank", "affine", "bank_key", "banks", "checked_form", "code_dtype", "fold",
+    "fold_scale", "form_of", "free_columns", "own_modules", "plain_norm", "replace_module", "resolve", "running",
+    "shared_layers", "shared_parameters", "shift_output", "stray_pointers", "takes_scale", "target_weight", "to_dense",
+    "with_pivots",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Moves a constant factor of a layer's output into the BatchNorm behind the layer."""
+"""What a BatchNorm amounts to in eval mode, and constant factors and shifts moved into it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,25 @@ import torch
 from torch import Tensor, nn
 
 SMALLEST_SCALE = 1e-6
+
+
+def affine(norm: Any) -> tuple[Tensor, Tensor]:
+    """Scale and shift (C,) that a BatchNorm with running statistics amounts to in eval mode."""
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    return scale, -norm.running_mean * scale if norm.bias is None else norm.bias - norm.running_mean * scale
+
+
+@torch.no_grad()
+def shift_output(owner: nn.Module, shift: Tensor) -> None:
+    """Adds the constant ``shift`` (C,) to a layer's output: to the bias of ``owner``, or in front of a BatchNorm ``owner``."""
+    mean = getattr(owner, "running_mean", None)
+    if mean is not None:
+        mean.sub_(shift.to(mean))
+        return
+    bias = owner.own_bias if hasattr(owner, "own_bias") else owner.bias  # a shared layer's, which a norm in it may add to
+    cast(Tensor, bias).add_(shift.to(cast(Tensor, bias)))
 
 
 def takes_scale(norm: nn.Module) -> bool:

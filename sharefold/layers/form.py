@@ -158,3 +158,11 @@ def form_of(module: nn.Module) -> ConvForm | None:
 
 def _pair(value: tuple[int, ...]) -> tuple[int, int]:
     return int(value[0]), int(value[1])
+
+
+def target_weight(layer: nn.Module, form: ConvForm) -> Tensor:
+    """(O, N) weight that the layer convolves with, before a learned gain."""
+    weight = layer.weight.detach()  # type: ignore[union-attr,operator]
+    if form.standardize is not None:
+        weight = form.standardized(weight, None)
+    return weight.reshape(form.out_channels, -1)  # type: ignore[operator]

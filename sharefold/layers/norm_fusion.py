@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
-import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from sharefold.layers import SharedConv
+from sharefold.layers.batchnorm import affine
+from sharefold.layers.shared_conv import SharedConv
 
 
 @contextmanager
@@ -46,14 +46,6 @@ def norms_folded(model: nn.Module, norms: Mapping[str, str | None]) -> Iterator[
         for pair in folded.values():
             for module in pair:
                 module.__dict__.pop("forward", None)
-
-
-def affine(norm: Any) -> tuple[Tensor, Tensor]:
-    """Scale and shift (C,) that a BatchNorm with running statistics amounts to in eval mode."""
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    return scale, -norm.running_mean * scale if norm.bias is None else norm.bias - norm.running_mean * scale
 
 
 def _foldable(layer: nn.Module, norm: nn.Module) -> bool:

@@ -7,19 +7,17 @@ permutations are chosen under the data norm (see :mod:`sharefold.solvers.align`;
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from sharefold.calibration.problem import group_problem
+from sharefold.calibration.statistics import Statistics
 from sharefold.graph import NetworkGraph
 from sharefold.graph.records import Space
 from sharefold.solvers import align
 from sharefold.solvers.data_norm import Problem
-
-if TYPE_CHECKING:
-    from sharefold.calibration.statistics import Statistics
 
 ROUNDS = 2
 Touch = tuple[int, str]  # (index of the group, "rows" | "columns")

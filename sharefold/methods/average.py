@@ -9,11 +9,11 @@ from torch import Tensor
 
 from sharefold.calibration.problem import GroupProblem
 from sharefold.layers import Bank, ConvForm, SharedConv, TiedConv
-from sharefold.methods.contract import Choice, Method, Solution
+from sharefold.methods.contract import Candidate, LayerMethod, Solution
 from sharefold.solvers import tie
 
 
-class Average(Method):
+class Average(LayerMethod):
     """Every member uses the mean kernel. Of a pretrained stage this is close to a reset; it is the baseline."""
 
     name = "average"
@@ -21,10 +21,10 @@ class Average(Method):
     how = "mean"
     scale = False
 
-    def choices(self, problem: GroupProblem) -> list[Choice]:
+    def candidates(self, problem: GroupProblem) -> list[Candidate]:
         solution = self.solve(problem, {})
         assert solution.errors is not None
-        return [Choice({}, self.cost(problem.forms, {}), solution.errors)]
+        return [Candidate({}, self.cost(problem.forms, {}), solution.errors)]
 
     def solve(self, problem: GroupProblem, options: dict[str, Any]) -> Solution:
         how = str(options.get("how", self.how))

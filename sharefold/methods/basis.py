@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sharefold.calibration.problem import GroupProblem
 from sharefold.calibration.ragged import RaggedProblem, is_ragged, ragged_problem
+from sharefold.calibration.statistics import Statistics
 from sharefold.graph import NetworkGraph
 from sharefold.layers import Bank, BasisConv, ConvForm, SharedConv, checked_form
-from sharefold.methods.contract import Choice, Solution, curve_effort, solve_effort
-from sharefold.methods.two_factors import Pivoted, blank_pivots
+from sharefold.methods.contract import Candidate, Solution, curve_effort, solve_effort
+from sharefold.methods.two_factors import TwoFactors, blank_pivots
 from sharefold.plans import GroupPlan
 from sharefold.solvers import shared_basis
 from sharefold.solvers.data_norm import Problem
 from sharefold.solvers.interpolative import pivot
 
-if TYPE_CHECKING:
-    from sharefold.calibration.statistics import Statistics
 
-
-class Basis(Pivoted):
+class Basis(TwoFactors):
     """What_k = C_k B by alternating least squares under the data norm. Options: ``rank``, ``pivoted``.
 
     Members may differ in width: then B is as wide as the widest and the others use its first channels.
@@ -32,7 +30,7 @@ class Basis(Pivoted):
     paper = "https://arxiv.org/abs/2006.05066"
     takes_ragged = True
 
-    def choices(self, problem: GroupProblem | RaggedProblem) -> list[Choice]:
+    def candidates(self, problem: GroupProblem | RaggedProblem) -> list[Candidate]:
         forms = problem.forms
         widest = max(form.features for form in forms)
         rows = sum(form.out_channels for form in forms)
@@ -42,7 +40,7 @@ class Basis(Pivoted):
         flat = problem.flat()
         points = shared_basis.curve(flat, ranks, **curve_effort(widest))
         return [
-            Choice(self.options(p.rank), self.price(p.rank, rows, widest), self._per_layer(len(forms), flat, p.errors))
+            Candidate(self.options(p.rank), self.price(p.rank, rows, widest), self._per_layer(len(forms), flat, p.errors))
             for p in points
         ]
 

@@ -9,21 +9,21 @@ from torch import Tensor
 
 from sharefold.calibration.problem import GroupProblem
 from sharefold.layers import Bank, CodebookConv, ConvForm, SharedConv, code_dtype
-from sharefold.methods.contract import Choice, Method, Solution, rank_grid
+from sharefold.methods.contract import Candidate, LayerMethod, Solution, rank_grid
 from sharefold.solvers import kmeans
 
 # k-means over every slice of a stage is the slowest solver; candidates are compared after fewer rounds.
 CHOICE_ROUNDS = 5
 
 
-class ClusterLayers(Method):
+class ClusterLayers(LayerMethod):
     """Whole layers: the group falls into ``count`` sub-groups, each one kernel with scales per layer and row."""
 
     name = "cluster-layer"
     paper = "https://arxiv.org/abs/2210.14151"
     grain = "layer"
 
-    def choices(self, problem: GroupProblem) -> list[Choice]:
+    def candidates(self, problem: GroupProblem) -> list[Candidate]:
         dense = problem.weights.numel()
         choices = []
         for count in self.counts(problem):
@@ -32,7 +32,7 @@ class ClusterLayers(Method):
             if cost < dense:
                 errors = self._run(problem, count, CHOICE_ROUNDS).errors
                 assert errors is not None
-                choices.append(Choice(options, cost, errors))
+                choices.append(Candidate(options, cost, errors))
         return choices
 
     def counts(self, problem: GroupProblem) -> list[int]:

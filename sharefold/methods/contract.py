@@ -1,31 +1,32 @@
-"""What a method is: candidates for a group, a solution in tensors, and the layers that hold it."""
+"""What a method is: candidates for a group, a solution in tensors, and the layers that hold it.
+
+Two contracts: a :class:`ConversionStep` changes a group of layers or blocks as a plan says; a :class:`LayerMethod` is a step on
+single layers that the planner can choose, since it can also say what it would cost and spoil.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from sharefold.calibration.problem import GroupProblem, problem_of
 from sharefold.calibration.ragged import can_share
+from sharefold.calibration.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.layers import Bank, ConvForm, SharedConv, add_bank, checked_form, replace_module
 from sharefold.plans import GroupPlan
-
-if TYPE_CHECKING:
-    from sharefold.calibration.statistics import Statistics
-
 
 # Beyond this filter length an alternation takes seconds.
 LARGE_FEATURES = 640
 
 
 @dataclass(frozen=True)
-class Choice:
+class Candidate:
     """One way to treat a group: options, what it costs and the error it is expected to leave.
 
     ``cost`` is in parameters; integer codes count as their bits over 32. ``errors`` (K,) are relative data-norm
@@ -47,34 +48,24 @@ class Solution:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-class Method(ABC):
-    """A way to share the parameters of a group; one subclass a file, listed in the registry."""
+class ConversionStep(ABC):
+    """One way to change a group of layers or blocks: what a plan's group names. One subclass a file, listed in the registry.
+
+    ``convert_`` calls :meth:`check`, :meth:`align`, :meth:`fit`, :meth:`install` and :meth:`finish` in this order, loading calls
+    :meth:`check` and :meth:`install`, :func:`sharefold.expand` calls :meth:`expand`.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     smallest_group: ClassVar[int] = 2
-    takes_ragged: ClassVar[bool] = False  # members may differ in their numbers of channels (sharefold/calibration/ragged.py)
-    takes_frames: ClassVar[bool] = False  # can solve problems in a space of fewer dimensions than the layer's features
 
     @abstractmethod
-    def choices(self, problem: GroupProblem) -> list[Choice]:
-        """Candidates of growing cost for this group."""
+    def check(self, model: nn.Module, plan: GroupPlan) -> None:
+        """Checks that the members can take this step with these options.
 
-    @abstractmethod
-    def solve(self, problem: GroupProblem, options: dict[str, Any]) -> Solution:
-        """The best tensors for these options."""
-
-    @abstractmethod
-    def blank(self, forms: list[ConvForm], options: dict[str, Any]) -> Solution:
-        """Tensors of the right shapes and no particular values, to be filled from a checkpoint."""
-
-    @abstractmethod
-    def member(
-        self, form: ConvForm, bank: Bank | None, tensors: dict[str, Tensor], kept: dict[str, Tensor]
-    ) -> SharedConv:
-        """The layer that stands in for one member; ``kept`` are the bias and gain that the dense layer had."""
-
-    # What convert_ calls, in this order; methods whose members are no single layers override these ----------------
+        Raises:
+            SharefoldError: a member cannot be converted, members do not match, or options do not fit.
+        """
 
     def layers(self, graph: NetworkGraph, plan: GroupPlan) -> tuple[str, ...]:
         """The layers whose input moments :meth:`align` and :meth:`fit` will ask for."""
@@ -90,43 +81,46 @@ class Method(ABC):
 
     def may_align(self) -> bool:
         """Whether :meth:`align` may change the network at all."""
-        return type(self).align is not Method.align
+        return type(self).align is not ConversionStep.align
 
+    @abstractmethod
     def fit(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, plan: GroupPlan) -> Solution:
         """The best tensors for the plan's members in the dense ``model``."""
-        problem = problem_of(model, graph, plan.members, statistics)
-        if problem.frames is not None and not self.takes_frames:
-            raise SharefoldError(
-                f"plan: group {plan.name!r}: {plan.members[0]} has {problem.forms[0].features:,} inputs an output, too many "
-                f"for method {self.name}: take svd"
-            )
-        return self.solve(problem, plan.options)
+
+    @abstractmethod
+    def install(self, model: nn.Module, plan: GroupPlan, solution: Solution | None) -> None:
+        """Swaps the members of ``plan`` in ``model``; without a solution the tensors are left unset."""
 
     def finish(self, model: nn.Module, graph: NetworkGraph, plan: GroupPlan) -> None:
         """Last changes to the converted ``model``, after the means were absorbed."""
 
     def expand(self, model: nn.Module, plan: GroupPlan) -> None:
-        """Puts dense modules back where this method left something else than shared layers.
+        """Puts dense modules back where this step left something else than shared layers.
 
         Raises:
             SharefoldError: the result has no dense twin.
         """
 
-    def cost(self, forms: list[ConvForm], options: dict[str, Any]) -> int:
-        """Parameters of bank and members together."""
-        with torch.device("meta"):
-            blank = self.blank(forms, options)
-        tensors = [*blank.bank.values(), *(t for member in blank.members for t in member.values())]
-        return sum(t.numel() for t in tensors if t.is_floating_point())
 
-    def without_pivots(self) -> Method:
-        """The same method with choices that keep whole factors (:class:`sharefold.methods.two_factors.Pivoted`)."""
-        return self
+class LayerSwap(ConversionStep):
+    """A step whose members are single layers, each replaced by a shared layer that reads the group's bank."""
 
-    def stand_in(self, form: ConvForm, options: dict[str, Any]) -> SharedConv:
-        """One member with unset tensors, on the current default device: for its costs at run time."""
-        blank = self.blank([form], options)
-        return self.member(form, Bank(blank.bank, uses=1) if blank.bank else None, blank.members[0], {})
+    takes_ragged: ClassVar[bool] = False  # members may differ in their numbers of channels (calibration/ragged.py)
+    takes_frames: ClassVar[bool] = False  # can solve problems in a space of fewer dimensions than the layer's features
+
+    @abstractmethod
+    def solve(self, problem: GroupProblem, options: dict[str, Any]) -> Solution:
+        """The best tensors for these options."""
+
+    @abstractmethod
+    def blank(self, forms: list[ConvForm], options: dict[str, Any]) -> Solution:
+        """Tensors of the right shapes and no particular values, to be filled from a checkpoint."""
+
+    @abstractmethod
+    def member(
+        self, form: ConvForm, bank: Bank | None, tensors: dict[str, Tensor], kept: dict[str, Tensor]
+    ) -> SharedConv:
+        """The layer that stands in for one member; ``kept`` are the bias and gain that the dense layer had."""
 
     def largest(self, forms: list[ConvForm]) -> dict[str, int]:
         """For every option that counts something, the largest value that makes sense for these layers."""
@@ -139,12 +133,14 @@ class Method(ABC):
             for key, most in self.largest(forms).items()
         )
 
-    def check(self, model: nn.Module, plan: GroupPlan) -> None:
-        """Checks that the members can take this method with these options.
+    def cost(self, forms: list[ConvForm], options: dict[str, Any]) -> int:
+        """Parameters of bank and members together."""
+        with torch.device("meta"):
+            blank = self.blank(forms, options)
+        tensors = [*blank.bank.values(), *(t for member in blank.members for t in member.values())]
+        return sum(t.numel() for t in tensors if t.is_floating_point())
 
-        Raises:
-            SharefoldError: a member cannot be converted, members differ in shape, or options do not fit.
-        """
+    def check(self, model: nn.Module, plan: GroupPlan) -> None:
         forms = [checked_form(name, model.get_submodule(name)) for name in plan.members]
         equal = not (self.takes_ragged and can_share(forms))
         for name, form in zip(plan.members, forms, strict=True):
@@ -164,8 +160,16 @@ class Method(ABC):
                 f"{self.name} ({type(error).__name__}: {error})"
             ) from None
 
+    def fit(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, plan: GroupPlan) -> Solution:
+        problem = problem_of(model, graph, plan.members, statistics)
+        if problem.frames is not None and not self.takes_frames:
+            raise SharefoldError(
+                f"plan: group {plan.name!r}: {plan.members[0]} has {problem.forms[0].features:,} inputs an output, too many "
+                f"for method {self.name}: take svd"
+            )
+        return self.solve(problem, plan.options)
+
     def install(self, model: nn.Module, plan: GroupPlan, solution: Solution | None) -> None:
-        """Swaps the members of ``plan`` in ``model``; without a solution the tensors are left unset."""
         layers = [model.get_submodule(name) for name in plan.members]
         forms = [checked_form(name, layer) for name, layer in zip(plan.members, layers, strict=True)]
         first = next(layers[0].parameters())
@@ -179,6 +183,23 @@ class Method(ABC):
         for name, layer, form, own in zip(plan.members, layers, forms, solution.members, strict=True):
             kept = {key: value for key in ("bias", "gain") if (value := getattr(layer, key, None)) is not None}
             replace_module(model, name, self.member(form, bank, _like(first, own), kept))
+
+
+class LayerMethod(LayerSwap):
+    """A swap that the planner can choose, and ``--method`` offers: it says what it could make of a group and what that costs."""
+
+    @abstractmethod
+    def candidates(self, problem: GroupProblem) -> list[Candidate]:
+        """Ways to treat this group, of growing cost; none where the method does not apply."""
+
+    def without_pivots(self) -> LayerMethod:
+        """The same method with candidates that keep whole factors (:class:`sharefold.methods.two_factors.TwoFactors`)."""
+        return self
+
+    def stand_in(self, form: ConvForm, options: dict[str, Any]) -> SharedConv:
+        """One member with unset tensors, on the current default device: for its costs at run time."""
+        blank = self.blank([form], options)
+        return self.member(form, Bank(blank.bank, uses=1) if blank.bank else None, blank.members[0], {})
 
 
 def _like(first: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

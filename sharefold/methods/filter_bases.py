@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sharefold.calibration.problem import GroupProblem, problem_of
+from sharefold.calibration.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.layers import Bank, BasisConv, ConvForm, SharedConv
-from sharefold.methods.contract import Choice, Method, Solution
+from sharefold.methods.contract import LayerSwap, Solution
 from sharefold.plans import GroupPlan
 from sharefold.solvers import low_rank, shared_basis
 
-if TYPE_CHECKING:
-    from sharefold.calibration.statistics import Statistics
 
-
-class FilterBases(Method):
+class FilterBases(LayerSwap):
     """What_k = C_k N_k [U_k; B], N_k a BatchNorm that starts as the identity.
 
     Options: ``shared`` filters of the group (0: none), ``unique`` filters of every layer (0: none); ``norms``, names
@@ -29,9 +27,6 @@ class FilterBases(Method):
     name = "filter-bases"
     paper = "https://arxiv.org/abs/2006.05066"
     smallest_group = 1
-
-    def choices(self, problem: GroupProblem) -> list[Choice]:
-        return []
 
     def solve(self, problem: GroupProblem, options: dict[str, Any]) -> Solution:
         shared, unique = _counts(options)

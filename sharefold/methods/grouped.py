@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from sharefold.calibration.problem import GroupProblem, problem_of
+from sharefold.calibration.problem import problem_of
+from sharefold.calibration.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
-from sharefold.layers import Bank, ConvForm, GroupedPointwise, SharedConv, checked_form, replace_module
+from sharefold.layers import ConvForm, GroupedPointwise, checked_form, replace_module
 from sharefold.methods.alignment import permute_space
-from sharefold.methods.contract import Choice, Method, Solution
+from sharefold.methods.contract import ConversionStep, Solution
 from sharefold.methods.surrogate import descend, gaussian
 from sharefold.plans import GroupPlan
 from sharefold.solvers import block_diagonal
 from sharefold.solvers.data_norm import Problem
-
-if TYPE_CHECKING:
-    from sharefold.calibration.statistics import Statistics
 
 SAFE_SCALE = 1e-3
 # Most alternations, and steps of each: to compare channel orders, and to fit the pair.
 ORDER_EFFORT, FIT_EFFORT = (2, 5), (10, 8)
 
 
-class Grouped(Method):
+class Grouped(ConversionStep):
     """K and L fitted to the dense layer under the data norm. One member a group.
 
     Options: ``groups``; ``second`` (with L); ``shuffle`` (interleave); ``norm`` and ``act``, names of the norm and the
@@ -38,22 +36,6 @@ class Grouped(Method):
     name = "grouped"
     paper = "https://doi.org/10.13164/mendel.2022.1.023"
     smallest_group = 1
-
-    def choices(self, problem: GroupProblem) -> list[Choice]:
-        return []
-
-    def solve(self, problem: GroupProblem, options: dict[str, Any]) -> Solution:
-        pair = _pair(problem.flat(), options)
-        tensors = {"first": pair.first[0]}
-        if pair.second is not None:
-            tensors["second"] = pair.second[0]
-        return Solution({}, [tensors], pair.errors)
-
-    def blank(self, forms: list[ConvForm], options: dict[str, Any]) -> Solution:
-        return Solution({}, [{} for _ in forms])
-
-    def member(self, form: ConvForm, bank: Bank | None, tensors: dict[str, Tensor], kept: dict[str, Tensor]) -> SharedConv:
-        raise NotImplementedError("installed together with the norm and activation behind the layer")
 
     def check(self, model: nn.Module, plan: GroupPlan) -> None:
         if len(plan.members) != 1:
@@ -90,7 +72,7 @@ class Grouped(Method):
     def fit(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, plan: GroupPlan) -> Solution:
         name, options = plan.members[0], plan.options
         problem = problem_of(model, graph, [name], statistics)
-        solution = self.solve(problem, options)
+        solution = _factors(problem.flat(), options)
         layer = cast(nn.Conv2d, model.get_submodule(name))
         mean = statistics.means[name][0].to(problem.weights)
         covariance = problem.moments[0, 0]
@@ -178,6 +160,15 @@ def pair_size(form: ConvForm, groups: int, second: bool, bias: bool, norm: nn.Mo
     if second:
         after += outputs * outputs // groups + vectors
     return inputs * outputs + vectors, after
+
+
+def _factors(problem: Problem, options: dict[str, Any]) -> Solution:
+    """K, and L where the pair has one."""
+    pair = _pair(problem, options)
+    tensors = {"first": pair.first[0]}
+    if pair.second is not None:
+        tensors["second"] = pair.second[0]
+    return Solution({}, [tensors], pair.errors)
 
 
 def _submodule(model: nn.Module, name: Any) -> nn.Module | None:

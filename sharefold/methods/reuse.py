@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from sharefold.calibration.problem import GroupProblem
+from sharefold.calibration.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.graph.repeats import structure
-from sharefold.layers import Bank, ConvForm, RepeatedBlock, SharedConv, fold, fold_scale, replace_module, shared_parameters
+from sharefold.layers import ConvForm, RepeatedBlock, fold, fold_scale, replace_module, shared_parameters
 from sharefold.methods.alignment import align_groups
-from sharefold.methods.contract import Choice, Method, Solution
+from sharefold.methods.contract import ConversionStep, Solution
 from sharefold.methods.tied_kernels import TiedFit, fit_members
 from sharefold.plans import GroupPlan
 
-if TYPE_CHECKING:
-    from sharefold.calibration.statistics import Statistics
 
-
-class Reuse(Method):
+class Reuse(ConversionStep):
     """Members are whole blocks of one structure, one right after the other. Options: ``align`` (default true).
 
     The first member's place holds the repeated block, the other places its further iterations.
@@ -29,18 +26,6 @@ class Reuse(Method):
 
     name = "reuse"
     paper = "https://arxiv.org/abs/1901.09615"
-
-    def choices(self, problem: GroupProblem) -> list[Choice]:
-        return []
-
-    def solve(self, problem: GroupProblem, options: dict[str, Any]) -> Solution:
-        raise SharefoldError("method reuse takes whole blocks, not layers: use the layer-reuse recipe")
-
-    def blank(self, forms: list[ConvForm], options: dict[str, Any]) -> Solution:
-        return Solution({}, [])
-
-    def member(self, form: ConvForm, bank: Bank | None, tensors: dict[str, Tensor], kept: dict[str, Tensor]) -> SharedConv:
-        raise NotImplementedError("blocks are installed as a whole")
 
     def check(self, model: nn.Module, plan: GroupPlan) -> None:
         blocks = [model.get_submodule(name) for name in plan.members]

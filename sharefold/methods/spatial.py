@@ -9,20 +9,20 @@ from torch import Tensor
 
 from sharefold.calibration.problem import GroupProblem
 from sharefold.layers import Bank, ConvForm, SharedConv, SpatialConv
-from sharefold.methods.contract import Choice, Solution, curve_effort, solve_effort
-from sharefold.methods.two_factors import Pivoted, blank_pivots
+from sharefold.methods.contract import Candidate, Solution, curve_effort, solve_effort
+from sharefold.methods.two_factors import TwoFactors, blank_pivots
 from sharefold.solvers import low_rank
 from sharefold.solvers.interpolative import pivot
 
 
-class Spatial(Pivoted):
+class Spatial(TwoFactors):
     """What[o,i,a,b] = sum_r H[o,r,b] V[r,i,a], fitted under the data norm. Options: ``rank``, ``pivoted``."""
 
     name = "spatial"
     paper = "https://arxiv.org/abs/1405.3866"
     smallest_group = 1
 
-    def choices(self, problem: GroupProblem) -> list[Choice]:
+    def candidates(self, problem: GroupProblem) -> list[Candidate]:
         layers, form = len(problem.forms), problem.forms[0]
         height, width = form.kernel_size
         if form.groups > 1 or form.kind != "conv2d" or height == 1 or width == 1:
@@ -32,7 +32,7 @@ class Spatial(Pivoted):
         if not ranks:
             return []
         points = low_rank.spatial_curve(problem.flat(), ranks, **curve_effort(form.features))
-        return [Choice(self.options(p.rank), layers * self.price(p.rank, rows, columns), p.errors) for p in points]
+        return [Candidate(self.options(p.rank), layers * self.price(p.rank, rows, columns), p.errors) for p in points]
 
     def solve(self, problem: GroupProblem, options: dict[str, Any]) -> Solution:
         result = low_rank.spatial_solve(

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from sharefold.calibration.problem import GroupProblem
 from sharefold.layers import Bank, BasisConv, ConvForm, SharedConv
-from sharefold.methods.contract import Choice, Solution
-from sharefold.methods.two_factors import Pivoted, blank_pivots
+from sharefold.methods.contract import Candidate, Solution
+from sharefold.methods.two_factors import TwoFactors, blank_pivots
 from sharefold.solvers import low_rank
 from sharefold.solvers.interpolative import pivot
 
 
-class Svd(Pivoted):
+class Svd(TwoFactors):
     """What = C U with own filters U: truncated SVD of D W S^(1/2). Options: ``rank``, ``pivoted``."""
 
     name = "svd"
@@ -23,7 +23,7 @@ class Svd(Pivoted):
     smallest_group = 1
     takes_frames = True
 
-    def choices(self, problem: GroupProblem) -> list[Choice]:
+    def candidates(self, problem: GroupProblem) -> list[Candidate]:
         layers, form = len(problem.forms), problem.forms[0]
         if form.groups > 1:
             return []
@@ -33,7 +33,7 @@ class Svd(Pivoted):
             return []
         points = low_rank.svd_curve(problem.flat(), ranks)
         return [
-            Choice(self.options(p.rank), layers * self.price(p.rank, rows, columns), p.errors) for p in points
+            Candidate(self.options(p.rank), layers * self.price(p.rank, rows, columns), p.errors) for p in points
         ]  # fmt: skip
 
     def solve(self, problem: GroupProblem, options: dict[str, Any]) -> Solution:

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sharefold.calibration.problem import GroupProblem, problem_of
+from sharefold.calibration.statistics import Statistics
 from sharefold.graph import NetworkGraph
 from sharefold.layers import Bank, ConvForm, SharedConv, TiedConv, fold_scale, takes_scale
 from sharefold.methods.alignment import align_groups
-from sharefold.methods.contract import Choice, Method, Solution
+from sharefold.methods.contract import Candidate, LayerMethod, Solution
 from sharefold.plans import GroupPlan
 from sharefold.solvers import tie, tie_groups
 from sharefold.solvers.data_norm import Problem
-
-if TYPE_CHECKING:
-    from sharefold.calibration.statistics import Statistics
 
 # Inputs of a conv group up to which every row's normal equations are solved directly (depthwise layers).
 DIRECT_LIMIT = 128
@@ -39,15 +37,15 @@ class TiedFit:
     errors: Tensor
 
 
-class TiedKernels(Method):
+class TiedKernels(LayerMethod):
     """The data-norm optimum of one kernel. Options: ``bias`` ("own" or "shared"), ``align`` (default true)."""
 
     name = "tied-kernels"
     paper = "https://arxiv.org/abs/1702.08782"
 
-    def choices(self, problem: GroupProblem) -> list[Choice]:
+    def candidates(self, problem: GroupProblem) -> list[Candidate]:
         fit = fit_kernel(problem, None, None, scaled=False)
-        return [Choice({}, self.cost(problem.forms, {}), fit.errors)]
+        return [Candidate({}, self.cost(problem.forms, {}), fit.errors)]
 
     def solve(self, problem: GroupProblem, options: dict[str, Any]) -> Solution:
         return _solution(problem.forms[0], fit_kernel(problem, None, None, scaled=False))

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from sharefold.calibration.problem import GroupProblem
 from sharefold.layers import Bank, ConvForm, SharedConv, TuckerConv
-from sharefold.methods.contract import Choice, Method, Solution, rank_grid
+from sharefold.methods.contract import Candidate, LayerMethod, Solution, rank_grid
 from sharefold.solvers import tucker_als
 
 RANKS = 12  # tried at every width
 ROUNDS = 4
 
 
-class Tucker(Method):
+class Tucker(LayerMethod):
     """What_k = C_k B kron(A, I) by alternating least squares under the data norm. Options: ``rank``, ``width``.
 
     A filter of the plain basis costs its N values and one coefficient a layer and output. Only where the values are the
@@ -26,14 +26,14 @@ class Tucker(Method):
     name = "tucker"
     paper = "https://arxiv.org/abs/1511.06530"
 
-    def choices(self, problem: GroupProblem) -> list[Choice]:
+    def candidates(self, problem: GroupProblem) -> list[Candidate]:
         layers, form = len(problem.forms), problem.forms[0]
         if not _fits_form(form) or form.features <= layers * form.out_channels:
             return []
         dense = layers * form.out_channels * form.features
         ranks = rank_grid(min(form.features, layers * form.out_channels), points=RANKS, smallest=2)
         points = tucker_als.curve(problem.flat(), ranks=ranks, als_rounds=1, als_ranks=2)
-        return [Choice({"rank": p.rank, "width": p.width}, p.cost, p.errors) for p in points if p.cost < dense]
+        return [Candidate({"rank": p.rank, "width": p.width}, p.cost, p.errors) for p in points if p.cost < dense]
 
     def solve(self, problem: GroupProblem, options: dict[str, Any]) -> Solution:
         form = problem.forms[0]

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from sharefold.layers import ConvForm
-from sharefold.methods.contract import Method, rank_grid
+from sharefold.methods.contract import LayerMethod, rank_grid
 
 
-class Pivoted(Method):
+class TwoFactors(LayerMethod):
     """A method that factors weights. Options: ``rank``, ``pivoted``."""
 
-    pivoted = True  # whether its choices are
+    pivoted = True  # whether its candidates are
 
-    def without_pivots(self) -> Method:
+    def without_pivots(self) -> LayerMethod:
         twin = copy.copy(self)
         twin.pivoted = False
         return twin

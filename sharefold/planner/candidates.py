@@ -9,27 +9,25 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from sharefold.calibration.calibrate import Calibration
 from sharefold.calibration.problem import GroupProblem, problem_of
 from sharefold.calibration.ragged import RaggedProblem, can_share, is_ragged, ragged_problem
-from sharefold.calibration.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.graph import Group, NetworkGraph, find_groups
 from sharefold.layers import ConvForm, checked_form
-from sharefold.methods import AUTO, Choice, Method, method_named
+from sharefold.methods import AUTO, Candidate, LayerMethod, method_named, step_named
+from sharefold.options import PlanOptions
 from sharefold.planner.costs import Cost, Parameters
 from sharefold.planner.objectives import Objective, objective_named
-from sharefold.plans import DEFAULT_OBJECTIVE, GroupPlan, Plan, Progress
-from sharefold.solvers.allocate import Choice as Item
-from sharefold.solvers.allocate import allocate
+from sharefold.plans import GroupPlan, Plan, Progress
+from sharefold.solvers import allocate as knapsack
 
 
 @dataclass(frozen=True)
-class Option:
-    """One way to treat a unit: its group plans (none = keep), its cost in what the budget counts, and expected damage."""
+class Option(knapsack.Option):
+    """One way to treat a unit: its cost in what the budget counts, the expected damage, and its group plans (none = keep)."""
 
-    plans: tuple[GroupPlan, ...]
-    cost: float
-    value: float
+    plans: tuple[GroupPlan, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,10 +71,10 @@ class Candidates:
             )
         weights = [1.0] * len(self.options) if factors is None else factors
         rows = [
-            [Item(option.cost, option.value * weight) for option in row]
+            [knapsack.Option(option.cost, option.value * weight) for option in row]
             for row, weight in zip(self.options, weights, strict=True)
         ]
-        return allocate(rows, limit - self.fixed)
+        return knapsack.allocate(rows, limit - self.fixed)
 
     def spent(self, picks: Sequence[int]) -> float:
         """Cost of the whole network with these options."""
@@ -85,7 +83,7 @@ class Candidates:
     def alone(self) -> bool:
         """Whether every option can be tried by itself: no method reorders channels of the dense network first."""
         names = {plan.method for row in self.options for option in row for plan in option.plans}
-        return not any(method_named(name).may_align() for name in names)
+        return not any(step_named(name).may_align() for name in names)
 
     def plan(self, picks: Sequence[int], budget: str) -> Plan:
         """The plan of these options; ``budget`` is what the user wrote."""
@@ -98,35 +96,30 @@ class Candidates:
 
 
 def find_candidates(
-    model: nn.Module, graph: NetworkGraph, statistics: Statistics, method: str | Sequence[str] = "auto",
-    exclude: str | None = None, progress: Progress | None = None, cost: Cost | None = None, objective: str = DEFAULT_OBJECTIVE,
-    pivots: bool = True,
-) -> Candidates:  # fmt: skip
-    """Everything that ``method`` offers for the layers of ``model`` that ``exclude`` does not match.
+    cal: Calibration, options: PlanOptions | None = None, cost: Cost | None = None, progress: Progress | None = None
+) -> Candidates:
+    """Everything that the methods of ``options`` offer for the layers of the calibrated network that are not excluded.
 
     Args:
-        model: the dense network of ``graph`` and ``statistics``.
-        method: ``"auto"``, a method's name, or several.
-        exclude: regular expression over layer names.
-        progress: called with ("planning", done, total).
         cost: what budgets will count; by default parameters.
-        objective: a name in :data:`sharefold.planner.OBJECTIVES`.
-        pivots: whether factors may leave out what says nothing.
+        progress: called with ("planning", done, total).
 
     Raises:
         SharefoldError: unknown method or objective, malformed expression.
     """
-    allowed = (AUTO if method == "auto" else (method,)) if isinstance(method, str) else method
-    methods = [method_named(name) if pivots else method_named(name).without_pivots() for name in allowed]
-    units = find_units(graph, exclude)
+    options = PlanOptions() if options is None else options
+    model, graph = cal.original, cal.graph
+    allowed = (AUTO if options.method == "auto" else (options.method,)) if isinstance(options.method, str) else options.method
+    methods = [method_named(name) if options.pivots else method_named(name).without_pivots() for name in allowed]
+    units = find_units(graph, options.exclude)
     if any(method.takes_ragged for method in methods):
         units = together(model, units)
     cost = cost or Parameters(model, graph)
-    weigh = objective_named(objective)(statistics)
-    options = unit_options(model, graph, statistics, units, methods, cost, weigh, progress)
+    weigh = objective_named(options.objective)(cal.statistics)
+    found = unit_options(cal, units, methods, cost, weigh, progress)
     fixed = max(cost.total - sum(cost.dense(name) for unit in units for name in unit.members), 0)
     before = sum(p.numel() for p in model.parameters())
-    return Candidates(options, cost, fixed, before, method_text(method))
+    return Candidates(found, cost, fixed, before, method_text(options.method))
 
 
 def method_text(method: str | Sequence[str]) -> str:
@@ -173,25 +166,24 @@ def together(model: nn.Module, units: Sequence[Group]) -> list[Group]:
 
 
 def unit_options(
-    model: nn.Module, graph: NetworkGraph, statistics: Statistics, units: Sequence[Group], methods: Sequence[Method],
-    cost: Cost, objective: Objective, progress: Progress | None = None,
+    cal: Calibration, units: Sequence[Group], methods: Sequence[LayerMethod], cost: Cost, objective: Objective,
+    progress: Progress | None = None,
 ) -> list[list[Option]]:  # fmt: skip
     """For every unit its undominated options, "keep" first; statistics are gathered a bounded batch at a time."""
     result: list[list[Option]] = []
-    for batch in statistics.batches([unit.members for unit in units]):
-        statistics.moments([name for index in batch for name in units[index].members])
+    for batch in cal.statistics.batches([unit.members for unit in units]):
+        cal.statistics.moments([name for index in batch for name in units[index].members])
         for index in batch:
-            problem = _weighed(model, graph, statistics, units[index].members, objective)
+            problem = _weighed(cal, units[index].members, objective)
             result.append(_Unit(units[index], problem, cost).options(methods))
             if progress:
                 progress("planning", len(result), len(units))
     return result
 
 
-def _weighed(
-    model: nn.Module, graph: NetworkGraph, statistics: Statistics, members: Sequence[str], objective: Objective
-) -> GroupProblem | RaggedProblem:
+def _weighed(cal: Calibration, members: Sequence[str], objective: Objective) -> GroupProblem | RaggedProblem:
     """The tensors of a unit, with the objective's factors."""
+    model, graph, statistics = cal.original, cal.graph, cal.statistics
     if not is_ragged([checked_form(name, model.get_submodule(name)) for name in members]):
         problem = problem_of(model, graph, members, statistics)
         problem.importance = objective(problem, members)
@@ -208,7 +200,7 @@ class _Unit:
     def __init__(self, group: Group, problem: GroupProblem | RaggedProblem, cost: Cost) -> None:
         self.group, self.problem, self.cost = group, problem, cost
 
-    def options(self, methods: Sequence[Method]) -> list[Option]:
+    def options(self, methods: Sequence[LayerMethod]) -> list[Option]:
         """Undominated ones, "keep" first."""
         members = self.group.members
         dense = sum(self.cost.dense(name) for name in members)
@@ -217,7 +209,7 @@ class _Unit:
         elif self.problem.frames is not None:
             methods = [method for method in methods if method.takes_frames]
         table = self._per_layer_table([m for m in methods if m.smallest_group == 1])
-        options = [Option((), dense, 0.0)]
+        options = [Option(dense, 0.0)]
         if len(table) == 1:
             return _undominated(options + table[0])
         prices = [price / max(dense, 1e-12) for price in torch.logspace(-2, 3, 40).tolist()]
@@ -225,59 +217,59 @@ class _Unit:
         options += [_together(picks) for picks in best]
         for method in methods:
             if method.smallest_group > 1:
-                for choice in method.choices(self.problem):  # type: ignore[arg-type]
-                    options.append(self._shared(method, choice, list(range(len(table)))))
-                    options += self._partly_shared(method, choice, prices, best)
+                for candidate in method.candidates(self.problem):  # type: ignore[arg-type]
+                    options.append(self._shared(method, candidate, list(range(len(table)))))
+                    options += self._partly_shared(method, candidate, prices, best)
         return _undominated(options)
 
-    def _per_layer_table(self, methods: Sequence[Method]) -> list[list[Option]]:
+    def _per_layer_table(self, methods: Sequence[LayerMethod]) -> list[list[Option]]:
         """For every member what it may become on its own, "keep" first."""
         table = []
         for index, name in enumerate(self.group.members):
             problem = self.problem.only(index)
             one = _Unit(replace(self.group, name=name, members=(name,)), problem, self.cost)
-            row = [Option((), self.cost.dense(name), 0.0)]
+            row = [Option(self.cost.dense(name), 0.0)]
             for method in methods:
-                row += [one._shared(method, choice, [0]) for choice in method.choices(problem)]
+                row += [one._shared(method, candidate, [0]) for candidate in method.candidates(problem)]
             table.append(row)
         return table
 
     def _partly_shared(
-        self, method: Method, choice: Choice, prices: list[float], best: list[list[Option]]
+        self, method: LayerMethod, candidate: Candidate, prices: list[float], best: list[list[Option]]
     ) -> list[Option]:
-        """``choice`` without the members that do better on their own at some price.
+        """``candidate`` without the members that do better on their own at some price.
 
         The others' errors are those of sharing with everybody; solved again without the leavers they can only fall.
         """
         size, forms = len(self.group.members), self.problem.forms
-        own = self.cost.member(self.group.members, forms, method, choice)
-        values = (choice.errors * self.problem.importance).tolist()
+        own = self.cost.member(self.group.members, forms, method, candidate)
+        values = (candidate.errors * self.problem.importance).tolist()
         seen, options = set(), []
         for price, alone in zip(prices, best, strict=True):
             stay = [k for k in range(size) if values[k] + price * own <= alone[k].value + price * alone[k].cost]
             key = (tuple(stay), tuple(id(alone[k]) for k in range(size) if k not in stay))
-            if 1 < len(stay) < size and key not in seen and method.fits([forms[k] for k in stay], choice.options):
+            if 1 < len(stay) < size and key not in seen and method.fits([forms[k] for k in stay], candidate.options):
                 seen.add(key)
-                kept = self._shared(method, choice, stay)
+                kept = self._shared(method, candidate, stay)
                 options.append(_together([kept, *(alone[k] for k in range(size) if k not in stay)]))
         return options
 
-    def _shared(self, method: Method, choice: Choice, stay: list[int]) -> Option:
+    def _shared(self, method: LayerMethod, candidate: Candidate, stay: list[int]) -> Option:
         unit, problem = self.group, self.problem
         forms = [problem.forms[k] for k in stay]
-        errors = choice.errors[stay]
+        errors = candidate.errors[stay]
         group = GroupPlan(
-            unit.name, method.name, tuple(unit.members[k] for k in stay), choice.options,
-            sum(form.out_channels * form.features for form in forms), method.cost(forms, choice.options),
+            unit.name, method.name, tuple(unit.members[k] for k in stay), candidate.options,
+            sum(form.out_channels * form.features for form in forms), method.cost(forms, candidate.options),
             float(errors.mean()), unit.stage, unit.role,
         )  # fmt: skip
-        cost = self.cost.shared(unit.members, problem.forms, method, choice, stay)
-        return Option((group,), cost, float((errors * problem.importance[stay]).sum()))
+        cost = self.cost.shared(unit.members, problem.forms, method, candidate, stay)
+        return Option(cost, float((errors * problem.importance[stay]).sum()), (group,))
 
 
 def _together(options: Sequence[Option]) -> Option:
     plans = tuple(plan for option in options for plan in option.plans)
-    return Option(plans, sum(o.cost for o in options), sum(o.value for o in options))
+    return Option(sum(o.cost for o in options), sum(o.value for o in options), plans)
 
 
 def _undominated(options: list[Option]) -> list[Option]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sharefold.graph import LayerRecord, NetworkGraph
 from sharefold.layers import ConvForm, form_of
 from sharefold.measure import count_macs, latency
-from sharefold.methods import Choice, Method
+from sharefold.methods import Candidate, LayerMethod
 
 # Layers take fractions of a millisecond: their median needs more runs than a whole network's.
 LAYER_REPEATS = 15
@@ -36,14 +36,14 @@ class Cost(ABC):
 
     @abstractmethod
     def shared(
-        self, names: Sequence[str], forms: Sequence[ConvForm], method: Method, choice: Choice, stay: Sequence[int]
+        self, names: Sequence[str], forms: Sequence[ConvForm], method: LayerMethod, candidate: Candidate, stay: Sequence[int]
     ) -> float:
-        """The members ``stay`` of the group ``names`` under ``choice``, which was made for all of them."""
+        """The members ``stay`` of the group ``names`` under ``candidate``, which was made for all of them."""
 
-    def member(self, names: Sequence[str], forms: Sequence[ConvForm], method: Method, choice: Choice) -> float:
+    def member(self, names: Sequence[str], forms: Sequence[ConvForm], method: LayerMethod, candidate: Candidate) -> float:
         """What every further member adds."""
         everybody = range(len(names))
-        return self.shared(names, forms, method, choice, everybody) / len(names)
+        return self.shared(names, forms, method, candidate, everybody) / len(names)
 
     def text(self, amount: float) -> str:
         """An amount for people."""
@@ -64,15 +64,15 @@ class Parameters(Cost):
         return o * i * h * w
 
     def shared(
-        self, names: Sequence[str], forms: Sequence[ConvForm], method: Method, choice: Choice, stay: Sequence[int]
+        self, names: Sequence[str], forms: Sequence[ConvForm], method: LayerMethod, candidate: Candidate, stay: Sequence[int]
     ) -> float:
         if len(stay) == len(names):
-            return choice.cost
-        return method.cost([forms[k] for k in stay], choice.options)
+            return candidate.cost
+        return method.cost([forms[k] for k in stay], candidate.options)
 
-    def member(self, names: Sequence[str], forms: Sequence[ConvForm], method: Method, choice: Choice) -> float:
+    def member(self, names: Sequence[str], forms: Sequence[ConvForm], method: LayerMethod, candidate: Candidate) -> float:
         widest = max(forms, key=lambda form: form.features)  # the bank is as wide, whoever leaves
-        return (choice.cost - method.cost([widest], choice.options)) / max(len(names) - 1, 1)
+        return (candidate.cost - method.cost([widest], candidate.options)) / max(len(names) - 1, 1)
 
 
 class _PerLayer(Cost):
@@ -82,19 +82,19 @@ class _PerLayer(Cost):
         self.graph = graph
 
     @abstractmethod
-    def _factored(self, record: LayerRecord, form: ConvForm, method: Method, options: dict[str, Any]) -> float:
+    def _factored(self, record: LayerRecord, form: ConvForm, method: LayerMethod, options: dict[str, Any]) -> float:
         """One layer that runs without its composed weight."""
 
     def shared(
-        self, names: Sequence[str], forms: Sequence[ConvForm], method: Method, choice: Choice, stay: Sequence[int]
+        self, names: Sequence[str], forms: Sequence[ConvForm], method: LayerMethod, candidate: Candidate, stay: Sequence[int]
     ) -> float:
         total, factored = 0.0, {}
         for k in stay:
             if forms[k] not in factored:
                 with torch.device("meta"):
-                    factored[forms[k]] = method.stand_in(forms[k], choice.options).runs_factored()
+                    factored[forms[k]] = method.stand_in(forms[k], candidate.options).runs_factored()
             if factored[forms[k]]:
-                total += self._factored(self.graph.layers[names[k]], forms[k], method, choice.options)
+                total += self._factored(self.graph.layers[names[k]], forms[k], method, candidate.options)
             else:  # runs the composed weight, which is cached, as the dense layer ran its own
                 total += self.dense(names[k])
         return total
@@ -114,7 +114,7 @@ class Macs(_PerLayer):
         o, i, h, w = record.weight_shape
         return o * i * h * w * record.output_size[0] * record.output_size[1] * record.calls
 
-    def _factored(self, record: LayerRecord, form: ConvForm, method: Method, options: dict[str, Any]) -> float:
+    def _factored(self, record: LayerRecord, form: ConvForm, method: LayerMethod, options: dict[str, Any]) -> float:
         with torch.device("meta"):
             return self.dense(record.name) * method.stand_in(form, options).factored_share()
 
@@ -140,7 +140,7 @@ class Seconds(_PerLayer):
         assert form is not None
         return record.calls * self._measured(record, form, "dense", self.model.get_submodule(name))
 
-    def _factored(self, record: LayerRecord, form: ConvForm, method: Method, options: dict[str, Any]) -> float:
+    def _factored(self, record: LayerRecord, form: ConvForm, method: LayerMethod, options: dict[str, Any]) -> float:
         with self.like.device:
             layer = method.stand_in(form, options).to(self.like.dtype)
         if layer.bank is not None:

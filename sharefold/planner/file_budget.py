@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import nn
 
 from sharefold.budget import Budget
-from sharefold.convert import convert_, describe, split_held_out, with_blends
+from sharefold.calibration.calibrate import Calibration
+from sharefold.convert import convert_, describe
 from sharefold.errors import SharefoldError
 from sharefold.format import carry_config
-from sharefold.measure import agreement, count_parameters, gives_logits, model_bytes
-from sharefold.planner.candidates import method_text
-from sharefold.plans import Plan
+from sharefold.measure import agreement, count_parameters, model_bytes
+from sharefold.plans import Plan, Progress
 from sharefold.store import quantize_
-
-if TYPE_CHECKING:
-    from sharefold.planner.decide import Planner
 
 # Shares of the parameters that compete. Entropy coding already spends few bits on what matters little, so sharing has
 # to earn its place: benchmarks/bytes_cifar.py.
@@ -35,15 +32,19 @@ TRIAL_IMAGES = 256
 HEADER = 64 * 1024
 
 
-def plan_bytes(planner: Planner, budget: Budget) -> Plan:
+def plan_bytes(
+    cal: Calibration, budget: Budget, source: str, within: Callable[[int], Plan | None], progress: Progress | None = None
+) -> Plan:
     """The plan whose file fits ``budget`` bytes and whose predictions stay nearest to the original's.
 
     At each of a few shares of the parameters the network is converted without repairs and rounded so that it fits;
-    KL(original || rounded) on held-out calibration images and blends of them decides. Shares are tried in falling order
+    KL(original || rounded) on the images that decide, and blends of them, is compared. Shares are tried in falling order
     until two are worse than the best before.
 
     Args:
         budget: bytes of the saved ``.safetensors`` file.
+        source: what the plan says of itself.
+        within: the best plan of at most so many parameters; None where there is none.
 
     Returns:
         A plan with ``store`` set, or one that changes nothing where float32 fits.
@@ -51,55 +52,49 @@ def plan_bytes(planner: Planner, budget: Budget) -> Plan:
     Raises:
         SharefoldError: no share fits.
     """
-    model, statistics = planner.model, planner.statistics
+    model = cal.original
     limit, before = int(budget.value), count_parameters(model)
-    nothing = Plan([], before, before, f"budget {budget.text}, method {method_text(planner.method)}")
+    nothing = Plan([], before, before, source)
     if model_bytes(model) + HEADER <= limit:
         return nothing
-    deciding = None
-    if gives_logits(model, statistics.images[:2]):
-        deciding = with_blends(split_held_out(statistics.images)[0], planner.seed)
-    rounding = statistics.sample(TRIAL_IMAGES)
+    rounding = cal.statistics.sample(TRIAL_IMAGES)
     best: tuple[float, Plan] | None = None
     refusal: SharefoldError | None = None
     worse = 0
     for number, share in enumerate(SHARES):
-        if planner.progress:
-            planner.progress("fitting bytes", number, len(SHARES))
+        if progress:
+            progress("fitting bytes", number, len(SHARES))
         if worse == PATIENCE or (best is not None and best[0] < SAME):
             break
-        plan = nothing
-        if share < 1:
-            candidates = planner.candidates("bytes")
-            if share * before < candidates.floor:
-                break
-            plan = planner.within(candidates, int(share * before), budget.text)
+        plan = nothing if share == 1 else within(int(share * before))
+        if plan is None:
+            break
         trial = copy.deepcopy(model)
         if plan.groups:
-            convert_(trial, plan, repair=False, statistics=statistics, graph=planner.graph, seed=planner.seed)
+            convert_(trial, plan, cal, repair=False)
         else:
             carry_config(trial, describe(trial, plan))
         try:
-            quantize_(trial, f"mixed:{limit}B", calibration=rounding, original=model)
+            quantize_(trial, f"mixed:{limit}B", rounding, model)
         except SharefoldError as error:  # too small for so many parameters
             refusal = error
             continue
-        found = _divergence(model, trial, deciding)
+        found = _divergence(cal, trial)
         worse = 0 if best is None or found < best[0] else worse + 1
         if not worse:
             best = found, plan
-    if planner.progress:
-        planner.progress("fitting bytes", len(SHARES), len(SHARES))
+    if progress:
+        progress("fitting bytes", len(SHARES), len(SHARES))
     if best is None:
         raise SharefoldError(f"budget {budget.text} is below what a file of this network can be shrunk to") from refusal
     best[1].store = f"mixed:{limit}B"
     return best[1]
 
 
-def _divergence(model: nn.Module, trial: nn.Module, images: Tensor | None) -> float:
-    """KL(model || trial) on ``images``, nats, infinite where there is none.
+def _divergence(cal: Calibration, trial: nn.Module) -> float:
+    """KL(original || trial) on the images that decide, nats, infinite where there is none.
 
-    0 without images, for detectors: outputs cannot be compared, and the first share that fits is as good as any.
+    0 for detectors: outputs cannot be compared, and the first share that fits is as good as any.
     """
-    found = 0.0 if images is None else agreement(model, trial, images).kl
+    found = agreement(cal.original, trial, cal.deciding).kl if cal.comparable else 0.0
     return found if math.isfinite(found) else math.inf

@@ -10,12 +10,11 @@ from functools import cached_property
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sharefold.calibration.statistics import Statistics
-from sharefold.graph import NetworkGraph
+from sharefold.calibration.calibrate import Calibration
 from sharefold.layers.norm_fusion import norms_folded
 from sharefold.measure import device_of, evaluating, first_logits, run_on
-from sharefold.methods import method_named
-from sharefold.methods.solved import forget_others, solution_of
+from sharefold.methods import step_named
+from sharefold.methods.solved import key_of, solution_of
 from sharefold.planner.candidates import Candidates
 from sharefold.plans import GroupPlan, Progress
 from sharefold.repair.means import absorb_means
@@ -44,43 +43,42 @@ class Trials:
         SharefoldError: the network returns no logits.
     """
 
-    def __init__(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, candidates: Candidates) -> None:
-        self.model, self.graph, self.statistics, self.candidates = model, graph, statistics, candidates
-        images = len(statistics.chosen)
+    def __init__(self, cal: Calibration, candidates: Candidates) -> None:
+        self.cal, self.candidates = cal, candidates
+        images = len(cal.statistics.chosen)
         self.rounds = min(ROUNDS, int(WORK / max(self._work(), 1)))
         groups = sum(len(row) > 1 for row in candidates.options)
         count = min(IMAGES, images, max(FEWEST, PASSES * images // max(ROUNDS * groups, 1)))
-        device = device_of(model)
-        self.batches = [batch.to(device) for batch in statistics.sample(count).split(statistics.batch_size)]
-        self.norms = {name: record.norm for name, record in graph.layers.items()}
+        device = device_of(cal.original)
+        self.batches = [batch.to(device) for batch in cal.statistics.sample(count).split(cal.statistics.batch_size)]
+        self.norms = {name: record.norm for name, record in cal.graph.layers.items()}
         self.known: dict[tuple[int, ...], float] = {}
 
     @cached_property
     def reference(self) -> list[Tensor]:
         """The dense network's outputs; not run where no round is."""
-        return self._outputs(self.model)
+        return self._outputs(self.cal.original)
 
     def kl(self, picks: Sequence[int]) -> float:
         """Of the network with these options; solved and run once."""
         key = tuple(picks)
         if key not in self.known:
-            trial = copy.deepcopy(self.model)
+            trial = copy.deepcopy(self.cal.original)
             for plan in self._plans(picks):
-                solution = solution_of(self.model, self.graph, self.statistics, plan)
-                method_named(plan.method).install(trial, plan, solution)
-            absorb_means(self.model, trial, self.graph, self.statistics.means)
+                step_named(plan.method).install(trial, plan, solution_of(self.cal, plan))
+            absorb_means(self.cal.original, trial, self.cal.graph, self.cal.statistics.means)
             pairs = zip(self.reference, self._outputs(trial), strict=True)
             total = sum(float(F.kl_div(b, a, reduction="sum", log_target=True)) for a, b in pairs)
             self.known[key] = total / sum(len(rows) for rows in self.reference)
         return self.known[key]
 
     def _work(self) -> float:
-        shapes = [record.weight_shape for record in self.graph.layers.values()]
+        shapes = [record.weight_shape for record in self.cal.graph.layers.values()]
         return sum(float(o * (i * h * w) ** 2) for o, i, h, w in shapes)
 
     def forget_others(self, picks: Sequence[int]) -> None:
         """Frees the solutions that these picks do not use."""
-        forget_others(self.statistics, self._plans(picks))
+        self.cal.forget_solutions(but=map(key_of, self._plans(picks)))
 
     def _plans(self, picks: Sequence[int]) -> list[GroupPlan]:
         return [plan for row, pick in zip(self.candidates.options, picks, strict=True) for plan in row[pick].plans]

@@ -14,7 +14,7 @@ from torch import nn
 
 from sharefold.errors import SharefoldError
 from sharefold.graph import Group, LayerRecord, NetworkGraph, find_groups
-from sharefold.methods import method_named
+from sharefold.methods.filter_bases import FilterBases
 from sharefold.plans import GroupPlan
 from sharefold.recipes.builders import Recipe, choice, layer_form, nothing_fits, plain, square, tied_plan
 
@@ -50,7 +50,7 @@ def _bases(model: nn.Module, graph: NetworkGraph, options: dict[str, Any]) -> li
             "block (for MobileNets and the like, see tie=expand)",
         )
     widths = list(dict.fromkeys(group.weight_shape[0] for group in groups))
-    method = method_named("filter-bases")
+    method = FilterBases()
     plans = []
     for group in groups:
         factor = 2 ** widths.index(group.weight_shape[0])

@@ -1,61 +1,52 @@
-"""BatchNorm statistics of the converted network, re-estimated only where that helps."""
+"""BatchNorm statistics of the converted network, re-estimated on the images that layers are fitted to.
+
+That rescues a badly damaged network and harms a lightly damaged one: the guard decides.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sharefold.measure import agreement, evaluating, run_on
+from sharefold.measure import evaluating, run_on
+from sharefold.repair.work import Work
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH = 200
 
 
-@torch.no_grad()
-def reestimate_norms(
-    original: nn.Module, model: nn.Module, images: Tensor, held_out: Tensor, batch_size: int = 200,
-    before: float | None = None,
-) -> dict:  # fmt: skip
-    """Replaces running means and variances by those of ``images``, if KL(original || model) on ``held_out`` falls.
+class NormStatistics:
+    """Replaces running means and variances by those of the images."""
 
-    Re-estimation rescues a badly damaged network and harms a lightly damaged one, hence the guard.
+    name = "norms"
 
-    Args:
-        images: (n, C, H, W), normalised; the statistics are theirs.
-        held_out: (m, C, H, W), which decide.
-        before: KL of ``model`` as it is, nats, where that is known already.
+    def refusal(self, work: Work) -> str:
+        return "" if _norms(work.model) else "the network has no BatchNorm with running statistics"
 
-    Returns:
-        {"kept": bool, "kl_before": float, "kl_after": float}; {"kept": False} without BatchNorms.
-    """
-    norms = [m for m in model.modules() if isinstance(m, NORMS) and m.running_mean is not None]
-    if not norms:
-        return {"kept": False}
-    before = agreement(original, model, held_out).kl if before is None else before
-    saved = [(n.running_mean.clone(), n.running_var.clone(), n.momentum, _count(n)) for n in norms]  # type: ignore[union-attr]
-    kept = False
-    try:
-        with evaluating(model):
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # a cumulative average over all batches
-                norm.train()
-            for batch in images.split(batch_size):
-                if len(batch) > 1:
-                    run_on(model, batch)
-        after = agreement(original, model, held_out).kl
-        kept = after < before
-    finally:
-        for norm, (mean, variance, momentum, count) in zip(norms, saved, strict=True):
-            norm.momentum = momentum
-            if count is not None:
-                norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
-            if not kept:
-                norm.running_mean.copy_(mean)  # type: ignore[union-attr]
-                norm.running_var.copy_(variance)  # type: ignore[union-attr]
-    return {"kept": kept, "kl_before": before, "kl_after": after}
+    @torch.no_grad()
+    def run(self, work: Work) -> Mapping[str, Any]:
+        norms = _norms(work.model)
+        saved = [(norm.momentum, copy.deepcopy(norm.num_batches_tracked)) for norm in norms]
+        try:
+            with evaluating(work.model):
+                for norm in norms:
+                    norm.reset_running_stats()
+                    norm.momentum = None  # a cumulative average over all batches
+                    norm.train()
+                for batch in work.cal.fitting.split(BATCH):
+                    if len(batch) > 1:
+                        run_on(work.model, batch)
+        finally:
+            for norm, (momentum, count) in zip(norms, saved, strict=True):
+                norm.momentum = momentum
+                if count is not None:
+                    norm.num_batches_tracked.copy_(count)
+        return {}
 
 
-def _count(norm: nn.Module) -> Tensor | None:
-    return copy.deepcopy(getattr(norm, "num_batches_tracked", None))
+def _norms(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, NORMS) and m.running_mean is not None]

@@ -6,56 +6,43 @@ features that badly damaged layers no longer give.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sharefold.measure import agreement, evaluating, first_logits, run_on
+from sharefold.measure import evaluating, first_logits, run_on
+from sharefold.repair.work import Work
+from sharefold.solvers.least_squares import PulledLeastSquares
 
 # Pull towards the original classifier, as a share of the mean variance of its inputs.
 RIDGE = 1e-2
+BATCH = 200
 
 
-@torch.no_grad()
-def refit_head(
-    original: nn.Module, model: nn.Module, images: Tensor, held_out: Tensor, ridge: float = RIDGE, batch_size: int = 200,
-    before: float | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Least squares for weight and bias of ``model``'s classifier, if KL(original || model) on ``held_out`` falls.
+class Classifier:
+    """Least squares for weight and bias of the classifier; the original's logits on the images are the targets."""
 
-    Args:
-        images: (n, C, H, W), normalised; the original's logits on them are the targets.
-        held_out: (m, C, H, W), which decide.
-        ridge: pull towards the weight as it is.
-        before: KL of ``model`` as it is, nats, where that is known already.
+    name = "head"
 
-    Returns:
-        {"kept": bool, "kl_before": float, "kl_after": float}; {"kept": False} where the logits are not the output of a dense
-        Linear with a bias.
-    """
-    head = _head(model, images[:2])
-    if head is None:
-        return {"kept": False}
-    before = agreement(original, model, held_out).kl if before is None else before
-    weight, bias = head.weight, head.bias
-    saved = weight.clone(), bias.clone()
-    mean_x, mean_y, gram, cross = (value.double() for value in _moments(original, model, head, images, batch_size))
-    rho = ridge * gram.diagonal().mean().clamp_min(1e-12)
-    normal = gram + rho * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    solved, failed = torch.linalg.solve_ex(normal, (cross + rho * weight.double()).T)
-    if bool(failed) or not bool(torch.isfinite(solved).all()):
-        return {"kept": False}
-    weight.copy_(solved.T)
-    bias.copy_(mean_y - solved.T @ mean_x)
-    after = agreement(original, model, held_out).kl
-    kept = after < before
-    if not kept:
-        weight.copy_(saved[0])
-        bias.copy_(saved[1])
-    return {"kept": kept, "kl_before": before, "kl_after": after}
+    def refusal(self, work: Work) -> str:
+        head = _head(work.model, work.cal.fitting[:2])
+        return "" if head is not None else "the logits are not the output of a dense Linear with a bias"
+
+    @torch.no_grad()
+    def run(self, work: Work) -> Mapping[str, Any] | None:
+        images = work.cal.fitting
+        head = _head(work.model, images[:2])
+        assert head is not None
+        mean_x, mean_y, gram, cross = (value.double() for value in _moments(work.cal.original, work.model, head, images))
+        solved = PulledLeastSquares(gram, RIDGE).solve(cross, head.weight.double())
+        if solved is None:
+            return None
+        head.weight.copy_(solved)
+        head.bias.copy_(mean_y - solved @ mean_x)
+        return {}
 
 
 def _head(model: nn.Module, images: Tensor) -> nn.Linear | None:
@@ -82,7 +69,7 @@ def _watched(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 
 def _moments(
-    original: nn.Module, model: nn.Module, head: nn.Linear, images: Tensor, batch_size: int
+    original: nn.Module, model: nn.Module, head: nn.Linear, images: Tensor, batch_size: int = BATCH
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Means (F,) of the features and (O,) of the wanted logits, and centred moments (F, F) and (O, F)."""
     features, wanted = [], []

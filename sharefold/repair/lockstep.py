@@ -13,8 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from sharefold.calibration.mean_owner import output_mean_owner
 from sharefold.layers import resolve
 from sharefold.measure import device_of, evaluating, run_on
+
+# Activations of all images and both networks that may live at once; elements of a batch's largest map, times four.
+MEMORY_BYTES = 2 << 30
+BATCH_ELEMENTS = 1 << 26
 
 Values = list[dict[fx.Node, Any]]  # of one network, a dictionary a batch
 
@@ -49,6 +54,27 @@ class Place:
 
 
 Visit = Callable[[str, Place], None]
+
+
+@dataclass(frozen=True)
+class Visited:
+    """A layer of the converted network that the walk has come to: ``name``, its ``norm`` or None, and the ``place``."""
+
+    original: nn.Module
+    model: nn.Module
+    name: str
+    norm: str | None
+    place: Place
+
+    @property
+    def layer(self) -> nn.Module:
+        """In the converted network, also inside of a repeated block."""
+        return resolve(self.model, self.name)
+
+    @property
+    def owner(self) -> nn.Module | None:
+        """What takes up a constant change of the layer's output."""
+        return output_mean_owner(self.model, self.layer, self.norm)
 
 
 def walk(
@@ -152,6 +178,13 @@ def _run(node: fx.Node, model: nn.Module, values: dict[fx.Node, Any], batch: Ten
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     assert callable(node.target)
     return node.target(*args, **kwargs)
+
+
+def batches_for(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Of ``images``, as many as two networks' activations fit into memory for, in batches."""
+    size = largest_map(model, images[:1])
+    images = images[: max(8, MEMORY_BYTES // (4 * 8 * size))]
+    return list(images.split(max(1, BATCH_ELEMENTS // (4 * size))))
 
 
 def largest_map(model: nn.Module, image: Tensor) -> int:

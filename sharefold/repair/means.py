@@ -1,4 +1,4 @@
-"""Undoes a constant change of a layer's output, in its bias or in the running mean of its BatchNorm."""
+"""Keeps or sets the mean of a layer's output, through its bias or the running mean of its BatchNorm."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.calibration.mean_owner import output_mean_owner
-from sharefold.calibration.problem import target_weight
 from sharefold.graph import NetworkGraph
-from sharefold.layers import SharedConv, checked_form, shared_layers
+from sharefold.layers import checked_form, shared_layers, shift_output, target_weight
 
 
 @torch.no_grad()
@@ -32,17 +31,24 @@ def absorb_means(original: nn.Module, model: nn.Module, graph: NetworkGraph, mea
         change = target_weight(dense, form) - form.standardized(layer.compose(), None).reshape(form.out_channels, -1)
         mean = means[name].to(change)
         shift = torch.einsum("gon,gn->go", change.reshape(len(mean), -1, mean.shape[1]), mean).reshape(-1)
-        _shift(model, layer, record.norm, shift)
+        if layer.gain is not None:
+            assert layer.form.standardize is not None
+            shift = shift * layer.gain.reshape(-1) * layer.form.standardize[1]
+        shift_output(layer if layer.own_bias is not None else model.get_submodule(cast(str, record.norm)), shift)
 
 
-def _shift(model: nn.Module, layer: SharedConv, norm: str | None, shift: Tensor) -> None:
-    """Adds the constant ``shift`` (O,) to the layer's output."""
-    if layer.gain is not None:
-        assert layer.form.standardize is not None
-        shift = shift * layer.gain.reshape(-1) * layer.form.standardize[1]
-    if layer.own_bias is not None:
-        layer.own_bias.add_(shift)
-        return
-    assert norm is not None
-    mean = cast(Tensor, model.get_submodule(norm).running_mean)
-    mean -= shift
+@torch.no_grad()
+def give_mean(original: nn.Module, model: nn.Module, layer: nn.Module, norm: str | None, constant: Tensor) -> None:
+    """Makes ``constant`` (O,) what is added to the layer's product with its inputs, where a bias or a norm behind it can.
+
+    Computed in the type and on the device of ``constant``.
+    """
+    owner = output_mean_owner(model, layer, norm)
+    inner = cast("Tensor | None", layer.bias)  # what a norm inside of the layer adds, and the layer's own bias
+    if inner is not None:
+        constant = constant - inner.detach().to(constant)
+    if owner is layer:
+        shift_output(layer, constant)
+    elif owner is not None and norm is not None:
+        theirs, ours = (cast(Tensor, net.get_submodule(norm).running_mean) for net in (original, model))
+        ours.copy_((theirs.to(constant) - constant).to(ours))

@@ -16,52 +16,47 @@ from torch import Tensor, nn
 from sharefold.calibration.pairs import Gatherer
 from sharefold.calibration.problem import group_problem
 from sharefold.layers import SharedConv
-from sharefold.methods import method_named
+from sharefold.methods import METHODS
 from sharefold.methods.contract import LARGE_FEATURES
 from sharefold.plans import GroupPlan
-from sharefold.solvers.data_norm import solve_psd
+from sharefold.repair.lockstep import Visited
+from sharefold.solvers.least_squares import PulledLeastSquares
 
 # Pull towards the original weight, as a share of the mean diagonal of the inputs' moment.
 RIDGE = 1e-3
 
 
-def has_own_factors(layer: nn.Module, plan: GroupPlan | None) -> bool:
+def has_own_factors(layer: nn.Module, plan: GroupPlan) -> bool:
     """Whether the layer shares nothing, and is small enough for its factors to be solved twice."""
-    if plan is None or not isinstance(layer, SharedConv) or layer.bank is not None or layer.linear_part() is None:
+    if not isinstance(layer, SharedConv) or layer.bank is not None or layer.linear_part() is None:
         return False
-    return method_named(plan.method).smallest_group == 1 and layer.form.groups == 1 and layer.form.features <= LARGE_FEATURES
+    small = layer.form.groups == 1 and layer.form.features <= LARGE_FEATURES
+    return small and plan.method in METHODS and METHODS[plan.method].smallest_group == 1
 
 
 @torch.no_grad()
-def solve_on_prefix(
-    original: nn.Module, model: nn.Module, name: str, norm: str | None, plan: GroupPlan, centered: bool,
-    inputs: list[Tensor], targets: list[Tensor], positions: int, ridge: float = RIDGE, seed: int = 0,
-) -> None:  # fmt: skip
-    """Puts the factors of min E |y - What x~|^2 into ``model``'s layer ``name``.
+def solve_on_prefix(at: Visited, plan: GroupPlan, positions: int, ridge: float = RIDGE, seed: int = 0) -> None:
+    """Puts the factors of min E |y - What x~|^2 into the converted network's layer.
 
     With S = E[x~ x~^T] and Y = E[y x~^T] the best dense weight is (Y + rho W)(S + rho I)^-1, W the original's; its
     excess error is measured by S, so that the method's own solver factors it under that norm.
 
     Args:
+        at: the layer; its inputs are those that the converted prefix gives, its targets the original layer's outputs.
         plan: of the layer's group; method and options hold for the layer alone.
-        centered: whether the means are taken out, because a bias or BatchNorm takes up their difference.
-        inputs: maps (B, I, H, W) or rows (B, ..., I) that the converted prefix gives, a tensor a batch.
-        targets: the original layer's outputs on the same images.
         positions: input patches a map that are drawn, with the outputs at the same places.
         seed: of the drawn positions.
     """
-    layer = cast(SharedConv, model.get_submodule(name))
+    layer = cast(SharedConv, at.layer)
     gatherer = Gatherer(layer.form, 1, seed, positions)
-    for x, y in zip(inputs, targets, strict=True):
+    for x, y in zip(at.place.inputs, at.place.targets, strict=True):
         gatherer.add(x, y)
-    found = gatherer.result(centered)
+    found = gatherer.result(centered=at.owner is not None)
     if found is None:
         return
-    gram, cross = found.gram[0].double(), found.cross[0].double()
-    rho = ridge * gram.diagonal().mean().clamp_min(1e-12)
-    gram = gram + rho * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    problem = group_problem(original, [name], [norm], [gram[None]])
-    best = solve_psd(gram, (cross + rho * problem.weights[0].to(cross)).T).T
-    solution = method_named(plan.method).solve(replace(problem, weights=best[None].to(problem.weights)), plan.options)
+    system = PulledLeastSquares(found.gram[0].double(), ridge)
+    problem = group_problem(at.original, [at.name], [at.norm], [system.normal[None]])
+    best = system.robust(found.cross[0].double(), problem.weights[0].to(system.normal))
+    solution = METHODS[plan.method].solve(replace(problem, weights=best[None].to(problem.weights)), plan.options)
     for key, tensor in solution.members[0].items():
         cast(Tensor, getattr(layer, key)).copy_(tensor)

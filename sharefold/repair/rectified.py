@@ -16,11 +16,10 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
-from sharefold.calibration.mean_owner import output_mean_owner
 from sharefold.graph.ops import ADDITIONS, op_name
-from sharefold.layers import SharedConv, resolve
-from sharefold.layers.norm_fusion import affine
-from sharefold.repair.lockstep import Place
+from sharefold.layers import SharedConv, affine, resolve, shift_output
+from sharefold.repair.lockstep import Place, Visited
+from sharefold.solvers.least_squares import PulledLeastSquares
 
 # More of them fit the calibration images' own ReLU pattern, and hardly lower the error.
 ROUNDS = 4
@@ -74,19 +73,18 @@ def rectified(model: nn.Module, place: Place, norm: str | None, values: Values) 
 
 
 @torch.no_grad()
-def refit_rectified(
-    original: nn.Module, model: nn.Module, name: str, norm: str | None, place: Place, columns: Columns, ridge: float,
-) -> None:  # fmt: skip
-    """Solves the coefficients of ``model``'s layer ``name`` for its output behind the ReLU, from those it has.
+def refit_rectified(at: Visited, columns: Columns, ridge: float) -> None:
+    """Solves the coefficients of the layer for its output behind the ReLU, from those it has.
 
     With z = s (C a + d) + t + r in front of the ReLU (a responses of the filters, s and t the norm's, r the addend) and z0
     the original's, with its own r: z0 where z0 > 0, else min(z, 0), is what C and d are fitted to, by least squares with the
-    pull of :func:`sharefold.repair.refit.refit`. So the last layer of a residual block also makes up for the error that
+    pull of :class:`sharefold.repair.refit.Refit`. So the last layer of a residual block also makes up for the error that
     came through its shortcut.
     """
-    layer = cast(SharedConv, model.get_submodule(name))
-    owner, part = output_mean_owner(model, layer, norm), layer.linear_part()
-    wanted, given = rectified(original, place, norm, place.teacher), rectified(model, place, norm, place.student)
+    layer, place, owner = cast(SharedConv, at.layer), at.place, at.owner
+    part = layer.linear_part()
+    wanted = rectified(at.original, place, at.norm, place.teacher)
+    given = rectified(at.model, place, at.norm, place.student)
     if owner is None or part is None or wanted is None or given is None:
         return
     filters, groups = part[0].repeat(layer.form.groups, 1, 1, 1), layer.form.groups
@@ -114,9 +112,9 @@ def refit_rectified(
     mean = responses.mean(2, keepdim=True)
     centred = responses - mean
     gram = (centred @ centred.transpose(1, 2)).double() / centred.shape[2]
-    rho = ridge * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)[:, None, None]
-    factor, failed = torch.linalg.cholesky_ex(gram + rho * torch.eye(gram.shape[1]).to(gram))
-    if bool(failed.any()):  # responses that are not finite
+    system = PulledLeastSquares(gram, ridge)
+    factor = system.factored()
+    if factor is None:  # responses that are not finite
         return
     first = coefficients = part[1].reshape(groups, -1, gram.shape[1])
     before = constant = rows(inner)
@@ -125,15 +123,11 @@ def refit_rectified(
         aim = (torch.where(target > 0, target, found.clamp_max(0)) - offset) / scale
         mean_y = aim.mean(2, keepdim=True)
         cross = ((aim - mean_y) @ centred.transpose(1, 2)).double() / centred.shape[2]
-        solved = torch.cholesky_solve((cross + rho * first.double()).transpose(1, 2), factor).transpose(1, 2).to(first)
+        solved = torch.cholesky_solve(system.right(cross, first.double()), factor).transpose(1, 2).to(first)
         coefficients = torch.where(usable, solved, first)
         constant = torch.where(usable, mean_y - coefficients @ mean, before)
     layer.set_linear_part(coefficients.reshape(-1, gram.shape[1]))
-    change = (constant - before).reshape(-1)
-    if owner is layer:
-        cast(Tensor, layer.own_bias).add_(change)
-    else:
-        cast(Tensor, owner.running_mean).sub_(change)
+    shift_output(owner, (constant - before).reshape(-1))
 
 
 def _behind(node: fx.Node, model: nn.Module) -> fx.Node | None:

@@ -13,29 +13,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sharefold.calibration.calibrate import Calibration
+from sharefold.data.views import random_views
 from sharefold.errors import SharefoldError
-from sharefold.graph import NetworkGraph, analyze
 from sharefold.layers import running
 from sharefold.layers.norm_fusion import norms_folded
-from sharefold.measure import agreement, evaluating, first_logits, run_on
+from sharefold.measure import evaluating, first_logits, run_on
+from sharefold.options import RefineOptions, chosen
+from sharefold.plans import Progress
+from sharefold.repair.guard import Guard, StepRecord
 from sharefold.repair.lockstep import largest_map
-from sharefold.repair.views import random_views
 from sharefold.state_dicts import load_tensors
 
 # Wall-clock budget when neither epochs nor seconds are given: inside of four minutes with start and end included.
 DEFAULT_SECONDS = 210.0
 # Small networks get through many epochs in that time; beyond this many the images have nothing more to say.
 MOST_EPOCHS = 100
-# A step moves a tensor by at most about this share of its size, so one default serves networks of any scale.
-STEP = 0.004
 SMALLEST_SCALE = 1e-2
 WARMUP = 0.1
 CHECKS = 5
@@ -45,67 +47,55 @@ BATCH_ELEMENTS = 1 << 24
 
 
 def refine(
-    original: nn.Module, model: nn.Module, images: Tensor, held_out: Tensor, *, epochs: int | None = None,
-    seconds: float | None = None, batch_size: int | None = None, graph: NetworkGraph | None = None,
-    blocks: Sequence[str] | None = None, step: float = STEP, seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None, before: float | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Trains all of ``model``'s parameters in place; never leaves it with a higher held-out KL than it came with.
+    model: nn.Module, cal: Calibration, options: RefineOptions | None = None, guard: Guard | None = None,
+    progress: Progress | None = None, **overrides: Any,
+) -> StepRecord:  # fmt: skip
+    """Trains all of ``model``'s parameters in place; never leaves it with a higher divergence than it came with.
 
     Args:
-        original: the dense network, the teacher; unchanged.
-        model: its conversion. Modes, ``requires_grad`` flags, gradients and runtimes are left as they were.
-        images: (n, C, H, W) normalised, without labels; may be procedural.
-        held_out: images that decide, never trained on.
-        epochs: passes over ``images``. With epochs alone the result depends on the seed only.
-        seconds: wall-clock budget; the learning rate falls to 0 over it. With both, the one that ends first counts;
-            with neither, 210 seconds or 100 epochs.
-        batch_size: images a step; by default 64, fewer for large feature maps.
-        graph: of ``original``; by default the graph pass runs here.
-        blocks: names of the modules whose outputs are compared beside the logits; by default the blocks of the graph.
-        step: largest relative change of a tensor a step (AdamW's rate is this times the tensor's own size).
+        model: a conversion of the calibrated network. Modes, ``requires_grad`` flags, gradients and runtimes are left as they
+            were.
+        cal: its network is the teacher; the images of its part ``fit`` are learned from, those that decide are never.
+        options: see :class:`sharefold.options.RefineOptions`; its fields may be given by keyword.
+        guard: what decides; by default on the calibration's deciding images.
         progress: called with ("refining", parts done, parts) as time or epochs pass.
-        before: KL on ``held_out`` of ``model`` as it is, nats, where that is known already.
 
     Returns:
-        ``kept``, ``kl_before``, ``kl_after`` (of the state that remains, nats), ``epochs`` (float, done), ``seconds``,
-        ``history``: held-out KL at each check, the last one at the end or where outputs were no longer finite.
+        The record: divergence before and of the state that remains, and as details ``epochs`` (float, done), ``seconds``
+        and ``history``: the divergence at each check, the last one at the end or where outputs were no longer finite.
 
     Raises:
-        SharefoldError: no images, or an epoch or time budget that is not positive.
+        SharefoldError: an epoch or time budget that is not positive.
     """
-    _check(images, held_out, epochs, seconds, batch_size)
-    if epochs is None and seconds is None:
-        seconds = DEFAULT_SECONDS
-    clock = _Clock(len(images), MOST_EPOCHS if epochs is None else epochs, seconds)
-    before = agreement(original, model, held_out).kl if before is None else before
-    guard = _Guard(original, model, held_out, before)
-    if graph is None:
-        graph = analyze(original, images[:1])
-    norms = {name: record.norm for name, record in graph.layers.items()}
-    blocks = graph.blocks if blocks is None else blocks
+    wanted = chosen(options, overrides, RefineOptions)
+    _check(wanted)
+    if wanted.epochs is None and wanted.seconds is None:
+        wanted = replace(wanted, seconds=DEFAULT_SECONDS)
+    original, images = cal.original, cal.fitting
+    clock = _Clock(len(images), MOST_EPOCHS if wanted.epochs is None else wanted.epochs, wanted.seconds)
+    guard = Guard(original, cal.deciding) if guard is None else guard
+    checks = _Checks(guard, model)
+    norms = {name: record.norm for name, record in cal.graph.layers.items()}
+    if wanted.blocks is None:
+        wanted = replace(wanted, blocks=tuple(cal.graph.blocks))
     with _training(original, model) as parameters, norms_folded(original, norms), norms_folded(model, norms):
         try:
-            with closing(_train(original, model, images, parameters, clock, batch_size, blocks, step, seed)) as loop:
+            with closing(_train(original, model, images, parameters, clock, wanted)) as loop:
                 for share in loop:
                     if progress:
                         progress("refining", round(share * 100), 100)
-                    if not guard.passes(share):
+                    if not checks.passes(share):
                         break
         finally:
-            load_tensors(model, guard.saved)
-    return {
-        "kept": guard.best < before, "kl_before": before, "kl_after": guard.best, "epochs": clock.epochs(),
-        "seconds": clock.elapsed(), "history": guard.history,
-    }  # fmt: skip
+            load_tensors(model, checks.saved)
+    guard.settle(checks.best)
+    details = {"epochs": clock.epochs(), "seconds": clock.elapsed(), "history": checks.history}
+    return StepRecord("refine", checks.best < checks.before, "", checks.before, checks.best, clock.elapsed(), details)
 
 
-def _check(
-    images: Tensor, held_out: Tensor, epochs: int | None, seconds: float | None, batch_size: int | None
-) -> None:
-    if len(images) == 0 or len(held_out) == 0:
-        raise SharefoldError("refine: no images to learn from, or none held out to decide: give more images")
-    for name, value in (("epochs", epochs), ("seconds", seconds), ("batch_size", batch_size)):
+def _check(options: RefineOptions) -> None:
+    for name in ("epochs", "seconds", "batch_size"):
+        value = getattr(options, name)
         if value is not None and not value > 0:
             raise SharefoldError(f"refine: {name}={value}: must be above 0")
 
@@ -129,15 +119,15 @@ class _Clock:
         return min(1.0, max(self.epochs() / self.most, spent))
 
 
-class _Guard:
-    """Keeps the state at the end if its held-out KL is below that before training, else the state before.
+class _Checks:
+    """Keeps the state at the end if its divergence is below that before training, else the state before.
 
     Of a run that is cut short, or whose outputs are no longer finite, the best state that was checked remains.
     """
 
-    def __init__(self, original: nn.Module, model: nn.Module, held_out: Tensor, before: float) -> None:
-        self.original, self.model, self.held_out = original, model, held_out
-        self.before = self.best = before
+    def __init__(self, guard: Guard, model: nn.Module) -> None:
+        self.guard, self.model = guard, model
+        self.before = self.best = guard.current(model)
         self.saved = self.start = _snapshot(model)
         self.history: list[float] = []
         self._next = 1 / CHECKS
@@ -147,7 +137,7 @@ class _Guard:
         if share < self._next:
             return True
         self._next = min(1.0, share + 1 / CHECKS)
-        found = agreement(self.original, self.model, self.held_out).kl
+        found = self.guard.divergence(self.model)
         self.history.append(found)
         if share >= 1 and math.isfinite(found):
             self.best, self.saved = self.before, self.start
@@ -157,11 +147,11 @@ class _Guard:
 
 
 def _train(
-    original: nn.Module, model: nn.Module, images: Tensor, parameters: list[nn.Parameter], clock: _Clock,
-    batch_size: int | None, blocks: Sequence[str], step: float, seed: int,
-) -> Generator[float, None, None]:  # fmt: skip
+    original: nn.Module, model: nn.Module, images: Tensor, parameters: list[nn.Parameter], clock: _Clock, options: RefineOptions
+) -> Generator[float, None, None]:
     """Trains, and yields the share of the budget used after every step; the last one is 1."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(options.seed)
+    batch_size, blocks, step = options.batch_size, options.blocks or (), options.step
     if batch_size is None:
         largest = largest_map(original, images[:1].to(parameters[0].device))
         batch_size = min(BATCH, max(SMALLEST_BATCH, BATCH_ELEMENTS // largest))

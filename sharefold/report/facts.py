@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.graph import analyze
-from sharefold.methods import method_named
+from sharefold.methods import step_named
 from sharefold.plans import GroupPlan, Plan
 
 POINTS = 65  # of a spectrum's curve
@@ -86,7 +86,7 @@ def facts_of(
     graph = analyze(dense, example_input)
     members: dict[str, tuple[str, ...]] = {}
     for group in plan.groups:
-        members[group.name] = tuple(method_named(group.method).layers(graph, group))
+        members[group.name] = tuple(step_named(group.method).layers(graph, group))
     owner = {layer: group for group, layers in members.items() for layer in layers}
     layers = [
         LayerFact(name, record.stage, record.block, record.weight_shape, record.input_size, owner.get(name))

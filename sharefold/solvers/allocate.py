@@ -13,18 +13,18 @@ STATE_LIMIT = 200_000
 
 
 @dataclass(frozen=True)
-class Choice:
+class Option:
     """One option of a group: ``cost`` (parameters, bytes, MACs) and ``value``, the loss it causes (lower is better)."""
 
     cost: float
     value: float
 
 
-def _frontier(choices: Sequence[Choice]) -> list[int]:
+def _frontier(options: Sequence[Option]) -> list[int]:
     """Indices of the options that no cheaper or equal option beats, by rising cost."""
     kept: list[int] = []
-    for index in sorted(range(len(choices)), key=lambda i: (choices[i].cost, choices[i].value)):
-        if not kept or choices[index].value < choices[kept[-1]].value:
+    for index in sorted(range(len(options)), key=lambda i: (options[i].cost, options[i].value)):
+        if not kept or options[index].value < options[kept[-1]].value:
             kept.append(index)
     return kept
 
@@ -32,7 +32,7 @@ def _frontier(choices: Sequence[Choice]) -> list[int]:
 class _Groups:
     """The non-dominated options of every group as arrays."""
 
-    def __init__(self, options: Sequence[Sequence[Choice]]) -> None:
+    def __init__(self, options: Sequence[Sequence[Option]]) -> None:
         self.index = [_frontier(group) for group in options]
         self.cost = [np.array([g[i].cost for i in kept], float) for g, kept in zip(options, self.index, strict=True)]
         self.value = [np.array([g[i].value for i in kept], float) for g, kept in zip(options, self.index, strict=True)]
@@ -131,7 +131,7 @@ def _exact(groups: _Groups, budget: float, picks: list[int], multiplier: float) 
     return result
 
 
-def allocate(options: Sequence[Sequence[Choice]], budget: float, *, exact: bool = True) -> list[int]:
+def allocate(options: Sequence[Sequence[Option]], budget: float, *, exact: bool = True) -> list[int]:
     """Pick one option of every group so that the values add up to the least within the budget.
 
     A Lagrangian bisection with a greedy fill gives a good answer; with ``exact`` a pruned search over cost-loss

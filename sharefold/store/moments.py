@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sharefold.calibration.pairs import Gatherer, Inputs
+from sharefold.calibration.pairs import Gatherer
 from sharefold.layers import ConvForm
 from sharefold.measure import run_on
+from sharefold.solvers.pair_moments import PairSums
 
 CACHE_BYTES = 1 << 30
 
@@ -15,8 +16,8 @@ CACHE_BYTES = 1 << 30
 @torch.no_grad()
 def gather(
     model: nn.Module, forms: dict[str, ConvForm], centered: dict[str, bool], images: Tensor, batch_size: int = 100
-) -> dict[str, Inputs]:
-    """:class:`Inputs` of the layers ``forms`` of ``model``, whose own outputs are the wanted ones; one pass."""
+) -> dict[str, PairSums]:
+    """:class:`PairSums` of the layers ``forms`` of ``model``, whose own outputs are the wanted ones; one pass."""
     gatherers = {name: Gatherer(form, len(images)) for name, form in forms.items()}
     handles = [
         model.get_submodule(name).register_forward_hook(

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.calibration.mean_owner import output_mean_owner
-from sharefold.calibration.pairs import Inputs
 from sharefold.calibration.sensitivity import output_sensitivity
 from sharefold.calibration.statistics import WIDE
 from sharefold.graph import NetworkGraph
 from sharefold.layers import BasisConv, ConvForm, SharedConv, SpatialConv, TiedConv, banks, form_of, free_columns
+from sharefold.solvers.pair_moments import PairSums
 from sharefold.solvers.tucker_als import lift
 from sharefold.store.moments import gather, runs
 from sharefold.store.rounding import unabsorbed
@@ -102,7 +102,7 @@ def _members(model: nn.Module, forms: dict[str, ConvForm]) -> dict[str, list[str
 
 
 def _row_importance(
-    model: nn.Module, norm: str | None, inputs: Inputs, sensitivity: Tensor | None
+    model: nn.Module, norm: str | None, inputs: PairSums, sensitivity: Tensor | None
 ) -> Tensor:
     """(O,) what a squared error of one output channel matters: scaled by the norm behind it, relative to the layer's
     output, times the square root of what losing the layer would cost the predictions."""
@@ -121,7 +121,7 @@ def _row_importance(
 
 
 def _measure(
-    model: nn.Module, graph: NetworkGraph, plan: Prepared, name: str, inputs: Inputs, sensitivity: Tensor | None
+    model: nn.Module, graph: NetworkGraph, plan: Prepared, name: str, inputs: PairSums, sensitivity: Tensor | None
 ) -> None:
     layer = model.get_submodule(name)
     rows = _row_importance(model, graph.layers[name].norm, inputs, sensitivity)
@@ -186,7 +186,7 @@ def _shared(
 
 
 def _tied_metric(
-    model: nn.Module, plan: Prepared, bank_name: str, found: dict[str, Inputs], rows: dict[str, Tensor]
+    model: nn.Module, plan: Prepared, bank_name: str, found: dict[str, PairSums], rows: dict[str, Tensor]
 ) -> None:
     weights = {}
     for name, value in rows.items():
@@ -202,7 +202,7 @@ def _tied_metric(
 
 
 def _basis_metric(
-    model: nn.Module, plan: Prepared, bank_name: str, found: dict[str, Inputs], rows: dict[str, Tensor]
+    model: nn.Module, plan: Prepared, bank_name: str, found: dict[str, PairSums], rows: dict[str, Tensor]
 ) -> None:
     layers: dict[str, BasisConv] = {name: model.get_submodule(name) for name in found}  # type: ignore[misc]
     bank = next(iter(layers.values())).bank

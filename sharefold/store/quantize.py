@@ -7,24 +7,27 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import cast
 
 import torch
 from scipy.optimize import brentq
 from torch import Tensor, nn
 
+from sharefold.calibration.calibrate import Calibration
 from sharefold.calibration.images import calibration_or_procedural
-from sharefold.calibration.mean_owner import output_mean_owner
-from sharefold.calibration.pairs import Gatherer, Inputs
+from sharefold.calibration.pairs import Gatherer
 from sharefold.errors import SharefoldError
 from sharefold.format import config_of
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.layers import BasisConv, SharedConv, SpatialConv, to_dense
 from sharefold.measure import evaluating
 from sharefold.plans import Progress
-from sharefold.repair.lockstep import Place, largest_map, walk
+from sharefold.repair.lockstep import Place, batches_for, walk
+from sharefold.repair.means import give_mean
 from sharefold.settings import with_plain_settings
 from sharefold.solvers.grid import kmeans_codebook, search_scale
+from sharefold.solvers.least_squares import PulledLeastSquares
+from sharefold.solvers.pair_moments import PairSums
 from sharefold.store.moments import gather, runs
 from sharefold.store.norm_folding import fold_norms
 from sharefold.store.prepare import Prepared, free_metric, matrices, prepare, vertical_metric
@@ -35,7 +38,6 @@ from sharefold.store.tensor_spec import StoreRequest, StoreSpec, TensorSpec, car
 
 # Pull of the refit towards the weights so far, as a share of the mean diagonal of the moments.
 PULL = 1e-2
-MEMORY_BYTES = 2 << 30
 _ROUNDS, _MOST_ROUNDS = 4, 10  # as many to come near the budget, and to get below it
 MOST_OCTAVES = 3.0  # that the step changes by at once
 # Steps of "coded" that are looked at, and how near, in the logarithm, the one that fits is found: 2 % are .03 bits a weight.
@@ -58,7 +60,7 @@ class StoreReport:
 
 @with_plain_settings
 def quantize_(
-    model: nn.Module, spec: str | StoreRequest, statistics: Any = None, *, calibration: Tensor | None = None,
+    model: nn.Module, spec: str | StoreRequest, calibration: Calibration | Tensor | None = None,
     original: nn.Module | None = None, seed: int = 0, progress: Progress | None = None,
 ) -> StoreReport:  # fmt: skip
     """Rounds ``model`` in place to what the file will hold, so that saving and loading changes nothing more.
@@ -67,9 +69,9 @@ def quantize_(
         model: a network that ``convert_`` converted (with an empty plan, a dense one).
         spec: ``fp16``, ``int2``..``int8``, ``kmeans2``..``kmeans8``, ``mixed:0.4MB``, or a request of
             :func:`plan_store`.
-        statistics: an object with ``images``, used when ``calibration`` is not given.
-        calibration: (n, C, H, W) normalised images, no labels; by default procedural images.
-        original: the dense network whose outputs are aimed at; by default the model as it is.
+        calibration: of the dense network, or (n, C, H, W) normalised images, no labels; by default procedural images.
+        original: the dense network whose outputs are aimed at; by default the calibrated one, else the model as it is.
+        seed: of procedural images.
 
     Raises:
         SharefoldError: an unknown spec, or a budget below what the coarsest rounding needs.
@@ -83,9 +85,7 @@ def quantize_(
             found = _halves(model)
             snap_(model, found)
             return _finished(model, found, request, False)
-        if calibration is None and statistics is not None:
-            calibration = statistics.images
-        images = calibration_or_procedural(model, calibration, seed)
+        images, original = _material(model, calibration, original, seed)
         dense = to_dense(model).eval()
         with evaluating(model, *([] if original is None else [original])):
             return _rounded(model, dense if original is None else original, dense, request, images, progress)
@@ -143,8 +143,17 @@ def _next_step(tried: list[tuple[float, int]], wanted: float, weights: int) -> f
     return max(step * 2**change, SMALLEST_STEP)
 
 
+def _material(
+    model: nn.Module, calibration: Calibration | Tensor | None, original: nn.Module | None, seed: int
+) -> tuple[Tensor, nn.Module | None]:
+    """The images, and the network that they are compared on."""
+    if isinstance(calibration, Calibration):
+        return calibration.images, calibration.original if original is None else original
+    return calibration_or_procedural(model, calibration, seed), original
+
+
 def plan_store(
-    model: nn.Module, statistics: Any = None, budget_bytes: int = 0, *, calibration: Tensor | None = None, seed: int = 0
+    model: nn.Module, budget_bytes: int, calibration: Calibration | Tensor | None = None, seed: int = 0
 ) -> StoreRequest:
     """The request whose file is predicted to fit ``budget_bytes``: the step at which rounding to the nearest does.
 
@@ -154,9 +163,7 @@ def plan_store(
     Raises:
         SharefoldError: even the coarsest rounding needs more.
     """
-    if calibration is None and statistics is not None:
-        calibration = statistics.images
-    images = calibration_or_procedural(model, calibration, seed)
+    images, _ = _material(model, calibration, None, seed)
     trial = copy.deepcopy(model).eval()
     dense = to_dense(trial).eval()
     prepared = prepare(dense, trial, analyze(dense, images[:1]), images)
@@ -253,7 +260,7 @@ def _round_all(
             settle(name, prepared.metrics.get(name))
     done: set[str] = set()
 
-    def layer(name: str, inputs: Inputs | None) -> None:
+    def layer(name: str, inputs: PairSums | None) -> None:
         if name in done or inputs is None:
             return
         done.add(name)
@@ -280,16 +287,15 @@ def _round_all(
 
 def _sequential(
     model: nn.Module, teacher: nn.Module, graph: NetworkGraph, prepared: Prepared, images: Tensor,
-    layer: Callable[[str, Inputs | None], None],
+    layer: Callable[[str, PairSums | None], None],
 ) -> bool:  # fmt: skip
     if graph.fx_graph is None or len(prepared.forms) < len(graph.layers):
         return False
-    size = largest_map(teacher, images[:1])
-    images = images[: max(8, MEMORY_BYTES // (4 * 8 * size))]
-    batches = list(images.split(max(1, (1 << 26) // (4 * size))))
+    batches = batches_for(teacher, images)
+    count = sum(map(len, batches))
 
     def visit(name: str, place: Place) -> None:
-        gatherer = Gatherer(prepared.forms[name], len(images))
+        gatherer = Gatherer(prepared.forms[name], count)
         for x, y in zip(place.inputs, place.targets, strict=True):
             gatherer.add(x, y)
         layer(name, gatherer.result(prepared.centered[name]))
@@ -299,7 +305,7 @@ def _sequential(
 
 
 def _round_layer(
-    model: nn.Module, teacher: nn.Module, name: str, norm: str | None, inputs: Inputs, centered: bool,
+    model: nn.Module, teacher: nn.Module, name: str, norm: str | None, inputs: PairSums, centered: bool,
     wanted: dict[str, nn.Parameter], settle: Callable[[str, Tensor | None], None],
 ) -> None:  # fmt: skip
     module = model.get_submodule(name)
@@ -316,7 +322,7 @@ def _round_layer(
 
 
 def _round_factors(
-    module: SharedConv, name: str, inputs: Inputs, wanted: dict[str, nn.Parameter],
+    module: SharedConv, name: str, inputs: PairSums, wanted: dict[str, nn.Parameter],
     settle: Callable[[str, Tensor | None], None],
 ) -> None:  # fmt: skip
     leaf = "horizontal" if isinstance(module, SpatialConv) else "coefficients"
@@ -337,34 +343,15 @@ def _round_factors(
 
 def _refitted(matrix: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
     """The matrix (O, N) that best gives the wanted outputs, pulled towards what it is."""
-    groups, size = gram.shape[0], gram.shape[1]
-    old = matrix.detach().cpu().double().reshape(groups, -1, size)
-    gram, cross = gram.double(), cross.double()
-    pull = (PULL * gram.diagonal(dim1=1, dim2=2).mean(1)).clamp_min(1e-12)[:, None, None]
-    normal = gram + pull * torch.eye(size, dtype=torch.float64)
-    solved, info = torch.linalg.solve_ex(normal, (cross + pull * old).transpose(1, 2))
-    if bool(info.any()) or not bool(torch.isfinite(solved).all()):
-        return old.reshape(matrix.shape)
-    return solved.transpose(1, 2).reshape(matrix.shape)
+    old = matrix.detach().cpu().double().reshape(len(gram), -1, gram.shape[1])
+    solved = PulledLeastSquares(gram.double(), PULL).solve(cross.double(), old)
+    return (old if solved is None else solved).reshape(matrix.shape)
 
 
-def _match_mean(model: nn.Module, teacher: nn.Module, name: str, norm: str | None, inputs: Inputs) -> None:
+def _match_mean(model: nn.Module, teacher: nn.Module, name: str, norm: str | None, inputs: PairSums) -> None:
     """Gives the layer's output the mean that is wanted, through its bias or the running mean of its norm."""
     layer = model.get_submodule(name)
-    owner = output_mean_owner(model, layer, norm)
     weight = (layer.compose() if isinstance(layer, SharedConv) else cast(Tensor, layer.weight)).detach().flatten(1)
     mean = inputs.mean.double()
     ours = torch.einsum("gon,gn->go", weight.cpu().double().reshape(len(mean), -1, mean.shape[1]), mean)
-    shift = (inputs.mean_y - ours).flatten()
-    inner = cast("Tensor | None", layer.bias)
-    if owner is layer:
-        target = layer.own_bias if isinstance(layer, SharedConv) else layer.bias
-        assert isinstance(target, Tensor) and inner is not None
-        target.add_((shift - inner.detach().cpu().double()).to(target))
-        return
-    if owner is not None and norm is not None:
-        if inner is not None:
-            shift = shift - inner.detach().cpu().double()
-        theirs, ours_norm = teacher.get_submodule(norm), model.get_submodule(norm)
-        mean_there = cast(Tensor, theirs.running_mean)
-        cast(Tensor, ours_norm.running_mean).copy_((mean_there.cpu().double() - shift).to(mean_there))
+    give_mean(teacher, model, layer, norm, (inputs.mean_y - ours).flatten())

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.calibration import sample_selection as choice
+from sharefold.calibration.parts import parts_of
 from sharefold.calibration.sample_selection import least_certain
 from sharefold.calibration.statistics import Statistics, statistics_of
-from sharefold.convert import split_indices
 from sharefold.graph import analyze
 
 
@@ -86,7 +86,8 @@ def test_statistics_are_those_of_the_chosen_images() -> None:
     assert torch.allclose(found.moments(["0"])["0"], alone.moments(["0"])["0"])
 
 
-def test_held_out_images_are_every_fifth() -> None:
-    held, rest = split_indices(11)
-    assert held.tolist() == [0, 5, 10] and rest.tolist() == [1, 2, 3, 4, 6, 7, 8, 9]
-    assert [part.tolist() for part in split_indices(4)] == [[0, 1, 2, 3]] * 2
+def test_every_fifth_image_decides_and_few_do_both() -> None:
+    parts = parts_of(11)
+    assert parts.decide.tolist() == [0, 5, 10] and parts.fit.tolist() == [1, 2, 3, 4, 6, 7, 8, 9]
+    few = parts_of(4)
+    assert few.fit.tolist() == few.decide.tolist() == [0, 1, 2, 3]

@@ -17,7 +17,7 @@ from sharefold.data import Preprocess, calibration_images
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze, find_groups
 from sharefold.layers import Bank
-from sharefold.methods import AUTO, METHODS, Method, method_named
+from sharefold.methods import AUTO, METHODS, RECIPE_STEPS, ConversionStep, LayerMethod, method_named, step_named
 
 IMAGES = images(16)
 PLAIN = (
@@ -53,24 +53,24 @@ CASES = {"residual": "conv", "grouped": "conv", "depthwise": "depthwise", "convn
 @pytest.mark.parametrize("name", PLAIN)
 def test_candidates_cost_what_they_say_and_errors_do_not_exceed_them(name: str, kind: str) -> None:
     method, group = METHODS[name], problem(kind, CASES[kind])
-    choices = method.choices(group)
+    candidates = method.candidates(group)
     dense = group.weights.numel()
-    for choice in choices:
-        assert 0 < choice.cost < dense or name in ("average", "tied", "tied-kernels")
-        assert method.fits(group.forms, choice.options)
+    for candidate in candidates:
+        assert 0 < candidate.cost < dense or name in ("average", "tied", "tied-kernels")
+        assert method.fits(group.forms, candidate.options)
         # Integer codes count as their bits over 32 on top of the float parameters.
-        assert method.cost(group.forms, choice.options) <= choice.cost + 1e-6
-        assert choice.errors.shape == (len(group.forms),) and bool((choice.errors >= -1e-6).all())
-    for choice in choices[:: max(1, len(choices) // 3)]:
-        solution = method.solve(group, choice.options)
-        blank = method.blank(group.forms, choice.options)
+        assert method.cost(group.forms, candidate.options) <= candidate.cost + 1e-6
+        assert candidate.errors.shape == (len(group.forms),) and bool((candidate.errors >= -1e-6).all())
+    for candidate in candidates[:: max(1, len(candidates) // 3)]:
+        solution = method.solve(group, candidate.options)
+        blank = method.blank(group.forms, candidate.options)
         assert {k: v.shape for k, v in solution.bank.items()} == {k: v.shape for k, v in blank.bank.items()}
         for mine, empty in zip(solution.members, blank.members, strict=True):
             shapes = {(key, value.shape, value.dtype) for key, value in mine.items()}
             assert shapes == {(key, value.shape, value.dtype) for key, value in empty.items()}
         if solution.errors is not None:
             # Candidates are compared after fewer rounds; the full solution is at least about as good.
-            assert float(solution.errors.mean()) <= float(choice.errors.mean()) * 1.1 + 1e-6
+            assert float(solution.errors.mean()) <= float(candidate.errors.mean()) * 1.1 + 1e-6
 
 
 @pytest.mark.parametrize("name", ["basis", "svd", "spatial"])
@@ -93,8 +93,8 @@ def test_pivots_save_the_square_of_the_rank_and_change_nothing(name: str, residu
 
 @pytest.mark.parametrize("name", ["basis", "svd", "spatial", "tucker", "cluster-filter", "cluster-kernel"])
 def test_more_parameters_leave_less_error(name: str, residual: GroupProblem) -> None:
-    choices = sorted(METHODS[name].choices(residual), key=lambda choice: choice.cost)
-    means = [float(choice.errors.mean()) for choice in choices]
+    candidates = sorted(METHODS[name].candidates(residual), key=lambda candidate: candidate.cost)
+    means = [float(candidate.errors.mean()) for candidate in candidates]
     assert len(means) > 2
     assert all(b <= 1.05 * a + 1e-6 for a, b in itertools.pairwise(means)) and means[-1] < 0.7 * means[0]
 
@@ -109,11 +109,11 @@ def test_tucker_beats_the_basis_in_a_small_group_of_a_trained_network() -> None:
     assert 48 * len(group.members) < 48 * 9
 
     def best(name: str) -> float:
-        choices = METHODS[name].choices(trained)
-        return min(float(c.errors.mean()) for c in choices if c.cost <= 0.12 * trained.weights.numel())
+        candidates = METHODS[name].candidates(trained)
+        return min(float(c.errors.mean()) for c in candidates if c.cost <= 0.12 * trained.weights.numel())
 
     assert best("tucker") < 0.95 * best("basis")
-    assert METHODS["tucker"].choices(problem("convnext", "fc1")) == []
+    assert METHODS["tucker"].candidates(problem("convnext", "fc1")) == []
 
 
 def test_errors_are_relative_data_norms(residual: GroupProblem) -> None:
@@ -154,20 +154,34 @@ def test_row_weights_are_those_of_the_norm_behind() -> None:
         torch.testing.assert_close(row, expected.detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_the_registry_names_every_method_once_with_its_paper() -> None:
-    assert all(name == method.name for name, method in METHODS.items()) and set(AUTO) <= set(METHODS)
-    assert all(method.paper.startswith("https://") for method in METHODS.values())
+def test_the_registry_names_every_step_once_with_its_paper() -> None:
+    steps = {**METHODS, **RECIPE_STEPS}
+    assert len(steps) == len(METHODS) + len(RECIPE_STEPS) and set(AUTO) <= set(METHODS)
+    assert all(name == step.name for name, step in steps.items())
+    assert all(step.paper.startswith("https://") for step in steps.values())
+    assert all(isinstance(method, LayerMethod) for method in METHODS.values())
+    assert not any(isinstance(step, LayerMethod) for step in RECIPE_STEPS.values())
     for module in pkgutil.iter_modules(sharefold.methods.__path__):
         importlib.import_module(f"sharefold.methods.{module.name}")
-    waiting, defined = [Method], set()
+    waiting, defined = [ConversionStep], set()
     while waiting:
         kind = waiting.pop()
         waiting += kind.__subclasses__()
         defined |= {kind} if "name" in vars(kind) else set()
-    assert defined == {type(method) for method in METHODS.values()}, "a method that no registry line names"
+    assert defined == {type(step) for step in steps.values()}, "a step that no registry line names"
 
 
 def test_names_and_aliases() -> None:
-    assert method_named("cluster").name == "cluster-filter"
-    with pytest.raises(SharefoldError, match=r"unknown method 'spatil' \(did you mean spatial\?\)"):
-        method_named("spatil")
+    assert method_named("cluster").name == step_named("cluster").name == "cluster-filter"
+    assert all(method_named(name) is step_named(name) is method for name, method in METHODS.items())
+    for find in (method_named, step_named):
+        with pytest.raises(SharefoldError, match=r"unknown method 'spatil' \(did you mean spatial\?\)"):
+            find("spatil")
+
+
+@pytest.mark.parametrize("name", list(RECIPE_STEPS))
+def test_steps_of_recipes_are_planned_by_them_alone(name: str) -> None:
+    assert step_named(name) is RECIPE_STEPS[name]
+    with pytest.raises(SharefoldError, match=f"'{name}' is a step of a published system.*--recipe") as caught:
+        method_named(name)
+    assert "\n" not in str(caught.value)

@@ -11,15 +11,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from spine_nets import BLOCKS, Boxes, images, net
-from torch import Tensor, nn
+from torch import nn
 
 import sharefold
-from sharefold.calibration.statistics import statistics_of
+from sharefold.calibration.calibrate import Calibration, calibrate
 from sharefold.errors import SharefoldError
-from sharefold.graph import analyze
 from sharefold.layers import form_of
 from sharefold.measure import agreement, model_bytes
 from sharefold.methods import method_named
+from sharefold.options import PlanOptions
 from sharefold.planner import Planner, file_budget, find_units
 
 CALIBRATION = images(16)
@@ -27,22 +27,20 @@ METHODS = ("basis", "svd", "spatial", "tucker", "average", "tied", "cluster-laye
 
 
 class Prepared:
-    """A network whose statistics are taken once."""
+    """A network that is calibrated once."""
 
     def __init__(self, kind: str) -> None:
         self.model = net(kind)
-        self.graph = analyze(self.model, CALIBRATION[:1])
-        self.statistics = statistics_of(self.model, self.graph, CALIBRATION)
+        self.cal = calibrate(self.model, CALIBRATION)
+        self.graph = self.cal.graph
         self.params = count(self.model)
 
     def plan(self, budget: str | float, method: str = "auto", **options: Any) -> sharefold.Plan:
-        return sharefold.plan(
-            self.model, budget=budget, method=method, statistics=self.statistics, graph=self.graph, **options
-        )
+        return sharefold.plan(self.model, budget, self.cal, method=method, **options)
 
     def carried_out(self, plan: sharefold.Plan) -> nn.Module:
         model = copy.deepcopy(self.model)
-        sharefold.convert_(model, plan, statistics=self.statistics, graph=self.graph, repair=False)
+        sharefold.convert_(model, plan, self.cal, repair=False)
         return model
 
 
@@ -150,10 +148,10 @@ def test_shares_are_compared_in_files_as_they_will_be(residual: Prepared, monkey
     tried: list[tuple[float, float]] = []
     real = file_budget._divergence
 
-    def noted(model: nn.Module, trial: nn.Module, held_out: Tensor) -> float:
+    def noted(cal: Calibration, trial: nn.Module) -> float:
         plan = trial.sharefold_config.plan
         assert not any(group.options.get("pivoted") for group in plan.groups)
-        tried.append((real(model, trial, held_out), plan.params_after / residual.params))
+        tried.append((real(cal, trial), plan.params_after / residual.params))
         return tried[-1][0]
 
     monkeypatch.setattr(file_budget, "_divergence", noted)
@@ -190,7 +188,7 @@ def test_bytes_that_hold_nothing_are_refused(residual: Prepared) -> None:
 
 def test_no_option_asks_for_more_filters_than_its_layers_have_rows(residual: Prepared) -> None:
     """Members may leave a group whose bank was made for all of them."""
-    planner = Planner(residual.model, residual.graph, residual.statistics, CALIBRATION[:1], method="basis")
+    planner = Planner(residual.cal, PlanOptions(method="basis"))
     plans = [plan for row in planner.candidates().options for option in row for plan in option.plans]
     assert any(plan.options["rank"] > 8 for plan in plans)
     for plan in plans:

@@ -10,10 +10,10 @@ from spine_nets import BLOCKS, Boxes, images, net
 from torch import nn
 
 import sharefold
-from sharefold.calibration.statistics import statistics_of
-from sharefold.graph import analyze
+from sharefold.calibration.calibrate import calibrate
 from sharefold.measure import agreement, count_macs
 from sharefold.methods import METHODS
+from sharefold.options import PlanOptions
 from sharefold.planner import Planner
 from sharefold.planner import search as search_module
 from sharefold.planner.search import Trials, search
@@ -22,14 +22,13 @@ CALIBRATION = images(48)
 
 
 def prepared(model: nn.Module, **options: str) -> Planner:
-    graph = analyze(model, CALIBRATION[:1])
-    return Planner(model, graph, statistics_of(model, graph, CALIBRATION), CALIBRATION[:1], **{"objective": "joint", **options})
+    return Planner(calibrate(model, CALIBRATION), PlanOptions(**{"objective": "joint", **options}))
 
 
 def started(planner: Planner, share: float) -> tuple[Trials, list[int], float]:
     candidates = planner.candidates()
     limit = max(candidates.floor, share * candidates.before)
-    trials = Trials(planner.model, planner.graph, planner.statistics, candidates)
+    trials = Trials(planner.cal, candidates)
     return trials, candidates.pick(limit, ""), limit
 
 
@@ -37,11 +36,9 @@ def started(planner: Planner, share: float) -> tuple[Trials, list[int], float]:
 def test_a_trial_is_the_conversion_without_repairs(kind):
     planner = prepared(net(kind))
     trials, picks, _ = started(planner, 0.6)
-    converted = copy.deepcopy(planner.model)
-    sharefold.convert_(
-        converted, planner.candidates().plan(picks, ""), statistics=planner.statistics, graph=planner.graph, repair=False
-    )
-    wanted = agreement(planner.model, converted, torch.cat(trials.batches)).kl
+    converted = copy.deepcopy(planner.cal.original)
+    sharefold.convert_(converted, planner.candidates().plan(picks, ""), planner.cal, repair=False)
+    wanted = agreement(planner.cal.original, converted, torch.cat(trials.batches)).kl
     assert wanted > 0 and trials.kl(picks) == pytest.approx(wanted, rel=1e-3)
     assert 24 <= sum(len(batch) for batch in trials.batches) <= len(CALIBRATION)
 
@@ -55,7 +52,7 @@ def test_the_search_keeps_the_budget_and_ends_no_worse(kind, share):
     assert planner.candidates().spent(found) <= limit
     assert trials.kl(found) <= trials.kl(picks)
     plans = trials._plans(found)
-    assert len(planner.statistics.solved) == len(plans)  # nothing that is not needed stays in memory
+    assert len(planner.cal._solutions) == len(plans)  # nothing that is not needed stays in memory
 
 
 def test_the_search_finds_what_the_sum_of_damages_misses():
@@ -77,11 +74,11 @@ def test_conversion_uses_what_the_search_has_solved(monkeypatch):
 
     for method in METHODS.values():
         monkeypatch.setattr(type(method), "fit", refuse)
-    model = copy.deepcopy(planner.model)
-    first = sharefold.convert_(model, plan, statistics=planner.statistics, graph=planner.graph)
+    model = copy.deepcopy(planner.cal.original)
+    first = sharefold.convert_(model, plan, planner.cal)
     # Refitting the one changed nothing of what the next is made from.
-    again = copy.deepcopy(planner.model)
-    second = sharefold.convert_(again, plan, statistics=planner.statistics, graph=planner.graph)
+    again = copy.deepcopy(planner.cal.original)
+    second = sharefold.convert_(again, plan, planner.cal)
     assert first.kl == second.kl
     assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
 
@@ -92,7 +89,7 @@ def test_networks_of_wide_layers_get_fewer_rounds(monkeypatch):
     assert trials.rounds == search_module.ROUNDS
     work = sum(
         layer.weight.shape[0] * layer.weight[0].numel() ** 2
-        for layer in planner.model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))
+        for layer in planner.cal.original.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))
     )  # fmt: skip
     monkeypatch.setattr(search_module, "WORK", 1.5 * work)
     assert started(planner, 0.4)[0].rounds == 1
@@ -123,6 +120,6 @@ def test_networks_without_logits_are_planned_by_the_sum():
 def test_the_search_keeps_budgets_in_macs():
     planner = prepared(net("residual"))
     plan = planner.plan("70% MACs")
-    model = copy.deepcopy(planner.model)
-    sharefold.convert_(model, plan, statistics=planner.statistics, graph=planner.graph, repair=False)
-    assert count_macs(model, CALIBRATION[:1]) <= 0.7 * count_macs(planner.model, CALIBRATION[:1])
+    model = copy.deepcopy(planner.cal.original)
+    sharefold.convert_(model, plan, planner.cal, repair=False)
+    assert count_macs(model, CALIBRATION[:1]) <= 0.7 * count_macs(planner.cal.original, CALIBRATION[:1])

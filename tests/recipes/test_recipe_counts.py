@@ -9,7 +9,7 @@ import pytest
 import torch
 from nets import build, count
 
-from sharefold.methods import method_named
+from sharefold.methods import step_named
 from sharefold.recipes import RECIPES, build_plan
 
 SYSTEMS = json.loads((Path(__file__).parent / "systems.json").read_text())
@@ -30,9 +30,9 @@ def test_published_count(recipe: str, row: dict) -> None:
     assert plan.params_before == count(model) == row.get("before", count(model))
     assert plan.params_after == row["after"]
     for group in plan.groups:
-        method_named(group.method).check(model, group)
+        step_named(group.method).check(model, group)
         before = count(model)
-        method_named(group.method).install(model, group, None)
+        step_named(group.method).install(model, group, None)
         assert before - count(model) == group.params_before - group.params_after
     assert count(model) == row["after"]
 
@@ -68,5 +68,5 @@ def test_convmixer_of_timm_shrinks_by_more_than_85_percent(recipe: str) -> None:
     plan = build_plan(recipe, model)
     assert plan.params_after < 0.15 * plan.params_before
     for group in plan.groups:
-        method_named(group.method).install(model, group, None)
+        step_named(group.method).install(model, group, None)
     assert count(model) == plan.params_after

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
+from repair_works import done_by, work_of
 from spine_nets import images, net
 from torch import nn
 
 from sharefold.measure import agreement, first_logits
-from sharefold.repair.classifier import refit_head
+from sharefold.repair import classifier as module
+from sharefold.repair.classifier import Classifier
 
 
 def turned(model: nn.Module) -> nn.Module:
@@ -29,13 +32,14 @@ def turned(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_a_classifier_of_turned_features_is_found_again() -> None:
+def test_a_classifier_of_turned_features_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "RIDGE", 1e-8)
     original = net("residual")
     model = turned(original)
     fitting, held_out = images(200, seed=1), images(60, seed=2)
     before = agreement(original, model, held_out).kl
-    done = refit_head(original, model, fitting, held_out, ridge=1e-8)
-    assert done["kept"] and done["kl_before"] == before and done["kl_after"] < 1e-3 * before
+    done = done_by(Classifier(), work_of(original, model, fitting, held_out))
+    assert done.kept and done.kl_before == before and done.kl_after < 1e-3 * before
     torch.testing.assert_close(first_logits(model(held_out)), first_logits(original(held_out)), rtol=1e-2, atol=1e-2)
 
 
@@ -43,8 +47,8 @@ def test_a_classifier_that_would_be_worse_is_put_back() -> None:
     original = net("residual")
     model = turned(original)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    done = refit_head(original, model, images(40), images(20, seed=2), before=1e-9)
-    assert not done["kept"] and done["kl_before"] == 1e-9 < done["kl_after"]
+    done = done_by(Classifier(), work_of(original, model, images(40), images(20, seed=2), now=1e-9))
+    assert not done.kept and done.kl_before == 1e-9 < done.kl_after
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
@@ -57,4 +61,5 @@ def test_networks_whose_output_is_no_linear_are_left_alone() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * self.net(x)
 
-    assert refit_head(Scaled(), Scaled(), images(8), images(8)) == {"kept": False}
+    done = done_by(Classifier(), work_of(Scaled().eval(), Scaled().eval(), images(8), images(8)))
+    assert done.to_dict() == {"kept": False, "reason": "the logits are not the output of a dense Linear with a bias"}

@@ -6,13 +6,19 @@ import copy
 
 import pytest
 import torch
+from repair_works import done_by, work_of
 from spine_nets import images, logits, net
 from torch import nn
 
 from sharefold.measure import agreement
-from sharefold.repair.batchnorm_statistics import reestimate_norms
+from sharefold.repair.batchnorm_statistics import NormStatistics
+from sharefold.repair.guard import StepRecord
 
 FITTING, HELD_OUT = images(64, 3), images(32, 4)
+
+
+def reestimated(original: nn.Module, model: nn.Module, now: float | None = None) -> StepRecord:
+    return done_by(NormStatistics(), work_of(original, model, FITTING, HELD_OUT, now=now))
 
 
 def norms(model: nn.Module) -> list[nn.BatchNorm2d]:
@@ -25,7 +31,7 @@ def test_a_damaged_network_is_rescued() -> None:
     with torch.no_grad():
         for block in model.stage2:
             block.conv1.weight.mul_(3), block.conv2.weight.mul_(0.2)
-    report = reestimate_norms(original, model, FITTING, HELD_OUT)
+    report = reestimated(original, model)
     assert report["kept"] and report["kl_after"] < 0.5 * report["kl_before"]
     assert agreement(original, model, HELD_OUT).kl == pytest.approx(report["kl_after"], rel=1e-3)
 
@@ -35,9 +41,9 @@ def test_a_known_divergence_is_taken_as_it_is() -> None:
     model = copy.deepcopy(original)
     with torch.no_grad():
         model.stem.weight.mul_(4)
-    report = reestimate_norms(original, model, FITTING, HELD_OUT, before=0.0)
+    report = reestimated(original, model, now=0.0)
     assert report["kl_before"] == 0.0 and report["kept"] is False  # nothing is below 0
-    assert reestimate_norms(original, model, FITTING, HELD_OUT)["kept"]
+    assert reestimated(original, model)["kept"]
 
 
 def test_new_statistics_are_those_of_the_images() -> None:
@@ -45,7 +51,7 @@ def test_new_statistics_are_those_of_the_images() -> None:
     model = copy.deepcopy(original)
     with torch.no_grad():
         model.stem.weight.mul_(4)
-    assert reestimate_norms(original, model, FITTING, HELD_OUT, batch_size=64)["kept"]
+    assert reestimated(original, model)["kept"]
     with torch.no_grad():
         y = model.stem(FITTING)
     torch.testing.assert_close(model.bn.running_mean, y.mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
@@ -60,7 +66,7 @@ def test_a_sound_network_keeps_every_bit_and_setting(training: bool) -> None:
         norm.momentum = 0.03
     model.train(training)
     before = copy.deepcopy(model.state_dict())
-    report = reestimate_norms(original, model, FITTING, HELD_OUT)
+    report = reestimated(original, model)
     assert report["kept"] is False and report["kl_after"] > report["kl_before"]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert (
@@ -74,7 +80,7 @@ def test_settings_come_back_when_it_is_kept_too() -> None:
     with torch.no_grad():
         model.stem.weight.mul_(4)
     counts = [int(norm.num_batches_tracked) for norm in norms(model)]
-    assert reestimate_norms(original, model, FITTING, HELD_OUT)["kept"]
+    assert reestimated(original, model)["kept"]
     assert [int(norm.num_batches_tracked) for norm in norms(model)] == counts
     assert all(norm.momentum == 0.1 and not norm.training for norm in norms(model))
 
@@ -84,5 +90,6 @@ def test_networks_without_batchnorm_are_left_alone() -> None:
         nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)
     )
     before = logits(model)
-    assert reestimate_norms(copy.deepcopy(model), model, FITTING, HELD_OUT) == {"kept": False}
+    done = reestimated(copy.deepcopy(model), model)
+    assert done.to_dict() == {"kept": False, "reason": "the network has no BatchNorm with running statistics"}
     assert torch.equal(logits(model), before)

@@ -6,15 +6,17 @@ import copy
 
 import pytest
 import torch
+from repair_works import done_by, work_of
 from spine_nets import images, net
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import sharefold
 from sharefold.graph import analyze
 from sharefold.plans import GroupPlan, Plan
 from sharefold.repair import refit as refit_module
+from sharefold.repair.lockstep import Place, Visited
 from sharefold.repair.own_factors import has_own_factors, solve_on_prefix
-from sharefold.repair.refit import refit
+from sharefold.repair.refit import Refit
 
 IMAGES, HELD_OUT = images(40, 3), images(20, 4)
 NAME = "stage1.0.conv1"
@@ -38,6 +40,14 @@ def mixed(original: nn.Module, distance: float) -> tuple[Tensor, Tensor]:
     return torch.einsum("ij,bjhw->bihw", turn, clean), layer(clean)
 
 
+def visited(
+    original: nn.Module, model: nn.Module, norm: str | None, inputs: list[Tensor], targets: list[Tensor], name: str = NAME
+) -> Visited:
+    """The layer, come to with these inputs and targets; nothing else of the walk is asked for here."""
+    place = Place(fx.Graph().placeholder("x"), inputs, targets, [], [], original, model)
+    return Visited(original, model, name, norm, place)
+
+
 def output_error(model: nn.Module, x: Tensor, y: Tensor) -> float:
     with torch.no_grad():
         gap = model.get_submodule(NAME).form.apply(x, model.get_submodule(NAME).compose(), None) - y  # type: ignore[operator,union-attr]
@@ -54,19 +64,20 @@ def test_full_rank_undoes_what_the_prefix_did(method: str) -> None:
     x, y = mixed(original, 0.2)
     assert output_error(model, x, y) > 0.01
     norm = analyze(original, IMAGES[:1]).layers[NAME].norm
-    solve_on_prefix(original, model, NAME, norm, plan, True, [x[:40], x[40:]], [y[:40], y[40:]], 64, ridge=1e-9)
+    solve_on_prefix(visited(original, model, norm, [x[:40], x[40:]], [y[:40], y[40:]]), plan, 64, ridge=1e-9)
     assert output_error(model, x, y) < 1e-3
 
 
 @pytest.mark.parametrize("method", ["spatial", "svd"])
-def test_it_beats_new_coefficients_alone(method: str) -> None:
+def test_it_beats_new_coefficients_alone(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refit_module, "RIDGE", 1e-6)
     original, model, plan = converted(method, 4)
     x, y = mixed(original, 0.4)
     norm = analyze(original, IMAGES[:1]).layers[NAME].norm
     coefficients_alone = copy.deepcopy(model)
-    refit_module._refit_layer(original, coefficients_alone, NAME, norm, [x], [y], 1e-6)
-    solve_on_prefix(original, model, NAME, norm, plan, True, [x], [y], 64, ridge=1e-6)
-    refit_module._refit_layer(original, model, NAME, norm, [x], [y], 1e-6)
+    refit_module._refit_layer(visited(original, coefficients_alone, norm, [x], [y]))
+    solve_on_prefix(visited(original, model, norm, [x], [y]), plan, 64, ridge=1e-6)
+    refit_module._refit_layer(visited(original, model, norm, [x], [y]))
     assert output_error(model, x, y) < 0.98 * output_error(coefficients_alone, x, y)
 
 
@@ -81,7 +92,7 @@ def test_linear_layers_of_tokens() -> None:
     clean = torch.randn(32, 5, 5, dense.in_features, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         y = original.get_submodule(name)(clean)
-        solve_on_prefix(original, model, name, None, plan.groups[0], True, [0.5 * clean], [y], 25, ridge=1e-9)
+        solve_on_prefix(visited(original, model, None, [0.5 * clean], [y], name), plan.groups[0], 25, ridge=1e-9)
         composed = model.get_submodule(name).compose().reshape_as(dense.weight)  # type: ignore[operator,union-attr]
     torch.testing.assert_close(composed, 2 * dense.weight.detach(), rtol=1e-3, atol=1e-3)
 
@@ -90,7 +101,7 @@ def test_shared_dense_and_wide_layers_keep_their_filters(monkeypatch: pytest.Mon
     original, model, plan = converted("spatial", 4)
     layer = model.get_submodule(NAME)
     assert has_own_factors(layer, plan)
-    assert not has_own_factors(layer, None) and not has_own_factors(original.get_submodule(NAME), plan)
+    assert not has_own_factors(original.get_submodule(NAME), plan)
     monkeypatch.setattr("sharefold.repair.own_factors.LARGE_FEATURES", 8)
     assert not has_own_factors(layer, plan)
     monkeypatch.undo()
@@ -103,10 +114,9 @@ def test_shared_dense_and_wide_layers_keep_their_filters(monkeypatch: pytest.Mon
 
 def test_refit_solves_them_when_it_is_told_the_plan() -> None:
     original, model, plan = converted("spatial", 4)
-    graph = analyze(original, IMAGES[:1])
     before = model.get_submodule(NAME).vertical.clone()  # type: ignore[operator,union-attr]
     without = copy.deepcopy(model)
-    refit(original, without, graph, IMAGES, HELD_OUT)
+    done_by(Refit(), work_of(original, without, IMAGES, HELD_OUT))
     assert torch.equal(without.get_submodule(NAME).vertical, before)  # type: ignore[arg-type]
-    report = refit(original, model, graph, IMAGES, HELD_OUT, [plan])
-    assert report["kept"] != torch.equal(model.get_submodule(NAME).vertical, before)  # type: ignore[arg-type]
+    record = done_by(Refit(), work_of(original, model, IMAGES, HELD_OUT, [plan]))
+    assert record.kept != torch.equal(model.get_submodule(NAME).vertical, before)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from repair_works import done_by, work_of
 from spine_nets import images, net
 from timm.layers import BatchNormAct2d
 from torch import Tensor, fx, nn
@@ -16,9 +17,11 @@ import sharefold
 from sharefold.graph import analyze
 from sharefold.plans import GroupPlan, Plan
 from sharefold.repair import rectified as module
+from sharefold.repair import refit as refit_module
+from sharefold.repair.guard import Guard
 from sharefold.repair.lockstep import Place, walk
 from sharefold.repair.rectified import Rectified, rectified
-from sharefold.repair.refit import refit
+from sharefold.repair.refit import Refit
 
 FITTING, HELD_OUT = images(40, 3), images(20, 4)
 
@@ -141,18 +144,23 @@ def test_norms_that_are_not_affine_in_evaluation_are_left_alone() -> None:
     assert found(nn.BatchNorm2d(4, track_running_stats=False), lambda m, y, x: m.relu(y)) is None
 
 
+def refitted(original: nn.Module, model: nn.Module, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refits ``model`` on FITTING with hardly a pull and keeps it, whatever held-out images say."""
+    monkeypatch.setattr(module, "ROUNDS", rounds)
+    monkeypatch.setattr(refit_module, "RIDGE", 1e-9)
+    falling = iter([1.0, 0.0])
+    monkeypatch.setattr(Guard, "divergence", lambda *_: next(falling))
+    assert done_by(Refit(), work_of(original, model, FITTING, HELD_OUT)).kept
+
+
 def errors_behind(rounds: int, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
     """Of the first shared layer on the images that it was fitted to: squared error of what should pass the ReLU and of what
     passes it and should not, in front of it; and squared error behind it."""
     model = net(blocks=2)
     names = ("stage1.0.conv1", "stage1.1.conv1")
-    graph = analyze(model, FITTING[:1])
     plan = Plan([GroupPlan("g", "basis", names, {"rank": 4})], 0, 0)
     done = sharefold.convert_(model, plan, calibration=FITTING, repair=False)
-    monkeypatch.setattr(module, "ROUNDS", rounds)
-    falling = iter([1.0, 0.0])  # kept whatever held-out images say
-    monkeypatch.setattr("sharefold.repair.refit.agreement", lambda *_: type("A", (), {"kl": next(falling)})())
-    refit(done.original, model, graph, FITTING, HELD_OUT, ridge=1e-9)
+    refitted(done.original, model, rounds, monkeypatch)
     outputs: list[Tensor] = []
     for network in (done.original, model):
         network.get_submodule("stage1.0.bn1").register_forward_hook(lambda m, args, out: outputs.append(out))
@@ -179,11 +187,8 @@ def test_the_last_layer_of_a_block_makes_up_for_errors_of_its_shortcut(monkeypat
     errors = []
     for rounds, addend in ((0, Place.teacher), (4, Place.student), (4, Place.teacher)):
         trial = copy.deepcopy(model)
-        monkeypatch.setattr(module, "ROUNDS", rounds)
         monkeypatch.setattr(Place, "teacher", addend)
-        falling = iter([1.0, 0.0])  # kept whatever held-out images say
-        monkeypatch.setattr("sharefold.repair.refit.agreement", lambda *_, told=falling: type("A", (), {"kl": next(told)})())
-        refit(done.original, trial, graph, FITTING, HELD_OUT, ridge=1e-9)
+        refitted(done.original, trial, rounds, monkeypatch)
         block, outputs = names[2].rpartition(".")[0], []
         for network in (done.original, trial):
             network.get_submodule(block).register_forward_hook(lambda m, args, out, seen=outputs: seen.append(out))
@@ -196,12 +201,11 @@ def test_the_last_layer_of_a_block_makes_up_for_errors_of_its_shortcut(monkeypat
 
 def test_layers_without_a_relu_behind_them_keep_their_linear_solution(monkeypatch: pytest.MonkeyPatch) -> None:
     model = net("convnext", blocks=3)
-    graph = analyze(model, FITTING[:1])
     plan = sharefold.plan(model, budget="60%", calibration=FITTING, objective="fisher", exclude="stem|down")
     done = sharefold.convert_(model, plan, calibration=FITTING, repair=False)
     networks = [copy.deepcopy(model) for _ in range(2)]
     for rounds, network in zip((0, 4), networks, strict=True):
         monkeypatch.setattr(module, "ROUNDS", rounds)
-        refit(done.original, network, graph, FITTING, HELD_OUT)
+        done_by(Refit(), work_of(done.original, network, FITTING, HELD_OUT))
     for name, value in networks[0].state_dict().items():
         assert torch.equal(value, networks[1].state_dict()[name]), name

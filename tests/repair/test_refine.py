@@ -1,18 +1,24 @@
+"""Refinement: it learns from the images that fit, is judged by others, and leaves everything else as it was."""
+
 from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
+from repair_works import calibration_on
 from torch import Tensor, nn
 
+from sharefold.calibration.calibrate import calibrate
+from sharefold.data.views import random_views
 from sharefold.errors import SharefoldError
 from sharefold.layers import Bank, BasisConv, add_bank, form_of
-from sharefold.measure import Agreement, agreement
+from sharefold.measure import agreement
 from sharefold.repair import refine as module
+from sharefold.repair.guard import Guard, StepRecord
 from sharefold.repair.refine import centred, refine, relative_error
-from sharefold.repair.views import random_views
 
 
 class Block(nn.Module):
@@ -67,6 +73,14 @@ def pair() -> tuple[Net, Net, Tensor, Tensor]:
     return teacher, converted(teacher), images[:64], images[64:]
 
 
+def refined(
+    teacher: nn.Module, model: nn.Module, images: Tensor, held_out: Tensor, now: float | None = None, **options: Any
+) -> StepRecord:
+    """Refines ``model`` on ``images``; all of ``held_out`` decide."""
+    cal = calibration_on(teacher, images, held_out)
+    return refine(model, cal, guard=Guard(cal.original, held_out, now), **options)
+
+
 def state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -77,24 +91,25 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def test_lowers_held_out_kl_much(pair) -> None:
     teacher, model, images, held_out = pair
+    cal = calibration_on(teacher, images, held_out)
     frozen = state(teacher)
     statistics = [block.norm.running_var.clone() for block in model.blocks]
-    result = refine(teacher, model, images, held_out, epochs=12, batch_size=16)
+    result = refine(model, cal, guard=Guard(cal.original, held_out), epochs=12, batch_size=16)
     assert result["kept"] and result["epochs"] == 12
     assert result["kl_before"] > 0.01
     assert result["kl_after"] < 0.6 * result["kl_before"]
     assert agreement(teacher, model, held_out).kl == pytest.approx(result["kl_after"], rel=1e-5)
     assert result["kl_after"] == result["history"][-1]
-    assert same(state(teacher), frozen)
+    assert same(state(cal.original), frozen)
     assert all(torch.equal(a, block.norm.running_var) for a, block in zip(statistics, model.blocks, strict=True))
 
 
-def guard_of(monkeypatch, divergences: list[float], before: float) -> tuple[module._Guard, nn.Linear]:
-    """A guard that is told these divergences in turn, and the model it watches."""
+def checks_of(monkeypatch, divergences: list[float], before: float) -> tuple[module._Checks, nn.Linear]:
+    """Checks by a guard that is told these divergences in turn, and the model that they watch."""
     told = iter(divergences)
-    monkeypatch.setattr(module, "agreement", lambda *_: Agreement(1.0, next(told)))
+    monkeypatch.setattr(Guard, "divergence", lambda *_: next(told))
     model = nn.Linear(1, 1, bias=False)
-    return module._Guard(model, model, torch.zeros(1, 1), before), model
+    return module._Checks(Guard(model, torch.zeros(1, 1), before), model), model
 
 
 @pytest.mark.parametrize(
@@ -103,22 +118,31 @@ def guard_of(monkeypatch, divergences: list[float], before: float) -> tuple[modu
     ids=["end", "end, by little", "no better than the start", "never better", "no longer finite"],
 )
 def test_the_end_counts_and_not_the_states_on_the_way(monkeypatch, divergences, remains) -> None:
-    guard, model = guard_of(monkeypatch, divergences, before=1.0)
+    checks, model = checks_of(monkeypatch, divergences, before=1.0)
     for value, share in ((0.0, 0.05), (1.0, 0.5), (2.0, 1.0)):
         with torch.no_grad():
             model.weight.fill_(value)
             if value == 0.0:
-                guard.saved = guard.start = module._snapshot(model)
-        assert guard.passes(share) == (value < 2.0 or math.isfinite(divergences[1]))
-    assert float(guard.saved["weight"]) == remains
-    assert guard.best == {2.0: divergences[1], 1.0: divergences[0], 0.0: 1.0}[remains]
-    assert guard.history == pytest.approx(divergences, nan_ok=True)
+                checks.saved = checks.start = module._snapshot(model)
+        assert checks.passes(share) == (value < 2.0 or math.isfinite(divergences[1]))
+    assert float(checks.saved["weight"]) == remains
+    assert checks.best == {2.0: divergences[1], 1.0: divergences[0], 0.0: 1.0}[remains]
+    assert checks.history == pytest.approx(divergences, nan_ok=True)
+
+
+def test_without_a_guard_the_deciding_images_judge(pair) -> None:
+    teacher, model, images, _ = pair
+    cal = calibrate(teacher, images)
+    before = agreement(teacher, model, cal.deciding).kl
+    record = refine(model, cal, epochs=2, batch_size=16)
+    assert record.kept and record.name == "refine" and record.kl_before == pytest.approx(before, rel=1e-6)
+    assert record.kl_after == pytest.approx(agreement(teacher, model, cal.deciding).kl, rel=1e-5) and record.kl_after < before
 
 
 def test_returns_what_it_was_given_when_training_only_harms(pair) -> None:
     teacher, model, images, held_out = pair
     before = state(model)
-    result = refine(teacher, model, images, held_out, epochs=2, batch_size=16, step=30.0)
+    result = refined(teacher, model, images, held_out, epochs=2, batch_size=16, step=30.0)
     assert not result["kept"]
     assert result["kl_after"] == result["kl_before"]
     assert all(not kl < result["kl_before"] for kl in result["history"])
@@ -128,14 +152,14 @@ def test_returns_what_it_was_given_when_training_only_harms(pair) -> None:
 def test_a_known_divergence_is_taken_as_it_is(pair) -> None:
     teacher, model, images, held_out = pair
     before = state(model)
-    result = refine(teacher, model, images, held_out, epochs=2, batch_size=16, before=0.0)
+    result = refined(teacher, model, images, held_out, epochs=2, batch_size=16, now=0.0)
     assert not result["kept"] and result["kl_before"] == 0.0 and same(state(model), before)
 
 
 def test_a_perfect_model_stays_as_it_is(pair) -> None:
     teacher, _, images, held_out = pair
     model = copy.deepcopy(teacher)
-    result = refine(teacher, model, images, held_out, epochs=1)
+    result = refined(teacher, model, images, held_out, epochs=1)
     assert not result["kept"] and result["kl_after"] == result["kl_before"]
     assert same(state(model), state(teacher))
 
@@ -145,17 +169,19 @@ def test_same_seed_same_result_and_global_state_untouched(pair) -> None:
     first, second, third = (copy.deepcopy(model) for _ in range(3))
     torch.manual_seed(5)
     random_state = torch.get_rng_state()
-    refine(teacher, first, images, held_out, epochs=3, batch_size=16, seed=1)
+    refined(teacher, first, images, held_out, epochs=3, batch_size=16, seed=1)
     assert torch.equal(torch.get_rng_state(), random_state)
     torch.rand(7)
-    refine(teacher, second, images, held_out, epochs=3, batch_size=16, seed=1)
-    refine(teacher, third, images, held_out, epochs=3, batch_size=16, seed=2)
+    refined(teacher, second, images, held_out, epochs=3, batch_size=16, seed=1)
+    refined(teacher, third, images, held_out, epochs=3, batch_size=16, seed=2)
     assert same(state(first), state(second))
     assert not same(state(first), state(third))
 
 
 def test_modes_flags_gradients_runtimes_and_hooks_come_back(pair) -> None:
-    teacher, model, images, held_out = pair
+    dense, model, images, held_out = pair
+    cal = calibration_on(dense, images, held_out)
+    teacher = cal.original
     model.train()
     model.blocks[0].norm.eval()
     model.stem.weight.requires_grad_(False)
@@ -164,7 +190,7 @@ def test_modes_flags_gradients_runtimes_and_hooks_come_back(pair) -> None:
     model.blocks[0].conv.runtime = "factored"
     teacher.blocks[1].train()
     with torch.no_grad():
-        result = refine(teacher, model, images, held_out, epochs=3, batch_size=16)
+        result = refine(model, cal, guard=Guard(teacher, held_out), epochs=3, batch_size=16)
     assert result["kept"]
     assert model.training and not model.blocks[0].norm.training and model.blocks[1].norm.training
     assert teacher.blocks[1].training and not teacher.training
@@ -185,7 +211,7 @@ def test_an_interruption_leaves_the_best_state_so_far(pair) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        refine(teacher, model, images, held_out, epochs=12, batch_size=16, progress=stop)
+        refined(teacher, model, images, held_out, epochs=12, batch_size=16, progress=stop)
     assert agreement(teacher, model, held_out).kl < before
     assert not any(m._forward_hooks for net in (teacher, model) for m in net.modules())
 
@@ -198,7 +224,7 @@ def test_seconds_bound_the_time(pair, monkeypatch) -> None:
     def note(name: str, done: int, total: int) -> None:
         shares.append(done)
 
-    result = refine(teacher, model, images, held_out, seconds=1.0, progress=note)
+    result = refined(teacher, model, images, held_out, seconds=1.0, progress=note)
     assert 1.0 <= result["seconds"] < 6
     assert shares == sorted(shares) and shares[-1] == 100
     assert result["epochs"] > 0
@@ -207,12 +233,12 @@ def test_seconds_bound_the_time(pair, monkeypatch) -> None:
 def test_small_networks_stop_at_the_most_epochs(pair, monkeypatch) -> None:
     monkeypatch.setattr(module, "MOST_EPOCHS", 3)
     teacher, model, images, held_out = pair
-    assert refine(teacher, model, images, held_out, seconds=60.0)["epochs"] == 3
+    assert refined(teacher, model, images, held_out, seconds=60.0)["epochs"] == 3
 
 
 def test_network_without_blocks_learns_from_outputs(pair) -> None:
     teacher, model, images, held_out = pair
-    result = refine(teacher, model, images, held_out, epochs=6, batch_size=16, blocks=["none.such"])
+    result = refined(teacher, model, images, held_out, epochs=6, batch_size=16, blocks=["none.such"])
     assert result["kept"] and result["kl_after"] < result["kl_before"]
 
 
@@ -220,13 +246,13 @@ def test_network_without_blocks_learns_from_outputs(pair) -> None:
 def test_bad_budgets_are_refused(pair, options) -> None:
     teacher, model, images, held_out = pair
     with pytest.raises(SharefoldError, match=next(iter(options))):
-        refine(teacher, model, images, held_out, **options)
+        refined(teacher, model, images, held_out, **options)
 
 
 def test_no_images_are_refused(pair) -> None:
-    teacher, model, images, held_out = pair
+    teacher, model, images, _ = pair
     with pytest.raises(SharefoldError, match="no images"):
-        refine(teacher, model, images[:0], held_out, epochs=1)
+        refine(model, calibrate(teacher, images[:0]), epochs=1)
 
 
 def draw(images: Tensor, seed: int = 0, **options: float) -> Tensor:

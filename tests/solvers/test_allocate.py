@@ -8,21 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharefold.errors import SharefoldError
-from sharefold.solvers.allocate import Choice, allocate
+from sharefold.solvers.allocate import Option, allocate
 
 
-def brute_force(options: list[list[Choice]], budget: float) -> float:
+def brute_force(options: list[list[Option]], budget: float) -> float:
     return min(
         sum(c.value for c in picks) for picks in itertools.product(*options) if sum(c.cost for c in picks) <= budget
     )
 
 
-choices = st.builds(Choice, st.integers(0, 30), st.integers(0, 50))
+choices = st.builds(Option, st.integers(0, 30), st.integers(0, 50))
 
 
 @settings(max_examples=150, deadline=None)
 @given(options=st.lists(st.lists(choices, min_size=1, max_size=5), min_size=1, max_size=5), share=st.floats(0, 1))
-def test_exact_equals_brute_force(options: list[list[Choice]], share: float) -> None:
+def test_exact_equals_brute_force(options: list[list[Option]], share: float) -> None:
     low = sum(min(c.cost for c in group) for group in options)
     high = sum(max(c.cost for c in group) for group in options)
     budget = low + share * (high - low)
@@ -36,7 +36,7 @@ def test_heuristic_is_feasible_and_close() -> None:
     ratios = []
     for _ in range(30):
         options = [
-            [Choice(r * size, weight * 0.8**r) for r in range(1, 20)]
+            [Option(r * size, weight * 0.8**r) for r in range(1, 20)]
             for size, weight in ((rng.uniform(1, 50), rng.uniform(0.1, 2)) for _ in range(12))
         ]
         budget = 0.4 * sum(g[-1].cost for g in options)
@@ -52,21 +52,21 @@ def test_heuristic_is_feasible_and_close() -> None:
 
 def test_large_instances_finish() -> None:
     rng = random.Random(1)
-    options = [[Choice(rng.uniform(1, 1e6), rng.random()) for _ in range(40)] for _ in range(60)]
+    options = [[Option(rng.uniform(1, 1e6), rng.random()) for _ in range(40)] for _ in range(60)]
     picks = allocate(options, 60 * 2e5)
     assert sum(g[p].cost for g, p in zip(options, picks, strict=True)) <= 60 * 2e5
 
 
 def test_a_budget_for_everything_takes_the_best_of_each() -> None:
-    options = [[Choice(1, 3), Choice(5, 1)], [Choice(2, 2), Choice(9, 0)]]
+    options = [[Option(1, 3), Option(5, 1)], [Option(2, 2), Option(9, 0)]]
     assert allocate(options, 100) == [1, 1]
     assert allocate([], 0) == []
 
 
 def test_infeasible_budget_names_the_floor() -> None:
     with pytest.raises(SharefoldError, match="1,500"):
-        allocate([[Choice(1000, 0)], [Choice(500, 0), Choice(900, 0)]], 1499)
+        allocate([[Option(1000, 0)], [Option(500, 0), Option(900, 0)]], 1499)
     with pytest.raises(SharefoldError, match="no option"):
         allocate([[]], 10)
     with pytest.raises(SharefoldError, match="finite"):
-        allocate([[Choice(1, float("nan"))]], 10)
+        allocate([[Option(1, float("nan"))]], 10)

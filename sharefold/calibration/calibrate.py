@@ -1,0 +1,165 @@
+"""One calibration: a dense network, the images that it is measured on, and all that was measured, each thing once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Iterable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharefold.calibration.images import calibration_or_procedural
+from sharefold.calibration.parts import Parts, parts_of
+from sharefold.calibration.statistics import Statistics, statistics_of
+from sharefold.data.views import blended
+from sharefold.errors import SharefoldError
+from sharefold.graph import NetworkGraph, analyze
+from sharefold.measure import device_of, gives_logits
+from sharefold.options import CalibrationOptions, chosen
+from sharefold.settings import with_plain_settings
+
+
+class Calibration:
+    """What planning, converting, rounding and refining know of a network; made by :func:`calibrate`, read by all of them.
+
+    Everything is measured on first use and kept. Nobody outside writes into it: the network is a copy, which stays dense.
+
+    Attributes:
+        original: the dense network, a copy in eval mode.
+        images: (n, C, H, W) normalised, on the CPU.
+        parts: which of them are fitted to, and which decide.
+        graph: :func:`sharefold.analyze` of the network.
+        example: (B, C, H, W) for tracing and latency.
+        seed: of everything random.
+    """
+
+    def __init__(self, original: nn.Module, images: Tensor, graph: NetworkGraph, example: Tensor, seed: int) -> None:
+        self.original, self.images, self.graph, self.example, self.seed = original, images, graph, example, seed
+        self.parts: Parts = parts_of(len(images))
+        self._solutions: dict[Hashable, Any] = {}
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Moments of the layers' inputs and what their outputs matter, each collected when first asked for."""
+        return statistics_of(self.original, self.graph, self.images, self.seed)
+
+    @cached_property
+    def comparable(self) -> bool:
+        """Whether the network returns logits, by which a conversion can be compared with it."""
+        return gives_logits(self.original, self.images[:2])
+
+    @cached_property
+    def deciding(self) -> Tensor:
+        """Images (2m, C, H, W) that decide on repairs: the part ``decide``, and each of it with another one blended in.
+
+        A network knows its training images nearly by heart, so that on a few of them a divergence is a matter of chance. Of
+        blends it is not certain, and they tell its conversions apart as new images do.
+        """
+        held_out = self.images[self.parts.decide]
+        return torch.cat([held_out, blended(held_out, torch.Generator().manual_seed(self.seed))])
+
+    @property
+    def fitting(self) -> Tensor:
+        """Images (m, C, H, W) of the part ``fit``."""
+        return self.images[self.parts.fit]
+
+    @property
+    def telling(self) -> Tensor:
+        """Images (m, C, H, W) of the part ``fit`` that the network is least certain of: layers are fitted to those."""
+        fit = self.parts.fit
+        return self.images[fit[torch.isin(fit, self.statistics.chosen)]]
+
+    def solution(self, key: Hashable, solve: Callable[[], Any]) -> Any:
+        """What ``solve`` gives, kept under ``key``: the planner's trials and the conversion solve every group once."""
+        if key not in self._solutions:
+            self._solutions[key] = solve()
+        return self._solutions[key]
+
+    def is_solved(self, key: Hashable) -> bool:
+        """Whether :meth:`solution` knows ``key`` already."""
+        return key in self._solutions
+
+    def forget_solutions(self, but: Iterable[Hashable] = ()) -> None:
+        """Frees all solutions whose keys are not among ``but``."""
+        kept = set(but)
+        self._solutions = {key: value for key, value in self._solutions.items() if key in kept}
+
+    def of(self, network: nn.Module) -> Calibration:
+        """The same images for another network of the same graph; nothing measured carries over."""
+        return Calibration(network, self.images, self.graph, self.example, self.seed)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Checks that ``model`` is the network that was calibrated, on the same device.
+
+        Raises:
+            SharefoldError: it is not; names the first tensor that differs.
+        """
+        # Parameters alone: some networks write into their buffers whenever they run.
+        ours, theirs = dict(self.original.named_parameters()), dict(model.named_parameters())
+        if device_of(model) != device_of(self.original):
+            raise SharefoldError(
+                f"calibration: it is on {device_of(self.original)}, the network on {device_of(model)}: calibrate it there"
+            )
+        for name in {**ours, **theirs}:
+            if name not in ours or name not in theirs or not _same(ours[name], theirs[name]):
+                raise SharefoldError(f"calibration: it is of another network ({name} differs): calibrate this one")
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    return torch.equal(first, second) or torch.equal(first.nan_to_num(), second.nan_to_num())
+
+
+@with_plain_settings
+def calibrate(
+    model: nn.Module, images: Tensor | None = None, options: CalibrationOptions | None = None,
+    graph: NetworkGraph | None = None, **overrides: Any,
+) -> Calibration:  # fmt: skip
+    """Prepares ``model`` for :func:`sharefold.plan`, :func:`sharefold.convert_` and the others, which share what is measured.
+
+    Args:
+        model: a dense network; not changed.
+        images: (n, C, H, W) normalised images, no labels; by default procedural ones.
+        options: see :class:`sharefold.options.CalibrationOptions`; its fields may be given by keyword.
+        graph: of ``model``, where it is at hand.
+
+    Raises:
+        SharefoldError: images that the network cannot take, a network that cannot be copied or run.
+    """
+    wanted = chosen(options, overrides, CalibrationOptions)
+    found = calibration_or_procedural(model, images, wanted.seed)
+    example = found[:1] if wanted.example_input is None else wanted.example_input
+    if graph is None:
+        graph = analyze(model, example)
+    return Calibration(copied(model).eval(), found, graph, example, wanted.seed)
+
+
+def calibration_of(model: nn.Module, given: Calibration | Tensor | None, options: CalibrationOptions) -> Calibration:
+    """``given`` after a check that it is of ``model``, or a calibration on the images ``given``, or on procedural ones.
+
+    Raises:
+        SharefoldError: as :func:`calibrate` and :meth:`Calibration.check_model`.
+    """
+    if isinstance(given, Calibration):
+        given.check_model(model)
+        return given
+    return calibrate(model, given, options)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy.
+
+    Raises:
+        SharefoldError: torch cannot make one.
+    """
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0].split(". ")[0]
+        raise SharefoldError(
+            f"the network cannot be copied ({reason}): remove old-style weight norm, spectral norm and pruning, and tensors that "
+            "its modules hold from a run with gradients"
+        ) from None

@@ -1,0 +1,46 @@
+"""Whether a plan fits a network, asked before anything of it is touched."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from sharefold.errors import SharefoldError
+from sharefold.graph import NetworkGraph
+from sharefold.layers import bank_key
+from sharefold.methods.registry import step_named
+from sharefold.plans import Plan
+
+
+def check_plan(model: nn.Module, plan: Plan) -> None:
+    """Checks that every member exists, is dense, and that the members of a group are isomorphic.
+
+    Raises:
+        SharefoldError: names the group and the layer.
+    """
+    keys: dict[str, str] = {}
+    for group in plan.groups:
+        step = step_named(group.method)
+        if (other := keys.setdefault(bank_key(group.name), group.name)) != group.name:
+            raise SharefoldError(f"plan: groups {other!r} and {group.name!r} differ in dots alone: rename one")
+        for name in group.members:
+            try:
+                model.get_submodule(name)
+            except AttributeError:
+                raise SharefoldError(
+                    f"plan: group {group.name!r} names layer {name!r}, which this model does not have: "
+                    "was the plan made for another model?"
+                ) from None
+        step.check(model, group)
+
+
+def check_layers(graph: NetworkGraph, plan: Plan) -> None:
+    """Checks that the graph pass found every layer that the plan changes.
+
+    Raises:
+        SharefoldError: names the layer and the reason why it cannot be converted.
+    """
+    for group in plan.groups:
+        for name in step_named(group.method).layers(graph, group):
+            if name not in graph.layers:
+                reason = graph.skipped.get(name, "it is not a convertible layer")
+                raise SharefoldError(f"plan: layer {name!r} of group {group.name!r} cannot be converted: {reason}")

@@ -1,0 +1,95 @@
+"""One guard for all repairs: each is kept only where the converted network comes nearer to the original, else it is undone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from sharefold.measure import agreement
+from sharefold.state_dicts import load_tensors
+
+
+@dataclass(frozen=True)
+class StepRecord(Mapping[str, Any]):
+    """What one step did; as a mapping, what the JSON of ``convert`` holds of it.
+
+    Attributes:
+        name: of the step.
+        kept: whether the network holds its result.
+        reason: why it did not run; "" where it did.
+        kl_before, kl_after: mean KL(original || converted) on the images that decide, nats; None where it was not measured.
+        seconds: wall-clock.
+        details: what else the step has to say, JSON values.
+    """
+
+    name: str
+    kept: bool
+    reason: str = ""
+    kl_before: float | None = None
+    kl_after: float | None = None
+    seconds: float = 0.0
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; what was not measured is left out."""
+        measured = {"reason": self.reason or None, "kl_before": self.kl_before, "kl_after": self.kl_after}
+        return {"kept": self.kept, **{key: value for key, value in measured.items() if value is not None}, **self.details}
+
+    def __getitem__(self, key: str) -> Any:
+        return self.to_dict()[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.to_dict())
+
+    def __len__(self) -> int:
+        return len(self.to_dict())
+
+
+class Guard:
+    """Compares conversions of ``original`` by their divergence on ``images``, which no fit may have seen.
+
+    Args:
+        original: the dense network.
+        images: (n, C, H, W), normalised.
+        now: divergence of the network as it is, nats, where that is known already.
+    """
+
+    def __init__(self, original: nn.Module, images: Tensor, now: float | None = None) -> None:
+        self.original, self.images = original, images
+        self._now = now
+
+    def divergence(self, model: nn.Module) -> float:
+        """Mean KL(original || model), nats."""
+        return agreement(self.original, model, self.images).kl
+
+    def current(self, model: nn.Module) -> float:
+        """Of the network that the steps so far have left; measured once."""
+        if self._now is None:
+            self._now = self.divergence(model)
+        return self._now
+
+    def settle(self, divergence: float) -> None:
+        """Takes note of the divergence that a step which guards itself has left."""
+        self._now = divergence
+
+    def attempt(self, model: nn.Module, name: str, change: Callable[[], Mapping[str, Any] | None]) -> StepRecord:
+        """Runs ``change``, which writes into ``model`` and returns details (None: it could not), and keeps or undoes it."""
+        start = time.perf_counter()
+        before = self.current(model)
+        saved = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+        kept = False
+        try:
+            details = change()
+            if details is None:
+                return StepRecord(name, False, "it has no finite solution", before, None, time.perf_counter() - start)
+            after = self.divergence(model)
+            kept = after < before
+        finally:
+            if not kept:
+                load_tensors(model, saved)
+        self._now = after if kept else before
+        return StepRecord(name, kept, "", before, after, time.perf_counter() - start, details)

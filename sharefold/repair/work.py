@@ -1,0 +1,49 @@
+"""What the repairs of one conversion have in common: the calibration, the converted network, its plan, and the guard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+from torch import nn
+
+from sharefold.calibration.calibrate import Calibration
+from sharefold.plans import Plan, Progress
+from sharefold.repair.guard import Guard, StepRecord
+
+
+@dataclass(frozen=True)
+class Work:
+    """One converted network, to be repaired in place."""
+
+    cal: Calibration
+    model: nn.Module
+    plan: Plan
+    guard: Guard
+    progress: Progress | None = None
+
+
+class Repair(Protocol):
+    """One repair: it says whether it applies, and writes into the network; the guard keeps what helps."""
+
+    name: str
+
+    def refusal(self, work: Work) -> str:
+        """Why it does not apply to this network; "" where it does."""
+
+    def run(self, work: Work) -> Mapping[str, Any] | None:
+        """Changes ``work.model``; gives details for the record, or None where no finite solution was found."""
+
+
+def repaired(work: Work, repairs: Sequence[Repair]) -> list[StepRecord]:
+    """Runs ``repairs`` in order, each under the guard; one record each."""
+    records = []
+    for repair in repairs:
+        reason = repair.refusal(work)
+        if reason:
+            records.append(StepRecord(repair.name, False, reason))
+        else:
+            records.append(work.guard.attempt(work.model, repair.name, partial(repair.run, work)))
+    return records
