@@ -52,6 +52,8 @@ def check_shapes(template: Mapping[str, Tensor], state: Mapping[str, Tensor], al
     for alias, name in aliases.items():
         if name not in state:
             raise SharefoldError(f"{where} is damaged: tensor {name!r} is missing")
+        if alias in state:
+            raise SharefoldError(f"{where} is damaged: tensor {alias!r} is there and tied to {name!r}, too")
         if alias not in template:
             raise SharefoldError(f"{where} does not fit its own plan: it has no tensor {alias!r}")
     for name, like in template.items():

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from sharefold.errors import SharefoldError
-from sharefold.untrusted import is_int, parse_json
+from sharefold.untrusted import is_int, is_number, parse_json, shown
 
 PLAN_VERSION = 1
 # Methods that make layers narrower, before all others: a layer may be in one group of theirs and in one of another method.
@@ -110,8 +110,8 @@ class Plan:
                 f"{where} holds no list of groups: write one with `sharefold convert ... --dry-run --json`"
             )
         for key, default in (("plan_version", PLAN_VERSION), ("params_before", 0), ("params_after", 0)):
-            if not is_int(data.get(key, default)):
-                raise SharefoldError(f"{where}: {key} must be an integer, not {data[key]!r}")
+            if not is_int(data.get(key, default)) or not 0 <= data.get(key, default) < 1 << 62:
+                raise SharefoldError(f"{where}: {key} must be an integer from 0, not {shown(data[key])}")
         if data.get("plan_version", PLAN_VERSION) > PLAN_VERSION:
             raise SharefoldError(
                 f"{where} has plan_version {data['plan_version']}, this sharefold reads up to "
@@ -185,10 +185,10 @@ def _group(entry: Any, index: int, where: str) -> GroupPlan:
         if not isinstance(entry.get(key, ""), str):
             raise SharefoldError(f"{where}: {key} of group {entry['name']!r} must be a text, not {entry[key]!r}")
     for key in ("params_before", "params_after", "stage"):
-        if not is_int(entry.get(key, 0)):
-            raise SharefoldError(f"{where}: {key} of group {entry['name']!r} must be an integer, not {entry[key]!r}")
+        if not is_int(entry.get(key, 0)) or not 0 <= entry.get(key, 0) < 1 << 62:
+            raise SharefoldError(f"{where}: {key} of group {entry['name']!r} must be an integer from 0, not {shown(entry[key])}")
     error = entry.get("error")
-    if error is not None and (isinstance(error, bool) or not isinstance(error, (int, float))):
+    if error is not None and not is_number(error):
         raise SharefoldError(f"{where}: error of group {entry['name']!r} must be a number or null, not {error!r}")
     members = entry["members"]
     if not isinstance(members, (list, tuple)) or not all(isinstance(m, str) for m in members) or not members:

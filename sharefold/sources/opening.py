@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from dataclasses import dataclass, field, replace
@@ -18,13 +17,14 @@ from sharefold.architectures.build import build_base, build_on_meta, check_argum
 from sharefold.architectures.matching import Match, exact_match, match_architecture, named_architecture
 from sharefold.architectures.shapes import check_fit, load_weights, shapes_of
 from sharefold.errors import SharefoldError, SharefoldWarning
-from sharefold.format import config_of
+from sharefold.format import checked_pretrained_cfg, config_of
 from sharefold.hub import shared_folder
 from sharefold.sources.hub_models import open_hub, open_timm, open_torchvision
 from sharefold.sources.preprocessing import preprocessing
 from sharefold.sources.read import check_file, read_state_dict
 from sharefold.sources.twins import Look, settled
 from sharefold.sources.unwrap import PREFIXES
+from sharefold.untrusted import parse_json, read_text
 
 _KINDS = {"timm": "timm", "tv": "torchvision", "torchvision": "torchvision", "hf-hub": "hf-hub", "hf_hub": "hf-hub"}
 _PREFIXED = re.compile(r"([A-Za-z][\w-]+):(.*)", re.DOTALL)
@@ -268,10 +268,7 @@ def _hub_layout(folder: Path) -> tuple[Path, dict[str, Any]]:
             "with weights: name the checkpoint file inside it"
         )
     check_file(config_file)
-    try:
-        config = json.loads(config_file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SharefoldError(f"{config_file} is not JSON ({error}): download or save it again") from None
+    config = parse_json(read_text(config_file, str(config_file)), str(config_file))
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise SharefoldError(f"{config_file} names no timm 'architecture': name the file {file} and --arch instead")
     arguments = config.get("model_args") or {}
@@ -279,7 +276,7 @@ def _hub_layout(folder: Path) -> tuple[Path, dict[str, Any]]:
     given = config.get("pretrained_cfg")
     source = given if isinstance(given, dict) else config
     wanted = ("input_size", "mean", "std", "interpolation", "crop_pct")
-    cfg = {key: tuple(v) if isinstance(v := source[key], list) else v for key in wanted if source.get(key) is not None}
+    cfg = checked_pretrained_cfg({key: source[key] for key in wanted if source.get(key) is not None}, config_file)
     return file, {"architecture": config["architecture"], "model_args": arguments, "pretrained_cfg": cfg}
 
 
