@@ -15,13 +15,11 @@ from sharefold.planner.candidates import Candidates, find_candidates, method_tex
 from sharefold.planner.costs import cost_of
 from sharefold.planner.file_budget import plan_bytes
 from sharefold.planner.fold_levels import FoldLevels
+from sharefold.planner.fold_probe import FoldProbe
 from sharefold.planner.objectives import JOINT, objective_named
 from sharefold.planner.search import Trials, search
 from sharefold.plans import Plan, Progress
 from sharefold.settings import with_plain_settings
-
-# What spaces are compared by: see docs/methods/fold.md.
-FOLD_OBJECTIVE = "error"
 
 
 @with_plain_settings
@@ -89,8 +87,8 @@ class Planner:
             cal, options = self.cal, self.options
             cost = cost_of(unit, cal.original, cal.graph, cal.example)
             spaces, _ = hidden_spaces(cal.original, cal.graph, options.exclude)
-            objective = objective_named(FOLD_OBJECTIVE)(cal.statistics)
-            self._levels[unit] = FoldLevels(cal, spaces, cost, objective, options.round_channels, self.progress)
+            probe = FoldProbe(cal) if cal.comparable and options.objective != "error" else None
+            self._levels[unit] = FoldLevels(cal, spaces, cost, probe, options.round_channels, self.progress)
         return self._levels[unit]
 
     @property

@@ -15,15 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.calibration.calibrate import Calibration
-from sharefold.calibration.problem import problem_of
-from sharefold.calibration.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.graph.hidden_channels import HiddenSpace
 from sharefold.methods import FOLD
-from sharefold.methods.fold import FEWEST, elimination_of, options_for
+from sharefold.methods.fold import FEWEST, elimination_of, options_for, readers_of, shares_of
 from sharefold.planner.costs import Cost, Parameters
-from sharefold.planner.objectives import Objective
+from sharefold.planner.fold_probe import FoldProbe
 from sharefold.plans import GroupPlan, Progress
 from sharefold.solvers.channel_elimination import Elimination
 
@@ -46,12 +44,12 @@ class FoldLevels:
         cal: of the dense network.
         spaces: from :func:`sharefold.graph.hidden_channels.hidden_spaces`.
         cost: what budgets count.
-        objective: factors on the readers' relative errors.
+        probe: says what a space's error does to the output; without one the errors are added up as they are.
         round_to: kept numbers of channels are multiples of this, or all of them.
     """
 
     def __init__(
-        self, cal: Calibration, spaces: Sequence[HiddenSpace], cost: Cost, objective: Objective, round_to: int = 1,
+        self, cal: Calibration, spaces: Sequence[HiddenSpace], cost: Cost, probe: FoldProbe | None = None, round_to: int = 1,
         progress: Progress | None = None,
     ) -> None:  # fmt: skip
         model, graph, statistics = cal.original, cal.graph, cal.statistics
@@ -68,25 +66,22 @@ class FoldLevels:
         for batch in statistics.batches([space.readers for space in self.spaces]):
             statistics.moments([name for index in batch for name in self.spaces[index].readers])
             for index in batch:
-                self._measure(model, graph, statistics, self.spaces[index], objective, round_to)
+                self._measure(cal, self.spaces[index], probe, round_to)
                 if progress:
                     progress("folding", len(self.choices), len(self.spaces))
 
-    def _measure(
-        self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, space: HiddenSpace, objective: Objective,
-        round_to: int,
-    ) -> None:  # fmt: skip
-        found = elimination_of(model, graph, statistics, space)
+    def _measure(self, cal: Calibration, space: HiddenSpace, probe: FoldProbe | None, round_to: int) -> None:
+        found = elimination_of(cal.original, cal.graph, cal.statistics, space)
         self.eliminations.append(found)
-        factors = [
-            float(objective(problem_of(model, graph, [name], statistics), [name])[0]) for name in space.readers
-        ]
+        readers = readers_of(cal.original, cal.graph, cal.statistics, space)
+        shares = shares_of(cal.statistics, space, readers)
+        errors = torch.tensor(shares, dtype=torch.float64) @ found.errors
         gone = [0] + [
             n for n in range(1, found.errors.shape[1])
             if (space.channels - n) % round_to == 0 and space.channels - n >= FEWEST
         ]  # fmt: skip
         self.choices.append([space.channels - n for n in gone])
-        self.damages.append((torch.tensor(factors, dtype=torch.float64) @ found.errors)[gone])
+        self.damages.append(errors[gone] * (1.0 if probe is None else probe(space, found, shares)))
         self.errors.append(found.errors.mean(0)[gone])
 
     @property
@@ -124,7 +119,7 @@ class FoldLevels:
         return [slope / space.channels for slope, space in zip(found, self.spaces, strict=True)]
 
     def damage(self, widths: Sequence[int]) -> float:
-        """What the objective adds up to."""
+        """What is lost: nats, or relative errors without a probe."""
         return sum(
             float(values[row.index(width)]) for row, values, width in zip(self.choices, self.damages, widths, strict=True)
         )
