@@ -177,11 +177,18 @@ def elimination_of(model: nn.Module, graph: NetworkGraph, statistics: Statistics
 
     Of several readers each counts by what losing its output would cost, as :func:`sharefold.planner.objectives.fisher` has it.
     """
-    readers, shares = readers_of(model, graph, statistics, space), [1.0]
-    if len(readers) > 1:
-        sensitivity = statistics.sensitivity()
-        shares = [_share(r, sensitivity.get(name)) for r, name in zip(readers, space.readers, strict=True)]
+    readers = readers_of(model, graph, statistics, space)
+    shares = shares_of(statistics, space, readers)
     return eliminate(readers, space.channels, max(FEWEST, int(LEAST_SHARE * space.channels)), shares)
+
+
+def shares_of(statistics: Statistics, space: HiddenSpace, readers: list[Reader]) -> list[float]:
+    """How much each reader's relative error counts; they add up to one."""
+    if len(readers) == 1:
+        return [1.0]
+    sensitivity = statistics.sensitivity()
+    shares = [_share(r, sensitivity.get(name)) for r, name in zip(readers, space.readers, strict=True)]
+    return [share / sum(shares) for share in shares]
 
 
 def _share(reader: Reader, sensitivity: Tensor | None) -> float:

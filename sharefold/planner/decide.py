@@ -88,8 +88,7 @@ class Planner:
             cal, options = self.cal, self.options
             cost = cost_of(unit, cal.original, cal.graph, cal.example)
             spaces, _ = hidden_spaces(cal.original, cal.graph, options.exclude)
-            objective = objective_named(options.objective)(cal.statistics)
-            self._levels[unit] = FoldLevels(cal, spaces, cost, objective, options.round_channels, self.progress)
+            self._levels[unit] = FoldLevels(cal, spaces, cost, options, self.progress)
         return self._levels[unit]
 
     @property

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from sharefold.calibration.calibrate import Calibration
 from sharefold.calibration.problem import problem_of
-from sharefold.calibration.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.graph.hidden_channels import HiddenSpace
 from sharefold.methods import FOLD
-from sharefold.methods.fold import FEWEST, elimination_of, options_for
+from sharefold.methods.fold import FEWEST, elimination_of, options_for, readers_of, shares_of
+from sharefold.options import PlanOptions
 from sharefold.planner.costs import Cost, Parameters
-from sharefold.planner.objectives import Objective
+from sharefold.planner.fold_probe import FoldProbe
+from sharefold.planner.objectives import Objective, objective_named
 from sharefold.plans import GroupPlan, Progress
 from sharefold.solvers.channel_elimination import Elimination
 
@@ -46,14 +47,17 @@ class FoldLevels:
         cal: of the dense network.
         spaces: from :func:`sharefold.graph.hidden_channels.hidden_spaces`.
         cost: what budgets count.
-        objective: factors on the readers' relative errors.
-        round_to: kept numbers of channels are multiples of this, or all of them.
+        options: ``objective`` says what damage is; unless it is "error", widths are chosen by what folding each space alone does
+            to the network's output (:class:`FoldProbe`). Kept numbers of channels are multiples of ``round_channels``, or all.
     """
 
     def __init__(
-        self, cal: Calibration, spaces: Sequence[HiddenSpace], cost: Cost, objective: Objective, round_to: int = 1,
+        self, cal: Calibration, spaces: Sequence[HiddenSpace], cost: Cost, options: PlanOptions | None = None,
         progress: Progress | None = None,
     ) -> None:  # fmt: skip
+        options = PlanOptions() if options is None else options
+        objective = objective_named(options.objective)(cal.statistics)
+        probe = FoldProbe(cal) if cal.comparable and options.objective != "error" else None
         model, graph, statistics = cal.original, cal.graph, cal.statistics
         self.spaces, self.cost = list(spaces), cost
         self.items = _items(model, graph, self.spaces, cost)
@@ -63,32 +67,33 @@ class FoldLevels:
         self.fixed = cost.total - sum(item.amount for item in self.items)
         self.choices: list[list[int]] = []  # widths, from the dense one down
         self.damages: list[Tensor] = []  # of these, by the objective
-        self.losses: list[Tensor] = []  # of these, all readers alike: what widths are chosen by
+        self.losses: list[Tensor] = []  # of these, nats by the probe: what widths are chosen by
         self.errors: list[Tensor] = []
         self.eliminations: list[Elimination] = []
         for batch in statistics.batches([space.readers for space in self.spaces]):
             statistics.moments([name for index in batch for name in self.spaces[index].readers])
             for index in batch:
-                self._measure(model, graph, statistics, self.spaces[index], objective, round_to)
+                self._measure(cal, self.spaces[index], objective, probe, options.round_channels)
                 if progress:
                     progress("folding", len(self.choices), len(self.spaces))
 
     def _measure(
-        self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, space: HiddenSpace, objective: Objective,
-        round_to: int,
-    ) -> None:  # fmt: skip
-        found = elimination_of(model, graph, statistics, space)
+        self, cal: Calibration, space: HiddenSpace, objective: Objective, probe: FoldProbe | None, round_to: int
+    ) -> None:
+        found = elimination_of(cal.original, cal.graph, cal.statistics, space)
         self.eliminations.append(found)
-        factors = [
-            float(objective(problem_of(model, graph, [name], statistics), [name])[0]) for name in space.readers
-        ]
+        readers = readers_of(cal.original, cal.graph, cal.statistics, space)
+        shares = shares_of(cal.statistics, space, readers)
+        errors = torch.tensor(shares, dtype=torch.float64) @ found.errors
         gone = [0] + [
             n for n in range(1, found.errors.shape[1])
             if (space.channels - n) % round_to == 0 and space.channels - n >= FEWEST
         ]  # fmt: skip
         self.choices.append([space.channels - n for n in gone])
+        problems = [problem_of(cal.original, cal.graph, [name], cal.statistics) for name in space.readers]
+        factors = [float(objective(problem, [name])[0]) for problem, name in zip(problems, space.readers, strict=True)]
         self.damages.append((torch.tensor(factors, dtype=torch.float64) @ found.errors)[gone])
-        self.losses.append(found.errors.sum(0)[gone])
+        self.losses.append(errors[gone] * (1.0 if probe is None else probe(space, found, shares)))
         self.errors.append(found.errors.mean(0)[gone])
 
     @property
@@ -135,7 +140,7 @@ class FoldLevels:
         return found
 
     def damage(self, widths: Sequence[int]) -> float:
-        """What the objective adds up to."""
+        """What is lost, as the objective counts it."""
         return sum(
             float(values[row.index(width)]) for row, values, width in zip(self.choices, self.damages, widths, strict=True)
         )

@@ -204,10 +204,9 @@ def test_plans_that_do_not_fit_say_so(change: dict[str, object], message: str) -
         FOLD.check(model, replace(plan.groups[0], members=("layer3.0.conv1", "conv1")))
 
 
-ROWS = [nn.Conv2d(6, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Linear(5, 8), nn.BatchNorm2d(8), nn.PReLU(8)]
-
-
-@pytest.mark.parametrize("module", ROWS)
+@pytest.mark.parametrize(
+    "module", [nn.Conv2d(6, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Linear(5, 8), nn.BatchNorm2d(8), nn.PReLU(8)]
+)
 def test_rows_come_back_where_they_were(module: nn.Module) -> None:
     before, kept = copy.deepcopy(module), torch.tensor([0, 3, 4])
     take_rows(module, kept, 8)
@@ -227,4 +226,4 @@ def test_columns_come_back_where_they_were() -> None:
     take_columns(layer, torch.tensor([1, 6]))
     assert layer.in_channels == 2 and layer(torch.randn(1, 2, 5, 5)).shape == (1, 4, 3, 3)
     give_columns(layer, torch.tensor([1, 6]), 8)
-    assert torch.equal(layer.weight[:, [1, 6]], old[:, [1, 6]]) and float(layer.weight[:, [0, 2, 3, 4, 5, 7]].abs().sum()) == 0
+    assert torch.equal(layer.weight[:, [1, 6]], old[:, [1, 6]]) and not layer.weight[:, [0, 2, 3, 4, 5, 7]].any()
