@@ -163,9 +163,12 @@ def test_planning_leaves_the_network_and_every_generator_as_they_were() -> None:
 
     drawn = states()
     analyze(model, IMAGES[:2])
-    sharefold.plan(model, budget="70%", calibration=IMAGES)
+    cal = sharefold.calibrate(model, IMAGES)
+    for given in (cal, IMAGES):
+        sharefold.plan(model, "70%", given)
     assert states() == drawn
-    assert set(vars(model)) == keys and all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    for network in (model, cal.original):
+        assert set(vars(network)) == keys and all(torch.equal(before[name], t) for name, t in network.state_dict().items())
 
 
 class NormTwice(nn.Module):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from sharefold.budget import Budget, parse_budget
 from sharefold.calibration.calibrate import Calibration, calibration_of
+from sharefold.graph.preserved import preserved
 from sharefold.options import CalibrationOptions, PlanOptions, chosen
 from sharefold.planner.candidates import Candidates, find_candidates, method_text
 from sharefold.planner.costs import cost_of
@@ -44,7 +45,8 @@ def plan(
     wanted = chosen(options, overrides, PlanOptions)
     bound = parse_budget(budget)
     cal = calibration_of(model, calibration, CalibrationOptions(wanted.seed))
-    return Planner(cal, wanted, progress).plan(bound)
+    with preserved(cal.original):  # some networks draw random numbers or write on themselves whenever they run
+        return Planner(cal, wanted, progress).plan(bound)
 
 
 class Planner:
