@@ -110,7 +110,9 @@ def test_networks_that_cannot_be_converted_say_so_and_stay() -> None:
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
 def test_procedural_images_have_the_networks_type(kind: torch.dtype) -> None:
     model = net().to(kind)
-    sharefold.convert_(model, sharefold.plan(model, budget="70%"), config=CONFIG)
+    cal = sharefold.calibrate(model)
+    assert cal.images.dtype == kind
+    sharefold.convert_(model, sharefold.plan(model, "70%", cal), cal, config=CONFIG)
     assert shared_layers(model) and all(p.dtype == kind for p in model.parameters())
 
 
