@@ -22,7 +22,7 @@ from sharefold.repair.guard import Guard, StepRecord
 from sharefold.repair.refine import centred, refine, relative_error
 
 
-def converted(teacher: Small, rank: int = 10) -> Small:
+def converted(teacher: Small, rank: int = 7) -> Small:
     """A network whose four block convolutions share one random-subspace basis: a damaged conversion."""
     model = copy.deepcopy(teacher)
     layers = [conv for block in model.layer1 for conv in (block.conv1, block.conv2)]
