@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sharefold.budget import Budget, parse_budget
 from sharefold.calibration.calibrate import Calibration, calibration_of
 from sharefold.graph.hidden_channels import hidden_spaces
+from sharefold.graph.preserved import preserved
 from sharefold.methods import AUTO, FOLD
 from sharefold.options import CalibrationOptions, PlanOptions, chosen
 from sharefold.planner.candidates import Candidates, find_candidates, method_text
@@ -48,8 +49,10 @@ def plan(
     """
     wanted = chosen(options, overrides, PlanOptions)
     bound = parse_budget(budget)
-    cal = calibration_of(model, calibration, CalibrationOptions(wanted.seed, None, wanted.outputs, wanted.criterion))
-    return Planner(cal, wanted, progress).plan(bound)
+    known = CalibrationOptions(wanted.seed, outputs=wanted.outputs, criterion=wanted.criterion)
+    cal = calibration_of(model, calibration, known)
+    with preserved(cal.original):  # some networks draw random numbers or write on themselves whenever they run
+        return Planner(cal, wanted, progress).plan(bound)
 
 
 class Planner:
