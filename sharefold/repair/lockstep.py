@@ -113,7 +113,7 @@ class _Walk:
         previous = 0
         for stop in stops:
             node = self.nodes[stop]
-            cut = min(range(max(previous, 1), stop + 1), key=lambda index: (self.live[index], -index))
+            cut = min(range(previous, stop + 1), key=lambda index: (self.live[index], -index))
             made, _ = shelf_for(self.live[cut], self.count, self.memory)
             target = made() if made is not None and cut > 0 and cut > start else None
             name = str(node.target)
