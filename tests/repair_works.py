@@ -34,7 +34,7 @@ def work_of(
 ) -> Work:  # fmt: skip
     """``model``, a conversion of ``original``; all of ``held_out`` decide, without blends."""
     cal = calibration_on(original, fitting, held_out, graph)
-    return Work(cal, model, Plan(list(groups), 0, 0), Guard(cal.comparison(held_out), now))
+    return Work(cal, model, Plan(list(groups), 0, 0), Guard(cal.comparison(held_out), now), cal)
 
 
 def done_by(repair: Repair, work: Work) -> StepRecord:

@@ -250,7 +250,9 @@ def test_bad_calibration_images(calibration: object, words: str) -> None:
 
 def test_procedural_images_stand_in() -> None:
     model = net()
-    done = sharefold.convert_(model, sharefold.plan(model, budget="60%"))
+    cal = calibrate(model)
+    assert cal.images.shape[1:] == (3, 12, 12) and len(cal.images) >= 500
+    done = sharefold.convert_(model, sharefold.plan(model, "60%", cal), cal)
     assert done.plan.size <= 0.6 and any(isinstance(m, SharedConv) for m in model.modules())
     assert torch.isfinite(logits(model)).all()
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from networks import images, net
-from torch import Tensor, nn
+from networks import images, net, same, state
+from torch import nn
 
 import sharefold
 from sharefold.calibration.calibrate import Calibration, calibrate
@@ -22,14 +22,6 @@ from sharefold.store import quantize_
 IMAGES = images(40, 3)
 CONFIG = {"base": None}
 PLAN = Plan([GroupPlan("g", "basis", ("stage1.0.conv1", "stage1.1.conv1"), {"rank": 6})], 0, 0)
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture

@@ -56,8 +56,12 @@ def by_hooks(teacher: nn.Module, student: nn.Module, name: str, given: Tensor = 
     """The samples of a layer from whole runs of both networks."""
     collector = Collector(form(teacher, name), len(given))
     seen: list[Tensor] = []
-    handles = [student.get_submodule(name).register_forward_hook(lambda m, args, kwargs, out: seen.append([*args, *kwargs.values()][0].clone()), with_kwargs=True),
-               teacher.get_submodule(name).register_forward_hook(lambda m, args, out: seen.append(out.clone()))]  # fmt: skip
+
+    def note_input(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], out: Tensor) -> None:
+        seen.append(next(iter([*args, *kwargs.values()])).clone())
+
+    handles = [student.get_submodule(name).register_forward_hook(note_input, with_kwargs=True)]
+    handles.append(teacher.get_submodule(name).register_forward_hook(lambda m, args, out: seen.append(out.clone())))
     for batch in given.split(BATCH):
         student(batch.clone()), teacher(batch.clone())
         collector.add(*seen)

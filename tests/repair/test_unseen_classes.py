@@ -71,7 +71,7 @@ def test_other_classes_keep_their_outputs(rank: int, monkeypatch: pytest.MonkeyP
 
     def refitted() -> list[float]:
         trial = copy.deepcopy(model)
-        refit._visit(Visited(original, trial, "fc", None, fit), fit, decide, plan.groups[0])
+        refit._visit(Visited(original, trial, "fc", None, fit), fit, decide, plan.groups[0], False)
         return [error(original, trial, x) for x in (known, other)]
 
     after = refitted()
