@@ -115,6 +115,8 @@ class _Walk:
 
     def run(self, wanted: dict[str, Wanted], visit: Visit) -> None:
         stops = [index for index, node in enumerate(self.nodes) if node.op == "call_module" and node.target in wanted]
+        if stops:  # a visit may change the norm of a layer that is the original's still
+            self.first_different = min(self.first_different, stops[0])
         shelf, start = None, 0
         previous = 0
         for stop in stops:
@@ -160,7 +162,7 @@ class _Walk:
                 else:
                     addends = given, wanted
             if isinstance(inputs, Tensor) and isinstance(outputs, Tensor):
-                collector.add(inputs, outputs, addends)
+                collector.add(inputs, outputs, addends, len(self.batches[index]))
         return collector.samples(), rectifier
 
     def _starts(self, shelf: Shelf | None, start: int) -> Iterator[tuple[Values, Values | None]]:

@@ -27,6 +27,7 @@ from sharefold.repair.coefficients import RIDGES, Linear, best_ridge, best_step,
 from sharefold.repair.lockstep import Visited, Wanted, walk
 from sharefold.repair.means import give_mean
 from sharefold.repair.own_factors import has_own_factors, own_factors
+from sharefold.repair.partial import Journal, Partial
 from sharefold.repair.rectified import Front, best_step_behind, rectified
 from sharefold.repair.samples import Samples
 from sharefold.repair.work import Work
@@ -39,6 +40,7 @@ class Refit:
     the layer's filters on the converted prefix and y the original output, both centred: C = (Y A^T + rho C0)(A A^T + rho I)^-1;
     the difference of the means goes into the bias or the BatchNorm's mean; behind a ReLU coefficients are solved once more for
     what it lets through. The pull rho is chosen by cross-validation, and how far each layer goes on images that decide.
+    Where all of it does harm, the first layers alone may keep what they got; the record's ``steps`` are theirs.
     """
 
     name = "refit"
@@ -50,24 +52,37 @@ class Refit:
             return "no layer has a linear part or a norm of its own"
         return ""
 
-    def run(self, work: Work) -> Mapping[str, Any]:
+    def run(self, work: Work) -> Partial:
         graph, parts = work.cal.graph, work.cal.refit_parts
         assert graph.fx_graph is not None
         layers = _refittable(work)
         plans = {name: group for group in work.plan.sharing for name in group.members}
         rows, readers = kept_rows(work.plan.narrowing), _readers(work)
         steps: dict[str, float] = {}
+        journal = Journal()
 
         def visit(at: Visited) -> None:
             at = replace(at, original=work.base.original)  # whose norms have the widths of the converted network's
             fit, decide = at.samples.of(parts.fit), at.samples.of(parts.decide)
-            steps[at.name] = round(_visit(at, fit, decide if len(decide) else fit, plans.get(at.name), at.name in readers), 3)
+            with journal.entry(_tensors(at)):
+                step = _visit(at, fit, decide if len(decide) else fit, plans.get(at.name), at.name in readers)
+            steps[at.name] = round(step, 3)
             if work.progress:
                 work.progress("refitting", len(steps), len(layers))
 
         wanted = {name: Wanted(form, graph.layers[name].norm, True, rows.get(name)) for name, form in layers.items()}
         walk(graph.fx_graph, work.cal.original, work.model, work.cal.refit_images, wanted, visit)
-        return {"layers": len(steps), "steps": steps}
+
+        def details(kept: int) -> Mapping[str, Any]:
+            return {"layers": len(steps), "kept_layers": kept, "steps": dict(list(steps.items())[: kept or None])}
+
+        return Partial(len(journal), journal.keep, details)
+
+
+def _tensors(at: Visited) -> list[Tensor]:
+    """All that a visit may write into."""
+    modules = [at.layer, *([] if at.norm is None else [resolve(at.model, at.norm)])]
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
 def _visit(at: Visited, fit: Samples, decide: Samples, plan: GroupPlan | None, reader: bool) -> float:

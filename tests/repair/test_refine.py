@@ -49,7 +49,7 @@ def pair() -> tuple[Small, Small, Tensor, Tensor]:
             block.bn2.running_var.uniform_(0.05, 0.2)
     teacher.eval()
     images = torch.randn(96, 3, 12, 12)
-    return teacher, converted(teacher), images[:64], images[64:]
+    return teacher, converted(teacher, 8), images[:64], images[64:]
 
 
 def refined(
