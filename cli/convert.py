@@ -72,6 +72,7 @@ def command(
     from sharefold.calibration.images import default_count, matched
     from sharefold.data import Preprocess, calibration_images
     from sharefold.measure import count_macs, count_parameters, model_bytes, peak_memory
+    from sharefold.outputs.figures import metrics_of
     from sharefold.planner import Planner
 
     timer = Timer()
@@ -99,6 +100,8 @@ def command(
     config = {"base": opened.base, "pretrained_cfg": jsonable({**opened.pretrained_cfg, **preprocess.cfg})}
     how = replace(request.how, config=config)
     with run.progress() as progress:
+        if request.keep is not None:
+            request.keep.check(metrics_of(cal.reading))
         planner = Planner(cal, request.what, progress)
 
         def decide(dense: nn.Module, budget: Budget | float | None) -> Plan:

@@ -96,8 +96,8 @@ def refit_rectified(at: Visited, columns: Columns, ridge: float) -> None:
         return torch.cat([columns(y)[..., ::every] for y in maps], 2)
 
     def rows(values: Tensor) -> Tensor:
-        """(O,) or () -> (G, O / G, 1)."""
-        return values.to(filters).expand(layer.form.out_channels).reshape(groups, -1, 1)
+        """(O,) or () -> (G, O / G, 1), in the type of the columns."""
+        return values.to(responses).expand(layer.form.out_channels).reshape(groups, -1, 1)
 
     responses = taken(layer.form.apply(x, filters, None) for x in place.inputs)
     target = rows(wanted.scale) * taken(place.targets) + rows(wanted.shift)
@@ -116,7 +116,7 @@ def refit_rectified(at: Visited, columns: Columns, ridge: float) -> None:
     factor = system.factored()
     if factor is None:  # responses that are not finite
         return
-    first = coefficients = part[1].reshape(groups, -1, gram.shape[1])
+    first = coefficients = part[1].to(responses).reshape(groups, -1, gram.shape[1])
     before = constant = rows(inner)
     for _ in range(ROUNDS):
         found = scale * (coefficients @ responses + constant) + offset
@@ -126,8 +126,8 @@ def refit_rectified(at: Visited, columns: Columns, ridge: float) -> None:
         solved = torch.cholesky_solve(system.right(cross, first.double()), factor).transpose(1, 2).to(first)
         coefficients = torch.where(usable, solved, first)
         constant = torch.where(usable, mean_y - coefficients @ mean, before)
-    layer.set_linear_part(coefficients.reshape(-1, gram.shape[1]))
-    shift_output(owner, (constant - before).reshape(-1))
+    layer.set_linear_part(coefficients.reshape(-1, gram.shape[1]).to(part[1]))
+    shift_output(owner, (constant - before).reshape(-1).to(part[1]))
 
 
 def _behind(node: fx.Node, model: nn.Module) -> fx.Node | None:

@@ -154,4 +154,6 @@ def _columns(y: Tensor, groups: int, kind: str, every: int) -> Tensor:
         flat = y.reshape(-1, y.shape[-1])[::every].T
     else:
         flat = y.flatten(2)[..., ::every].transpose(0, 1).flatten(1)
+    # Sums of products of half-precision numbers leave their range.
+    flat = flat.float() if flat.element_size() < 4 else flat
     return flat.reshape(groups, -1, flat.shape[1])
