@@ -190,6 +190,25 @@ def across() -> str | None:
     return table(head, rows) + "\n\n" + note
 
 
+def forms() -> str | None:
+    data = read("forms.json")
+    if data is None:
+        return None
+    names = list(dict.fromkeys(row["form"] for row in data["rows"]))
+    found: dict[tuple[str, str, float], dict[str, float]] = {}
+    for row in data["rows"]:
+        found.setdefault((row["network"], f"{row['group']}, {row['layers']} layers", row["kept"]), {})[row["form"]] = row["error"]
+    rows = []
+    for (network, group, kept), cell in found.items():
+        best = min(cell.values())
+        cells = [f"**{cell[n]:.4f}**" if cell[n] == best else f"{cell[n]:.4f}" for n in names]
+        rows.append([network.replace("resnet", "ResNet-"), group, f"{kept:.0%}", *cells])
+    first = data["rows"][0]
+    note = (f"Mean relative output error of a group's layers that keep so many of their parameters; {first['images']:,} images, "
+            f"seed {first['seed']}, nothing repaired. `python benchmarks/forms.py`, {machine(data['hardware'])}.")  # fmt: skip
+    return table(["network", "group", "kept", *names], rows) + "\n\n" + note
+
+
 def label_free() -> str | None:
     data = read("label_free.json")
     if data is None:
@@ -267,10 +286,11 @@ def _mean_cell(top1: list[float]) -> str:
 
 TABLES: dict[str, Callable[[], str | None]] = {
     "demo": demo, "methods": methods, "finetune": finetune, "ablation": ablation, "recipes": recipes,
-    "objectives": objectives, "across": across, "label_free": label_free, "onnx": onnx,
+    "objectives": objectives, "across": across, "label_free": label_free, "onnx": onnx, "forms": forms,
 }  # fmt: skip
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", DOCS / "fine-tuning.md", DOCS / "planning.md", DOCS / "using.md", DOCS / "methods" / "recipes.md")
+PAGES = (ROOT / "README.md", DOCS / "fine-tuning.md", DOCS / "planning.md", DOCS / "using.md")
+PAGES += (DOCS / "methods" / "recipes.md", DOCS / "methods" / "hybrid.md")
 
 
 def render(text: str) -> str:

@@ -14,6 +14,8 @@ import click
 from sharefold.errors import SharefoldError
 
 DEBUG_VARIABLE = "SHAREFOLD_DEBUG"
+# What the machine refuses, at whatever place it comes up: no bug of ours.
+_OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def debugging() -> bool:
@@ -65,6 +67,10 @@ def _exit(error: Exception) -> NoReturn:
         sys.exit(2)
     if isinstance(error, SharefoldError):
         _say(f"error: {str(error).strip()}")
+        sys.exit(2)
+    if isinstance(error, OSError) and error.errno in _OUTSIDE:
+        where = f": {error.filename}" if error.filename else ""
+        _say(f"error: {error.strerror}{where}: free some space, or choose another place")
         sys.exit(2)
     reason = str(error).strip().splitlines()
     what = f"{type(error).__name__}: {reason[0]}" if reason else type(error).__name__

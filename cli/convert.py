@@ -11,10 +11,11 @@ import click
 from sharefold.errors import SharefoldError
 from sharefold.options import ConvertOptions, PlanOptions
 
+from .agreement_text import agreement_text
 from .common import Run, jsonable, shared_options
 from .convert_report import Timer, group_rows, report_conversion, report_plan, weight_file_bytes
 from .convert_request import DEFAULT_BUDGET, Request, check_request
-from .keep import smallest_keeping
+from .keep import check_enough, held_out_for, smallest_keeping
 from .record_options import record_options
 from .source import preprocess_options, source_options
 
@@ -76,6 +77,7 @@ def command(
     from sharefold.planner import Planner
 
     timer = Timer()
+    held_out = None if request.keep is None else held_out_for(request.keep)
     check_names(request)
     opened = request.source.open()
     if opened.shared:
@@ -87,7 +89,7 @@ def command(
     if calib is None and request.dry_run and (request.recipe is not None or request.plan is not None):
         images = torch.zeros(1, *preprocess.size)
     else:
-        count = calib_count or count_for(request, default_count(*preprocess.size[1:]))
+        count = calib_count or default_count(*preprocess.size[1:], procedural=calib is None) + 2 * (held_out or 0)
         images = calibration_images(calib, preprocess, count, run.seed, calib_split, resize=calib_resize)
         if calib is None:
             images = matched(model, images, run.seed)
@@ -96,12 +98,15 @@ def command(
     before = {"params": count_parameters(model), "bytes": model_bytes(model), "macs": count_macs(model, example)}
     timer.lap("measure")
     # One calibration serves planning and solving, and every trial of --keep.
-    cal = sharefold.calibrate(model, images, seed=run.seed, example_input=example, outputs=request.outputs or None)
+    cal = sharefold.calibrate(
+        model, images, seed=run.seed, example_input=example, outputs=request.outputs or None, held_out=held_out
+    )
+    if request.keep is not None:
+        request.keep.check(metrics_of(cal.reading))
+        check_enough(cal, request.keep)
     config = {"base": opened.base, "pretrained_cfg": jsonable({**opened.pretrained_cfg, **preprocess.cfg})}
     how = replace(request.how, config=config)
     with run.progress() as progress:
-        if request.keep is not None:
-            request.keep.check(metrics_of(cal.reading))
         planner = Planner(cal, request.what, progress)
 
         def decide(dense: nn.Module, budget: Budget | float | None) -> Plan:
@@ -118,7 +123,7 @@ def command(
             return sharefold.convert_(dense, plan, cal, how, progress)
 
         if request.keep is not None:
-            model, done = smallest_keeping(model, request.keep, lambda net, share: carry_out(net, decide(net, share)))
+            model, done = smallest_keeping(model, request.keep, lambda net, share: carry_out(net, decide(net, share)), cal)
             plan = done.plan
         else:
             plan = decide(model, request.budget)
@@ -138,6 +143,8 @@ def command(
         **{key: {"before": before[key], "after": after[key]} for key in before},
         "groups": group_rows(done.plan),
         "agreement": done.agreement,
+        "agreement_interval": done.agreement_interval,
+        "report_images": done.report_images,
         "kl": done.kl,
         "outputs": [figure.to_dict() for figure in done.outputs],
         **({} if not done.plan.store else {"store": done.plan.store}),
@@ -147,7 +154,7 @@ def command(
     metrics = {key: value for key, value in result.items() if key not in ("groups", "steps")}
     sharefold.save(model, request.output, metrics=jsonable(metrics), force=request.force)
     timer.lap("save")
-    report_conversion(run, done, before, after, request.output, timer)
+    report_conversion(run, done, before, after, request.output, timer, agreement_text(done, cal, calib is None))
     run.result(
         {
             **result,
@@ -157,15 +164,6 @@ def command(
             "file_bytes": weight_file_bytes(request.output),
         }
     )
-
-
-def count_for(request: Request, default: int) -> int:
-    """Small images: as many as can prove what shall be kept; a fifth of them decides."""
-    from sharefold.calibration.images import SMALL_COUNT
-
-    if request.keep is None or not request.keep.proven or default < SMALL_COUNT:
-        return default
-    return max(default, min(5 * request.keep.images, 10 * default))
 
 
 def check_names(request: Request) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from sharefold.format import FileConfig
 
@@ -19,7 +21,8 @@ def model_card(config: FileConfig) -> str:
         f"{before:,} -> {after:,} parameters ({after / max(before, 1):.1%} kept), by {plan.source or 'a plan'}.",
         "", "```python", "import sharefold", 'model = sharefold.load("path/to/this/directory")', "```", "",
     ]  # fmt: skip
-    rows = [(key, value) for key, value in config.metrics.items() if isinstance(value, (int, float, str, bool))]
+    metrics = {**config.metrics, **_agreement(config.metrics)}
+    rows = [(key, value) for key, value in metrics.items() if isinstance(value, (int, float, str, bool))]
     if rows:
         lines += ["| metric | value |", "|---|---|"]
         lines += [
@@ -46,3 +49,12 @@ def model_card(config: FileConfig) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _agreement(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The agreement with its interval and the number of images behind it, as one entry; nothing where it was not measured."""
+    share, interval, count = (metrics.get(key) for key in ("agreement", "agreement_interval", "report_images"))
+    if not isinstance(share, float) or not isinstance(interval, (list, tuple)) or len(interval) != 2 or not count:
+        return {}
+    told = f"{share:.4f} ({interval[0]:.4f} to {interval[1]:.4f}, 95 % interval of {count} held-out calibration images)"
+    return {"agreement": told, "report_images": None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -49,20 +50,25 @@ class Conversion:
     Attributes:
         plan: the plan as carried out, with measured errors and resolved options.
         original: the dense network, a copy; the teacher of any fine-tuning.
-        agreement: share of predicted classes that coincide on the images that decide; NaN for networks that predict none, None
-            for those that return nothing to compare.
+        agreement: share of predicted classes that coincide on the part ``report`` of the calibration images, on which nothing
+            was fitted or decided; NaN where there are too few images for such a part (:mod:`sharefold.calibration.parts`), and
+            for networks that predict no classes.
         kl: divergence from the original on them: of a classifier the mean KL(original || converted) in nats, else the sum over
-            outputs of errors as a share of what the output varies by; None likewise.
-        outputs: a figure for people an output, with a 95 % interval, on the same images.
+            outputs of errors as a share of what the output varies by; NaN likewise, and for those that return nothing to compare.
+        outputs: a figure for people an output, with a 95 % interval, on the same images; none where there are none.
+        agreement_interval: 95 % interval of the agreement on all images like these (Wilson); None where it was not measured.
+        report_images: how many images are behind it; 0 where nothing was measured.
         steps: the repairs, by name, and whether they were kept.
         seconds: wall-clock seconds of each phase.
     """
 
     plan: Plan
     original: nn.Module
-    agreement: float | None
-    kl: float | None
+    agreement: float
+    kl: float
     outputs: list[Figure] = field(default_factory=list)
+    agreement_interval: tuple[float, float] | None = None
+    report_images: int = 0
     steps: dict[str, StepRecord] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -90,38 +96,55 @@ def convert_(
         SharefoldWarning: refinement is asked for and nothing was shared.
     """
     wanted = chosen(options, overrides, ConvertOptions)
-    effort = parse_effort(wanted.refine)
-    cal = calibration_of(model, calibration, CalibrationOptions(wanted.seed, None, wanted.outputs, wanted.criterion))
+    known = CalibrationOptions(wanted.seed, outputs=wanted.outputs, criterion=wanted.criterion)
+    cal = calibration_of(model, calibration, known)
+    seconds: dict[str, float] = {}
+    with restored_on_error(model):
+        done, cal, steps = carry_out(model, plan, cal, wanted, seconds, progress)
+        kl, figures = _reported(model, cal)
+    teacher = copied(cal.original) if cal is calibration else cal.original
+    agreed = [figure for figure in figures if figure.metric == "agreement"]
+    return Conversion(
+        done, teacher, mean_agreement(figures), kl, figures, agreed[0].interval if len(agreed) == 1 else None,
+        len(cal.reporting) if figures else 0, {step.name: step for step in steps}, seconds,
+    )  # fmt: skip
+
+
+def _reported(model: nn.Module, cal: Calibration) -> tuple[float, list[Figure]]:
+    """Divergence and figures on the images on which nothing was fitted or decided; NaN and none where there are none."""
+    if not cal.comparable or not len(cal.reporting):
+        return math.nan, []
+    found, figures = cal.comparison(cal.reporting).measure(model)
+    return found.mean, figures
+
+
+def carry_out(
+    model: nn.Module, plan: Plan, cal: Calibration, options: ConvertOptions, seconds: dict[str, float],
+    progress: Progress | None = None,
+) -> tuple[Plan, Calibration, list[StepRecord]]:  # fmt: skip
+    """:func:`convert_` without its report, for trials: an image that is reported on is read once, at the end of all.
+
+    Returns:
+        The plan as carried out, the calibration of the network with its channels reordered (mostly ``cal``), the steps.
+    """
+    effort = parse_effort(options.refine)
     check_plan(model, plan)
     check_layers(cal.graph, plan)
     if plan.store:
         parse_store(plan.store)
     if effort is not None and not cal.comparable:
         raise SharefoldError("refine: this network returns nothing to learn from: convert without it, or give a criterion")
-    seconds: dict[str, float] = {}
-    with restored_on_error(model):
-        with _timed(seconds, "solve"):
-            cal = _aligned(model, plan, cal)
-            solutions = _solved(plan, cal, progress)
-        done = _install(model, plan, solutions, cal)
-        carry_config(model, describe(cal.original, done, wanted.config))
-        carry_spec(model, None)
-        steps = _mended(model, done, cal, wanted.repair, effort, seconds, progress)
-        if plan.store:
-            with _timed(seconds, "store"):
-                quantize_(model, plan.store, cal, cal.original, cal.seed, progress)
-        kl, figures = _compared(model, cal)
-    teacher = copied(cal.original) if cal is calibration else cal.original
-    agreed = None if kl is None else mean_agreement(figures)
-    return Conversion(done, teacher, agreed, kl, figures, {s.name: s for s in steps}, seconds)
-
-
-def _compared(model: nn.Module, cal: Calibration) -> tuple[float | None, list[Figure]]:
-    """Divergence and figures on the images that decide, without blends."""
-    if not cal.comparable:
-        return None, []
-    found, figures = cal.comparison(cal.images[cal.parts.decide]).measure(model)
-    return found.mean, figures
+    with _timed(seconds, "solve"):
+        cal = _aligned(model, plan, cal)
+        solutions = _solved(plan, cal, progress)
+    done = _install(model, plan, solutions, cal)
+    carry_config(model, describe(cal.original, done, options.config))
+    carry_spec(model, None)
+    steps = _mended(model, done, cal, options.repair, effort, seconds, progress)
+    if plan.store:
+        with _timed(seconds, "store"):
+            quantize_(model, plan.store, cal, cal.original, cal.seed, progress)
+    return done, cal, steps
 
 
 def _aligned(model: nn.Module, plan: Plan, cal: Calibration) -> Calibration:
@@ -176,7 +199,7 @@ def _mended(
         reason = "the network returns nothing to decide by"
     if reason:
         if effort is not None:
-            warnings.warn(f"not refined: {reason}", SharefoldWarning, stacklevel=4)
+            warnings.warn(f"not refined: {reason}", SharefoldWarning, stacklevel=5)
         names = [*(step.name for step in REPAIRS if repair), *(["refine"] if effort else [])]
         return [StepRecord(name, False, reason) for name in names]
     records: list[StepRecord] = []

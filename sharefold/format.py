@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sharefold.checksum import ALGORITHM
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.files import CONFIG_NAME
 from sharefold.plans import Plan
@@ -30,6 +31,7 @@ __all__ = ["CARD_NAME", "CONFIG_NAME", "FORMAT_VERSION", "METADATA_KEY", "WEIGHT
 
 FORMAT_VERSION = 1
 WEIGHTS_NAME, CARD_NAME, METADATA_KEY = "model.safetensors", "README.md", "sharefold"
+CHECKSUM_KEY = "sharefold_checksum"
 PACKED = "zlib85:"  # before a configuration that is compressed and in base 85
 _ATTRIBUTE = "sharefold_config"
 _LARGEST_SIDE = 1 << 16
@@ -46,6 +48,7 @@ class FileConfig:
         metrics: JSON values that were measured.
         aliases: name of a tensor that the network itself ties -> name of the tensor in the file.
         store: format of packed weights; None for plain tensors.
+        checksum: how the file's metadata tells damage, "crc32"; "" for files of sharefold before it did.
         sharefold_version: what wrote the file.
     """
 
@@ -55,15 +58,17 @@ class FileConfig:
     metrics: dict[str, Any] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     store: int | None = None
+    checksum: str = ""
     sharefold_version: str = __version__
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values as the file holds them; what is empty is left out, but for ``base``, whose absence is a statement."""
         known = {key: getattr(self, key) for key in ("pretrained_cfg", "metrics") if getattr(self, key)}
         store = {} if self.store is None else {"store": {"format": self.store}}
+        check = {"checksum": self.checksum} if self.checksum else {}
         return {
             "format_version": FORMAT_VERSION, "sharefold_version": self.sharefold_version, "base": self.base,
-            "plan": self.plan.to_dict(), **known, "aliases": self.aliases, **store,
+            "plan": self.plan.to_dict(), **known, "aliases": self.aliases, **store, **check,
         }  # fmt: skip
 
     def to_text(self) -> str:
@@ -110,13 +115,15 @@ class FileConfig:
         metrics = data.get("metrics") or {}
         if not isinstance(metrics, dict):
             raise _wrong(where, "metrics", "an object", metrics)
-        writer = data.get("sharefold_version", "")
+        writer, check = data.get("sharefold_version", ""), data.get("checksum", "")
         if not isinstance(writer, str):
             raise _wrong(where, "sharefold_version", "a text", writer)
+        if check not in ("", ALGORITHM):
+            raise _wrong(where, "checksum", f"{ALGORITHM} (is the file of a newer sharefold?)", check)
         return cls(
             Plan.from_dict(data["plan"], where=f"the plan in {where}"), _base(data.get("base"), where),
             checked_pretrained_cfg(data.get("pretrained_cfg"), where), metrics, _aliases(data.get("aliases"), where),
-            _store(data.get("store"), where), writer,
+            _store(data.get("store"), where), check, writer,
         )  # fmt: skip
 
 

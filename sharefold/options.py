@@ -37,12 +37,15 @@ class CalibrationOptions:
         example_input: (B, C, H, W) for tracing and for latency, by default one image of the calibration images.
         outputs: what the network's outputs are, where it is told wrongly: ``"logits:axis=1"``, ``{"boxes": "regression"}``.
         criterion: (original's outputs, outputs) of a batch -> (n,), 0 where both say the same: compares whole networks.
+        held_out: how many of the images should decide, and be reported on, each; by default about 15 %, and at most 30 %
+            (:mod:`sharefold.calibration.parts`).
     """
 
     seed: int = 0
     example_input: Tensor | None = None
     outputs: Outputs = None
     criterion: Callable[[Any, Any], Tensor] | None = None
+    held_out: int | None = None
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,8 @@ import shlex
 from pathlib import Path
 
 import numpy as np
-from click.testing import CliRunner
+from command_line import call
 from PIL import Image
-
-from sharefold_cli.main import cli
 
 ROOT = Path(__file__).parent.parent
 # What needs a download or files of the reader's -> a stand-in that a test can make.
@@ -47,7 +45,7 @@ def run_command(line: str) -> None:
     line, _, target = line.partition(" > ")
     words = shlex.split(line)
     assert words[0] == "sharefold", line
-    result = CliRunner().invoke(cli, words[1:])
+    result = call(*words[1:])
     assert result.exit_code == 0, f"{line}\n{result.output}"
     if target:
         Path(target.strip()).write_text(result.stdout)

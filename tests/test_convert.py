@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from spine_nets import BLOCKS, images, logits, net
+from networks import BLOCKS, images, logits, net
 from torch import Tensor, nn
 
 import sharefold
@@ -35,6 +35,7 @@ def full_plan(model: nn.Module, method: str) -> Plan:
             continue
         options = {
             "basis": {"rank": min(features, layers * outputs)},
+            "hybrid": {"rank": min(features, layers * outputs), "own": 1},
             "svd": {"rank": min(features, outputs)},
             "spatial": {"rank": min(inputs * height, outputs * width)},
             "cluster-layer": {"count": layers},
@@ -43,16 +44,23 @@ def full_plan(model: nn.Module, method: str) -> Plan:
     return Plan(plans, 0, 0, "full rank")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["basis", "svd", "spatial", "cluster-layer"])
+# Grouped convolutions have no low-rank form here, and 1x1 kernels nothing to split.
+NO_FORM = {
+    ("grouped", "svd"), ("grouped", "spatial"), ("grouped", "cluster-layer"), ("depthwise", "spatial"), ("convnext", "spatial"),
+}  # fmt: skip
+FULL = ("basis", "hybrid", "svd", "spatial", "cluster-layer")
+FULL_RANK = [pair for pair in itertools.product(KINDS, FULL) if pair not in NO_FORM]
+
+
+@pytest.mark.parametrize(("kind", "method"), sorted(NO_FORM))
+def test_what_has_no_form_is_not_planned(kind: str, method: str) -> None:
+    assert full_plan(net(kind), method).groups == []
+
+
+@pytest.mark.parametrize(("kind", "method"), FULL_RANK)
 def test_full_rank_is_the_original(kind: str, method: str) -> None:
     model = net(kind)
     plan = full_plan(model, method)
-    if not plan.groups:
-        # Grouped convolutions have no low-rank form here, and 1x1 kernels nothing to split.
-        assert (kind, method) in {("grouped", "svd"), ("grouped", "spatial"), ("grouped", "cluster-layer"),
-                                  ("depthwise", "spatial"), ("convnext", "spatial")}  # fmt: skip
-        return
     before = logits(model)
     done = sharefold.convert_(model, plan, calibration=CALIBRATION, repair=False)
     assert shared_layers(model).keys() == {m for g in plan.groups for m in g.members}
@@ -93,16 +101,19 @@ def output_error(dense: nn.Module, shared: nn.Module, name: str, norm: str) -> f
     return float((y - z).square().sum() / y.square().sum())
 
 
-@pytest.mark.parametrize("kind", ["residual", "grouped"])
+ANY_GROUPS = ("basis", "hybrid", "average", "tied", "cluster-filter", "cluster-kernel")
+
+
 @pytest.mark.parametrize(
-    "method", ["basis", "svd", "spatial", "tucker", "average", "tied", "cluster-filter", "cluster-kernel"]
-)
+    ("kind", "method"),
+    [*((kind, method) for kind in ("residual", "grouped") for method in ANY_GROUPS),
+     *(("residual", method) for method in ("svd", "spatial", "tucker"))],
+)  # fmt: skip
 def test_reported_errors_are_those_of_the_layers_outputs(kind: str, method: str) -> None:
     model = net(kind)
-    options = {"basis": {"rank": 14}, "svd": {"rank": 3}, "spatial": {"rank": 5}, "tucker": {"rank": 9, "width": 5},
+    options = {"basis": {"rank": 14}, "hybrid": {"rank": 6, "own": 2},
+               "svd": {"rank": 3}, "spatial": {"rank": 5}, "tucker": {"rank": 9, "width": 5},
                "cluster-filter": {"count": 20}, "cluster-kernel": {"count": 12}}.get(method, {})  # fmt: skip
-    if kind == "grouped" and method in ("svd", "spatial", "tucker"):
-        return
     names = tuple(f"stage2.{i}.conv{j}" for i in range(3) for j in (1, 2))
     done = sharefold.convert_(
         model, Plan([GroupPlan("s", method, names, options)], 0, 0), calibration=CALIBRATION, repair=False

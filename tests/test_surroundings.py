@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from networks import images, net
 from repair_works import done_by, work_of
-from spine_nets import images, net
 from torch import Tensor, nn
 from torch.nn.parallel.replicate import replicate
 from torch.utils.data import DataLoader, Dataset
@@ -243,7 +243,7 @@ def test_tied_weights_stay_tied_in_loaded_networks(tmp_path: Path) -> None:
     assert len(sizes) == 1
 
 
-@pytest.mark.parametrize("method", ["average", "basis", "svd", "spatial"])
+@pytest.mark.parametrize("method", ["average", "basis", "hybrid", "svd", "spatial"])
 def test_frozen_parameters_stay_frozen(method: str) -> None:
     model = net()
     model.stage1.requires_grad_(False)

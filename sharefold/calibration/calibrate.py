@@ -17,9 +17,8 @@ from sharefold.data.views import blended
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.options import CalibrationOptions, chosen
-from sharefold.outputs import Comparison, Criterion, Divergence, OutputReading, read_outputs
+from sharefold.outputs import Comparison, Divergence, OutputReading, read_outputs
 from sharefold.outputs.comparison import BATCH
-from sharefold.outputs.reading import Given
 from sharefold.running import device_of
 from sharefold.settings import with_plain_settings
 
@@ -32,7 +31,7 @@ class Calibration:
     Attributes:
         original: the dense network, a copy in eval mode.
         images: (n, C, H, W) normalised, on the CPU.
-        parts: which of them are fitted to, and which decide.
+        parts: which of them are fitted to, which decide, and which the finished network is reported on.
         graph: :func:`sharefold.analyze` of the network.
         example: (B, C, H, W) for tracing and latency.
         seed: of everything random.
@@ -41,18 +40,17 @@ class Calibration:
     """
 
     def __init__(
-        self, original: nn.Module, images: Tensor, graph: NetworkGraph, example: Tensor, seed: int, outputs: Given = None,
-        criterion: Criterion | None = None,
-    ) -> None:  # fmt: skip
-        self.original, self.images, self.graph, self.example, self.seed = original, images, graph, example, seed
-        self.outputs, self.criterion = outputs, criterion
-        self.parts: Parts = parts_of(len(images))
+        self, original: nn.Module, images: Tensor, graph: NetworkGraph, example: Tensor, options: CalibrationOptions
+    ) -> None:
+        self.original, self.images, self.graph, self.example, self.options = original, images, graph, example, options
+        self.seed, self.outputs, self.criterion = options.seed, options.outputs, options.criterion
+        self.parts: Parts = parts_of(len(images), options.seed, options.held_out)
         self._solutions: dict[Hashable, Any] = {}
 
     @cached_property
     def statistics(self) -> Statistics:
-        """Moments of the layers' inputs and what their outputs matter, each collected when first asked for."""
-        return statistics_of(self.original, self.graph, self.images, self.seed, self.divergence)
+        """Moments of the layers' inputs and what their outputs matter, on the part ``fit``; each collected when first needed."""
+        return statistics_of(self.original, self.graph, self.images, self.seed, self.divergence, self.parts.fit)
 
     @cached_property
     def reading(self) -> OutputReading:
@@ -99,11 +97,22 @@ class Calibration:
         """Images (m, C, H, W) of the part ``fit``."""
         return self.images[self.parts.fit]
 
+    @cached_property
+    def refit_images(self) -> Tensor:
+        """Images of both parts: those of ``fit`` that the network is least certain of, then those of ``decide``."""
+        return self.images[torch.cat([self.statistics.chosen, self.parts.decide])]
+
     @property
-    def telling(self) -> Tensor:
-        """Images (m, C, H, W) of the part ``fit`` that the network is least certain of: layers are fitted to those."""
-        fit = self.parts.fit
-        return self.images[fit[torch.isin(fit, self.statistics.chosen)]]
+    def refit_parts(self) -> Parts:
+        """Indices into :attr:`refit_images`."""
+        count, decide = len(self.refit_images), len(self.parts.decide)
+        index = torch.arange(count)
+        return Parts(index[: count - decide], index[count - decide :], index[:0])
+
+    @property
+    def reporting(self) -> Tensor:
+        """Images (m, C, H, W) of the part ``report``, perhaps none: for the figures of the finished network alone."""
+        return self.images[self.parts.report]
 
     def solution(self, key: Hashable, solve: Callable[[], Any]) -> Any:
         """What ``solve`` gives, kept under ``key``: the planner's trials and the conversion solve every group once."""
@@ -122,7 +131,7 @@ class Calibration:
 
     def of(self, network: nn.Module) -> Calibration:
         """The same images for another network of the same graph; nothing measured carries over."""
-        return Calibration(network, self.images, self.graph, self.example, self.seed, self.outputs, self.criterion)
+        return Calibration(network, self.images, self.graph, self.example, self.options)
 
     def check_model(self, model: nn.Module) -> None:
         """Checks that ``model`` is the network that was calibrated, on the same device.
@@ -168,7 +177,7 @@ def calibrate(
     example = found[:1] if wanted.example_input is None else wanted.example_input
     if graph is None:
         graph = analyze(model, example)
-    made = Calibration(copied(model).eval(), found, graph, example, wanted.seed, wanted.outputs, wanted.criterion)
+    made = Calibration(copied(model).eval(), found, graph, example, wanted)
     if wanted.outputs is not None:
         made.reading  # noqa: B018  what the user says is checked before work starts
     return made

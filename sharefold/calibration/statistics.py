@@ -21,6 +21,8 @@ from sharefold.solvers.data_norm import Moments, sample_patches
 SAMPLES_PER_FEATURE = 16
 SAMPLES_FLOOR = 16_384
 CACHE_BYTES = 2 << 30
+# Bounds of the identity's share in a shrunk moment.
+SMALLEST_SHARE, LARGEST_SHARE = 1e-4, 0.5
 # Beyond so many features a layer's moments are those of its inputs in the space of its filters; see `Statistics.frames`.
 WIDE = 8192
 
@@ -130,6 +132,7 @@ class Statistics:
         }
         generator = torch.Generator().manual_seed(self.seed)
         waiting: set[str] = set()
+        shifts: dict[str, Tensor] = {}
         handles = []
         for name, form in forms.items():
             wanted = max(SAMPLES_PER_FEATURE * form.features, SAMPLES_FLOOR)
@@ -140,7 +143,10 @@ class Statistics:
                 positions: int = positions,
             ) -> None:  # fmt: skip
                 patches = patches_of(form, inputs[0], positions, generator)
-                sums[name].update(patches @ self.frames[name] if name in self.frames else patches)
+                patches = patches @ self.frames[name] if name in self.frames else patches
+                if self.centered.get(name, False):  # about the first batch's mean: the rest is small, and so is its rounding
+                    patches = patches - shifts.setdefault(name, patches.mean(0))
+                sums[name].update(patches)
                 waiting.discard(name)
                 if not waiting:
                     raise _Done
@@ -164,8 +170,8 @@ class Statistics:
             if not bool(torch.isfinite(moment).all()):
                 raise SharefoldError(f"layer {name} gets NaN or infinite inputs on the calibration images: "
                                      "check the weights and the images' normalisation")
-            self.cache[name] = shrunk(moment, float(sums[name].count))
-            mean = sums[name].mean
+            self.cache[name] = shrunk(moment, sums[name].noise())
+            mean = sums[name].mean + shifts.get(name, 0)
             self.means[name] = mean @ self.frames[name].to(mean).T if name in self.frames else mean
 
     def _evict(self, keep: set[str]) -> None:
@@ -178,9 +184,11 @@ class Statistics:
 
 
 def statistics_of(
-    model: nn.Module, graph: NetworkGraph, images: Tensor, seed: int = 0, divergence: Divergence | None = None
-) -> Statistics:
-    """Statistics of all layers of ``graph`` on the images that ``model`` is least certain of.
+    model: nn.Module, graph: NetworkGraph, images: Tensor, seed: int = 0, divergence: Divergence | None = None,
+    among: Tensor | None = None,
+) -> Statistics:  # fmt: skip
+    """Statistics of all layers of ``graph`` on the images that ``model`` is least certain of; ``among``: indices (m,) of those
+    that may be chosen, by default all.
 
     A mean that a BatchNorm or bias can absorb is taken out.
 
@@ -199,7 +207,8 @@ def statistics_of(
     batch = batch_for(images)
     if divergence is None:
         divergence = divergence_of(model, images, graph, batch)
-    chosen = least_certain(model, images, batch, divergence.reading)
+    allowed = torch.arange(len(images)) if among is None else among
+    chosen = allowed[least_certain(model, images[allowed], batch, divergence.reading)]
     return Statistics(
         model, images, chosen=chosen, centered=centered, batch_size=batch, seed=seed, divergence=divergence
     )
@@ -226,16 +235,21 @@ def patches_of(form: ConvForm, x: Tensor, positions: int | None, generator: torc
     )  # fmt: skip
 
 
-def shrunk(moment: Tensor, samples: float) -> Tensor:
-    """Moment (G, N, N) pulled towards a multiple of the identity, more so when samples are few.
+def shrunk(moment: Tensor, noise: Tensor) -> Tensor:
+    """Moment (G, N, N) pulled towards a multiple of the identity, the more so the less the images agree about it.
 
     A moment of few samples has directions that those images never showed; without a ridge a solver would spend
-    nothing on them and the network would fail on new images.
+    nothing on them and the network would fail on new images. The share is the one of least expected squared error (Ledoit and
+    Wolf, https://doi.org/10.1016/S0047-259X(03)00096-4), with batches of images for samples.
+
+    Args:
+        noise: (G,) expected squared Frobenius norm of the moment's error (:meth:`Moments.noise`); infinite where it is not known.
     """
     features = moment.shape[-1]
-    share = min(0.5, 1e-4 + 0.02 * features / samples)
     scale = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
     eye = torch.eye(features, dtype=moment.dtype, device=moment.device)
+    distance = (moment - scale[:, None, None] * eye).double().square().sum((1, 2))
+    share = (noise.to(distance) / distance.clamp_min(1e-30)).clamp(SMALLEST_SHARE, LARGEST_SHARE).to(moment)[:, None, None]
     return (1 - share) * moment + share * scale[:, None, None] * eye
 
 

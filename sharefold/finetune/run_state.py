@@ -7,13 +7,14 @@ are functions of that number and the seed (:mod:`.seeds`), so they need no state
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sharefold.errors import SharefoldError
+from sharefold.files import write_file
 from sharefold.finetune.config import FinetuneConfig
 
 STATE_VERSION = 1
@@ -23,18 +24,18 @@ FREE = {"device", "workers", "checkpoint_steps", "checkpoint_minutes", "log_step
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Writes the file under a temporary name beside it and renames: a killed run leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: a killed writer leaves at most one behind
+    """Writes the file: a killed run leaves the old one or the new one.
+
+    Raises:
+        SharefoldError: the disk is full, or the folder cannot be written.
+    """
     try:
-        with temporary.open("wb") as file:
-            torch.save({"version": STATE_VERSION, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise SharefoldError(f"{path}: cannot be written ({error.strerror}): choose another place") from error
+    memory = io.BytesIO()  # not straight to the disk: when that is full, torch's writer may end the process
+    torch.save({"version": STATE_VERSION, **state}, memory)
+    write_file(path, lambda temporary: temporary.write_bytes(memory.getbuffer()))
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from torch import nn
 
 from sharefold.budget import Budget
 from sharefold.calibration.calibrate import Calibration
-from sharefold.convert import convert_, describe
+from sharefold.convert import carry_out, describe
 from sharefold.errors import SharefoldError
 from sharefold.format import carry_config
 from sharefold.measure import count_parameters, model_bytes
+from sharefold.options import ConvertOptions
 from sharefold.plans import Plan, Progress
 from sharefold.store import quantize_
 
@@ -70,7 +71,7 @@ def plan_bytes(
             break
         trial = copy.deepcopy(model)
         if plan.groups:
-            convert_(trial, plan, cal, repair=False)
+            carry_out(trial, plan, cal, ConvertOptions(repair=False), {})
         else:
             carry_config(trial, describe(trial, plan))
         try:

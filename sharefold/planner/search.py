@@ -6,6 +6,8 @@ import copy
 import math
 from collections.abc import Sequence
 
+import torch
+
 from sharefold.calibration.calibrate import Calibration
 from sharefold.layers.norm_fusion import norms_folded
 from sharefold.methods import step_named
@@ -14,7 +16,7 @@ from sharefold.planner.candidates import Candidates
 from sharefold.plans import GroupPlan, Progress
 from sharefold.repair.means import absorb_means
 
-# All trials together cost about so many passes over the calibration images: few images a trial for many groups.
+# All trials together cost about so many passes over the images that are fitted to: few images a trial for many groups.
 PASSES = 16
 IMAGES, FEWEST = 500, 24
 ROUNDS = 3
@@ -30,7 +32,7 @@ STEP = 0.2
 
 
 class Trials:
-    """Divergence from the original of any picks, before repairs, on a few calibration images.
+    """Divergence from the original of any picks, before repairs, on a few of the deciding images.
 
     Raises:
         SharefoldError: there is nothing to compare.
@@ -38,11 +40,12 @@ class Trials:
 
     def __init__(self, cal: Calibration, candidates: Candidates) -> None:
         self.cal, self.candidates = cal, candidates
-        images = len(cal.statistics.chosen)
+        images, deciding = len(cal.statistics.chosen), cal.deciding
         self.rounds = min(ROUNDS, int(WORK / max(self._work(), 1)))
         groups = sum(len(row) > 1 for row in candidates.options)
-        count = min(IMAGES, images, max(FEWEST, PASSES * images // max(ROUNDS * groups, 1)))
-        self.comparison = cal.comparison(cal.statistics.sample(count), cal.statistics.batch_size)
+        count = min(IMAGES, len(deciding), max(FEWEST, PASSES * images // max(ROUNDS * groups, 1)))
+        sample = deciding[torch.linspace(0, len(deciding) - 1, count).long()]
+        self.comparison = cal.comparison(sample, cal.statistics.batch_size)
         self.norms = {name: record.norm for name, record in cal.graph.layers.items()}
         self.known: dict[tuple[int, ...], float] = {}
 

@@ -76,12 +76,12 @@ def _heads(reading: OutputReading, model: nn.Module, images: Tensor) -> dict[str
 
 def _solvable(module: nn.Module) -> bool:
     """With a bias, not frozen, and of a form that least squares can be set up for."""
-    own = dict(module.named_parameters(recurse=False))
-    if set(own) != {"weight", "bias"} or not all(p.requires_grad and p.is_floating_point() for p in own.values()):
+    if isinstance(module, nn.Conv2d) and (
+        module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
+    ):
         return False
-    return not isinstance(module, nn.Conv2d) or (
-        module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    )
+    own = dict(module.named_parameters(recurse=False))
+    return set(own) == {"weight", "bias"} and all(p.requires_grad and p.is_floating_point() for p in own.values())
 
 
 def _is_view(output: Any, returned: Tensor) -> bool:

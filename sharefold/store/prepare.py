@@ -13,7 +13,7 @@ from sharefold.calibration.mean_owner import output_mean_owner
 from sharefold.calibration.sensitivity import output_sensitivity
 from sharefold.calibration.statistics import WIDE
 from sharefold.graph import NetworkGraph
-from sharefold.layers import BasisConv, ConvForm, SharedConv, SpatialConv, TiedConv, banks, form_of, free_columns
+from sharefold.layers import BasisConv, ConvForm, HybridConv, SharedConv, SpatialConv, TiedConv, banks, form_of, free_columns
 from sharefold.outputs import Divergence, divergence_of
 from sharefold.solvers.pair_moments import PairSums
 from sharefold.solvers.tucker_als import lift
@@ -145,8 +145,8 @@ def _measure(
     plan.rows[f"{name}.{leaf}"] = (per_group * unabsorbed(gram).unsqueeze(1)).flatten()
     metric = inputs.gram.double().mean(0, keepdim=True)
     weight = (coefficients.square() * rows.unsqueeze(1)).sum(0)  # (M,)
-    if isinstance(layer, SpatialConv):
-        metric, weight = vertical_metric(metric, layer), weight.reshape(layer.rank, -1).sum(1)
+    if isinstance(layer, SpatialConv | HybridConv):
+        metric, weight = vertical_metric(metric, layer), _vertical_weight(weight, layer)
         plan.rows[f"{name}.vertical"] = weight * unabsorbed(metric)
     elif isinstance(layer, BasisConv) and layer.unique is not None:
         metric = free_metric(metric, layer.pivots)
@@ -161,11 +161,17 @@ def free_metric(metric: Tensor, pivots: Tensor | None) -> Tensor:
     return metric[:, free][:, :, free]
 
 
-def vertical_metric(metric: Tensor, layer: SpatialConv) -> Tensor:
+def _vertical_weight(weight: Tensor, layer: SpatialConv | HybridConv) -> Tensor:
+    """(R,) of the weights (M,) of a layer's filters, those of its column filters, wherever they stand in the window."""
+    if isinstance(layer, HybridConv):
+        return weight[: layer.own_columns].reshape(layer.verticals, -1).sum(1)
+    return weight.reshape(layer.rank, -1).sum(1)
+
+
+def vertical_metric(metric: Tensor, layer: SpatialConv | HybridConv) -> Tensor:
     """(1, I*h, I*h): moments of the column filters' inputs, mean over the columns of the window; of a pivoted filter bank
     those of the inputs that are not its pivots."""
-    height, width = layer.form.kernel_size
-    channels = layer.form.in_channels
+    channels, height, width = layer.form.weight_shape[1:]
     cells = metric.reshape(channels, height, width, channels, height, width)
     moments = torch.einsum("iawjbw->iajb", cells).reshape(1, channels * height, channels * height) / width
     return free_metric(moments, layer.pivots)
@@ -226,7 +232,7 @@ def _basis_metric(
         metric = lifted @ whole @ lifted.T
     # Every turn needs all coefficients that multiply the basis; own filters or a norm in between leave them apart. A basis
     # with pivots has no turn left.
-    simple = pivots is None and all(layer.norm is None and layer.unique is None for layer in layers.values())
+    simple = pivots is None and all(layer.norm is None and not layer.own_columns for layer in layers.values())
     if simple and len(layers) == bank.uses:
         _turn(basis, layers, metric, rows)
     metric = free_metric(metric.unsqueeze(0), pivots)

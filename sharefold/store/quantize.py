@@ -15,20 +15,19 @@ from torch import Tensor, nn
 
 from sharefold.calibration.calibrate import Calibration
 from sharefold.calibration.images import calibration_or_procedural
-from sharefold.calibration.pairs import Gatherer
 from sharefold.errors import SharefoldError
 from sharefold.format import config_of
 from sharefold.graph import NetworkGraph, analyze
-from sharefold.layers import BasisConv, SharedConv, SpatialConv, to_dense
+from sharefold.layers import BasisConv, HybridConv, SharedConv, SpatialConv, to_dense
 from sharefold.outputs import Divergence
 from sharefold.plans import Progress
-from sharefold.repair.lockstep import Place, batches_for, walk
+from sharefold.repair.lockstep import Visited, Wanted, walk
 from sharefold.repair.means import give_mean
 from sharefold.running import evaluating
 from sharefold.settings import with_plain_settings
 from sharefold.solvers.grid import kmeans_codebook, search_scale
 from sharefold.solvers.least_squares import PulledLeastSquares
-from sharefold.solvers.pair_moments import PairSums
+from sharefold.solvers.pair_moments import PairMoments, PairSums
 from sharefold.store.moments import gather, runs
 from sharefold.store.norm_folding import fold_norms
 from sharefold.store.prepare import Prepared, free_metric, matrices, prepare, vertical_metric
@@ -70,7 +69,8 @@ def quantize_(
         model: a network that ``convert_`` converted (with an empty plan, a dense one).
         spec: ``fp16``, ``int2``..``int8``, ``kmeans2``..``kmeans8``, ``mixed:0.4MB``, or a request of
             :func:`plan_store`.
-        calibration: of the dense network, or (n, C, H, W) normalised images, no labels; by default procedural images.
+        calibration: of the dense network, of whose images the part ``fit`` is used, or (n, C, H, W) normalised images, no
+            labels, all used; by default procedural images.
         original: the dense network whose outputs are aimed at; by default the calibrated one, else the model as it is.
         seed: of procedural images.
 
@@ -153,7 +153,7 @@ def _material(
 ) -> tuple[Tensor, nn.Module | None]:
     """The images, and the network that they are compared on."""
     if isinstance(calibration, Calibration):
-        return calibration.images, calibration.original if original is None else original
+        return calibration.fitting, calibration.original if original is None else original
     return calibration_or_procedural(model, calibration, seed), original
 
 
@@ -296,16 +296,13 @@ def _sequential(
 ) -> bool:  # fmt: skip
     if graph.fx_graph is None or len(prepared.forms) < len(graph.layers):
         return False
-    batches = batches_for(teacher, images)
-    count = sum(map(len, batches))
+    def visit(at: Visited) -> None:
+        pairs = PairMoments(torch.float32)
+        pairs.add(at.samples.x.permute(1, 2, 0), at.samples.y.reshape(*at.samples.x.shape[:2], -1).permute(1, 2, 0))
+        layer(at.name, pairs.result(prepared.centered[at.name]))
 
-    def visit(name: str, place: Place) -> None:
-        gatherer = Gatherer(prepared.forms[name], count)
-        for x, y in zip(place.inputs, place.targets, strict=True):
-            gatherer.add(x, y)
-        layer(name, gatherer.result(prepared.centered[name]))
-
-    walk(graph.fx_graph, teacher, model, batches, visit, set(prepared.forms))
+    wanted = {name: Wanted(form) for name, form in prepared.forms.items()}
+    walk(graph.fx_graph, teacher, model, images, wanted, visit)
     return True
 
 
@@ -332,7 +329,7 @@ def _round_factors(
 ) -> None:  # fmt: skip
     leaf = "horizontal" if isinstance(module, SpatialConv) else "coefficients"
     metric = inputs.gram.double().mean(0, keepdim=True)
-    if isinstance(module, SpatialConv) and f"{name}.vertical" in wanted:
+    if isinstance(module, SpatialConv | HybridConv) and f"{name}.vertical" in wanted:
         settle(f"{name}.vertical", vertical_metric(metric, module))
     elif isinstance(module, BasisConv) and f"{name}.unique" in wanted:
         settle(f"{name}.unique", free_metric(metric, module.pivots))

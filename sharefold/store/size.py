@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from sharefold.format import METADATA_KEY, config_of, distinct
+from sharefold.checksum import ALGORITHM
+from sharefold.format import CHECKSUM_KEY, METADATA_KEY, config_of, distinct
 from sharefold.store.blob import NAME, blob_bytes, encode_blob
 from sharefold.store.norm_folding import fold_norms
 from sharefold.store.tensor_spec import FORMAT, StoreSpec
@@ -45,9 +46,9 @@ def size_predictor(model: nn.Module) -> Callable[[StoreSpec], int]:
 def _content(model: nn.Module) -> tuple[dict[str, Tensor], str]:
     """The tensors of the file, and its metadata."""
     tensors, aliases = distinct(model.state_dict())
-    config = replace(config_of(model), aliases=aliases, store=FORMAT, sharefold_version=__version__)
+    config = replace(config_of(model), aliases=aliases, store=FORMAT, checksum=ALGORITHM, sharefold_version=__version__)
     return tensors, config.packed()
 
 
 def _size(blob: Tensor, text: str) -> int:
-    return len(to_bytes({NAME: blob}, {METADATA_KEY: text, "format": "pt"}))
+    return len(to_bytes({NAME: blob}, {METADATA_KEY: text, CHECKSUM_KEY: "0" * 8, "format": "pt"}))

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
+from networks import images, net
 from repair_works import done_by, work_of
-from spine_nets import images, net
 from torch import nn
 
 from sharefold.measure import agreement, first_logits

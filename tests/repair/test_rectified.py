@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import images, made_once, net
 from repair_works import done_by, work_of
-from spine_nets import images, net
 from timm.layers import BatchNormAct2d
 from torch import Tensor, fx, nn
 
@@ -144,6 +144,14 @@ def test_norms_that_are_not_affine_in_evaluation_are_left_alone() -> None:
     assert found(nn.BatchNorm2d(4, track_running_stats=False), lambda m, y, x: m.relu(y)) is None
 
 
+@made_once
+def converted(blocks: int, members: tuple[str, ...], rank: int) -> tuple[nn.Module, nn.Module]:
+    """A network of ``blocks`` blocks a stage, and it with one shared basis."""
+    model = net(blocks=blocks)
+    plan = Plan([GroupPlan("g", "basis", members, {"rank": rank})], 0, 0)
+    return sharefold.convert_(model, plan, calibration=FITTING, repair=False).original, model
+
+
 def refitted(original: nn.Module, model: nn.Module, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refits ``model`` on FITTING with hardly a pull and keeps it, whatever held-out images say."""
     monkeypatch.setattr(module, "ROUNDS", rounds)
@@ -156,13 +164,10 @@ def refitted(original: nn.Module, model: nn.Module, rounds: int, monkeypatch: py
 def errors_behind(rounds: int, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
     """Of the first shared layer on the images that it was fitted to: squared error of what should pass the ReLU and of what
     passes it and should not, in front of it; and squared error behind it."""
-    model = net(blocks=2)
-    names = ("stage1.0.conv1", "stage1.1.conv1")
-    plan = Plan([GroupPlan("g", "basis", names, {"rank": 4})], 0, 0)
-    done = sharefold.convert_(model, plan, calibration=FITTING, repair=False)
-    refitted(done.original, model, rounds, monkeypatch)
+    original, model = converted(2, ("stage1.0.conv1", "stage1.1.conv1"), rank=4)
+    refitted(original, model, rounds, monkeypatch)
     outputs: list[Tensor] = []
-    for network in (done.original, model):
+    for network in (original, model):
         network.get_submodule("stage1.0.bn1").register_forward_hook(lambda m, args, out: outputs.append(out))
         with torch.no_grad():
             network.eval()(FITTING)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import Small
 from repair_works import calibration_on
 from torch import Tensor, nn
 
@@ -22,38 +23,15 @@ from sharefold.repair.guard import Guard, StepRecord
 from sharefold.repair.refine import centred, refine, relative_errors
 
 
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(width)
-        self.drop = nn.Dropout(0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop(self.norm(self.conv2(self.conv(x).relu())))
-
-
-class Net(nn.Module):
-    def __init__(self, width: int = 8) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, width, 3, padding=1)
-        self.blocks = nn.Sequential(Block(width), Block(width))
-        self.head = nn.Linear(width, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.blocks(self.stem(x)).relu().mean((2, 3)))
-
-
-def converted(teacher: Net, rank: int = 10) -> Net:
+def converted(teacher: Small, rank: int = 10) -> Small:
     """A network whose four block convolutions share one random-subspace basis: a damaged conversion."""
     model = copy.deepcopy(teacher)
-    layers = [conv for block in model.blocks for conv in (block.conv, block.conv2)]
+    layers = [conv for block in model.layer1 for conv in (block.conv1, block.conv2)]
     stacked = torch.cat([conv.weight.detach().flatten(1) for conv in layers])
     basis = torch.linalg.svd(stacked, full_matrices=False).Vh[:rank]
     bank = add_bank(model, "group", Bank({"basis": basis.reshape(rank, 8, 3, 3).contiguous()}, uses=4))
-    for block in model.blocks:
-        for key in ("conv", "conv2"):
+    for block in model.layer1:
+        for key in ("conv1", "conv2"):
             conv = getattr(block, key)
             form = form_of(conv)
             assert form is not None
@@ -62,13 +40,13 @@ def converted(teacher: Net, rank: int = 10) -> Net:
 
 
 @pytest.fixture
-def pair() -> tuple[Net, Net, Tensor, Tensor]:
-    teacher = Net()
+def pair() -> tuple[Small, Small, Tensor, Tensor]:
+    teacher = Small()
     with torch.no_grad():
         teacher.head.weight.mul_(20)
-        for block in teacher.blocks:
-            block.norm.running_mean.normal_(0, 0.1)
-            block.norm.running_var.uniform_(0.05, 0.2)
+        for block in teacher.layer1:
+            block.bn2.running_mean.normal_(0, 0.1)
+            block.bn2.running_var.uniform_(0.05, 0.2)
     teacher.eval()
     images = torch.randn(96, 3, 12, 12)
     return teacher, converted(teacher), images[:64], images[64:]
@@ -94,7 +72,7 @@ def test_lowers_held_out_kl_much(pair) -> None:
     teacher, model, images, held_out = pair
     cal = calibration_on(teacher, images, held_out)
     frozen = state(teacher)
-    statistics = [block.norm.running_var.clone() for block in model.blocks]
+    statistics = [block.bn2.running_var.clone() for block in model.layer1]
     result = refine(model, cal, guard=Guard(cal.comparison(held_out)), epochs=12, batch_size=16)
     assert result["kept"] and result["epochs"] == 12
     assert result["kl_before"] > 0.01
@@ -102,7 +80,7 @@ def test_lowers_held_out_kl_much(pair) -> None:
     assert agreement(teacher, model, held_out).kl == pytest.approx(result["kl_after"], rel=1e-5)
     assert result["kl_after"] == result["history"][-1]
     assert same(state(cal.original), frozen)
-    assert all(torch.equal(a, block.norm.running_var) for a, block in zip(statistics, model.blocks, strict=True))
+    assert all(torch.equal(a, block.bn2.running_var) for a, block in zip(statistics, model.layer1, strict=True))
 
 
 def checks_of(monkeypatch, divergences: list[float], before: float) -> tuple[module._Checks, nn.Linear]:
@@ -184,22 +162,22 @@ def test_modes_flags_gradients_runtimes_and_hooks_come_back(pair) -> None:
     cal = calibration_on(dense, images, held_out)
     teacher = cal.original
     model.train()
-    model.blocks[0].norm.eval()
+    model.layer1[0].bn2.eval()
     model.stem.weight.requires_grad_(False)
     mark = torch.ones_like(model.head.weight)
     model.head.weight.grad = mark
-    model.blocks[0].conv.runtime = "factored"
-    teacher.blocks[1].train()
+    model.layer1[0].conv1.runtime = "factored"
+    teacher.layer1[1].train()
     with torch.no_grad():
         result = refine(model, cal, guard=Guard(cal.comparison(held_out)), epochs=3, batch_size=16)
     assert result["kept"]
-    assert model.training and not model.blocks[0].norm.training and model.blocks[1].norm.training
-    assert teacher.blocks[1].training and not teacher.training
+    assert model.training and not model.layer1[0].bn2.training and model.layer1[1].bn2.training
+    assert teacher.layer1[1].training and not teacher.training
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["stem.weight"]
     assert model.head.weight.grad is mark and torch.equal(mark, torch.ones_like(mark))
     assert all(p.grad is None for n, p in model.named_parameters() if n != "head.weight")
     assert all(p.requires_grad for p in teacher.parameters())
-    assert model.blocks[0].conv.runtime == "factored" and model.blocks[1].conv.runtime == "auto"
+    assert model.layer1[0].conv1.runtime == "factored" and model.layer1[1].conv1.runtime == "auto"
     assert not any(m._forward_hooks for net in (teacher, model) for m in net.modules())
 
 

@@ -7,8 +7,8 @@ import dataclasses
 
 import pytest
 import torch
+from networks import images, made_once, net
 from repair_works import done_by, work_of
-from spine_nets import images, net
 from torch import nn
 
 import sharefold
@@ -23,6 +23,7 @@ from sharefold.repair.refit import Refit
 FITTING, HELD_OUT = images(40, 3), images(20, 4)
 
 
+@made_once
 def converted(kind: str = "residual", budget: str = "40%", method: str = "auto") -> tuple[nn.Module, nn.Module]:
     model = net(kind, blocks=4)
     # Not "joint": its search has seen the whole network and leaves refitting little to mend on networks this small.
