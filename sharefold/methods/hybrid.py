@@ -54,7 +54,7 @@ class Hybrid(TwoFactors):
             return []
         large = flat.columns > LARGE_FEATURES
         work = VariableProjection(flat, kind_of(forms[0]), groups=forms[0].groups, inputs=own_inputs(forms))
-        iterations = 5 if large else 20 if flat.columns <= LARGE_FEATURES // 2 else 12
+        iterations = 5 if large else 20 if flat.columns <= LARGE_FEATURES // 2 else 15
         found: dict[tuple[int, int], Candidate] = {}
         for row in sizes[1:] if large else sizes:
             costs = np.array([self.amount(forms, *size) for size in row])
