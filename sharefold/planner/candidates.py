@@ -15,7 +15,7 @@ from sharefold.calibration.ragged import RaggedProblem, can_share, is_ragged, ra
 from sharefold.errors import SharefoldError
 from sharefold.graph import Group, NetworkGraph, find_groups
 from sharefold.layers import ConvForm, checked_form
-from sharefold.methods import AUTO, Candidate, LayerMethod, method_named, step_named
+from sharefold.methods import AUTO, FOLD, Candidate, LayerMethod, method_named, step_named
 from sharefold.options import PlanOptions
 from sharefold.planner.costs import Cost, Parameters
 from sharefold.planner.objectives import Objective, objective_named
@@ -109,7 +109,7 @@ def find_candidates(
     """
     options = PlanOptions() if options is None else options
     model, graph = cal.original, cal.graph
-    allowed = (AUTO if options.method == "auto" else (options.method,)) if isinstance(options.method, str) else options.method
+    allowed = [name for name in method_names(options.method) if name != FOLD.name]
     methods = [method_named(name) if options.pivots else method_named(name).without_pivots() for name in allowed]
     units = find_units(graph, options.exclude)
     if any(method.takes_ragged for method in methods):
@@ -120,6 +120,13 @@ def find_candidates(
     fixed = max(cost.total - sum(cost.dense(name) for unit in units for name in unit.members), 0)
     before = sum(p.numel() for p in model.parameters())
     return Candidates(found, cost, fixed, before, method_text(options.method))
+
+
+def method_names(method: str | Sequence[str]) -> tuple[str, ...]:
+    """The methods that ``auto``, a name or several stand for."""
+    if isinstance(method, str):
+        return AUTO if method == "auto" else (method,)
+    return tuple(method)
 
 
 def method_text(method: str | Sequence[str]) -> str:

@@ -10,14 +10,16 @@ from sharefold.budget import Budget, parse_budget
 from sharefold.calibration.calibrate import Calibration, calibration_of
 from sharefold.graph.hidden_channels import hidden_spaces
 from sharefold.methods import FOLD
+from sharefold.methods.narrowing import narrowed
 from sharefold.options import CalibrationOptions, PlanOptions, chosen
-from sharefold.planner.candidates import Candidates, find_candidates, method_text
+from sharefold.planner.candidates import Candidates, find_candidates, method_names, method_text
 from sharefold.planner.costs import cost_of
 from sharefold.planner.file_budget import plan_bytes
 from sharefold.planner.fold_levels import FoldLevels
 from sharefold.planner.fold_probe import FoldProbe
 from sharefold.planner.objectives import JOINT, objective_named
 from sharefold.planner.search import Trials, search
+from sharefold.planner.with_folds import divergence_of, fold_widths, joined
 from sharefold.plans import Plan, Progress
 from sharefold.settings import with_plain_settings
 
@@ -92,9 +94,14 @@ class Planner:
         return self._levels[unit]
 
     @property
+    def folds(self) -> bool:
+        """Whether method fold is allowed."""
+        return FOLD.name in method_names(self.options.method)
+
+    @property
     def only_folds(self) -> bool:
         """Whether method fold alone is allowed."""
-        return self.options.method in (FOLD.name, (FOLD.name,))
+        return set(method_names(self.options.method)) == {FOLD.name}
 
     def folded(self, levels: FoldLevels, limit: float, budget: str) -> Plan:
         """The plan by method fold alone that costs at most ``limit``; ``budget`` is what the user wrote."""
@@ -118,7 +125,28 @@ class Planner:
             levels = self.levels(bound.unit)
             return self.folded(levels, bound.limit(levels.cost.total), bound.text)
         candidates = self.candidates(bound.unit)
-        return self.within(candidates, bound.limit(candidates.cost.total), bound.text)
+        limit = bound.limit(candidates.cost.total)
+        if not self.folds or not self.cal.comparable:
+            return self.within(candidates, limit, bound.text)
+        return self._folded_first(bound, candidates, limit)
+
+    def _folded_first(self, bound: Budget, candidates: Candidates, limit: float) -> Plan:
+        """The better of two plans by the divergence of the converted networks: without folding, and after it."""
+        plain = self.within(candidates, limit, bound.text)
+        divergence = divergence_of(self.cal, plain)
+        levels = self.levels(bound.unit)
+        folds = levels.plans(fold_widths(candidates, candidates.pick(limit, bound.text), limit, divergence, levels))
+        if not folds:
+            return plain
+        others = tuple(name for name in method_names(self.options.method) if name != FOLD.name)
+        rest = chosen(self.options, {"method": others}, PlanOptions)
+        inner = Planner(narrowed(self.cal, folds), rest, self.progress)
+        left = inner.candidates(bound.unit)
+        if limit >= left.cost.total or limit < left.floor:
+            return plain
+        found = joined(folds, inner.within(left, limit, bound.text), plain.params_before)
+        found.source = plain.source
+        return found if divergence_of(self.cal, found) < divergence else plain
 
     def _coded(self, limit: int, budget: str) -> Plan | None:
         """The plan of at most so many parameters that are to be coded; None below the floor."""

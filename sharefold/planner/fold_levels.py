@@ -8,8 +8,9 @@ the budget goes back to where it helps most.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ SWEEPS, BISECTIONS = 8, 60
 class _Item:
     """Part of the cost that is proportional to the width of the space it is written in, or read from, or both (or -1)."""
 
+    name: str
     amount: float  # of the dense network
     written: int
     read: int
@@ -123,6 +125,12 @@ class FoldLevels:
         return sum(
             float(values[row.index(width)]) for row, values, width in zip(self.choices, self.damages, widths, strict=True)
         )
+
+    def scaled(self, shares: Mapping[str, float]) -> FoldLevels:
+        """The same with layers that cost only so much of what they did."""
+        result = copy.copy(self)
+        result.items = [replace(item, amount=item.amount * shares.get(item.name, 1.0)) for item in self.items]
+        return result
 
     def at_price(self, price: float) -> list[int]:
         """The widths of least damage plus ``price`` times cost."""
@@ -219,12 +227,12 @@ def _items(model: nn.Module, graph: NetworkGraph, spaces: Sequence[HiddenSpace],
     items = []
     for name in {**written, **read}:
         if name in graph.layers:
-            items.append(_Item(cost.dense(name), written.get(name, -1), read.get(name, -1)))
+            items.append(_Item(name, cost.dense(name), written.get(name, -1), read.get(name, -1)))
         if isinstance(cost, Parameters) and name in written:
             channels = spaces[written[name]].channels
             vectors = [
                 p.numel() for key, p in model.get_submodule(name).named_parameters()
                 if p.numel() > 1 and not (key == "weight" and name in graph.layers) and p.shape[0] == channels
             ]  # fmt: skip
-            items.append(_Item(sum(vectors), written[name], -1))
+            items.append(_Item(name, sum(vectors), written[name], -1))
     return [item for item in items if item.amount]
