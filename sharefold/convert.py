@@ -29,7 +29,6 @@ from sharefold.options import CalibrationOptions, ConvertOptions, RefineOptions,
 from sharefold.plans import GroupPlan, Plan, Progress
 from sharefold.repair.batchnorm_statistics import NormStatistics
 from sharefold.repair.classifier import Classifier
-from sharefold.repair.folded_readers import FoldedReaders
 from sharefold.repair.guard import Guard, StepRecord
 from sharefold.repair.means import absorb_means
 from sharefold.repair.refine import refine
@@ -40,7 +39,7 @@ from sharefold.store import parse_store, quantize_
 from sharefold.store.tensor_spec import carry_spec
 
 # In the order in which they run.
-REPAIRS: tuple[Repair, ...] = (FoldedReaders(), Refit(), NormStatistics(), Classifier())
+REPAIRS: tuple[Repair, ...] = (Refit(), NormStatistics(), Classifier())
 
 
 @dataclass
@@ -154,22 +153,17 @@ def _mended(work: Work, repair: bool, effort: Effort | None, seconds: dict[str, 
     if reason:
         if effort is not None:
             warnings.warn(f"not refined: {reason}", SharefoldWarning, stacklevel=4)
-        names = [*(step.name for step in _repairs(work) if repair), *(["refine"] if effort else [])]
+        names = [*(step.name for step in REPAIRS if repair), *(["refine"] if effort else [])]
         return [StepRecord(name, False, reason) for name in names]
     records: list[StepRecord] = []
     if repair:
         with _timed(seconds, "repair"):
-            records += repaired(work, _repairs(work))
+            records += repaired(work, REPAIRS)
     if effort is not None:
         with _timed(seconds, "refine"):
             wanted = RefineOptions(effort.epochs, effort.seconds, seed=work.cal.seed)
             records.append(refine(work.model, work.cal, wanted, work.guard, work.progress))
     return records
-
-
-def _repairs(work: Work) -> list[Repair]:
-    """The repairs that this plan can need."""
-    return [step for step in REPAIRS if work.plan.narrowing or not isinstance(step, FoldedReaders)]
 
 
 def describe(original: nn.Module, plan: Plan, known: Mapping[str, Any] | None = None) -> FileConfig:
