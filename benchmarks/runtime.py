@@ -24,7 +24,7 @@ from torch import Tensor
 from sharefold.bench import race
 from sharefold.layers import BasisConv, ConvForm, SharedConv, SpatialConv
 from sharefold.layers.shared_conv import FACTORED_SHARE
-from sharefold.measure import evaluating
+from sharefold.running import evaluating
 
 RESULTS = Path(__file__).parent / "results" / "runtime.json"
 # (channels in, channels out, kernel, stride, size of the input map): stages of ResNet-18/50 and of CIFAR ResNets.

@@ -12,8 +12,11 @@ from typing import Any, NoReturn
 import click
 
 from sharefold.errors import SharefoldError
+from sharefold.untrusted import printable
 
 DEBUG_VARIABLE = "SHAREFOLD_DEBUG"
+# What the machine refuses, at whatever place it comes up: no bug of ours.
+_OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def debugging() -> bool:
@@ -66,6 +69,10 @@ def _exit(error: Exception) -> NoReturn:
     if isinstance(error, SharefoldError):
         _say(f"error: {str(error).strip()}")
         sys.exit(2)
+    if isinstance(error, OSError) and error.errno in _OUTSIDE:
+        where = f": {error.filename}" if error.filename else ""
+        _say(f"error: {error.strerror}{where}: free some space, or choose another place")
+        sys.exit(2)
     reason = str(error).strip().splitlines()
     what = f"{type(error).__name__}: {reason[0]}" if reason else type(error).__name__
     hint = "" if debugging() else f" (set {DEBUG_VARIABLE}=1 for the traceback)"
@@ -78,4 +85,5 @@ def _one_line(text: str) -> str:
 
 
 def _say(text: str) -> None:
-    click.echo(text, err=True)
+    """One line; names from files may hold escapes, which a terminal would obey."""
+    click.echo(printable(text), err=True)

@@ -11,10 +11,12 @@ import click
 from sharefold.errors import SharefoldError
 from sharefold.options import ConvertOptions, PlanOptions
 
+from .agreement_text import agreement_text
 from .common import Run, jsonable, shared_options
 from .convert_report import Timer, group_rows, report_conversion, report_plan, weight_file_bytes
 from .convert_request import DEFAULT_BUDGET, Request, check_request
-from .keep import smallest_keeping
+from .input_check import input_warning, look_at
+from .keep import check_enough, held_out_for, smallest_keeping
 from .record_options import record_options
 from .source import preprocess_options, source_options
 
@@ -30,7 +32,9 @@ if TYPE_CHECKING:
 @source_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory or .safetensors file.")
 @click.option("--budget", metavar="SIZE", help=f"50%, 2.1M, 8MB (of the file), 50% MACs, 4ms ...  [default: {DEFAULT_BUDGET}]")
+@click.option("--keep", metavar="FIGURE", help="Smallest size proven to keep: agreement 99%, psnr 40, cosine .99, error 2% ...")
 @click.option("--keep-agreement", metavar="SHARE", help="Smallest size whose predictions agree this often, e.g. 99%.")
+@click.option("--outputs", metavar="KIND", multiple=True, help="What an output is: logits:axis=1, boxes:regression; repeatable.")
 @record_options(PlanOptions)
 @click.option("--plan", type=click.Path(path_type=Path), help="A plan written by --dry-run --json, perhaps edited.")
 @click.option("--calib", metavar="DATA", help="Images without labels.  [default: procedural images]")
@@ -73,8 +77,11 @@ def command(
     from sharefold.planner import Planner
 
     timer = Timer()
+    warning: str | None = None
+    held_out = None if request.keep is None else held_out_for(request.keep)
     check_names(request)
-    opened = request.source.open()
+    look = look_at(calib, calib_split, run.seed, resize=calib_resize, mean=mean, std=std, input_size=input_size)
+    opened = request.source.open(look)
     if opened.shared:
         raise SharefoldError(f"{request.source.source} is converted already: take the dense original, or expand it")
     model = opened.model.to(device).eval()
@@ -84,16 +91,22 @@ def command(
     if calib is None and request.dry_run and (request.recipe is not None or request.plan is not None):
         images = torch.zeros(1, *preprocess.size)
     else:
-        count = calib_count or default_count(*preprocess.size[1:])
+        count = calib_count or default_count(*preprocess.size[1:], procedural=calib is None) + 2 * (held_out or 0)
         images = calibration_images(calib, preprocess, count, run.seed, calib_split, resize=calib_resize)
         if calib is None:
             images = matched(model, images, run.seed)
+        else:
+            warning = input_warning(model, images, preprocess, opened.pretrained_cfg)
     example = torch.zeros(1, *preprocess.size, device=device)
     timer.lap("calibration_images")
     before = {"params": count_parameters(model), "bytes": model_bytes(model), "macs": count_macs(model, example)}
     timer.lap("measure")
-    # One calibration serves planning and solving, and every trial of --keep-agreement.
-    cal = sharefold.calibrate(model, images, seed=run.seed, example_input=example)
+    # One calibration serves planning and solving, and every trial of --keep.
+    cal = sharefold.calibrate(
+        model, images, seed=run.seed, example_input=example, outputs=request.outputs or None, held_out=held_out
+    )
+    if request.keep is not None:
+        check_enough(cal, request.keep)
     config = {"base": opened.base, "pretrained_cfg": jsonable({**opened.pretrained_cfg, **preprocess.cfg})}
     how = replace(request.how, config=config)
     with run.progress() as progress:
@@ -113,7 +126,7 @@ def command(
             return sharefold.convert_(dense, plan, cal, how, progress)
 
         if request.keep is not None:
-            model, done = smallest_keeping(model, request.keep, lambda net, share: carry_out(net, decide(net, share)))
+            model, done = smallest_keeping(model, request.keep, lambda net, share: carry_out(net, decide(net, share)), cal)
             plan = done.plan
         else:
             plan = decide(model, request.budget)
@@ -133,7 +146,10 @@ def command(
         **{key: {"before": before[key], "after": after[key]} for key in before},
         "groups": group_rows(done.plan),
         "agreement": done.agreement,
+        "agreement_interval": done.agreement_interval,
+        "report_images": done.report_images,
         "kl": done.kl,
+        "outputs": [figure.to_dict() for figure in done.outputs],
         **({} if not done.plan.store else {"store": done.plan.store}),
         "steps": {name: record.to_dict() for name, record in done.steps.items()},
     }
@@ -141,10 +157,11 @@ def command(
     metrics = {key: value for key, value in result.items() if key not in ("groups", "steps")}
     sharefold.save(model, request.output, metrics=jsonable(metrics), force=request.force)
     timer.lap("save")
-    report_conversion(run, done, before, after, request.output, timer)
+    report_conversion(run, done, before, after, request.output, timer, agreement_text(done, cal, calib is None))
     run.result(
         {
             **result,
+            "input_warning": warning,
             "seconds": timer.total(),
             "peak_memory_bytes": peak_memory(device),
             "output": str(request.output),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,12 +64,17 @@ def print_plan(run: Run, plan: Plan) -> None:
     run.table(
         ["group", "method", "layers", "rank", "before", "after", "kept", "error"],
         [
-            [row["name"], row["method"], str(len(row["members"])), row["rank"], row["params_before"],
+            [row["name"], row["method"], str(len(row["members"])), _rank(group.options), row["params_before"],
              row["params_after"], f"{row['params_after'] / max(row['params_before'], 1):.0%}",
              None if row["error"] is None else f"{row['error']:.4f}"]
-            for row in group_rows(plan)
+            for row, group in zip(group_rows(plan), plan.groups, strict=True)
         ],
     )  # fmt: skip
+
+
+def _rank(options: Mapping[str, Any]) -> Any:
+    """The group's rank; of shared and own filters both numbers."""
+    return f"{options['rank']} + {options['own']}" if "own" in options else options.get("rank")
 
 
 def report_plan(run: Run, request: Request, plan: Plan, before: dict[str, int], timer: Timer, memory: int) -> None:
@@ -86,6 +92,8 @@ def report_plan(run: Run, request: Request, plan: Plan, before: dict[str, int], 
             "groups": group_rows(plan),
             "plan": plan.to_dict(),
             "agreement": None,
+            "agreement_interval": None,
+            "report_images": 0,
             "seconds": timer.total(),
             "peak_memory_bytes": memory,
             "output": None,
@@ -94,9 +102,9 @@ def report_plan(run: Run, request: Request, plan: Plan, before: dict[str, int], 
 
 
 def report_conversion(
-    run: Run, done: Conversion, before: dict[str, int], after: dict[str, int], output: Path, timer: Timer
+    run: Run, done: Conversion, before: dict[str, int], after: dict[str, int], output: Path, timer: Timer, agreement: str
 ) -> None:
-    """Before and after, for people."""
+    """Before and after, for people; ``agreement`` is a sentence."""
     print_plan(run, done.plan)
     kept = {key: f"{after[key] / max(before[key], 1):.1%}" for key in before}
     size = "MB in memory" if done.plan.store else "MB"
@@ -106,9 +114,13 @@ def report_conversion(
             ["parameters", before["params"], after["params"], kept["params"]],
             [size, f"{before['bytes'] / 1e6:.3f}", f"{after['bytes'] / 1e6:.3f}", kept["bytes"]],
             ["MMACs", f"{before['macs'] / 1e6:,.1f}", f"{after['macs'] / 1e6:,.1f}", kept["macs"]],
-            ["agreement", "", "no logits" if done.agreement is None else f"{done.agreement:.2%}", ""],
         ],
     )
+    figures = [[figure.name, figure.kind, figure.metric, figure.text(), str(figure.images)] for figure in done.outputs]
+    if figures:
+        run.table(["output", "kind", "", "converted to original (95%)", "images"], figures)
+    else:
+        run.say("nothing that the network returns can be compared")
     if done.plan.store:
         run.say(f"stored as {done.plan.store}: {weight_file_bytes(output) / 1e6:.3f} MB of weights in the file")
-    run.say(f"{output} written ({timer.total()['total']:.1f} s); agreement is top-1, on held-out calibration images")
+    run.say(f"{output} written ({timer.total()['total']:.1f} s); {agreement}")

@@ -17,6 +17,7 @@ from .record_options import record_of
 from .source import SourceOptions
 
 if TYPE_CHECKING:
+    from sharefold.outputs import Target
     from sharefold.plans import Plan
 
 DEFAULT_BUDGET = "50%"
@@ -44,7 +45,8 @@ class Request:
     source: SourceOptions
     output: Path | None
     budget: Budget | None
-    keep: float | None
+    keep: Target | None
+    outputs: tuple[str, ...]
     what: PlanOptions
     how: ConvertOptions
     plan: Plan | None
@@ -79,8 +81,9 @@ def share_of(text: str | None, option: str) -> float | None:
 
 
 def check_request(
-    source: SourceOptions, output: Path | None, budget: str | None, keep_agreement: str | None, plan: Path | None,
-    recipe: str | None, store: str | None, dry_run: bool, force: bool, **records: Any,
+    source: SourceOptions, output: Path | None, budget: str | None, keep: str | None, keep_agreement: str | None,
+    outputs: tuple[str, ...], plan: Path | None, recipe: str | None, store: str | None, dry_run: bool, force: bool,
+    **records: Any,
 ) -> Request:  # fmt: skip
     """Everything that is wrong with the options alone.
 
@@ -92,8 +95,8 @@ def check_request(
     """
     deciders = {f"--{name}": records[name] for name in ("method", "exclude", "objective")}
     pivots = None if records["pivots"] is None else True
+    deciders |= {"--budget": budget, "--keep": keep, "--keep-agreement": keep_agreement, "--no-pivots": pivots}
     deciders["--round-channels"] = records["round_channels"]
-    deciders |= {"--budget": budget, "--keep-agreement": keep_agreement, "--no-pivots": pivots}
     idle = [name for name, value in deciders.items() if value is not None]
     what, how = record_of(PlanOptions, records), record_of(ConvertOptions, records)
     how = replace(how, refine=parse_effort(how.refine))
@@ -102,15 +105,16 @@ def check_request(
     if recipe is not None and (plan is not None or idle):
         other = "--plan" if plan is not None else idle[0]
         raise SharefoldError(f"{other} has no effect with --recipe, which already decides: leave one out")
-    if budget is not None and keep_agreement is not None:
-        raise SharefoldError("--budget and --keep-agreement both decide the size: give one")
+    sizes = [name for name in ("--budget", "--keep", "--keep-agreement") if deciders[name] is not None]
+    if len(sizes) > 1:
+        raise SharefoldError(f"{sizes[0]} and {sizes[1]} both decide the size: give one")
     if what.exclude is not None:
         try:
             re.compile(what.exclude)
         except re.error as error:
             raise SharefoldError(f"--exclude {what.exclude!r} is not a regular expression: {error}") from None
     bound = None
-    if plan is None and recipe is None and keep_agreement is None:
+    if plan is None and recipe is None and keep is None and keep_agreement is None:
         bound = parse_budget(DEFAULT_BUDGET if budget is None else budget)
         if bound.unit == "bytes" and store is not None:
             raise SharefoldError(
@@ -122,5 +126,15 @@ def check_request(
         check_output(output, force)
     read = None if plan is None else read_plan(plan)
     return Request(
-        source, output, bound, share_of(keep_agreement, "--keep-agreement"), what, how, read, recipe, store, dry_run, force
+        source, output, bound, _target(keep, keep_agreement), outputs, what, how, read, recipe, store, dry_run, force
     )
+
+
+def _target(keep: str | None, keep_agreement: str | None) -> Target | None:
+    """``--keep`` is proven, ``--keep-agreement`` is what the images that decide show."""
+    from sharefold.outputs.figure import Target, parse_target
+
+    if keep is not None:
+        return parse_target(keep)
+    share = share_of(keep_agreement, "--keep-agreement")
+    return None if share is None else Target("agreement", share, f"agreement {keep_agreement}", proven=False)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .common import Run, shared_options
-from .source import SourceOptions, source_options
+from .input_check import input_warning, look_at
+from .source import SourceOptions, preprocess_options, source_options
 
 if TYPE_CHECKING:
     from sharefold.graph import Group, NetworkGraph
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
 @click.option("--exclude", metavar="REGEX", help="Leave out layers whose name matches.")
 @click.option("--layers", "show_layers", is_flag=True, help="List every layer, not only the groups.")
 @click.option("--hidden", "show_hidden", is_flag=True, help="List which channels method fold can leave out.")
-@click.option("--input-size", metavar="C,H,W", help="Input size.  [default: the model's]")
+@click.option("--data", metavar="DATA", help="Images, no labels: are they prepared as the network expects?")
+@click.option("--split", default="train", show_default=True, help="Which part of DATA.")
+@preprocess_options
+@click.option("--outputs", metavar="KIND", multiple=True, help="What an output is: logits:axis=1, boxes:regression; repeatable.")
 @shared_options
 def command(
     run: Run,
@@ -38,23 +42,35 @@ def command(
     exclude: str | None,
     show_layers: bool,
     show_hidden: bool,
+    data: str | None,
+    split: str,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
     input_size: str | None,
+    outputs: tuple[str, ...],
 ) -> None:
     """Show which layers of SOURCE are isomorphic, in which groups, and which are left out.
 
     \b
     sharefold inspect timm:resnet50 --no-pretrained
+    sharefold inspect my-network.pt --data imagefolder:/data/imagenet
     """
     device = run.setup()
     import torch
 
-    from sharefold.data import Preprocess
+    from sharefold.calibration.input_fit import sample_size
+    from sharefold.data import Preprocess, calibration_images
     from sharefold.graph import analyze, find_groups
     from sharefold.graph.hidden_channels import hidden_spaces
     from sharefold.measure import count_parameters
+    from sharefold.outputs import read_outputs
 
-    opened = source.open()
-    size = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size).size
+    opened = source.open(look_at(data, split, run.seed, mean=mean, std=std, input_size=input_size))
+    preprocess = Preprocess.from_cfg(opened.pretrained_cfg, mean=mean, std=std, input_size=input_size)
+    size, warning = preprocess.size, None
+    if data is not None:
+        images = calibration_images(data, preprocess, sample_size(*size[1:]), run.seed, split)
+        warning = input_warning(opened.model.to(device), images, preprocess, opened.pretrained_cfg)
     graph = analyze(opened.model.to(device), torch.zeros(1, *size, device=device))
     groups = find_groups(graph, by_role=by_role, first_block=first_block, exclude=exclude)
     total = count_parameters(opened.model)
@@ -62,9 +78,13 @@ def command(
     _print(run, opened.name, graph, groups, total, size, show_layers)
     if show_hidden:
         _print_hidden(run, spaces, stay)
+    images = calibration_images(None, preprocess, 8, run.seed)
+    reading = read_outputs(opened.model, images.to(device), graph, outputs or None)
+    run.table(["output", "is", "because"], reading.lines(), title="outputs")
     run.result(
         {
             "source": source.source,
+            "outputs": [leaf.to_dict() for leaf in reading.leaves],
             "params": total,
             "input_size": size,
             "traced": graph.traced,
@@ -75,6 +95,7 @@ def command(
             "skipped": graph.skipped,
             "hidden": [asdict(space) for space in spaces],
             "not_hidden": stay,
+            "input_warning": warning,
         }
     )
 

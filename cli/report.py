@@ -101,7 +101,8 @@ def _plan_facts(run: Run, path: Path, source: str | None) -> Facts:
     data = parse_json(read_text(path, f"plan {path}"), f"plan {path}")
     inner = data if isinstance(data, dict) and isinstance(data.get("plan"), dict) else {}
     named = str(inner.get("source") or "")
-    metrics = {key: inner[key] for key in ("params", "bytes", "macs", "agreement") if inner.get(key) is not None}
+    known = ("params", "bytes", "macs", "agreement", "agreement_interval", "report_images")
+    metrics = {key: inner[key] for key in known if inner.get(key) is not None}
     opened = None
     if source is not None:
         opened = _dense(source)

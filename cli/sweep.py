@@ -14,7 +14,9 @@ from sharefold.budget import parse_effort
 from sharefold.errors import SharefoldError
 from sharefold.options import ConvertOptions, PlanOptions
 
+from .agreement_text import share_text
 from .common import Run, jsonable, shared_options
+from .input_check import input_warning, look_at
 from .record_options import record_of, record_options
 from .source import SourceOptions, preprocess_options, source_options
 
@@ -54,11 +56,11 @@ def command(
 
     what, how = record_of(PlanOptions, records), record_of(ConvertOptions, records)
     parse_effort(how.refine)
-    again = force and (output / "sweep.json").is_file()  # a folder of ours, though not of a network
-    target = output if again else check_output(output, force)
+    target = check_output(output, force)
     device = run.setup()
     import sharefold
     from sharefold.calibration.images import default_count
+    from sharefold.calibration.parts import FEWEST_IMAGES
     from sharefold.data import Preprocess, calibration_images, loader, open_data
     from sharefold.format import carry_config, checked_pretrained_cfg, config_of
     from sharefold.measure import evaluate
@@ -71,14 +73,15 @@ def command(
         if name != "auto":
             method_named(name)
     start = time.perf_counter()
-    opened = source.open()
+    opened = source.open(look_at(calib or data, "train", run.seed, mean=mean, std=std, input_size=input_size))
     if opened.shared:
         raise SharefoldError(f"{source.source} is converted already: take the dense original, or expand it")
     model = opened.model.to(device).eval()
     preprocess = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size, mean=mean, std=std)
     dataset = open_data(data, split, transform_cfg=preprocess)
-    count = calib_count or default_count(*preprocess.size[1:])
+    count = calib_count or default_count(*preprocess.size[1:], procedural=False)
     images = calibration_images(calib or data, preprocess, count, run.seed, "train")
+    warning = input_warning(model, images, preprocess, opened.pretrained_cfg)
 
     def measure(network: nn.Module) -> dict[str, Any]:
         return evaluate(network, loader(dataset, batch_size), device, limit=limit)
@@ -102,9 +105,15 @@ def command(
         ["budget", "parameters", "kept", "MB", "top-1", "top-5", "agreement", "seconds"],
         [
             [p["budget"], p["params"], f"{p['share']:.1%}", f"{p['bytes'] / 1e6:.2f}", f"{p['top1']:.2%}",
-             f"{p['top5']:.2%}", f"{p['agreement']:.2%}", f"{p['seconds']:.1f}"]
+             f"{p['top5']:.2%}", None if p["agreement"] is None else share_text(p["agreement"], p["agreement_interval"]),
+             f"{p['seconds']:.1f}"]
             for p in found["points"]
         ],
     )  # fmt: skip
+    reported = max(p["report_images"] for p in found["points"])
+    if reported:
+        run.say(f"agreement: top-1, on {reported} calibration images kept for the report (95 % interval)")
+    else:
+        run.say(f"agreement not measured: only {len(images)} images, {FEWEST_IMAGES} or more are needed")
     run.say(f"{target} written: {', '.join(found['files'])}")
-    run.result({**found, "seconds": time.perf_counter() - start, "output": str(target)})
+    run.result({**found, "input_warning": warning, "seconds": time.perf_counter() - start, "output": str(target)})

@@ -30,8 +30,8 @@ from sharefold.errors import SharefoldError
 from sharefold.format import config_of
 from sharefold.layers import SharedConv, shared_layers
 from sharefold.layers.shared_conv import FACTORED_SHARE
-from sharefold.measure import evaluating
 from sharefold.plans import Progress
+from sharefold.running import evaluating
 from sharefold.state_dicts import load_tensors
 
 FORMS = ("composed", "factored", "auto")

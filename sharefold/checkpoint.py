@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sharefold.architectures.build import build_base
+from sharefold.blank import blank_network, check_shapes, install, real_network, shape_of_network
 from sharefold.card import model_card
+from sharefold.checksum import check_finite, checksum
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.files import check_output, write_file, write_folder
 from sharefold.format import (
     CARD_NAME,
+    CHECKSUM_KEY,
     CONFIG_NAME,
     METADATA_KEY,
     WEIGHTS_NAME,
@@ -35,13 +38,13 @@ from sharefold.format import (
 )
 from sharefold.layers import shared_layers, stray_pointers, to_dense
 from sharefold.methods import step_named
-from sharefold.methods.checks import check_plan
-from sharefold.methods.narrowing import install_blank
 from sharefold.settings import plain_defaults
 from sharefold.state_dicts import load_tensors
 from sharefold.store import decode, encode
 from sharefold.store.tensor_spec import FORMAT, carried_spec, carry_spec
-from sharefold.version import __version__
+
+R = TypeVar("R")
+_ATTEMPTS = 20
 
 
 @plain_defaults()
@@ -76,12 +79,14 @@ def save(model: nn.Module, path: str | Path, *, metrics: dict[str, Any] | None =
     if metrics is not None:
         config = replace(config, metrics={**config.metrics, **metrics})
         carry_config(model, config)
-    config = replace(config, aliases=aliases, store=None if spec is None else FORMAT, sharefold_version=__version__)
+    config = config.of(tensors, aliases, None if spec is None else FORMAT)
+    check_finite(tensors, str(target), "a run that diverged? take an earlier state")
     text = config.to_text()
+    FileConfig.from_text(text, target)  # what could not be read again is not written
     if spec is not None:
         tensors = encode(tensors, spec)
         text = config.packed()
-    metadata = {METADATA_KEY: text, "format": "pt"}
+    metadata = {METADATA_KEY: text, CHECKSUM_KEY: checksum(text, tensors), "format": "pt"}
     if target.suffix == ".safetensors":
         write_file(target, lambda temporary: save_file(tensors, str(temporary), metadata))
         return target
@@ -111,26 +116,27 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: str | torc
     Raises:
         SharefoldError: missing, damaged, not of sharefold, of a newer format, or its architecture cannot be built.
     """
-    file, config = read_config(path)
-    if model is None:
-        if config.base is None:
-            raise SharefoldError(
-                f"{path} was made from a network of your own: pass its dense module as load(..., model=...)"
-            )
-        model = build_base(config.base)
-    check_plan(model, config.plan)
-    install_blank(model, config.plan)
-    state = _read_tensors(file)
+    config, state = _settled(Path(path), _read)
+    if model is None and config.base is None:
+        raise SharefoldError(f"{path} was made from a network of your own: pass its dense module as load(..., model=...)")
     spec = None
+    if model is not None:
+        install(model, config.plan)
+        template = dict(model.state_dict())
+    else:
+        template = shape_of_network(config, state, str(path))
     if config.store is not None:
-        template = {name: t for name, t in model.state_dict().items() if name not in config.aliases}
-        state, spec = decode(state, template)
-    for alias, name in config.aliases.items():
-        if name not in state:
-            raise SharefoldError(f"{path} is damaged: tensor {name!r} is missing")
-        state[alias] = state[name]
+        state, spec = decode(state, config.typed(template))
+    check_shapes(template, state, config.aliases, str(path))
+    check_finite(state, str(path), "it is damaged: download or save it again")
+    state |= {alias: state[name] for alias, name in config.aliases.items()}
+    if model is None:
+        model = blank_network(config)
     try:
         load_tensors(model, state, assign=True)
+        if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+            model = real_network(config)
+            load_tensors(model, state, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise SharefoldError(f"{path} does not fit its own plan: {reason[:300]}") from None
@@ -177,31 +183,82 @@ def expand(model: nn.Module) -> nn.Module:
     return dense.eval()
 
 
-def read_config(path: str | Path) -> tuple[Path, FileConfig]:
-    """The weights file and the configuration behind ``path``, checked.
+def read_config(path: str | Path) -> FileConfig:
+    """The configuration of a directory or file, checked; its tensors are not looked at.
 
     Raises:
         SharefoldError: as :func:`load`.
     """
-    target = Path(path)
+    return _settled(Path(path), lambda target: _read(target, tensors=False)[0])
+
+
+def _read(target: Path, tensors: bool = True) -> tuple[FileConfig, dict[str, Tensor]]:
+    """Configuration and tensors behind ``target``, which hold together."""
     if not target.exists():
         raise SharefoldError(f"{target} does not exist: check the path")
     file = target / WEIGHTS_NAME if target.is_dir() else target
     if not file.exists():
         raise SharefoldError(f"{target} holds no {WEIGHTS_NAME}: it is not a sharefold directory")
+    state: dict[str, Tensor] = {}
     try:
         with safe_open(str(file), framework="pt") as handle:
             metadata = handle.metadata() or {}
+            if tensors and METADATA_KEY in metadata:
+                # A copy each: in the file tensors lie at odd addresses, for which some kernels round differently.
+                state = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise SharefoldError(f"{file} is damaged or no safetensors file ({error}): download or save it again") from None
-    side = target / CONFIG_NAME
-    if target.is_dir() and side.exists():
-        return file, read_config_file(side)
     if METADATA_KEY not in metadata:
+        raise SharefoldError(f"{file} holds no sharefold configuration: convert it first, or use it as a checkpoint source")
+    config = FileConfig.from_text(metadata[METADATA_KEY], target)
+    if tensors:
+        _check_sum(file, config, metadata, state)
+    side = target / CONFIG_NAME
+    if not target.is_dir() or not side.exists():
+        return config, state
+    # The copy beside the weights is for people and the Hub. It may know more metrics; all else is said by the weights file,
+    # whose checksum covers it.
+    copy = read_config_file(side)
+    inside, beside = ({k: json.dumps(v) for k, v in c.to_dict().items() if k != "metrics"} for c in (config, copy))
+    wrong = sorted(k for k in inside.keys() | beside.keys() if inside.get(k) != beside.get(k))
+    if wrong:
         raise SharefoldError(
-            f"{file} holds no sharefold configuration: convert it first, or use it as a checkpoint source"
+            f"{side} says another {wrong[0]} than {WEIGHTS_NAME}: it is damaged or was edited: delete it, or save again"
         )
-    return file, FileConfig.from_text(metadata[METADATA_KEY], target)
+    return replace(config, metrics={**config.metrics, **copy.metrics}), state
+
+
+def _check_sum(file: Path, config: FileConfig, metadata: dict[str, str], state: dict[str, Tensor]) -> None:
+    if not config.checksum and CHECKSUM_KEY not in metadata:
+        warnings.warn(
+            f"{file} has no checksum (an older sharefold wrote it), so that damage would not show: save it again",
+            SharefoldWarning, stacklevel=5,
+        )  # fmt: skip
+    elif checksum(metadata[METADATA_KEY], state) != metadata.get(CHECKSUM_KEY):
+        raise SharefoldError(f"{file} is damaged: its checksum does not hold: download or save it again")
+
+
+def _settled(path: Path, read: Callable[[Path], R]) -> R:
+    """``read(path)``, again while another process replaces what is there: its parts may come from two networks then."""
+    for _ in range(_ATTEMPTS):
+        before = _identity(path)
+        try:
+            found = read(path)
+        except SharefoldError:
+            if _identity(path) == before:
+                raise
+            continue
+        if _identity(path) == before:
+            return found
+    return read(path)
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def is_sharefold(path: str | Path) -> bool:
@@ -218,10 +275,20 @@ def is_sharefold(path: str | Path) -> bool:
         return False
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def _read_tensors(file: Path, check: str) -> dict[str, Tensor]:
+    """The tensors of the file, after its checksum; ``check``: how the configuration says that it has one."""
     try:
         with safe_open(str(file), framework="pt") as handle:
+            metadata = handle.metadata() or {}
             # A copy each: in the file tensors lie at odd addresses, for which some kernels round differently.
-            return {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
+            state = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise SharefoldError(f"{file} is damaged ({error}): download or save it again") from None
+    if not check and CHECKSUM_KEY not in metadata:
+        warnings.warn(
+            f"{file} has no checksum (an older sharefold wrote it), so that damage would not show: save it again",
+            SharefoldWarning, stacklevel=3,
+        )  # fmt: skip
+    elif checksum(metadata.get(METADATA_KEY, ""), state) != metadata.get(CHECKSUM_KEY):
+        raise SharefoldError(f"{file} is damaged: its checksum does not hold: download or save it again")
+    return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -10,22 +11,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sharefold.architectures.bases import base_of
-from sharefold.budget import Effort, parse_effort
+from sharefold.budget import parse_effort
 from sharefold.calibration.calibrate import Calibration, calibration_of, copied
 from sharefold.calibration.images import input_config
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.format import FileConfig, carry_config
 from sharefold.graph.preserved import restored_on_error
 from sharefold.layers import Bank, shared_layers
-from sharefold.measure import agreement
 from sharefold.methods import Solution, step_named
 from sharefold.methods.checks import check_layers, check_plan
 from sharefold.methods.narrowing import narrow_, narrowed
 from sharefold.methods.solved import solution_of, solutions_of
 from sharefold.options import CalibrationOptions, ConvertOptions, RefineOptions, chosen
+from sharefold.outputs import Figure
+from sharefold.outputs.agreement import mean_agreement
 from sharefold.plans import GroupPlan, Plan, Progress
 from sharefold.repair.batchnorm_statistics import NormStatistics
 from sharefold.repair.classifier import Classifier
@@ -49,17 +52,25 @@ class Conversion:
     Attributes:
         plan: the plan as carried out, with measured errors and resolved options.
         original: the dense network, a copy; the teacher of any fine-tuning.
-        agreement: share of held-out calibration images on which both networks' top-1 agree; None for networks that
-            return no logits (detectors).
-        kl: mean KL(original || converted) on them, nats; None likewise.
+        agreement: share of predicted classes that coincide on the part ``report`` of the calibration images, on which nothing
+            was fitted or decided; NaN where there are too few images for such a part (:mod:`sharefold.calibration.parts`), and
+            for networks that predict no classes.
+        kl: divergence from the original on them: of a classifier the mean KL(original || converted) in nats, else the sum over
+            outputs of errors as a share of what the output varies by; NaN likewise, and for those that return nothing to compare.
+        outputs: a figure for people an output, with a 95 % interval, on the same images; none where there are none.
+        agreement_interval: 95 % interval of the agreement on all images like these (Wilson); None where it was not measured.
+        report_images: how many images are behind it; 0 where nothing was measured.
         steps: the repairs, by name, and whether they were kept.
         seconds: wall-clock seconds of each phase.
     """
 
     plan: Plan
     original: nn.Module
-    agreement: float | None
-    kl: float | None
+    agreement: float
+    kl: float
+    outputs: list[Figure] = field(default_factory=list)
+    agreement_interval: tuple[float, float] | None = None
+    report_images: int = 0
     steps: dict[str, StepRecord] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -87,33 +98,59 @@ def convert_(
         SharefoldWarning: refinement is asked for and nothing was shared.
     """
     wanted = chosen(options, overrides, ConvertOptions)
-    effort = parse_effort(wanted.refine)
-    cal = calibration_of(model, calibration, CalibrationOptions(wanted.seed))
+    known = CalibrationOptions(wanted.seed, outputs=wanted.outputs, criterion=wanted.criterion)
+    cal = calibration_of(model, calibration, known)
+    seconds: dict[str, float] = {}
+    with restored_on_error(model):
+        done, cal, steps = carry_out(model, plan, cal, wanted, seconds, progress)
+        kl, figures = _reported(model, cal)
+    teacher = copied(cal.original) if cal is calibration else cal.original
+    agreed = [figure for figure in figures if figure.metric == "agreement"]
+    return Conversion(
+        done, teacher, mean_agreement(figures), kl, figures, agreed[0].interval if len(agreed) == 1 else None,
+        len(cal.reporting) if figures else 0, {step.name: step for step in steps}, seconds,
+    )  # fmt: skip
+
+
+def _reported(model: nn.Module, cal: Calibration) -> tuple[float, list[Figure]]:
+    """Divergence and figures on the images on which nothing was fitted or decided; NaN and none where there are none."""
+    if not cal.comparable or not len(cal.reporting):
+        return math.nan, []
+    found, figures = cal.comparison(cal.reporting).measure(model)
+    return found.mean, figures
+
+
+def carry_out(
+    model: nn.Module, plan: Plan, cal: Calibration, options: ConvertOptions, seconds: dict[str, float],
+    progress: Progress | None = None,
+) -> tuple[Plan, Calibration, list[StepRecord]]:  # fmt: skip
+    """:func:`convert_` without its report, for trials: an image that is reported on is read once, at the end of all.
+
+    Returns:
+        The plan as carried out, the calibration of the network with its channels reordered (mostly ``cal``), the steps.
+    """
+    effort = parse_effort(options.refine)
     check_plan(model, plan)
     check_layers(cal.graph, plan)
     if plan.store:
         parse_store(plan.store)
     if effort is not None and not cal.comparable:
-        raise SharefoldError("refine: this network returns no logits to learn from (a detector?): convert without it")
-    seconds: dict[str, float] = {}
-    with restored_on_error(model):
-        with _timed(seconds, "solve"):
-            narrow_(model, cal, plan.narrowing, progress)
-            base = _aligned(model, plan, narrowed(cal, plan.narrowing))
-            solutions = solutions_of(base, plan.sharing, progress)
-        if not plan.narrowing:
-            cal = base
-        done = _install(model, plan, solutions, cal, base)
-        carry_config(model, describe(cal.original, done, wanted.config))
-        carry_spec(model, None)
-        work = Work(cal, model, done, Guard(cal.original, cal.deciding), base, progress)
-        steps = _mended(work, wanted.repair, effort, seconds)
-        if plan.store:
-            with _timed(seconds, "store"):
-                quantize_(model, plan.store, cal.images, cal.original, cal.seed, progress)
-        found = agreement(cal.original, model, cal.images[cal.parts.decide]) if cal.comparable else None
-    teacher = copied(cal.original) if cal is calibration else cal.original
-    return Conversion(done, teacher, found and found.top1, found and found.kl, {s.name: s for s in steps}, seconds)
+        raise SharefoldError("refine: this network returns nothing to learn from: convert without it, or give a criterion")
+    with _timed(seconds, "solve"):
+        narrow_(model, cal, plan.narrowing, progress)
+        base = _aligned(model, plan, narrowed(cal, plan.narrowing))
+        solutions = solutions_of(base, plan.sharing, progress)
+    if not plan.narrowing:
+        cal = base
+    done = _install(model, plan, solutions, cal, base)
+    carry_config(model, describe(cal.original, done, options.config))
+    carry_spec(model, None)
+    steps = _mended(model, done, cal, base, options, seconds, progress)
+    _put_back(model, cal.original, plan)
+    if plan.store:
+        with _timed(seconds, "store"):
+            quantize_(model, plan.store, cal, cal.original, cal.seed, progress)
+    return done, cal, steps
 
 
 def _aligned(model: nn.Module, plan: Plan, cal: Calibration) -> Calibration:
@@ -143,27 +180,44 @@ def _install(model: nn.Module, plan: Plan, solutions: list[Solution], cal: Calib
     return replace(plan, groups=groups, params_after=sum(p.numel() for p in model.parameters()))
 
 
-def _mended(work: Work, repair: bool, effort: Effort | None, seconds: dict[str, float]) -> list[StepRecord]:
+def _mended(
+    model: nn.Module, plan: Plan, cal: Calibration, base: Calibration, options: ConvertOptions, seconds: dict[str, float],
+    progress: Progress | None,
+) -> list[StepRecord]:  # fmt: skip
     """Repairs and refinement, as far as they are asked for and something can decide on them; a record each."""
-    reason = ""
-    if not work.plan.groups:
+    repair, effort, reason = options.repair, parse_effort(options.refine), ""
+    if not plan.groups:
         reason = "nothing was shared, so that there is nothing to repair or refine"
-    elif not work.cal.comparable:
-        reason = "the network returns no logits to decide by"
+    elif not cal.comparable:
+        reason = "the network returns nothing to decide by"
     if reason:
         if effort is not None:
-            warnings.warn(f"not refined: {reason}", SharefoldWarning, stacklevel=4)
+            warnings.warn(f"not refined: {reason}", SharefoldWarning, stacklevel=5)
         names = [*(step.name for step in REPAIRS if repair), *(["refine"] if effort else [])]
         return [StepRecord(name, False, reason) for name in names]
     records: list[StepRecord] = []
+    work = Work(cal, model, plan, Guard(cal.decided), base, progress)
     if repair:
         with _timed(seconds, "repair"):
             records += repaired(work, REPAIRS)
     if effort is not None:
         with _timed(seconds, "refine"):
-            wanted = RefineOptions(effort.epochs, effort.seconds, seed=work.cal.seed)
-            records.append(refine(work.model, work.cal, wanted, work.guard, work.progress))
+            wanted = RefineOptions(effort.epochs, effort.seconds, seed=cal.seed)
+            records.append(refine(model, cal, wanted, work.guard, progress))
     return records
+
+
+@torch.no_grad()
+def _put_back(model: nn.Module, original: nn.Module, plan: Plan) -> None:
+    """Every tensor of a protected module as it was: a norm may have taken up the mean of a layer in front of it."""
+    for name, module in original.named_modules():
+        if not plan.protects(name):
+            continue
+        ours = model.get_submodule(name)
+        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            found = getattr(ours, key, None)
+            if isinstance(found, Tensor) and found.shape == tensor.shape:
+                found.copy_(tensor)
 
 
 def describe(original: nn.Module, plan: Plan, known: Mapping[str, Any] | None = None) -> FileConfig:

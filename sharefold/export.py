@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +26,8 @@ from sharefold.calibration.images import input_config
 from sharefold.checkpoint import expand
 from sharefold.errors import SharefoldError
 from sharefold.files import check_output, write_file
-from sharefold.measure import evaluating, model_bytes
+from sharefold.measure import model_bytes
+from sharefold.running import evaluating
 
 __all__ = ["Exported", "export"]
 FORMATS = {"onnx": (".onnx",), "pt2": (".pt2",), "dense": (".safetensors", ".pt", ".pth")}
@@ -186,8 +188,10 @@ def _write_archive(
     found: list[float] = []
 
     def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            torch.export.save(program, file)
+        # Not straight to the disk: when that is full, torch's writer ends the process.
+        memory = io.BytesIO()
+        torch.export.save(program, memory)
+        temporary.write_bytes(memory.getbuffer())
         with temporary.open("rb") as file:
             loaded = torch.export.load(file).module()
         gap = _difference(model, lambda batch: _tensors(loaded(batch)), batches)
@@ -325,7 +329,9 @@ def write_dense(dense: nn.Module, target: Path) -> None:
     if target.suffix == ".safetensors":
         write_file(target, lambda temporary: save_file(state, str(temporary), {"format": "pt"}))
     else:
-        write_file(target, lambda temporary: torch.save(state, temporary))
+        memory = io.BytesIO()
+        torch.save(state, memory)
+        write_file(target, lambda temporary: temporary.write_bytes(memory.getbuffer()))
 
 
 def _write_expanded(model: nn.Module, target: Path, example: Tensor, tolerance: float) -> float:

@@ -1,16 +1,37 @@
-"""Writing without half-written results: everything goes to a temporary name beside the target and is renamed."""
+"""Writing without half-written results: everything goes to a temporary name beside the target and is renamed.
+
+A kill at any moment leaves the old output or the new one under its name. What a killed process left beside it
+(``.NAME.HOST-PID.tmp``) is removed by the next one that writes to that name.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import itertools
 import os
+import platform
+import re
 import shutil
-import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
 
 from sharefold.errors import SharefoldError
+from sharefold.exchange import exchange
 
 CONFIG_NAME = "sharefold_config.json"  # what tells a directory of sharefold from a user's own
+# What sharefold writes into its directories: networks, and sweeps with networks inside.
+OWN_NAMES = frozenset(
+    {CONFIG_NAME, "model.safetensors", "README.md", "sweep.csv", "sweep.json", "sweep.svg", "sweep.png"}
+)
+_MARKS = (CONFIG_NAME, "sweep.json")
+_HOST = re.sub(r"[^A-Za-z0-9]", "", platform.node())[:16]
+_DAY = 86_400
+_NUMBERS, _MINE = itertools.count(), set[Path]()  # of this process, whose number another one may have had before
 
 
 def check_output(path: str | Path, force: bool = False) -> Path:
@@ -18,71 +39,202 @@ def check_output(path: str | Path, force: bool = False) -> Path:
 
     Raises:
         SharefoldError: it exists and ``force`` is not set, its folder is missing or not writable, or ``force`` would
-            delete something that sharefold did not write.
+            replace something that sharefold did not write.
     """
     target = Path(path)
     parent = target.resolve().parent
     if not parent.is_dir():
         raise SharefoldError(f"output {target}: folder {parent} does not exist: create it first")
+    probe = _beside(target.resolve(), "tmp")
     try:  # a real write: permission bits say yes to root, and nothing of read-only or full disks
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=parent):
-            pass
+        probe.mkdir(exist_ok=True)
+        probe.rmdir()
     except OSError as error:
         raise SharefoldError(f"output {target} cannot be written ({error.strerror}): choose another place") from None
     if target.exists():
         if not force:
             raise SharefoldError(f"output {target} exists: pass --force to replace it, or choose another name")
-        if target.is_dir() and any(target.iterdir()) and not (target / CONFIG_NAME).exists():
+        if target.is_dir() and any(target.iterdir()) and not any((target / mark).exists() for mark in _MARKS):
             raise SharefoldError(f"output {target} is a folder that sharefold did not write: choose another name")
     return target
 
 
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls ``write`` with a temporary path in the same folder, then renames the result to ``path``.
 
     Raises:
         SharefoldError: the disk is full or the folder cannot be written; nothing is left behind.
     """
-    temporary = path.resolve().parent / f".{path.name}.{os.getpid()}.tmp"
+    target = path.resolve()
+    temporary = _beside(target, "tmp")
+    _clean(target)
     try:
         write(temporary)
         _publish(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise SharefoldError(f"output {path} could not be written: {error.strerror or error}") from None
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        os.replace(temporary, target)
+        _sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise _unwritten(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_folder(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls ``write`` with a temporary folder beside ``path``, then moves it into place; an old folder goes last.
+def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
+    """Calls ``write`` with a temporary folder beside ``path``, then puts it in the place of ``path`` in one step.
+
+    Files in the folder at ``path`` that sharefold does not write are taken over.
 
     Raises:
         SharefoldError: as :func:`write_file`.
     """
-    parent = path.resolve().parent
-    temporary, old = (parent / f".{path.name}.{os.getpid()}.{end}" for end in ("tmp", "old"))
+    target = path.resolve()
+    temporary = _beside(target, "tmp")
+    _clean(target)
     try:
         temporary.mkdir()
         write(temporary)
-        for file in temporary.iterdir():
-            _publish(file)
-        if path.is_dir():
-            os.replace(path, old)
-        elif path.exists():
-            path.unlink()
-        os.replace(temporary, path)
-    except OSError as error:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        raise SharefoldError(f"output {path} could not be written: {error.strerror or error}") from None
+        _publish(temporary)
+        if target.is_dir():
+            _take_over(target, temporary)
+            _sync(temporary)
+        _put(temporary, target)
+        if temporary.is_dir() and target.is_dir():  # written into the old folder while this went on
+            _take_over(temporary, target)
+        _sync(target.parent)
+    except (OSError, SafetensorError, shutil.Error) as error:
+        raise _unwritten(path, error) from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(temporary)
+
+
+def _unwritten(path: Path, error: Exception) -> SharefoldError:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    return SharefoldError(f"output {path} could not be written: {reason}: free some space, or choose another place")
+
+
+def _put(temporary: Path, target: Path) -> None:
+    """Gives ``temporary`` the name ``target``; what had that name is under the other one afterwards, or gone."""
+    for _ in range(100):  # other processes may write to the same name
+        if os.path.lexists(target) and exchange(temporary, target):
+            return
+        if not os.path.lexists(target) or not target.is_dir():
+            with contextlib.suppress(OSError):
+                target.unlink(missing_ok=True)
+                os.rename(temporary, target)
+                return
+            continue
+        # No exchange on this system: two renames, and `_clean` puts the old folder back if this process dies between them.
+        old = _beside(target, "old")
+        os.rename(target, old)
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            if not os.path.lexists(target):
+                os.rename(old, target)
+            raise
+        os.rename(old, temporary)
+        return
+    raise OSError(errno.EBUSY, "another process keeps writing there")
+
+
+def _take_over(old: Path, new: Path) -> None:
+    """Links a user's own files in the folder ``old`` into ``new``, which may hold other versions of sharefold's."""
+    ours = OWN_NAMES if any((old / mark).exists() for mark in _MARKS) else ()
+    for entry in sorted(old.iterdir()):
+        other = new / entry.name
+        if entry.is_symlink() or not entry.is_dir():
+            if entry.name not in ours and not os.path.lexists(other):
+                _link(entry, other)
+        elif other.is_dir():
+            _take_over(entry, other)
+        elif not os.path.lexists(other):
+            other.mkdir()
+            _take_over(entry, other)
+            if not any(other.iterdir()) and any(entry.iterdir()):  # it held nothing but what sharefold wrote
+                other.rmdir()
+
+
+def _link(source: Path, target: Path) -> None:
+    if source.is_symlink():
+        target.symlink_to(os.readlink(source))
+        return
+    try:
+        os.link(source, target)
+    except OSError:  # no hard links on this file system
+        shutil.copy2(source, target)
 
 
 def _publish(path: Path) -> None:
-    """The permissions that a plain ``open`` would have given; safetensors makes its files private."""
+    """Everything under ``path`` on the disk, with the permissions that a plain ``open`` or ``mkdir`` would have given:
+    safetensors makes its files private."""
     mask = os.umask(0)
     os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    for part in (*(sorted(path.rglob("*"), reverse=True) if path.is_dir() else ()), path):
+        part.chmod((0o777 if part.is_dir() else 0o666) & ~mask)
+        _sync(part)
+
+
+def _sync(path: Path) -> None:
+    """Waits until ``path`` is on the disk; file systems without such a thing are no reason to fail."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _beside(target: Path, end: str) -> Path:
+    made = target.parent / f".{target.name}.{_HOST}-{os.getpid()}-{next(_NUMBERS)}.{end}"
+    _MINE.add(made)
+    return made
+
+
+def _clean(target: Path) -> None:
+    """Removes what dead processes left beside ``target``; an old folder whose place is empty goes back there."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(?:(\w*)-)?(\d+)(?:-\d+)?\.(tmp|old)")
+    try:
+        entries = sorted(target.parent.iterdir())
+    except OSError:
+        return
+    for entry in entries:
+        match = pattern.fullmatch(entry.name)
+        if match is None or not _is_dead(entry, match[1], int(match[2])):
+            continue
+        with contextlib.suppress(OSError):
+            if match[3] == "old" and not os.path.lexists(target):
+                os.rename(entry, target)
+            else:
+                _remove(entry)
+
+
+def _is_dead(entry: Path, host: str | None, process: int) -> bool:
+    """Whether the process that made ``entry`` is gone; of other machines' processes only the age is known."""
+    if process == os.getpid() and host in (None, _HOST):
+        return entry not in _MINE
+    if host not in (None, _HOST):
+        with contextlib.suppress(OSError):
+            return time.time() - entry.lstat().st_mtime > _DAY
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)

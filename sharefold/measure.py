@@ -5,9 +5,8 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,32 +14,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sharefold.errors import SharefoldError
-
-
-class Agreement(NamedTuple):
-    """How much two models say the same on the same images."""
-
-    top1: float  # fraction of predictions that coincide
-    kl: float  # mean KL(a || b) of the output distributions, in nats
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where ``model`` computes: the device of its first parameter, the CPU where it has none."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def run_on(model: nn.Module, images: Tensor) -> Any:
-    """What ``model`` makes of a copy of ``images``, where it computes: some networks write into their input."""
-    return model(images.to(device_of(model), copy=True))
-
-
-def has_doubles(device: torch.device) -> bool:
-    """Whether ``device`` knows float64 (Apple's GPUs do not)."""
-    try:
-        torch.zeros((), dtype=torch.float64, device=device)
-    except TypeError:
-        return False
-    return True
+from sharefold.outputs.agreement import Agreement, agreement  # noqa: F401
+from sharefold.running import evaluating, run_on
 
 
 def count_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:
@@ -83,34 +58,6 @@ def first_logits(output: Any) -> Tensor:
     raise SharefoldError(f"the model returned {type(output).__name__}, which holds no tensor of logits")
 
 
-def gives_logits(model: nn.Module, images: Tensor) -> bool:
-    """Whether two networks can be compared by what ``model`` returns: a row of logits for every image.
-
-    Detectors return boxes instead, another number of them for every image and every network.
-    """
-    with evaluating(model):
-        output = run_on(model, images)
-    try:
-        logits = first_logits(output)
-    except SharefoldError:
-        return False
-    return logits.ndim > 1 and len(logits) == len(images)
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Models in eval mode without gradients; every module's own mode comes back at the end."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def count_macs(model: nn.Module, example_input: Tensor) -> int:
     """Multiply-accumulates of one forward pass for one image, of convolutions and matrix products.
 
@@ -125,35 +72,6 @@ def count_macs(model: nn.Module, example_input: Tensor) -> int:
         with counter:
             run_on(model, image)
     return counter.get_total_flops() // 2
-
-
-def _rows(logits: Tensor) -> Tensor:
-    """(n, classes, ...) to (n * ..., classes) in float32: one row a prediction, also for per-pixel outputs."""
-    return logits.float().movedim(1, -1).flatten(0, -2) if logits.ndim > 1 else logits.float().unsqueeze(0)
-
-
-def agreement(a: nn.Module, b: nn.Module, images: Tensor, *, batch_size: int = 250) -> Agreement:
-    """Top-1 agreement of ``b`` with ``a`` and the mean KL(a || b) over ``images`` (n, C, H, W) normalised float.
-
-    Per-pixel outputs (n, classes, H, W) count each pixel as one prediction.
-    """
-    same = total = 0
-    divergence = 0.0
-    with evaluating(a, b):
-        for batch in images.split(batch_size):
-            left, right = (_rows(first_logits(run_on(net, batch))) for net in (a, b))
-            if left.shape != right.shape:
-                raise SharefoldError(
-                    f"outputs cannot be compared: {tuple(left.shape)[1:]} classes against {tuple(right.shape)[1:]}"
-                )
-            same += int((left.argmax(1) == right.argmax(1)).sum())
-            total += len(left)
-            divergence += float(
-                F.kl_div(right.log_softmax(1), left.log_softmax(1), reduction="sum", log_target=True).double()
-            )
-    if total == 0:
-        raise SharefoldError("agreement: no images given")
-    return Agreement(same / total, divergence / total)
 
 
 def evaluate(

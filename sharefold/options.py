@@ -6,10 +6,10 @@ Every public verb takes one of these, or its fields by keyword: ``plan(model, "5
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from sharefold.budget import Effort
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 DEFAULT_OBJECTIVE = "fisher"
 
 Options = TypeVar("Options")
+# Texts, or kinds by names of outputs; see sharefold/outputs/overrides.py.
+Outputs: TypeAlias = "str | Sequence[str] | Mapping[str, str] | None"
 
 
 def option(default: Any, text: str, metavar: str | None = None) -> Any:
@@ -33,10 +35,17 @@ class CalibrationOptions:
     Attributes:
         seed: of everything random, from the parts of the images to the sampled positions.
         example_input: (B, C, H, W) for tracing and for latency, by default one image of the calibration images.
+        outputs: what the network's outputs are, where it is told wrongly: ``"logits:axis=1"``, ``{"boxes": "regression"}``.
+        criterion: (original's outputs, outputs) of a batch -> (n,), 0 where both say the same: compares whole networks.
+        held_out: how many of the images should decide, and be reported on, each; by default about 15 %, and at most 30 %
+            (:mod:`sharefold.calibration.parts`).
     """
 
     seed: int = 0
     example_input: Tensor | None = None
+    outputs: Outputs = None
+    criterion: Callable[[Any, Any], Tensor] | None = None
+    held_out: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class PlanOptions:
         pivots: whether factors are stored by interpolative decomposition (:mod:`sharefold.solvers.interpolative`); without,
             they are whole and orthonormal. Budgets in bytes have whole ones.
         round_channels: what method fold leaves of a layer's channels is a multiple of this, as hardware likes it.
-        seed: of a calibration that is made here.
+        seed, outputs, criterion: of a calibration that is made here.
     """
 
     method: str | tuple[str, ...] = option("auto", "auto, or a method, or several: basis,svd.", "NAME")
@@ -60,6 +69,8 @@ class PlanOptions:
     pivots: bool = option(True, "Store factors by interpolative decomposition: fewer numbers, the same network.")
     round_channels: int = option(1, "Fold to multiples of so many channels.", "N")
     seed: int = 0
+    outputs: Outputs = None
+    criterion: Callable[[Any, Any], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,13 +83,15 @@ class ConvertOptions:
         refine: label-free distillation on the calibration images: epochs, a time such as ``"4m"``, or ``"auto"``.
         config: entries of the saved configuration (``base``, ``pretrained_cfg``) that are known better than can be told from
             the network.
-        seed: of a calibration that is made here.
+        seed, outputs, criterion: of a calibration that is made here.
     """
 
     repair: bool = option(True, "Refit coefficients, BatchNorm statistics and the classifier on the converted prefix.")
     refine: str | int | bool | Effort | None = option(None, "Distil on the calibration images: 20 (epochs), 4m.", "EFFORT")
     config: Mapping[str, Any] | None = None
     seed: int = 0
+    outputs: Outputs = None
+    criterion: Callable[[Any, Any], Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,19 @@ import torch
 from torch import nn
 
 from sharefold.errors import SharefoldError
-from sharefold.measure import device_of
+from sharefold.running import device_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def with_plain_settings(function: Callable[P, R]) -> Callable[P, R]:
-    """Runs ``function(model, ...)`` in :func:`plain_settings`."""
+    """Runs ``function(model, ...)``, or ``function(calibration, ...)``, in :func:`plain_settings`."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        model: Any = args[0] if args else kwargs.get("model")
-        with plain_settings(model):
+        first: Any = args[0] if args else kwargs.get("model", kwargs.get("cal"))
+        with plain_settings(getattr(first, "original", first) if not isinstance(first, nn.Module) else first):
             return function(*args, **kwargs)
 
     return run

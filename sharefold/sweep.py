@@ -6,6 +6,7 @@ import copy
 import csv
 import io
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -16,14 +17,15 @@ from torch import Tensor, nn
 
 from sharefold.budget import Budget, parse_budget
 from sharefold.calibration.calibrate import Calibration
-from sharefold.convert import convert_
+from sharefold.convert import Conversion, convert_
 from sharefold.errors import SharefoldError
-from sharefold.measure import count_macs, count_parameters, device_of, model_bytes
+from sharefold.measure import count_macs, count_parameters, model_bytes
 from sharefold.options import ConvertOptions, PlanOptions, chosen
 from sharefold.planner import Planner
 from sharefold.plans import Progress
 from sharefold.report.plots import write_curve
 from sharefold.report.svg import curve_chart
+from sharefold.running import device_of
 from sharefold.settings import with_plain_settings
 from sharefold.store import file_bytes
 from sharefold.store.tensor_spec import carried_spec
@@ -31,7 +33,11 @@ from sharefold.store.tensor_spec import carried_spec
 
 @dataclass(frozen=True)
 class Point:
-    """One size: ``top1``, ``top5`` and ``agreement`` are fractions of 1; ``seconds`` those of the conversion."""
+    """One size: ``top1``, ``top5`` and ``agreement`` are fractions of 1; ``seconds`` those of the conversion.
+
+    Agreement, its 95 % interval and KL are those of :class:`sharefold.Conversion`: of ``report_images`` calibration images
+    that nothing was fitted or decided on; None where there are too few for that.
+    """
 
     budget: str
     params: int
@@ -41,8 +47,10 @@ class Point:
     top1: float
     top5: float
     loss: float
-    agreement: float
-    kl: float
+    agreement: float | None
+    agreement_interval: tuple[float, float] | None
+    report_images: int
+    kl: float | None
     seconds: float
 
 
@@ -95,17 +103,14 @@ def sweep(
     model, example = cal.original, cal.example
     planner = Planner(cal, wanted.plan)
     plans = [planner.plan(bound) for bound in bounds]
-    points = [_point("dense", model, count_parameters(model), evaluate(model), 1.0, 0.0, 0.0, example)]
+    points = [_point("dense", model, count_parameters(model), evaluate(model), None, 0.0, example)]
     for index, (bound, decided) in enumerate(zip(bounds, plans, strict=True)):
         start = time.perf_counter()
         converted = copy.deepcopy(model)
         done = convert_(converted, decided, cal, wanted.convert)
         seconds = time.perf_counter() - start
         scores = evaluate(converted)
-        assert done.agreement is not None and done.kl is not None  # `evaluate` has counted its logits
-        points.append(
-            _point(bound.text, converted, points[0].params, scores, done.agreement, done.kl, seconds, example)
-        )  # fmt: skip
+        points.append(_point(bound.text, converted, points[0].params, scores, done, seconds, example))
         if wanted.keep is not None:
             wanted.keep(bound.text, converted, asdict(points[-1]))
         if progress:
@@ -114,15 +119,21 @@ def sweep(
 
 
 def _point(
-    budget: str, model: nn.Module, dense: int, scores: dict[str, Any], agreement: float, kl: float, seconds: float,
-    example: Tensor,
-) -> Point:  # fmt: skip
+    budget: str, model: nn.Module, dense: int, scores: dict[str, Any], done: Conversion | None, seconds: float, example: Tensor
+) -> Point:
+    agreed = (1.0, None, 0, 0.0) if done is None else _reported(done)
     params = count_parameters(model)
     device = device_of(model)
     return Point(
         budget, params, params / max(dense, 1), _bytes(model), count_macs(model, example.to(device)),
-        scores["top1"], scores["top5"], scores["loss"], agreement, kl, seconds,
+        scores["top1"], scores["top5"], scores["loss"], *agreed, seconds,
     )  # fmt: skip
+
+
+def _reported(done: Conversion) -> tuple[float | None, tuple[float, float] | None, int, float | None]:
+    """Agreement, its interval, the number of images and the divergence; None for what was not measured."""
+    agreement, kl = (None if math.isnan(value) else value for value in (done.agreement, done.kl))
+    return agreement, done.agreement_interval, done.report_images, kl
 
 
 def _bytes(model: nn.Module) -> int:
@@ -132,11 +143,16 @@ def _bytes(model: nn.Module) -> int:
 
 
 def to_csv(points: Sequence[Point]) -> str:
-    """A table with a header line, one line a point."""
+    """A table with a header line, one line a point; the interval in two columns."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Point)], lineterminator="\n")
+    names: list[str] = []
+    for field in fields(Point):
+        names += ["agreement_low", "agreement_high"] if field.name == "agreement_interval" else [field.name]
+    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(point) for point in points)
+    for point in points:
+        low, high = point.agreement_interval or ("", "")
+        writer.writerow({**asdict(point), "agreement_low": low, "agreement_high": high})
     return text.getvalue()
 
 

@@ -6,9 +6,11 @@ import os
 import zlib
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from command_line import npz_file, reported
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,6 +48,41 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def npz(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """DATA of 48 training images without labels and 40 test images with them, 3x32x32."""
+    return f"npz:{npz_file(tmp_path_factory.mktemp('data') / 'set.npz', 32, 3, 48, 40, train_labels=False)}"
+
+
+@pytest.fixture(scope="session")
+def labelled_npz(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """DATA of 48 training images and the first 20 of them as test images, 3x32x32, all with labels."""
+    return f"npz:{npz_file(tmp_path_factory.mktemp('data') / 'set.npz', 32, 3, 48, 20)}"
+
+
+@pytest.fixture(scope="session")
+def grey_npz(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """DATA of 200 images that train and 30 that test, 1x8x8, with labels."""
+    return f"npz:{npz_file(tmp_path_factory.mktemp('data') / 'set.npz', 8, 1, 200, 30)}"
+
+
+@pytest.fixture(scope="session")
+def shared_cifar(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """ResNet-20 of random weights at 60 % with shared bases: the saved folder, and the JSON that ``convert`` printed."""
+    out = tmp_path_factory.mktemp("cifar") / "net"
+    options = ("--no-pretrained", "--calib-count", 20, "--no-repair", "--budget", "60%", "--method", "basis")
+    return out, reported("convert", "timm:resnet20_cifar", *options, "-o", out)
+
+
+@pytest.fixture(scope="session")
+def shared_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A narrow digits network of random weights at half its size with shared bases, saved."""
+    out = tmp_path_factory.mktemp("digits") / "net"
+    options = ("--no-pretrained", "--calib-count", 40, "--no-repair", "--budget", "50%", "--method", "basis")
+    reported("convert", "timm:digits_resnet:blocks=3,width=16", *options, "-o", out)
+    return out
 
 
 @pytest.fixture(scope="session")

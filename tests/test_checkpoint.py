@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from file_tools import edit_config, reseal
+from networks import BLOCKS, images, logits, made_once, net
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from spine_nets import BLOCKS, images, logits, net
 from torch import nn
 
 import sharefold
@@ -23,12 +24,12 @@ from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.measure import model_bytes
 
 NAME = "digits_resnet"
-METHODS = ("basis", "svd", "spatial", "tucker", "average", "tied", "cluster-layer", "cluster-filter", "cluster-kernel")
+METHODS = ("basis", "hybrid", "svd", "spatial", "tucker", "average", "tied", "cluster-layer", "cluster-filter", "cluster-kernel")
 
 
+@made_once
 def registered(method: str = "basis", budget: str = "88%") -> nn.Module:
     """A shared network whose architecture is in a registry."""
-    torch.manual_seed(0)
     model = sharefold.open_source(f"timm:{NAME}", pretrained=False).model.eval()
     x = inputs(16)
     plan = sharefold.plan(model, budget=budget, calibration=x, method=method, exclude=r"layer2\.[^1]|layer1\.[^23]")
@@ -149,15 +150,8 @@ def test_half_precision_stays_half(model: nn.Module, tmp_path: Path) -> None:
         assert torch.equal(tensor, again.state_dict()[name])
 
 
-def edit(path: Path, change: Callable[[dict], None]) -> None:
-    file = path / "sharefold_config.json"
-    config = json.loads(file.read_text())
-    change(config)
-    file.write_text(json.dumps(config))
-
-
 def test_unknown_keys_warn(saved: Path, model: nn.Module) -> None:
-    edit(saved, lambda config: config.update(color="green"))
+    edit_config(saved, lambda config: config.update(color="green"))
     with pytest.warns(SharefoldWarning, match=r"unknown keys \['color'\]"):
         again = sharefold.load(saved)
     assert torch.equal(run(again), run(model))
@@ -184,7 +178,7 @@ def test_unknown_keys_warn(saved: Path, model: nn.Module) -> None:
 def test_configurations_that_do_not_hold_are_refused_in_one_line(
     saved: Path, change: Callable[[dict], None], words: str
 ) -> None:
-    edit(saved, change)
+    edit_config(saved, change)
     with pytest.raises(SharefoldError, match=words) as caught:
         sharefold.load(saved)
     assert "\n" not in str(caught.value)
@@ -195,8 +189,7 @@ def test_pivots_that_point_to_nothing_are_refused(saved: Path) -> None:
     tensors = load_file(file)
     name = next(key for key in tensors if key.endswith("pivots"))
     tensors[name][-1] = 10_000
-    with safe_open(file, "pt") as opened:
-        save_file(tensors, file, opened.metadata())
+    reseal(file, tensors)
     with pytest.raises(SharefoldError, match=f"is damaged: tensor '{name}' points to entries that are not there") as caught:
         sharefold.load(saved)
     assert "\n" not in str(caught.value)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from networks import Inverted, Net, Next, images
 from script_loader import load_script
-from spine_nets import Inverted, Net, Next, images
 from timm.layers import BatchNormAct2d, CondConv2d, Conv2dSame, Linear, MixedConv2d, ScaledStdConv2dSame, StdConv2d
 from torch import Tensor, nn
 

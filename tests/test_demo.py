@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import call
 from PIL import Image
 
 import sharefold
 from sharefold.demo import Demo, run_demo
 from sharefold.errors import SharefoldError
 from sharefold.models.digits_resnet import WEIGHTS
-from sharefold_cli.main import cli
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,7 @@ def test_folders_are_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
     for place, words in (("mine", "exists"), ("no/such", "does not exist")):
-        result = CliRunner().invoke(cli, ["demo", "-o", str(tmp_path / place)])
+        result = call("demo", "-o", tmp_path / place)
         assert result.exit_code == 2 and words in result.stderr and result.stderr.count("\n") == 1
     (tmp_path / "earlier").mkdir()
     (tmp_path / "earlier" / "demo.json").write_text("{}")

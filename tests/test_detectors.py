@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
-from spine_nets import images, net
+from command_line import call, reported
+from networks import images, net
 from torch import Tensor, nn
 
 import sharefold
 from sharefold.errors import SharefoldError
-from sharefold.measure import first_logits, gives_logits
-from sharefold_cli.main import cli
+from sharefold.measure import first_logits
 
 
 class Detector(nn.Module):
@@ -25,34 +24,63 @@ class Detector(nn.Module):
         self.backbone = net()
 
     def forward(self, x: Tensor) -> list[dict[str, Tensor]]:
-        return [{"boxes": row[row > 0].unsqueeze(1).expand(-1, 4), "scores": row[row > 0]} for row in self.backbone(x)]
+        return [
+            {"boxes": row[row > 0].unsqueeze(1).expand(-1, 4), "scores": row[row > 0].sigmoid(),
+             "labels": (row > 0).nonzero()[:, 0]}
+            for row in self.backbone(x)
+        ]
+
+
+class Mute(Detector):
+    """Nothing that it or a part of it returns is the same tensor for any number of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = Varying(self.backbone)
+
+
+class Varying(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return list(self.inner(x))
 
 
 def test_boxes_are_no_logits() -> None:
     torch.manual_seed(0)
-    model = Detector()
-    assert not gives_logits(model, images()[:2]) and gives_logits(model.backbone, images()[:2])
     with pytest.raises(SharefoldError, match="detections"):
-        first_logits(model(images()[:2]))
+        first_logits(Detector()(images()[:2]))
 
 
-def test_a_detector_is_converted_without_repairs() -> None:
+def test_a_detector_is_repaired_by_what_its_parts_give() -> None:
     torch.manual_seed(0)
     model = Detector()
     plan = sharefold.plan(model, budget="70%", calibration=images())
-    done = sharefold.convert_(model, plan, calibration=images())
+    done = sharefold.convert_(model, plan, calibration=images(200), refine=1)
     assert sum(p.numel() for p in model.parameters()) == plan.params_after < 0.7 * plan.params_before + 1
-    assert done.agreement is None and done.kl is None
-    assert not done.steps["refit"]["kept"] and "no logits" in done.steps["refit"]["reason"]
+    assert math.isnan(done.agreement) and 0 < done.kl < 1 and done.report_images == 50
+    assert done.steps["refine"]["kl_after"] <= done.steps["refine"]["kl_before"]
+    assert [(f.name, f.metric) for f in done.outputs] == [("backbone", "error"), ("detections", "found")]
     assert all(torch.isfinite(found["boxes"]).all() for found in model(images()[:4]))
 
 
-def test_refinement_of_a_detector_is_refused_before_anything_changes() -> None:
+def test_what_cannot_be_compared_is_converted_without_repairs() -> None:
     torch.manual_seed(0)
-    model = Detector()
+    model = Mute()
+    plan = sharefold.plan(model, budget="70%", calibration=images())
+    done = sharefold.convert_(model, plan, calibration=images())
+    assert math.isnan(done.agreement) and math.isnan(done.kl) and done.outputs == []
+    assert not done.steps["refit"]["kept"] and "nothing to decide by" in done.steps["refit"]["reason"]
+
+
+def test_refinement_of_what_cannot_be_compared_is_refused_before_anything_changes() -> None:
+    torch.manual_seed(0)
+    model = Mute()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plan = sharefold.plan(model, budget="70%", calibration=images())
-    with pytest.raises(SharefoldError, match="no logits"):
+    with pytest.raises(SharefoldError, match="nothing to learn from"):
         sharefold.convert_(model, plan, calibration=images(), refine=1)
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
@@ -61,12 +89,10 @@ def test_refinement_of_a_detector_is_refused_before_anything_changes() -> None:
 def test_the_command_converts_a_torchvision_detector(tmp_path: Path) -> None:
     out = tmp_path / "small"
     common = ["convert", "tv:ssdlite320_mobilenet_v3_large", "--no-pretrained", "--calib-count", "4", "--method", "svd",
-              "-o", str(out), "--json"]  # fmt: skip
-    refused = CliRunner().invoke(cli, [*common, "--keep-agreement", "99%"])
+              "-o", out]  # fmt: skip
+    refused = call(*common, "--json", "--keep-agreement", "99%")
     assert refused.exit_code == 2 and "--keep-agreement" in refused.output and not out.exists()
-    done = CliRunner().invoke(cli, common)
-    assert done.exit_code == 0, done.output
-    report = json.loads(done.stdout)
+    report = reported(*common)
     assert report["agreement"] is None and report["params"]["after"] <= report["params"]["before"] / 2
     boxes = sharefold.load(out)(torch.rand(1, 3, 96, 96))
     assert len(boxes) == 1 and boxes[0]["boxes"].shape[1] == 4

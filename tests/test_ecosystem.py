@@ -13,7 +13,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from click.testing import CliRunner, Result
+from command_line import call
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from sharefold.errors import SharefoldError
 from sharefold.export import export
 from sharefold.hub import load_from_hub, push_to_hub
 from sharefold.layers import replace_module, shared_layers
-from sharefold_cli.main import cli
 
 IMAGES = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(2))
 
@@ -115,10 +114,6 @@ def test_push_and_load(shared: nn.Module, saved: Path, tmp_path: Path, monkeypat
         load_from_hub("me/nothing")
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
-
-
 def test_a_pushed_network_is_a_source(
     shared: nn.Module, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,11 +127,11 @@ def test_a_pushed_network_is_a_source(
     with pytest.raises(SharefoldError, match=r"hf-hub:me/net is a converted network .*: leave --num-classes out"):
         sharefold.open_source("hf-hub:me/net", num_classes=3)
 
-    result = run("eval", "hf-hub:me/net", "--data", "digits", "--limit", 50, "--json")
+    result = call("eval", "hf-hub:me/net", "--data", "digits", "--limit", 50, "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["images"] == 50
     tuned = tmp_path / "tuned"
-    result = run("finetune", "hf-hub:me/net", "--data", "digits", "--teacher", "timm:digits_resnet", "--epochs", 1,
+    result = call("finetune", "hf-hub:me/net", "--data", "digits", "--teacher", "timm:digits_resnet", "--epochs", 1,
                  "--limit", 64, "--batch-size", 32, "--val-limit", 20, "-o", tuned, "--json")  # fmt: skip
     assert result.exit_code == 0, result.output
     again = sharefold.load(tuned)
@@ -169,7 +164,7 @@ def test_the_hub_out_of_reach(error: Exception, words: str, tmp_path: Path, monk
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     monkeypatch.setattr("timm.models.load_model_config_from_hf", fail)
     for verb in (["eval", "--data", "digits"], ["finetune", "--data", "digits", "-o", tmp_path / "tuned"]):
-        result = run(verb[0], "hf-hub:me/net", *verb[1:])
+        result = call(verb[0], "hf-hub:me/net", *verb[1:])
         assert result.exit_code == 2 and result.stdout == "" and not list(tmp_path.iterdir())
         assert result.stderr.count("\n") == 1 and words in result.stderr
 

@@ -94,7 +94,7 @@ def test_onnx_holds_the_bank_once_and_composes_in_the_graph(shared: nn.Module, o
     assert str(Path(sharefold.__file__).parent).encode() not in text, "source paths of this machine are in the file"
 
 
-@pytest.mark.parametrize("method", ["average", "cluster", "spatial"])
+@pytest.mark.parametrize("method", ["average", "cluster", "hybrid", "spatial"])
 def test_onnx_of_other_methods(method: str, tmp_path: Path) -> None:
     model = converted(method, "75%")
     export(model, tmp_path / "net.onnx")

@@ -17,17 +17,17 @@ ROOT = Path(__file__).parents[1]
 
 # Bottom to top. A name stands for a file or a folder of sharefold/.
 FLOORS = (
-    ("errors", "version", "budget", "files", "options", "offline", "untrusted"),
-    ("solvers", "layers", "state_dicts", "models"),
-    ("measure", "settings", "graph"),
+    ("errors", "version", "budget", "checksum", "exchange", "files", "options", "offline", "untrusted"),
+    ("solvers", "layers", "state_dicts", "models", "running"),
+    ("settings", "graph"),
     ("plans", "outputs"),
-    ("data", "procedural"),
+    ("data", "procedural", "measure"),
     ("calibration",),
     ("methods", "recipes"),
     ("repair",),
     ("format", "store"),
     ("architectures",),
-    ("convert", "planner", "card", "checkpoint"),
+    ("convert", "planner", "card", "blank", "checkpoint"),
     ("sources", "export", "bench", "report", "hub", "sweep", "finetune", "verify"),
     ("demo",),
     ("cli",),

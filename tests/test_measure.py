@@ -9,17 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
-from sharefold.measure import (
-    agreement,
-    count_macs,
-    count_parameters,
-    evaluate,
-    evaluating,
-    first_logits,
-    latency,
-    model_bytes,
-    peak_memory,
-)
+from sharefold.measure import agreement, count_macs, count_parameters, evaluate, first_logits, latency, model_bytes, peak_memory
+from sharefold.outputs import read_outputs
+from sharefold.running import evaluating
 
 
 class Fixed(nn.Module):
@@ -128,7 +120,8 @@ def test_agreement_counts_pixels_of_segmentation() -> None:
             return {"out": out}
 
     images = torch.randn(5, 1, 2, 2)
-    assert agreement(Map(False), Map(True), images).top1 == 0.75
+    reading = read_outputs(Map(False), images, overrides="logits:axis=1")
+    assert agreement(Map(False), Map(True), images, reading=reading).top1 == 0.75
     with pytest.raises(SharefoldError, match="cannot be compared"):
         agreement(Fixed(torch.zeros(1, 2)), Fixed(torch.zeros(1, 3)), torch.zeros(1, 1, 1, 1))
     with pytest.raises(SharefoldError, match="no images"):

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from networks import images, net
 from other_device import Elsewhere, other_device
-from spine_nets import images, net
 from torch import nn
 
 import sharefold
@@ -21,6 +21,7 @@ PLAN = Plan(
     [
         GroupPlan("a", "basis", ("stage1.0.conv1", "stage1.1.conv1"), {"rank": 6}),
         GroupPlan("b", "spatial", ("stage2.0.conv1",), {"rank": 12, "pivoted": True}),
+        GroupPlan("c", "hybrid", ("stage2.0.conv2", "stage2.1.conv2"), {"rank": 6, "own": 3, "pivoted": True}),
     ],
     0, 0,
 )  # fmt: skip

@@ -56,7 +56,7 @@ def test_table_says_every_group_the_totals_and_the_store(plan: Plan) -> None:
 
 
 def test_a_plan_from_the_planner_survives_json_and_is_carried_out_the_same() -> None:
-    from spine_nets import images, logits, net
+    from networks import images, logits, net
 
     model, twin = net(), net()
     plan = sharefold.plan(model, budget="50%", calibration=images())

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from command_line import reported
 from script_loader import load_script
 
 import sharefold
 from sharefold.measure import count_parameters
-from sharefold_cli.main import cli
 
 pytestmark = pytest.mark.realdata
 NET20, NET56 = "resnet20-12fca82f.th", "resnet56-4bfd9763.th"
@@ -24,14 +22,8 @@ def npz(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return load_script("benchmarks/cifar.py").write_npz(shared_data, out, train_sprites=5)
 
 
-def call(*arguments: object) -> dict:
-    result = CliRunner().invoke(cli, [*map(str, arguments), "--json", "--quiet"])
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
-
-
 def top1(source: Path, npz: Path) -> float:
-    report = call("eval", source, "--data", f"npz:{npz}")
+    report = reported("eval", source, "--data", f"npz:{npz}", "--quiet")
     assert report["images"] == 10_000
     return report["top1"]
 
@@ -41,7 +33,7 @@ def test_original_resnet20(shared_data: Path, npz: Path) -> None:
 
 
 def test_original_resnet56_on_2000_images(shared_data: Path, npz: Path) -> None:
-    report = call("eval", shared_data / "weights" / NET56, "--data", f"npz:{npz}", "--limit", 2000)
+    report = reported("eval", shared_data / "weights" / NET56, "--data", f"npz:{npz}", "--limit", 2000, "--quiet")
     assert report["top1"] == pytest.approx(0.9339, abs=0.012)  # two standard errors of 2,000 images
 
 
@@ -60,7 +52,7 @@ def test_converted(
 ) -> None:
     out = tmp_path / "net"
     images = ["--calib", f"npz:{npz}"] if calibrated else []
-    report = call("convert", shared_data / "weights" / weights, *images, "--budget", budget, "-o", out)
+    report = reported("convert", shared_data / "weights" / weights, *images, "--budget", budget, "-o", out, "--quiet")
     allowed = float(budget[:-1]) / 100 * report["params"]["before"]
     model = sharefold.load(out)
     assert count_parameters(model) == report["params"]["after"] <= allowed

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from spine_nets import images, net
+from networks import images, net
 from torch import nn
 
 import sharefold

@@ -20,7 +20,10 @@ from torch.overrides import TorchFunctionMode
 from sharefold import models as models  # registers sharefold's own networks with timm
 from sharefold.architectures.arguments import close_matches
 from sharefold.errors import SharefoldError
+from sharefold.untrusted import shown
 
+# Builders make lists and tensors by their arguments before any layer; no architecture has larger ones.
+_MOST_CLASSES, _LARGEST, _LONGEST = 1 << 24, 1 << 17, 4096
 LIBRARIES = ("timm", "torchvision")
 BASE_NOTE = "sharefold_base"  # attribute of a built model that holds its base; copies of the model have it too
 # Arguments that would download or read something, or replace the configuration; `weights` is torchvision's name.
@@ -165,7 +168,9 @@ def check_arguments(name: str, kwargs: Any) -> None:
         if not isinstance(key, str) or key.startswith(_BLOCKED):
             raise SharefoldError(f"argument {key!r} of {name} is not allowed here: leave it out")
         if not _literal(value):
-            raise SharefoldError(f"argument {key} of {name} is no plain value: {value!r}: give a number, text or list")
+            raise SharefoldError(f"argument {key} of {name} is no plain value: {shown(value)}: give a number, text or list")
+        if not _in_range(value, _MOST_CLASSES if key == "num_classes" else _LARGEST):
+            raise SharefoldError(f"argument {key} of {name} is out of range: {shown(value)}: no architecture is that large")
 
 
 def _literal(value: Any) -> bool:
@@ -174,6 +179,13 @@ def _literal(value: Any) -> bool:
     if isinstance(value, dict):
         return all(isinstance(key, str) and _literal(item) for key, item in value.items())
     return value is None or type(value) in (bool, int, float, str)
+
+
+def _in_range(value: Any, largest: int) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        parts = value.values() if isinstance(value, dict) else value
+        return len(value) <= _LONGEST and all(_in_range(part, largest) for part in parts)
+    return not isinstance(value, (int, float)) or -largest <= value <= largest
 
 
 def _timm() -> Any:

@@ -66,6 +66,19 @@ def buffer_leaves(model: nn.Module) -> set[str]:
     return leaves | {_COUNTER}
 
 
+def check_fit(model: nn.Module, shapes: Shapes, where: str, name: str, skip: Container[str] = ()) -> None:
+    """Refuses tensors of ``shapes`` that ``model``, which may be on the meta device, cannot take.
+
+    Raises:
+        SharefoldError: a tensor is missing, left over, or of another shape; one line with the first of each.
+    """
+    here = {key: shape for key, shape in shapes.items() if key not in skip}
+    kept = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items() if key in skip}
+    difference = compare({**here, **kept}, model)
+    if len(difference):
+        raise SharefoldError(f"{where} does not fit {name}: {difference}: choose another --arch, or leave it out")
+
+
 def load_weights(
     model: nn.Module, state: Mapping[str, Tensor], where: str, name: str, skip: Container[str] = ()
 ) -> list[str]:
@@ -79,12 +92,10 @@ def load_weights(
     Warns:
         SharefoldWarning: running statistics of a normalisation are among the absent buffers.
     """
+    check_fit(model, shapes_of(state), where, name, skip)
     target = model.state_dict()
     state = {key: tensor for key, tensor in state.items() if key not in skip}
-    kept = {key: tuple(tensor.shape) for key, tensor in target.items() if key in skip}
-    difference = compare({**shapes_of(state), **kept}, model)
-    if len(difference):
-        raise SharefoldError(f"{where} does not fit {name}: {difference}: choose another --arch, or leave it out")
+    kept = [key for key in target if key in skip]
     present = {*state, *kept}
     absent = [key for key in target if key not in present and not key.endswith(_COUNTER)]
     load_tensors(model, {key: tensor for key, tensor in state.items() if key in target}, strict=False)

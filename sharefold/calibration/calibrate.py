@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from sharefold.calibration.images import calibration_or_procedural
 from sharefold.calibration.parts import Parts, parts_of
-from sharefold.calibration.statistics import Statistics, statistics_of
+from sharefold.calibration.statistics import Statistics, batch_for, statistics_of
 from sharefold.data.views import blended
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph, analyze
-from sharefold.measure import device_of, gives_logits
 from sharefold.options import CalibrationOptions, chosen
+from sharefold.outputs import Comparison, Divergence, OutputReading, read_outputs
+from sharefold.outputs.comparison import BATCH
+from sharefold.running import device_of
 from sharefold.settings import with_plain_settings
 
 
@@ -29,26 +31,56 @@ class Calibration:
     Attributes:
         original: the dense network, a copy in eval mode.
         images: (n, C, H, W) normalised, on the CPU.
-        parts: which of them are fitted to, and which decide.
+        parts: which of them are fitted to, which decide, and which the finished network is reported on.
         graph: :func:`sharefold.analyze` of the network.
         example: (B, C, H, W) for tracing and latency.
         seed: of everything random.
+        outputs: the user's word on what the outputs are.
+        criterion: of the user's own, in place of the divergence where whole networks are compared.
     """
 
-    def __init__(self, original: nn.Module, images: Tensor, graph: NetworkGraph, example: Tensor, seed: int) -> None:
-        self.original, self.images, self.graph, self.example, self.seed = original, images, graph, example, seed
-        self.parts: Parts = parts_of(len(images))
+    def __init__(
+        self, original: nn.Module, images: Tensor, graph: NetworkGraph, example: Tensor, options: CalibrationOptions
+    ) -> None:
+        self.original, self.images, self.graph, self.example, self.options = original, images, graph, example, options
+        self.seed, self.outputs, self.criterion = options.seed, options.outputs, options.criterion
+        self.parts: Parts = parts_of(len(images), options.seed, options.held_out)
         self._solutions: dict[Hashable, Any] = {}
 
     @cached_property
     def statistics(self) -> Statistics:
-        """Moments of the layers' inputs and what their outputs matter, each collected when first asked for."""
-        return statistics_of(self.original, self.graph, self.images, self.seed)
+        """Moments of the layers' inputs and what their outputs matter, on the part ``fit``; each collected when first needed."""
+        return statistics_of(self.original, self.graph, self.images, self.seed, self.divergence, self.parts.fit)
 
     @cached_property
+    def reading(self) -> OutputReading:
+        """What the network says: every output and its kind."""
+        return read_outputs(self.original, self.images, self.graph, self.outputs)
+
+    @cached_property
+    def divergence(self) -> Divergence:
+        """How conversions are compared with the network, output by output."""
+        return Divergence.of(self.original, self.reading, self.images, batch_for(self.images))
+
+    @property
     def comparable(self) -> bool:
-        """Whether the network returns logits, by which a conversion can be compared with it."""
-        return gives_logits(self.original, self.images[:2])
+        """Whether there is anything by which a conversion can be compared with the network."""
+        return self.reading.comparable or self.criterion is not None
+
+    def comparison(self, images: Tensor, batch_size: int = BATCH) -> Comparison:
+        """The network's answers to ``images`` (n, C, H, W), against which conversions are held.
+
+        Raises:
+            SharefoldError: there is nothing to compare.
+        """
+        return Comparison(
+            self.original, images, self.reading, divergence=self.divergence, criterion=self.criterion, batch_size=batch_size
+        )
+
+    @cached_property
+    def decided(self) -> Comparison:
+        """The comparison on the images that decide."""
+        return self.comparison(self.deciding)
 
     @cached_property
     def deciding(self) -> Tensor:
@@ -65,11 +97,22 @@ class Calibration:
         """Images (m, C, H, W) of the part ``fit``."""
         return self.images[self.parts.fit]
 
+    @cached_property
+    def refit_images(self) -> Tensor:
+        """Images of both parts: those of ``fit`` that the network is least certain of, then those of ``decide``."""
+        return self.images[torch.cat([self.statistics.chosen, self.parts.decide])]
+
     @property
-    def telling(self) -> Tensor:
-        """Images (m, C, H, W) of the part ``fit`` that the network is least certain of: layers are fitted to those."""
-        fit = self.parts.fit
-        return self.images[fit[torch.isin(fit, self.statistics.chosen)]]
+    def refit_parts(self) -> Parts:
+        """Indices into :attr:`refit_images`."""
+        count, decide = len(self.refit_images), len(self.parts.decide)
+        index = torch.arange(count)
+        return Parts(index[: count - decide], index[count - decide :], index[:0])
+
+    @property
+    def reporting(self) -> Tensor:
+        """Images (m, C, H, W) of the part ``report``, perhaps none: for the figures of the finished network alone."""
+        return self.images[self.parts.report]
 
     def solution(self, key: Hashable, solve: Callable[[], Any]) -> Any:
         """What ``solve`` gives, kept under ``key``: the planner's trials and the conversion solve every group once."""
@@ -86,9 +129,9 @@ class Calibration:
         kept = set(but)
         self._solutions = {key: value for key, value in self._solutions.items() if key in kept}
 
-    def of(self, network: nn.Module) -> Calibration:
-        """The same images for another network of the same graph; nothing measured carries over."""
-        return Calibration(network, self.images, self.graph, self.example, self.seed)
+    def of(self, network: nn.Module, graph: NetworkGraph | None = None) -> Calibration:
+        """The same images for another network, of the same graph unless another is given; nothing measured carries over."""
+        return Calibration(network, self.images, self.graph if graph is None else graph, self.example, self.options)
 
     def check_model(self, model: nn.Module) -> None:
         """Checks that ``model`` is the network that was calibrated, on the same device.
@@ -134,16 +177,21 @@ def calibrate(
     example = found[:1] if wanted.example_input is None else wanted.example_input
     if graph is None:
         graph = analyze(model, example)
-    return Calibration(copied(model).eval(), found, graph, example, wanted.seed)
+    made = Calibration(copied(model).eval(), found, graph, example, wanted)
+    if wanted.outputs is not None:
+        made.reading  # noqa: B018  what the user says is checked before work starts
+    return made
 
 
 def calibration_of(model: nn.Module, given: Calibration | Tensor | None, options: CalibrationOptions) -> Calibration:
     """``given`` after a check that it is of ``model``, or a calibration on the images ``given``, or on procedural ones.
 
     Raises:
-        SharefoldError: as :func:`calibrate` and :meth:`Calibration.check_model`.
+        SharefoldError: as :func:`calibrate` and :meth:`Calibration.check_model`; outputs or a criterion beside a calibration.
     """
     if isinstance(given, Calibration):
+        if options.outputs is not None or options.criterion is not None:
+            raise SharefoldError("outputs, criterion: the calibration has its own: give them to calibrate")
         given.check_model(model)
         return given
     return calibrate(model, given, options)

@@ -14,8 +14,8 @@ from sharefold.layers import SharedConv
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-# Enough for every moment of a CIFAR network; large images bring more positions each.
-SMALL_COUNT, LARGE_COUNT = 1000, 64
+# Enough for every moment of a CIFAR network, and to report agreement within a few points; of large procedural images, fewer.
+COUNT, LARGE_COUNT = 1000, 64
 SMALL_PIXELS = 64 * 64
 
 
@@ -43,9 +43,9 @@ def procedural_images(model: nn.Module, count: int | None = None, seed: int = 0)
     return matched(model, made.to(parameter.dtype) if parameter.is_floating_point() else made, seed)
 
 
-def default_count(height: int, width: int) -> int:
-    """Calibration images that suffice at this size."""
-    return SMALL_COUNT if height * width <= SMALL_PIXELS else LARGE_COUNT
+def default_count(height: int, width: int, procedural: bool = True) -> int:
+    """Calibration images to take at this size; procedural ones have to be made and matched, a step of the network at a time."""
+    return LARGE_COUNT if procedural and height * width > SMALL_PIXELS else COUNT
 
 
 def matched(model: nn.Module, images: Tensor, seed: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""How much each layer's output matters to the network's predictions: a diagonal Fisher, without labels."""
+"""How much each layer's output matters to what the network says: a diagonal Fisher, without labels."""
 
 from __future__ import annotations
 
@@ -8,22 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
-from sharefold.measure import device_of, evaluating, first_logits
+from sharefold.outputs import Divergence, divergence_of
+from sharefold.running import device_of, evaluating
 
 IMAGES = 256
 
 
 def output_sensitivity(
-    model: nn.Module, names: Iterable[str], images: Tensor, batch_size: int = 100, seed: int = 0
-) -> dict[str, Tensor]:
+    model: nn.Module, names: Iterable[str], images: Tensor, batch_size: int = 100, seed: int = 0,
+    divergence: Divergence | None = None,
+) -> dict[str, Tensor]:  # fmt: skip
     """Per layer, (O,): expected squared gradient of log p(y|x) at each output channel, summed over positions.
 
     y is drawn from the network's own prediction, so half of it times a small squared output error is the second-order
-    estimate of KL(original || converted) (the diagonal of the Fisher information; Martens, arXiv:1412.1193).
+    estimate of KL(original || converted) (the diagonal of the Fisher information; Martens, arXiv:1412.1193). Of outputs that
+    are no classes it is a random projection's: :meth:`sharefold.outputs.Divergence.fisher_seed`.
 
     Args:
         model: in eval mode during the call; gradients of its parameters are left alone.
         images: (n, C, H, W); at most ``IMAGES`` of them, evenly spaced, are used.
+        divergence: of conversions from ``model``; by default told from the images.
 
     Returns:
         An empty dictionary when the network's output cannot be differentiated (detection heads, for example).
@@ -45,21 +49,19 @@ def output_sensitivity(
 
         handles.append(model.get_submodule(name).register_forward_hook(hook))
 
-    for name in names:
-        watch(name, isinstance(model.get_submodule(name), nn.Linear))
     device = device_of(model)
     try:
+        divergence = divergence_of(model, images) if divergence is None else divergence
+        for name in names:
+            watch(name, isinstance(model.get_submodule(name), nn.Linear))
         with evaluating(model), torch.enable_grad():
             for batch in images[index].split(batch_size):
                 leaf = batch.to(device).detach().requires_grad_(True)
-                logits = first_logits(model(leaf.clone()))  # leaves cannot be written into, as some networks do
-                if not logits.requires_grad or logits.dim() < 2:
+                scalar = divergence.fisher_seed(divergence.reading.run(model, leaf), generator)
+                if scalar is None:
                     return {}
-                rows = logits.movedim(1, -1).flatten(0, -2)
-                chosen = torch.multinomial(rows.detach().float().softmax(1).cpu(), 1, generator=generator).squeeze(1)
-                loss = nn.functional.cross_entropy(rows.float(), chosen.to(device), reduction="sum")
                 # With respect to the images: the parameters' own gradients are neither needed nor touched.
-                torch.autograd.grad(loss, leaf)
+                torch.autograd.grad(scalar, leaf)
     except (RuntimeError, NotImplementedError, SharefoldError):
         return {}
     finally:

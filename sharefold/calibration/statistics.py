@@ -13,13 +13,16 @@ from sharefold.calibration.sample_selection import least_certain
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.layers import ConvForm, form_of, target_weight
-from sharefold.measure import device_of, evaluating, has_doubles
+from sharefold.outputs import Divergence, divergence_of
+from sharefold.running import device_of, evaluating, has_doubles
 from sharefold.solvers.data_norm import Moments, sample_patches
 
 # Samples a layer needs for its N x N moment: this many a row, and never fewer than the floor.
 SAMPLES_PER_FEATURE = 16
 SAMPLES_FLOOR = 16_384
 CACHE_BYTES = 2 << 30
+# Bounds of the identity's share in a shrunk moment.
+SMALLEST_SHARE, LARGEST_SHARE = 1e-4, 0.5
 # Beyond so many features a layer's moments are those of its inputs in the space of its filters; see `Statistics.frames`.
 WIDE = 8192
 
@@ -45,11 +48,12 @@ class Statistics:
         centered: per layer, whether the mean is taken out (a bias or BatchNorm behind the layer absorbs it).
         batch_size: images a forward pass.
         seed: of the sampled positions.
+        divergence: of conversions from ``model``; by default told from the images where it is asked for.
     """
 
     def __init__(
         self, model: nn.Module, images: Tensor, *, chosen: Tensor | None = None, centered: dict[str, bool] | None = None,
-        batch_size: int = 100, seed: int = 0, cache_bytes: int = CACHE_BYTES,
+        batch_size: int = 100, seed: int = 0, cache_bytes: int = CACHE_BYTES, divergence: Divergence | None = None,
     ) -> None:  # fmt: skip
         self.model, self.images = model, images
         self.chosen = torch.arange(len(images)) if chosen is None else chosen
@@ -59,6 +63,7 @@ class Statistics:
         self.means: dict[str, Tensor] = {}
         self.frames: dict[str, Tensor] = {}
         self.passes = 0
+        self._divergence = divergence
         self._sensitivity: dict[str, Tensor] | None = None
 
     def moments(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -70,12 +75,20 @@ class Statistics:
         self._evict(set(names))
         return found
 
+    @property
+    def divergence(self) -> Divergence:
+        """How conversions of ``model`` are compared with it."""
+        if self._divergence is None:
+            self._divergence = divergence_of(self.model, self.images, batch_size=self.batch_size)
+        return self._divergence
+
     def sensitivity(self) -> dict[str, Tensor]:
-        """Per layer (O,): how much its output matters to the predictions; empty where that cannot be told."""
+        """Per layer (O,): how much its output matters to what the network says; empty where that cannot be told."""
         if self._sensitivity is None:
             self._sensitivity = sensitivity.output_sensitivity(
-                self.model, self.centered, self.sample(sensitivity.IMAGES), max(1, self.batch_size // 2), self.seed
-            )
+                self.model, self.centered, self.sample(sensitivity.IMAGES), max(1, self.batch_size // 2), self.seed,
+                self.divergence,
+            )  # fmt: skip
         return self._sensitivity
 
     def sample(self, count: int) -> Tensor:
@@ -119,6 +132,7 @@ class Statistics:
         }
         generator = torch.Generator().manual_seed(self.seed)
         waiting: set[str] = set()
+        shifts: dict[str, Tensor] = {}
         handles = []
         for name, form in forms.items():
             wanted = max(SAMPLES_PER_FEATURE * form.features, SAMPLES_FLOOR)
@@ -129,7 +143,10 @@ class Statistics:
                 positions: int = positions,
             ) -> None:  # fmt: skip
                 patches = patches_of(form, inputs[0], positions, generator)
-                sums[name].update(patches @ self.frames[name] if name in self.frames else patches)
+                patches = patches @ self.frames[name] if name in self.frames else patches
+                if self.centered.get(name, False):  # about the first batch's mean: the rest is small, and so is its rounding
+                    patches = patches - shifts.setdefault(name, patches.mean(0))
+                sums[name].update(patches)
                 waiting.discard(name)
                 if not waiting:
                     raise _Done
@@ -153,8 +170,8 @@ class Statistics:
             if not bool(torch.isfinite(moment).all()):
                 raise SharefoldError(f"layer {name} gets NaN or infinite inputs on the calibration images: "
                                      "check the weights and the images' normalisation")
-            self.cache[name] = shrunk(moment, float(sums[name].count))
-            mean = sums[name].mean
+            self.cache[name] = shrunk(moment, sums[name].noise())
+            mean = sums[name].mean + shifts.get(name, 0)
             self.means[name] = mean @ self.frames[name].to(mean).T if name in self.frames else mean
 
     def _evict(self, keep: set[str]) -> None:
@@ -166,8 +183,12 @@ class Statistics:
                 total -= self.cache.pop(name).numel() * 4
 
 
-def statistics_of(model: nn.Module, graph: NetworkGraph, images: Tensor, seed: int = 0) -> Statistics:
-    """Statistics of all layers of ``graph`` on the images that ``model`` is least certain of.
+def statistics_of(
+    model: nn.Module, graph: NetworkGraph, images: Tensor, seed: int = 0, divergence: Divergence | None = None,
+    among: Tensor | None = None,
+) -> Statistics:  # fmt: skip
+    """Statistics of all layers of ``graph`` on the images that ``model`` is least certain of; ``among``: indices (m,) of those
+    that may be chosen, by default all.
 
     A mean that a BatchNorm or bias can absorb is taken out.
 
@@ -183,9 +204,19 @@ def statistics_of(model: nn.Module, graph: NetworkGraph, images: Tensor, seed: i
         name: output_mean_owner(model, model.get_submodule(name), record.norm) is not None
         for name, record in graph.layers.items()
     }
-    batch = max(1, min(100, 100 * 3 * 64 * 64 // max(1, images[0].numel())))
-    chosen = least_certain(model, images, batch)
-    return Statistics(model, images, chosen=chosen, centered=centered, batch_size=batch, seed=seed)
+    batch = batch_for(images)
+    if divergence is None:
+        divergence = divergence_of(model, images, graph, batch)
+    allowed = torch.arange(len(images)) if among is None else among
+    chosen = allowed[least_certain(model, images[allowed], batch, divergence.reading)]
+    return Statistics(
+        model, images, chosen=chosen, centered=centered, batch_size=batch, seed=seed, divergence=divergence
+    )
+
+
+def batch_for(images: Tensor) -> int:
+    """Images a forward pass: a hundred small ones."""
+    return max(1, min(100, 100 * 3 * 64 * 64 // max(1, images[0].numel())))
 
 
 def is_wide(form: ConvForm) -> bool:
@@ -204,16 +235,21 @@ def patches_of(form: ConvForm, x: Tensor, positions: int | None, generator: torc
     )  # fmt: skip
 
 
-def shrunk(moment: Tensor, samples: float) -> Tensor:
-    """Moment (G, N, N) pulled towards a multiple of the identity, more so when samples are few.
+def shrunk(moment: Tensor, noise: Tensor) -> Tensor:
+    """Moment (G, N, N) pulled towards a multiple of the identity, the more so the less the images agree about it.
 
     A moment of few samples has directions that those images never showed; without a ridge a solver would spend
-    nothing on them and the network would fail on new images.
+    nothing on them and the network would fail on new images. The share is the one of least expected squared error (Ledoit and
+    Wolf, https://doi.org/10.1016/S0047-259X(03)00096-4), with batches of images for samples.
+
+    Args:
+        noise: (G,) expected squared Frobenius norm of the moment's error (:meth:`Moments.noise`); infinite where it is not known.
     """
     features = moment.shape[-1]
-    share = min(0.5, 1e-4 + 0.02 * features / samples)
     scale = moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
     eye = torch.eye(features, dtype=moment.dtype, device=moment.device)
+    distance = (moment - scale[:, None, None] * eye).double().square().sum((1, 2))
+    share = (noise.to(distance) / distance.clamp_min(1e-30)).clamp(SMALLEST_SHARE, LARGEST_SHARE).to(moment)[:, None, None]
     return (1 - share) * moment + share * scale[:, None, None] * eye
 
 

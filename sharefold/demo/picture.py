@@ -53,7 +53,7 @@ def _filters(axes: Axes, model: nn.Module) -> None:
     """
     members: dict[Bank, list[BasisConv]] = {}
     for layer in shared_layers(model).values():
-        if isinstance(layer, BasisConv) and layer.bank is not None and layer.unique is None:
+        if isinstance(layer, BasisConv) and layer.bank is not None and not layer.own_columns:
             members.setdefault(layer.bank, []).append(layer)
     axes.axis("off")
     if not members:

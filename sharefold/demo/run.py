@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import time
 from contextlib import suppress
 from importlib.util import find_spec
@@ -75,7 +76,8 @@ def run_demo(
         done = convert_(model, plan(model, size, cal, method=method), cal)
         params = count_parameters(model)
         seconds = time.perf_counter() - begin
-        row = Row(method, "converted", params, params / before, top1(model, test), done.agreement, seconds)
+        agreed = None if math.isnan(done.agreement) else done.agreement
+        row = Row(method, "converted", params, params / before, top1(model, test), agreed, seconds)
         demo.curve.setdefault(method, []).append((row.size, row.top1))
         return model, row
 

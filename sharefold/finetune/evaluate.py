@@ -12,7 +12,7 @@ from torch import nn
 from sharefold.errors import SharefoldError
 from sharefold.finetune.batches import EvalBatches
 from sharefold.finetune.distributed import World
-from sharefold.measure import evaluating, has_doubles
+from sharefold.running import evaluating, has_doubles
 
 
 def evaluate(

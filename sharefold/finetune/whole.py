@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sharefold.layers import Bank, BasisConv, SharedConv, SpatialConv, banks, shared_layers, with_pivots
+from sharefold.layers import Bank, BasisConv, HybridConv, SharedConv, SpatialConv, banks, shared_layers, with_pivots
 from sharefold.solvers.interpolative import pivot
 from sharefold.store.tensor_spec import carried_spec
 
@@ -67,11 +67,11 @@ def _make_whole(owner: Bank | SharedConv, readers: list[SharedConv]) -> None:
     assert pivots is not None
     found = torch.linalg.qr(with_pivots(free.cpu(), pivots.cpu()).double().T)
     widest = max(readers, key=lambda layer: layer.form.features).form
-    shape = (widest.in_channels, widest.kernel_size[0], 1) if name == "vertical" else widest.weight_shape[1:]
+    shape = (*widest.weight_shape[1:3], 1) if name == "vertical" else widest.weight_shape[1:]
     _set(owner, name, found.Q.T.reshape(-1, *shape), free)
     owner.pivots = None
     for layer in readers:
-        _mix(layer, found.R.T)
+        _mix(layer, owner, found.R.T)
 
 
 def _make_pivoted(owner: Bank | SharedConv, readers: list[SharedConv]) -> None:
@@ -89,18 +89,23 @@ def _make_pivoted(owner: Bank | SharedConv, readers: list[SharedConv]) -> None:
     _set(owner, name, free, whole)
     owner.pivots = pivots.int().to(whole.device)
     for layer in readers:
-        _mix(layer, mix)
+        _mix(layer, owner, mix)
 
 
 def _set(owner: nn.Module, name: str, value: Tensor, like: nn.Parameter) -> None:
     setattr(owner, name, nn.Parameter(value.to(like).contiguous(), requires_grad=like.requires_grad))
 
 
-def _mix(layer: SharedConv, matrix: Tensor) -> None:
-    """Multiplies the coefficients, the last ones where own filters come before a bank's, by ``matrix``."""
+def _mix(layer: SharedConv, owner: Bank | SharedConv, matrix: Tensor) -> None:
+    """Multiplies the coefficients of ``owner``'s factor by ``matrix``."""
     if isinstance(layer, SpatialConv):
         mixed = torch.einsum("orxb,rs->osxb", layer.horizontal.cpu().double(), matrix)
         layer.horizontal.copy_(mixed)
     elif isinstance(layer, BasisConv):
-        part = layer.coefficients[:, -len(matrix) :]
-        part.copy_(part.cpu().double() @ matrix)
+        own = owner is layer
+        part = layer.coefficients[:, : layer.own_columns] if own else layer.coefficients[:, layer.own_columns :]
+        if own and isinstance(layer, HybridConv):
+            mixed = torch.einsum("orb,rs->osb", part.unflatten(1, (len(matrix), -1)).cpu().double(), matrix).flatten(1)
+        else:
+            mixed = part.cpu().double() @ matrix
+        part.copy_(mixed)

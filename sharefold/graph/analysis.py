@@ -23,7 +23,7 @@ from sharefold.graph.roles import find_roles
 from sharefold.graph.spaces import Flow, propagate
 from sharefold.graph.stages import Size, find_stages, number_blocks
 from sharefold.graph.trace import ShapeRecorder, same_output, trace
-from sharefold.measure import device_of
+from sharefold.running import device_of
 
 # fx patches nn.Module for the whole process while it traces.
 _TRACING = threading.RLock()

@@ -6,6 +6,7 @@ from sharefold.layers.batchnorm import affine, fold_scale, shift_output, takes_s
 from sharefold.layers.codebook_conv import CodebookConv, code_dtype
 from sharefold.layers.form import ConvForm, form_of, target_weight
 from sharefold.layers.grouped_conv import GroupedPointwise, plain_norm
+from sharefold.layers.hybrid_conv import HybridConv
 from sharefold.layers.pivots import free_columns, with_pivots
 from sharefold.layers.repeat import Again, RepeatedBlock, fold, own_modules, resolve, shared_parameters
 from sharefold.layers.shared_conv import SharedConv, checked_form
@@ -15,7 +16,7 @@ from sharefold.layers.tied_conv import TiedConv
 from sharefold.layers.tucker_conv import TuckerConv
 
 __all__ = [
-    "Again", "Bank", "BasisConv", "CodebookConv", "ConvForm", "GroupedPointwise", "RepeatedBlock", "SharedConv",
+    "Again", "Bank", "BasisConv", "CodebookConv", "ConvForm", "GroupedPointwise", "HybridConv", "RepeatedBlock", "SharedConv",
     "SpatialConv", "TiedConv", "TuckerConv", "add_bank", "affine", "bank_key", "banks", "checked_form", "code_dtype", "fold",
     "fold_scale", "form_of", "free_columns", "own_modules", "plain_norm", "replace_module", "resolve", "running",
     "shared_layers", "shared_parameters", "shift_output", "stray_pointers", "takes_scale", "target_weight", "to_dense",

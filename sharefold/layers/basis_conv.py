@@ -41,7 +41,8 @@ class BasisConv(SharedConv):
         if norm is not None and (form.kind != "conv2d" or form.groups != 1):
             raise ValueError("a normalised basis needs an ungrouped convolution")
         self.coefficients = nn.Parameter(coefficients)
-        self.rank = coefficients.shape[1]  # a plain int: fx would turn the shape into a proxy
+        self.rank = coefficients.shape[1]  # plain ints: fx would turn the shape into a proxy
+        self.own_columns = 0 if unique is None else unique.shape[0]  # coefficients of own filters, in front of the bank's
         self.register_parameter("unique", None if unique is None else nn.Parameter(unique))
         self.register_buffer("pivots", pivots)
         self._kept_filters = Kept()
@@ -122,5 +123,4 @@ class BasisConv(SharedConv):
         return {} if self.pivots is None or self.unique is None else {"pivots": sum(self.unique.shape)}
 
     def extra_repr(self) -> str:
-        own = 0 if self.unique is None else len(self.unique)
-        return f"{super().extra_repr()}, rank={self.rank} ({own} own)"
+        return f"{super().extra_repr()}, rank={self.rank} ({self.own_columns} own)"

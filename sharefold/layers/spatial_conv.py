@@ -68,14 +68,7 @@ class SpatialConv(SharedConv):
     def linear_part(self) -> tuple[Tensor, Tensor] | None:
         if self.form.standardize is not None:
             return None
-        vertical = self.columns()
-        rank, channels, height, _ = vertical.shape
-        width = self.form.kernel_size[1]
-        # Filter (r, b) is column filter r placed in column b of the window.
-        filters = vertical.new_zeros(rank, width, channels, height, width)
-        for column in range(width):
-            filters[:, column, :, :, column] = vertical[..., 0]
-        return filters.flatten(0, 1), self.horizontal.flatten(1)
+        return in_every_column(self.columns(), self.form.kernel_size[1]), self.horizontal.flatten(1)
 
     def set_linear_part(self, coefficients: Tensor) -> None:
         with torch.no_grad():
@@ -83,3 +76,9 @@ class SpatialConv(SharedConv):
 
     def pointers(self) -> dict[str, int]:
         return {} if self.pivots is None else {"pivots": sum(self.vertical.shape)}
+
+
+def in_every_column(vertical: Tensor, width: int) -> Tensor:
+    """Filters (R * w, I, h, w) of column filters (R, I, h, 1): filter r * w + b is the r-th in column b of the window."""
+    eye = torch.eye(width, dtype=vertical.dtype, device=vertical.device)
+    return torch.einsum("ria,bc->rbiac", vertical[..., 0], eye).flatten(0, 1)

@@ -13,10 +13,9 @@ from sharefold.calibration.statistics import Statistics
 from sharefold.graph import NetworkGraph
 from sharefold.layers import Bank, BasisConv, ConvForm, SharedConv, checked_form
 from sharefold.methods.contract import Candidate, Solution, curve_effort, solve_effort
-from sharefold.methods.two_factors import TwoFactors, blank_pivots
+from sharefold.methods.two_factors import TwoFactors, blank_pivots, per_layer
 from sharefold.plans import GroupPlan
 from sharefold.solvers import shared_basis
-from sharefold.solvers.data_norm import Problem
 from sharefold.solvers.interpolative import pivot
 
 
@@ -40,7 +39,7 @@ class Basis(TwoFactors):
         flat = problem.flat()
         points = shared_basis.curve(flat, ranks, **curve_effort(widest))
         return [
-            Candidate(self.options(p.rank), self.price(p.rank, rows, widest), self._per_layer(len(forms), flat, p.errors))
+            Candidate(self.options(p.rank), self.price(p.rank, rows, widest), per_layer(len(forms), flat, p.errors))
             for p in points
         ]
 
@@ -61,7 +60,7 @@ class Basis(TwoFactors):
         return Solution(
             bank,
             [{"coefficients": c[: form.out_channels].float()} for c, form in zip(coefficients, forms, strict=True)],
-            self._per_layer(len(forms), flat, result.errors),
+            per_layer(len(forms), flat, result.errors),
         )
 
     def columns(self, forms: list[ConvForm]) -> int:
@@ -83,9 +82,3 @@ class Basis(TwoFactors):
 
     def member(self, form: ConvForm, bank: Bank | None, tensors: dict[str, Tensor], kept: dict[str, Tensor]) -> SharedConv:
         return BasisConv(form, tensors["coefficients"], bank, bias=kept.get("bias"), gain=kept.get("gain"))
-
-    @staticmethod
-    def _per_layer(layers: int, flat: Problem, errors: Tensor) -> Tensor:
-        """(K,) layer errors from the (K * G,) errors of conv groups, weighted by their share of the energy."""
-        energy = flat.energy.reshape(layers, -1)
-        return (errors.reshape_as(energy) * energy).sum(1) / energy.sum(1).clamp_min(1e-30)

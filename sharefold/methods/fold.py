@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -99,7 +100,7 @@ class Fold(ConversionStep):
         statistics.moments(space.readers)
         readers = readers_of(model, graph, statistics, space)
         if "kept" in plan.options or keep == space.channels:
-            kept = recorded(plan)
+            kept = _recorded(plan)
         else:
             kept = elimination_of(model, graph, statistics, space).kept(keep)
         members, owners, errors = [], [], []
@@ -119,7 +120,7 @@ class Fold(ConversionStep):
     @torch.no_grad()
     def install(self, model: nn.Module, plan: GroupPlan, solution: Solution | None) -> None:
         space = space_of(plan)
-        kept = recorded(plan) if solution is None else cast(Folding, solution).kept
+        kept = _recorded(plan) if solution is None else cast(Folding, solution).kept
         for index, name in enumerate(space.readers):
             if solution is None:
                 take_columns(model.get_submodule(name), kept)
@@ -130,11 +131,20 @@ class Fold(ConversionStep):
 
     @torch.no_grad()
     def expand(self, model: nn.Module, plan: GroupPlan) -> None:
-        space, kept = space_of(plan), recorded(plan)
+        space, kept = space_of(plan), _recorded(plan)
         for name in (space.writer, *space.gates, *space.through):
             give_rows(model.get_submodule(name), kept, space.channels)
         for name in space.readers:
             give_columns(model.get_submodule(name), kept, space.channels)
+
+
+def kept_rows(groups: Sequence[GroupPlan]) -> dict[str, Tensor]:
+    """Layer -> those of its output channels that stay, for every layer that the ``groups``, as carried out, made narrower."""
+    found: dict[str, Tensor] = {}
+    for group in groups:
+        space = space_of(group)
+        found |= dict.fromkeys((space.writer, *space.gates, *space.through), _recorded(group))
+    return found
 
 
 def space_of(plan: GroupPlan) -> HiddenSpace:
@@ -202,7 +212,7 @@ def _read_bits(words: Any, where: str) -> list[int]:
     return [c for c in range(bits.bit_length()) if bits >> c & 1] if bits > 0 else []
 
 
-def recorded(plan: GroupPlan) -> Tensor:
+def _recorded(plan: GroupPlan) -> Tensor:
     """The channels that a plan keeps; the first ones where it says only how many."""
     if "kept" not in plan.options:
         return torch.arange(plan.options["keep"])

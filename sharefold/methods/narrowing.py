@@ -25,7 +25,7 @@ def narrowed(cal: Calibration, groups: Sequence[GroupPlan]) -> Calibration:
     def make() -> Calibration:
         network = copied(cal.original)
         narrow_(network, cal, groups)
-        return Calibration(network, cal.images, analyze(network, cal.example), cal.example, cal.seed)
+        return cal.of(network, analyze(network, cal.example))
 
     return cal.solution(("narrowed", *(key_of(group) for group in groups)), make)
 

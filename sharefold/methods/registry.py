@@ -10,6 +10,7 @@ from sharefold.methods.contract import ConversionStep, LayerMethod
 from sharefold.methods.filter_bases import FilterBases
 from sharefold.methods.fold import Fold
 from sharefold.methods.grouped import Grouped
+from sharefold.methods.hybrid import Hybrid
 from sharefold.methods.reuse import Reuse
 from sharefold.methods.spatial import Spatial
 from sharefold.methods.svd import Svd
@@ -20,6 +21,7 @@ METHODS: dict[str, LayerMethod] = {
     method.name: method
     for method in (
         Basis(),  # shared filter basis: https://arxiv.org/abs/2006.05066
+        Hybrid(),  # basis and a layer's own column filters: https://arxiv.org/abs/2006.05066
         Svd(),  # data-norm low rank per layer: https://arxiv.org/abs/2509.25136
         Spatial(),  # column and row filters per layer: https://arxiv.org/abs/1405.3866
         Tucker(),  # shared input space and filters: https://arxiv.org/abs/1511.06530
@@ -43,7 +45,7 @@ RECIPE_STEPS: dict[str, ConversionStep] = {
     )
 }
 # What `--method auto` lets compete; the others were never chosen or never better at any budget measured (docs/methods).
-AUTO = ("basis", "svd", "spatial")
+AUTO = ("basis", "hybrid", "svd", "spatial")
 ALIASES = {"cluster": "cluster-filter"}
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sharefold.layers import ConvForm
 from sharefold.methods.contract import LayerMethod, rank_grid
+from sharefold.solvers.data_norm import Problem
 
 
 class TwoFactors(LayerMethod):
@@ -49,6 +50,12 @@ class TwoFactors(LayerMethod):
         full = min(rows, columns) if self.pivoted else columns + 1
         fewer = bisect_left(range(1, full), dense, key=lambda rank: self.price(rank, rows, columns))
         return rank_grid(fewer, points=24)
+
+
+def per_layer(layers: int, flat: Problem, errors: Tensor) -> Tensor:
+    """(K,) layer errors from the (K * G,) errors of conv groups, weighted by their share of the energy."""
+    energy = flat.energy.reshape(layers, -1)
+    return (errors.reshape_as(energy) * energy).sum(1) / energy.sum(1).clamp_min(1e-30)
 
 
 def blank_pivots(name: str, rank: int, columns: int) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from sharefold.calibration.ragged import RaggedProblem, can_share, is_ragged, ra
 from sharefold.errors import SharefoldError
 from sharefold.graph import Group, NetworkGraph, find_groups
 from sharefold.layers import ConvForm, checked_form
-from sharefold.methods import AUTO, FOLD, Candidate, LayerMethod, method_named, step_named
+from sharefold.methods import AUTO, Candidate, LayerMethod, method_named, step_named
 from sharefold.options import PlanOptions
 from sharefold.planner.costs import Cost, Parameters
 from sharefold.planner.objectives import Objective, objective_named
@@ -40,6 +40,7 @@ class Candidates:
         fixed: of the dense network's cost, what no option touches.
         before: parameters of the whole dense network.
         method: what was allowed, for messages.
+        members: per group the names of its layers.
     """
 
     options: list[list[Option]]
@@ -47,6 +48,7 @@ class Candidates:
     fixed: float
     before: int
     method: str
+    members: list[tuple[str, ...]] = field(default_factory=list)
 
     @property
     def floor(self) -> float:
@@ -80,6 +82,10 @@ class Candidates:
         """Cost of the whole network with these options."""
         return self.fixed + sum(row[pick].cost for row, pick in zip(self.options, picks, strict=True))
 
+    def damage(self, picks: Sequence[int]) -> float:
+        """Expected damage of these options, summed."""
+        return sum(row[pick].value for row, pick in zip(self.options, picks, strict=True))
+
     def alone(self) -> bool:
         """Whether every option can be tried by itself: no method reorders channels of the dense network first."""
         names = {plan.method for row in self.options for option in row for plan in option.plans}
@@ -109,7 +115,7 @@ def find_candidates(
     """
     options = PlanOptions() if options is None else options
     model, graph = cal.original, cal.graph
-    allowed = [name for name in method_names(options.method) if name != FOLD.name]
+    allowed = (AUTO if options.method == "auto" else (options.method,)) if isinstance(options.method, str) else options.method
     methods = [method_named(name) if options.pivots else method_named(name).without_pivots() for name in allowed]
     units = find_units(graph, options.exclude)
     if any(method.takes_ragged for method in methods):
@@ -119,14 +125,7 @@ def find_candidates(
     found = unit_options(cal, units, methods, cost, weigh, progress)
     fixed = max(cost.total - sum(cost.dense(name) for unit in units for name in unit.members), 0)
     before = sum(p.numel() for p in model.parameters())
-    return Candidates(found, cost, fixed, before, method_text(options.method))
-
-
-def method_names(method: str | Sequence[str]) -> tuple[str, ...]:
-    """The methods that ``auto``, a name or several stand for."""
-    if isinstance(method, str):
-        return AUTO if method == "auto" else (method,)
-    return tuple(method)
+    return Candidates(found, cost, fixed, before, method_text(options.method), [unit.members for unit in units])
 
 
 def method_text(method: str | Sequence[str]) -> str:

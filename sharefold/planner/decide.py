@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,17 +10,16 @@ from torch import Tensor, nn
 from sharefold.budget import Budget, parse_budget
 from sharefold.calibration.calibrate import Calibration, calibration_of
 from sharefold.graph.hidden_channels import hidden_spaces
-from sharefold.methods import FOLD
-from sharefold.methods.narrowing import narrowed
+from sharefold.graph.preserved import preserved
+from sharefold.methods import AUTO, FOLD
 from sharefold.options import CalibrationOptions, PlanOptions, chosen
-from sharefold.planner.candidates import Candidates, find_candidates, method_names, method_text
+from sharefold.planner.candidates import Candidates, find_candidates, method_text
 from sharefold.planner.costs import cost_of
 from sharefold.planner.file_budget import plan_bytes
 from sharefold.planner.fold_levels import FoldLevels
-from sharefold.planner.fold_probe import FoldProbe
+from sharefold.planner.mixed import Mixer
 from sharefold.planner.objectives import JOINT, objective_named
 from sharefold.planner.search import Trials, search
-from sharefold.planner.with_folds import divergence_of, fold_widths, joined
 from sharefold.plans import Plan, Progress
 from sharefold.settings import with_plain_settings
 
@@ -49,8 +49,10 @@ def plan(
     """
     wanted = chosen(options, overrides, PlanOptions)
     bound = parse_budget(budget)
-    cal = calibration_of(model, calibration, CalibrationOptions(wanted.seed))
-    return Planner(cal, wanted, progress).plan(bound)
+    known = CalibrationOptions(wanted.seed, outputs=wanted.outputs, criterion=wanted.criterion)
+    cal = calibration_of(model, calibration, known)
+    with preserved(cal.original):  # some networks draw random numbers or write on themselves whenever they run
+        return Planner(cal, wanted, progress).plan(bound)
 
 
 class Planner:
@@ -78,7 +80,7 @@ class Planner:
         if unit not in self._made:
             coded = unit == "bytes"
             cost = cost_of("parameters" if coded else unit, self.cal.original, self.cal.graph, self.cal.example)
-            options = chosen(self.options, {"pivots": self.options.pivots and not coded}, PlanOptions)
+            options = chosen(self.sharing, {"pivots": self.options.pivots and not coded}, PlanOptions)
             self._made[unit] = find_candidates(self.cal, options, cost, self.progress)
         return self._made[unit]
 
@@ -89,19 +91,20 @@ class Planner:
             cal, options = self.cal, self.options
             cost = cost_of(unit, cal.original, cal.graph, cal.example)
             spaces, _ = hidden_spaces(cal.original, cal.graph, options.exclude)
-            probe = FoldProbe(cal) if cal.comparable and options.objective != "error" else None
-            self._levels[unit] = FoldLevels(cal, spaces, cost, probe, options.round_channels, self.progress)
+            self._levels[unit] = FoldLevels(cal, spaces, cost, options, self.progress)
         return self._levels[unit]
 
     @property
-    def folds(self) -> bool:
-        """Whether method fold is allowed."""
-        return FOLD.name in method_names(self.options.method)
+    def methods(self) -> tuple[str, ...]:
+        """Names of all that are allowed."""
+        method = self.options.method
+        return (*AUTO, FOLD.name) if method == "auto" else (method,) if isinstance(method, str) else tuple(method)
 
     @property
-    def only_folds(self) -> bool:
-        """Whether method fold alone is allowed."""
-        return set(method_names(self.options.method)) == {FOLD.name}
+    def sharing(self) -> PlanOptions:
+        """The options with the methods that share alone."""
+        names = tuple(name for name in self.methods if name != FOLD.name)
+        return self.options if self.options.method == "auto" else chosen(self.options, {"method": names}, PlanOptions)
 
     def folded(self, levels: FoldLevels, limit: float, budget: str) -> Plan:
         """The plan by method fold alone that costs at most ``limit``; ``budget`` is what the user wrote."""
@@ -117,44 +120,34 @@ class Planner:
         Raises:
             SharefoldError: unreachable budget (says the floor), unknown method.
         """
-        bound = parse_budget(budget)
+        return replace(self._plan(parse_budget(budget)), exclude=self.options.exclude or "")
+
+    def _plan(self, bound: Budget) -> Plan:
         if bound.unit == "bytes":
             source = f"budget {bound.text}, method {method_text(self.options.method)}"
             return plan_bytes(self.cal, bound, source, lambda limit: self._coded(limit, bound.text), self.progress)
-        if self.only_folds:
-            levels = self.levels(bound.unit)
-            return self.folded(levels, bound.limit(levels.cost.total), bound.text)
-        candidates = self.candidates(bound.unit)
-        limit = bound.limit(candidates.cost.total)
-        if not self.folds or not self.cal.comparable:
-            return self.within(candidates, limit, bound.text)
-        return self._folded_first(bound, candidates, limit)
+        cost = cost_of(bound.unit, self.cal.original, self.cal.graph, self.cal.example)
+        return self.at_most(bound.unit, bound.limit(cost.total), bound.text)
 
-    def _folded_first(self, bound: Budget, candidates: Candidates, limit: float) -> Plan:
-        """The better of two plans by the divergence of the converted networks: without folding, and after it."""
-        plain = self.within(candidates, limit, bound.text)
-        divergence = divergence_of(self.cal, plain)
-        levels = self.levels(bound.unit)
-        folds = levels.plans(fold_widths(candidates, candidates.pick(limit, bound.text), limit, divergence, levels))
-        if not folds:
-            return plain
-        others = tuple(name for name in method_names(self.options.method) if name != FOLD.name)
-        rest = chosen(self.options, {"method": others}, PlanOptions)
-        inner = Planner(narrowed(self.cal, folds), rest, self.progress)
-        left = inner.candidates(bound.unit)
-        if limit >= left.cost.total or limit < left.floor:
-            return plain
-        found = joined(folds, inner.within(left, limit, bound.text), plain.params_before)
-        found.source = plain.source
-        return found if divergence_of(self.cal, found) < divergence else plain
+    def at_most(self, unit: str, limit: float, budget: str) -> Plan:
+        """The plan that costs at most ``limit``; ``budget`` is what the user wrote."""
+        if self.methods == (FOLD.name,):
+            return self.folded(self.levels(unit), limit, budget)
+        candidates = self.candidates(unit)
+        if FOLD.name not in self.methods or self.options.objective == JOINT:
+            return self.within(candidates, limit, budget)
+        levels = self.levels(unit)
+        if not levels.spaces:
+            return self.within(candidates, limit, budget)
+        options = chosen(self.sharing, {"pivots": self.options.pivots and unit != "bytes"}, PlanOptions)
+        return Mixer(self.cal, candidates, levels, options, unit, self.progress).plan(limit, budget)
 
     def _coded(self, limit: int, budget: str) -> Plan | None:
         """The plan of at most so many parameters that are to be coded; None below the floor."""
-        if self.only_folds:
-            levels = self.levels()
-            return None if limit < levels.floor else self.folded(levels, limit, budget)
-        candidates = self.candidates("bytes")
-        return None if limit < candidates.floor else self.within(candidates, limit, budget)
+        floors = [self.levels().floor] if FOLD.name in self.methods else []
+        if self.methods != (FOLD.name,):
+            floors.append(self.candidates("bytes").floor)
+        return None if limit < min(floors) else self.at_most("bytes", limit, budget)
 
     def within(self, candidates: Candidates, limit: float, budget: str) -> Plan:
         """The plan that costs at most ``limit``; ``budget`` is what the user wrote."""

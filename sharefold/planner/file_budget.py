@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 
 from torch import nn
 
 from sharefold.budget import Budget
 from sharefold.calibration.calibrate import Calibration
-from sharefold.convert import convert_, describe
+from sharefold.convert import carry_out, describe
 from sharefold.errors import SharefoldError
 from sharefold.format import carry_config
-from sharefold.measure import agreement, count_parameters, model_bytes
+from sharefold.measure import count_parameters, model_bytes
+from sharefold.options import ConvertOptions
 from sharefold.plans import Plan, Progress
 from sharefold.store import quantize_
 
@@ -23,7 +23,7 @@ SHARES = (1.0, 0.75, 0.5, 0.3, 0.2, 0.12)
 # Shares that may do worse than the best before the rest is not tried: 15 kB of the demo network are best at .2, with .5 a bit
 # worse than .75.
 PATIENCE = 2
-# Nats. A file that says so nearly what the network says needs no sharing.
+# Nats, or a share of what the outputs vary by. A file that says so nearly what the network says needs no sharing.
 SAME = 0.003
 # Errors of rounding are compensated on so many images while shares are compared. To the nearest it would be quicker, and say
 # nothing: what it ruins most is mended best.
@@ -38,7 +38,7 @@ def plan_bytes(
     """The plan whose file fits ``budget`` bytes and whose predictions stay nearest to the original's.
 
     At each of a few shares of the parameters the network is converted without repairs and rounded so that it fits;
-    KL(original || rounded) on the images that decide, and blends of them, is compared. Shares are tried in falling order
+    The divergence from the original on the images that decide, and blends of them, is compared. Shares are tried in falling order
     until two are worse than the best before.
 
     Args:
@@ -64,14 +64,14 @@ def plan_bytes(
     for number, share in enumerate(SHARES):
         if progress:
             progress("fitting bytes", number, len(SHARES))
-        if worse == PATIENCE or (best is not None and best[0] < SAME):
+        if worse == PATIENCE or (best is not None and best[0] < SAME and cal.criterion is None):
             break
         plan = nothing if share == 1 else within(int(share * before))
         if plan is None:
             break
         trial = copy.deepcopy(model)
         if plan.groups:
-            convert_(trial, plan, cal, repair=False)
+            carry_out(trial, plan, cal, ConvertOptions(repair=False), {})
         else:
             carry_config(trial, describe(trial, plan))
         try:
@@ -92,9 +92,6 @@ def plan_bytes(
 
 
 def _divergence(cal: Calibration, trial: nn.Module) -> float:
-    """KL(original || trial) on the images that decide, nats, infinite where there is none.
-
-    0 for detectors: outputs cannot be compared, and the first share that fits is as good as any.
-    """
-    found = agreement(cal.original, trial, cal.deciding).kl if cal.comparable else 0.0
-    return found if math.isfinite(found) else math.inf
+    """Of ``trial`` from the original on the images that decide; 0 where nothing can be compared: the first share that fits is
+    as good as any."""
+    return cal.decided.divergence(trial).mean if cal.comparable else 0.0

@@ -8,21 +8,23 @@ the budget goes back to where it helps most.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sharefold.calibration.calibrate import Calibration
+from sharefold.calibration.problem import problem_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.graph.hidden_channels import HiddenSpace
 from sharefold.methods import FOLD
 from sharefold.methods.fold import FEWEST, elimination_of, options_for, readers_of, shares_of
+from sharefold.options import PlanOptions
 from sharefold.planner.costs import Cost, Parameters
 from sharefold.planner.fold_probe import FoldProbe
+from sharefold.planner.objectives import Objective, objective_named
 from sharefold.plans import GroupPlan, Progress
 from sharefold.solvers.channel_elimination import Elimination
 
@@ -33,7 +35,6 @@ SWEEPS, BISECTIONS = 8, 60
 class _Item:
     """Part of the cost that is proportional to the width of the space it is written in, or read from, or both (or -1)."""
 
-    name: str
     amount: float  # of the dense network
     written: int
     read: int
@@ -46,14 +47,17 @@ class FoldLevels:
         cal: of the dense network.
         spaces: from :func:`sharefold.graph.hidden_channels.hidden_spaces`.
         cost: what budgets count.
-        probe: says what a space's error does to the output; without one the errors are added up as they are.
-        round_to: kept numbers of channels are multiples of this, or all of them.
+        options: ``objective`` says what damage is; unless it is "error", widths are chosen by what folding each space alone does
+            to the network's output (:class:`FoldProbe`). Kept numbers of channels are multiples of ``round_channels``, or all.
     """
 
     def __init__(
-        self, cal: Calibration, spaces: Sequence[HiddenSpace], cost: Cost, probe: FoldProbe | None = None, round_to: int = 1,
+        self, cal: Calibration, spaces: Sequence[HiddenSpace], cost: Cost, options: PlanOptions | None = None,
         progress: Progress | None = None,
     ) -> None:  # fmt: skip
+        options = PlanOptions() if options is None else options
+        objective = objective_named(options.objective)(cal.statistics)
+        probe = FoldProbe(cal) if cal.comparable and options.objective != "error" else None
         model, graph, statistics = cal.original, cal.graph, cal.statistics
         self.spaces, self.cost = list(spaces), cost
         self.items = _items(model, graph, self.spaces, cost)
@@ -62,17 +66,20 @@ class FoldLevels:
         self.before = int(parameters.total)
         self.fixed = cost.total - sum(item.amount for item in self.items)
         self.choices: list[list[int]] = []  # widths, from the dense one down
-        self.damages: list[Tensor] = []  # of these
+        self.damages: list[Tensor] = []  # of these, by the objective
+        self.losses: list[Tensor] = []  # of these, nats by the probe: what widths are chosen by
         self.errors: list[Tensor] = []
         self.eliminations: list[Elimination] = []
         for batch in statistics.batches([space.readers for space in self.spaces]):
             statistics.moments([name for index in batch for name in self.spaces[index].readers])
             for index in batch:
-                self._measure(cal, self.spaces[index], probe, round_to)
+                self._measure(cal, self.spaces[index], objective, probe, options.round_channels)
                 if progress:
                     progress("folding", len(self.choices), len(self.spaces))
 
-    def _measure(self, cal: Calibration, space: HiddenSpace, probe: FoldProbe | None, round_to: int) -> None:
+    def _measure(
+        self, cal: Calibration, space: HiddenSpace, objective: Objective, probe: FoldProbe | None, round_to: int
+    ) -> None:
         found = elimination_of(cal.original, cal.graph, cal.statistics, space)
         self.eliminations.append(found)
         readers = readers_of(cal.original, cal.graph, cal.statistics, space)
@@ -83,7 +90,10 @@ class FoldLevels:
             if (space.channels - n) % round_to == 0 and space.channels - n >= FEWEST
         ]  # fmt: skip
         self.choices.append([space.channels - n for n in gone])
-        self.damages.append(errors[gone] * (1.0 if probe is None else probe(space, found, shares)))
+        problems = [problem_of(cal.original, cal.graph, [name], cal.statistics) for name in space.readers]
+        factors = [float(objective(problem, [name])[0]) for problem, name in zip(problems, space.readers, strict=True)]
+        self.damages.append((torch.tensor(factors, dtype=torch.float64) @ found.errors)[gone])
+        self.losses.append(errors[gone] * (1.0 if probe is None else probe(space, found, shares)))
         self.errors.append(found.errors.mean(0)[gone])
 
     @property
@@ -120,17 +130,20 @@ class FoldLevels:
                 found[item.read] += item.amount * _share(shares, item.written)
         return [slope / space.channels for slope, space in zip(found, self.spaces, strict=True)]
 
+    def layer_shares(self, widths: Sequence[int]) -> dict[str, float]:
+        """What is left of the cost of every layer that gets smaller, 0 to 1, by name."""
+        shares = [width / space.channels for width, space in zip(widths, self.spaces, strict=True)]
+        found: dict[str, float] = {}
+        for share, space in zip(shares, self.spaces, strict=True):
+            for name in space.layers:
+                found[name] = found.get(name, 1.0) * share
+        return found
+
     def damage(self, widths: Sequence[int]) -> float:
-        """What is lost: nats, or relative errors without a probe."""
+        """What is lost, as the objective counts it."""
         return sum(
             float(values[row.index(width)]) for row, values, width in zip(self.choices, self.damages, widths, strict=True)
         )
-
-    def scaled(self, shares: Mapping[str, float]) -> FoldLevels:
-        """The same with layers that cost only so much of what they did."""
-        result = copy.copy(self)
-        result.items = [replace(item, amount=item.amount * shares.get(item.name, 1.0)) for item in self.items]
-        return result
 
     def at_price(self, price: float) -> list[int]:
         """The widths of least damage plus ``price`` times cost."""
@@ -139,7 +152,7 @@ class FoldLevels:
             slopes = self.slopes(widths)
             found = [
                 row[int((values + price * slope * torch.tensor(row, dtype=torch.float64)).argmin())]
-                for row, values, slope in zip(self.choices, self.damages, slopes, strict=True)
+                for row, values, slope in zip(self.choices, self.losses, slopes, strict=True)
             ]
             if found == widths:
                 break
@@ -162,7 +175,7 @@ class FoldLevels:
                 f"budget {budget} ({self.cost.text(limit)}) is below what fold can reach on this model: the floor is "
                 f"{self.cost.text(self.floor)} ({self.floor / self.cost.total:.1%}); raise the budget or allow more methods"
             )
-        scale = max(sum(float(v[-1]) for v in self.damages), 1e-12) / self.cost.total
+        scale = max(sum(float(v[-1]) for v in self.losses), 1e-12) / self.cost.total
         low, high = -12.0, 12.0  # in the logarithm to base 10, of prices in units of `scale`
         widths = [row[-1] for row in self.choices]
         for _ in range(BISECTIONS):
@@ -181,7 +194,7 @@ class FoldLevels:
         while True:
             slopes = self.slopes(widths)
             best: tuple[float, int, float] | None = None
-            for index, (row, values, place) in enumerate(zip(self.choices, self.damages, places, strict=True)):
+            for index, (row, values, place) in enumerate(zip(self.choices, self.losses, places, strict=True)):
                 if place == 0:
                     continue
                 price = slopes[index] * (row[place - 1] - row[place])
@@ -227,12 +240,12 @@ def _items(model: nn.Module, graph: NetworkGraph, spaces: Sequence[HiddenSpace],
     items = []
     for name in {**written, **read}:
         if name in graph.layers:
-            items.append(_Item(name, cost.dense(name), written.get(name, -1), read.get(name, -1)))
+            items.append(_Item(cost.dense(name), written.get(name, -1), read.get(name, -1)))
         if isinstance(cost, Parameters) and name in written:
             channels = spaces[written[name]].channels
             vectors = [
                 p.numel() for key, p in model.get_submodule(name).named_parameters()
                 if p.numel() > 1 and not (key == "weight" and name in graph.layers) and p.shape[0] == channels
             ]  # fmt: skip
-            items.append(_Item(name, sum(vectors), written[name], -1))
+            items.append(_Item(sum(vectors), written[name], -1))
     return [item for item in items if item.amount]

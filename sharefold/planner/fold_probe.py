@@ -7,23 +7,21 @@ from contextlib import contextmanager
 from typing import cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from sharefold.calibration.calibrate import Calibration
+from sharefold.calibration.calibrate import Calibration, copied
 from sharefold.graph.hidden_channels import HiddenSpace
-from sharefold.measure import device_of, evaluating, first_logits, run_on
 from sharefold.methods import FOLD
 from sharefold.methods.fold import Folding, options_for
 from sharefold.plans import GroupPlan
 from sharefold.solvers.channel_elimination import Elimination, column_index, left_out
 
-# The relative error that readers are given, and on how many images; at most so many rows of logits a batch (per-pixel outputs).
-ERROR, IMAGES, ROWS = 0.05, 128, 4096
+# The relative error that readers are given, and on how many images.
+ERROR, IMAGES = 0.05, 128
 
 
 class FoldProbe:
-    """Runs the dense network with one space folded at a time: KL(original || folded) over the error, nats.
+    """Runs the dense network with one space folded at a time: its divergence from the original over the error.
 
     On ResNet-20 this ratio hardly depends on how many channels go, and a diagonal Fisher misses it by a factor of ten for the
     last blocks, whose errors are alike at all positions.
@@ -33,18 +31,10 @@ class FoldProbe:
     """
 
     def __init__(self, cal: Calibration) -> None:
-        self.cal = cal
+        self.cal, self.network = cal, copied(cal.original)
         images = cal.deciding
         index = torch.linspace(0, len(images) - 1, min(IMAGES, len(images))).long()
-        device = device_of(cal.original)
-        self.batches = [batch.to(device) for batch in images[index].split(max(1, cal.statistics.batch_size))]
-        self.reference = self._outputs()
-
-    def _outputs(self) -> list[Tensor]:
-        model = self.cal.original
-        with torch.no_grad(), evaluating(model):
-            rows = [first_logits(run_on(model, batch)).float().movedim(1, -1).flatten(0, -2) for batch in self.batches]
-        return [found[:: max(1, len(found) // ROWS)].log_softmax(1) for found in rows]
+        self.comparison = cal.comparison(images[index], max(1, cal.statistics.batch_size))
 
     def __call__(self, space: HiddenSpace, found: Elimination, shares: Sequence[float]) -> float:
         """KL per unit of the readers' errors, each times its share."""
@@ -54,15 +44,15 @@ class FoldProbe:
             return 1e-6
         kept = found.kept(space.channels - gone)
         plan = GroupPlan("probe", FOLD.name, (space.writer,), options_for(space, kept))
-        with folded_readers(self.cal, plan):
-            outputs = self._outputs()
-        total = sum(float(F.kl_div(b, a, reduction="sum", log_target=True)) for a, b in zip(self.reference, outputs, strict=True))
-        return max(total / sum(len(rows) for rows in self.reference) / float(errors[gone]), 1e-6)
+        with folded_readers(self.network, self.cal, plan):
+            lost = self.comparison.divergence(self.network).mean
+        return max(lost / float(errors[gone]), 1e-6)
 
 
 @contextmanager
-def folded_readers(cal: Calibration, plan: GroupPlan) -> Iterator[None]:
-    """Inside, the readers of the calibrated network do without the channels that ``plan`` leaves out; all shapes stay."""
+def folded_readers(network: nn.Module, cal: Calibration, plan: GroupPlan) -> Iterator[None]:
+    """Inside, the readers of ``network``, a copy of the calibrated one, do without the channels that ``plan`` leaves out; all
+    shapes stay."""
     solution = cast(Folding, FOLD.fit(cal.original, cal.graph, cal.statistics, plan))
     channels, kept = int(plan.options["channels"]), solution.kept
     saved: list[tuple[Tensor, Tensor]] = []
@@ -74,7 +64,7 @@ def folded_readers(cal: Calibration, plan: GroupPlan) -> Iterator[None]:
     try:
         with torch.no_grad():
             for name, owner, tensors in zip(plan.options["readers"], solution.owners, solution.members, strict=True):
-                layer = cal.original.get_submodule(name)
+                layer = network.get_submodule(name)
                 weight = cast(Tensor, layer.weight)
                 flat = weight.detach().flatten(1).double()
                 block = flat.shape[1] // channels
@@ -85,7 +75,7 @@ def folded_readers(cal: Calibration, plan: GroupPlan) -> Iterator[None]:
                 change(weight, new.reshape(weight.shape).to(weight))
                 if owner:
                     shift = removed @ tensors["lost"].to(flat)
-                    module = cal.original.get_submodule(owner)
+                    module = network.get_submodule(owner)
                     place = cast(Tensor, layer.bias if owner == name else module.running_mean)
                     change(place, place + (shift if owner == name else -shift).to(place))
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from sharefold.calibration.problem import GroupProblem
 from sharefold.calibration.statistics import Statistics
 from sharefold.errors import unknown
-from sharefold.measure import evaluating, first_logits, run_on
+from sharefold.outputs import Comparison
 from sharefold.solvers.low_rank import max_rank, svd_curve, svd_solve
 
 # (problem of a group, names of its members) -> (K,) factors on the members' relative errors.
@@ -28,7 +29,7 @@ def error(statistics: Statistics) -> Objective:
 
 
 def fisher(statistics: Statistics) -> Objective:
-    """The square root of the KL that losing a layer's whole output would cost, by second-order estimate.
+    """The square root of the divergence that losing a layer's whole output would cost, by second-order estimate.
 
     The estimate itself (Martens, arXiv:1412.1193) ranks layers well while errors are small and far too sharply when they
     are large; its square root lies half way, in the logarithm, between it and equal weights. Equal weights where the
@@ -47,11 +48,11 @@ def fisher(statistics: Statistics) -> Objective:
 
 
 def output_kl(statistics: Statistics) -> Objective:
-    """The square root of KL(original || network with an error in this layer alone) over that error, by a forward pass a
-    layer. As with :func:`fisher`, the ratio itself ranks too sharply.
+    """The square root of the divergence of the network with an error in this layer alone over that error, by a forward pass
+    a layer. As with :func:`fisher`, the ratio itself ranks too sharply.
 
     Raises:
-        SharefoldError: the network returns no logits.
+        SharefoldError: the network returns nothing to compare.
     """
     probe = _Probe(statistics)
 
@@ -67,21 +68,19 @@ class _Probe:
 
     def __init__(self, statistics: Statistics) -> None:
         self.statistics = statistics
-        self.batches = statistics.sample(PROBE_IMAGES).split(max(1, statistics.batch_size))
-        self.reference = self._outputs()
-
-    def _outputs(self) -> list[Tensor]:
-        model = self.statistics.model
-        with torch.no_grad(), evaluating(model):
-            return [first_logits(run_on(model, batch)).float().log_softmax(1) for batch in self.batches]
+        divergence, images = statistics.divergence, statistics.sample(PROBE_IMAGES)
+        self.comparison = Comparison(
+            statistics.model, images, divergence.reading, divergence=divergence, batch_size=statistics.batch_size
+        )
+        self.disturbed = copy.deepcopy(statistics.model)
 
     def __call__(self, problem: GroupProblem, name: str) -> float:
-        """KL per unit of relative error, nats."""
+        """Divergence per unit of relative error."""
         weight = approximation(problem, PROBE_ERROR)
         found = float(problem.errors(weight)[0])
         if found < 1e-9:
             return 0.0
-        layer, form = self.statistics.model.get_submodule(name), problem.forms[0]
+        layer, form = self.disturbed.get_submodule(name), problem.forms[0]
         change = problem.full(weight - problem.weights)[0]
         shift = torch.zeros(form.out_channels, device=change.device)
         if self.statistics.centered.get(name):  # what conversion will let a bias or BatchNorm absorb
@@ -99,11 +98,9 @@ class _Probe:
 
         handle = layer.register_forward_hook(disturb)
         try:
-            outputs = self._outputs()
+            return max(self.comparison.divergence(self.disturbed).mean, 0.0) / found
         finally:
             handle.remove()
-        total = sum(float((a.exp() * (a - b)).sum()) for a, b in zip(self.reference, outputs, strict=True))
-        return max(total, 0.0) / sum(a.numel() // a.shape[1] for a in self.reference) / found
 
 
 def approximation(problem: GroupProblem, wanted: float) -> Tensor:

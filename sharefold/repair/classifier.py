@@ -1,6 +1,6 @@
-"""The classifier, fitted to the original's logits on the features that the converted network gives it.
+"""The last layers, fitted to what the original's give on the features that the converted network gives them.
 
-A classifier that is shared or factored is part of the sequential refit. One that stays dense is not, and it is right for
+A last layer that is shared or factored is part of the sequential refit. One that stays dense is not, and it is right for
 features that badly damaged layers no longer give.
 """
 
@@ -8,53 +8,109 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sharefold.measure import evaluating, first_logits, run_on
+from sharefold.outputs import OutputReading
+from sharefold.outputs.leaves import tensors_of
+from sharefold.outputs.taps import listening
+from sharefold.repair.coefficients import Linear, best_ridge, best_step, fitted, sums_of
 from sharefold.repair.work import Work
-from sharefold.solvers.least_squares import PulledLeastSquares
+from sharefold.running import evaluating, run_on
 
-# Pull towards the original classifier, as a share of the mean variance of its inputs.
-RIDGE = 1e-2
 BATCH = 200
+# Numbers of all inputs that a layer is fitted to: of maps, evenly spaced positions.
+ENTRIES = 1 << 24
 
 
 class Classifier:
-    """Least squares for weight and bias of the classifier; the original's logits on the images are the targets."""
+    """Least squares for weight and bias of every dense layer whose output is one of the network's."""
 
     name = "head"
 
     def refusal(self, work: Work) -> str:
-        head = _head(work.model, work.cal.fitting[:2])
-        return "" if head is not None else "the logits are not the output of a dense Linear with a bias"
+        return "" if _pairs(work) else "no output is that of a dense Linear or convolution with a bias"
 
     @torch.no_grad()
     def run(self, work: Work) -> Mapping[str, Any] | None:
-        images = work.cal.fitting
-        head = _head(work.model, images[:2])
-        assert head is not None
-        mean_x, mean_y, gram, cross = (value.double() for value in _moments(work.cal.original, work.model, head, images))
-        solved = PulledLeastSquares(gram, RIDGE).solve(cross, head.weight.double())
-        if solved is None:
-            return None
-        head.weight.copy_(solved)
-        head.bias.copy_(mean_y - solved @ mean_x)
-        return {}
+        cal, solved, steps = work.cal, 0, []
+        for head, wanted in _pairs(work):
+            fit = _rows_of(cal.original, work.model, head, wanted, cal.fitting)
+            decide = _rows_of(cal.original, work.model, head, wanted, cal.images[cal.parts.decide])
+            step = _fit(head, fit, decide)
+            if step is not None:
+                solved += 1
+                steps.append(round(step, 3))
+        return {"steps": steps} if solved else None
 
 
-def _head(model: nn.Module, images: Tensor) -> nn.Linear | None:
-    """The Linear whose output is the network's; found in one run."""
-    linears = [module for module in model.modules() if type(module) is nn.Linear and module.bias is not None]
-    with ExitStack() as stack:
-        runs = [(linear, stack.enter_context(_watched(linear))) for linear in linears]
-        stack.enter_context(evaluating(model))
-        logits = first_logits(run_on(model, images))
-    if logits.ndim != 2:
+def _fit(head: Any, fit: Rows, decide: Rows) -> float | None:
+    """Solves ``head`` and gives how far it went, 0 to 1; None where there is no finite solution."""
+    start = Linear(head.weight.detach().cpu().double().flatten(1)[None], head.bias.detach().cpu().double()[None])
+    even = fit.image % 2 == 0
+    first, second, whole = (sums_of(*fit.at(pick)) for pick in (even, ~even, even | ~even))
+    deciding = sums_of(*decide.at(decide.image >= 0))
+    if first is None or second is None or whole is None or deciding is None:
         return None
-    return next((linear for linear, seen in runs if len(seen) == 1 and torch.equal(seen[0][1], logits)), None)
+    new = fitted(whole, start, best_ridge((first, second), start, True), True)
+    if new is None:
+        return None
+    step = best_step(start, new, deciding)
+    found = start.towards(new, step)
+    head.weight.copy_(found.weight[0].reshape(head.weight.shape))
+    head.bias.copy_(found.constant[0])
+    return step
+
+
+def _pairs(work: Work) -> list[tuple[Any, nn.Module]]:
+    """Dense layers of the converted network whose outputs are its own, and those of the original that give the same outputs."""
+    reading, images = work.cal.reading, work.cal.fitting[:2]
+    ours, theirs = _heads(reading, work.model, images), _heads(reading, work.cal.original, images)
+    found = [(ours[name], theirs[name]) for name in ours if name in theirs]
+    names = {id(module): name for name, module in work.model.named_modules()}
+    return [
+        (head, wanted) for head, wanted in found
+        if _solvable(head) and type(head) is type(wanted) and not work.plan.protects(names[id(head)])
+    ]  # fmt: skip
+
+
+def _heads(reading: OutputReading, model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
+    """Layers that run once and whose output is one of the network's, by the name of that; found in one run."""
+    sources = {leaf.source for leaf in reading.leaves}
+    with ExitStack() as stack:
+        layers = [module for module in model.modules() if type(module) in (nn.Linear, nn.Conv2d)]
+        runs = [(layer, stack.enter_context(_watched(layer))) for layer in layers]
+        stack.enter_context(evaluating(model))
+        seen = stack.enter_context(listening(model, reading.taps))
+        output = run_on(model, images)
+        returned = tensors_of(seen if reading.taps else output)
+    once = [(layer, run[0][1]) for layer, run in runs if len(run) == 1]
+    return {
+        name: layer for name, tensor in returned.items() if name in sources for layer, given in once if _is_view(given, tensor)
+    }
+
+
+def _solvable(module: nn.Module) -> bool:
+    """With a bias, not frozen, and of a form that least squares can be set up for."""
+    if isinstance(module, nn.Conv2d) and (
+        module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
+    ):
+        return False
+    own = dict(module.named_parameters(recurse=False))
+    return set(own) == {"weight", "bias"} and all(p.requires_grad and p.is_floating_point() for p in own.values())
+
+
+def _is_view(output: Any, returned: Tensor) -> bool:
+    """Whether what the network returns is all of a layer's output, in whatever shape and order."""
+    if not isinstance(output, Tensor) or output.numel() != returned.numel():
+        return False
+    if output.untyped_storage().data_ptr() == returned.untyped_storage().data_ptr():
+        return True
+    return output.shape == returned.shape and torch.equal(output, returned)
 
 
 @contextmanager
@@ -68,18 +124,49 @@ def _watched(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
         handle.remove()
 
 
-def _moments(
-    original: nn.Module, model: nn.Module, head: nn.Linear, images: Tensor, batch_size: int = BATCH
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Means (F,) of the features and (O,) of the wanted logits, and centred moments (F, F) and (O, F)."""
-    features, wanted = [], []
-    with _watched(head) as seen, evaluating(original, model):
-        for batch in images.split(batch_size):
+@dataclass(frozen=True)
+class Rows:
+    """Features (n, F) of a last layer, the outputs (n, O) that are wanted for them, and the image (n,) that each is of."""
+
+    features: Tensor
+    wanted: Tensor
+    image: Tensor
+
+    def at(self, pick: Tensor) -> tuple[Tensor, Tensor]:
+        """Those that are picked, as :func:`sums_of` takes them: (1, F, m) and (1, O, m)."""
+        return self.features[pick].T[None], self.wanted[pick].T[None]
+
+
+def _rows_of(original: nn.Module, model: nn.Module, head: nn.Module, wanted_head: nn.Module, images: Tensor) -> Rows:
+    features, wanted, index = [], [], []
+    done = 0
+    with _watched(head) as seen, _watched(wanted_head) as seen_wanted, evaluating(original, model):
+        for batch in images.split(BATCH):
             seen.clear()
+            seen_wanted.clear()
             run_on(model, batch)
-            features.append(seen[0][0].double())
-            wanted.append(first_logits(run_on(original, batch)).double())
-    x, y = torch.cat(features), torch.cat(wanted)
-    mean_x, mean_y = x.mean(0), y.mean(0)
-    x, y = x - mean_x, y - mean_y
-    return mean_x, mean_y, x.T @ x / len(x), y.T @ x / len(x)
+            run_on(original, batch)
+            rows, targets = _rows(head, seen[0][0], seen_wanted[0][1], len(images))
+            features.append(rows.double().cpu())
+            wanted.append(targets.double().cpu())
+            each = max(1, len(rows) // len(batch))
+            index.append(done + torch.arange(len(rows)) // each)
+            done += len(batch)
+    return Rows(torch.cat(features), torch.cat(wanted), torch.cat(index))
+
+
+def _rows(head: nn.Module, inputs: Tensor, outputs: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    """Features (rows, F) and outputs (rows, O) of evenly spaced positions of a batch."""
+    if isinstance(head, nn.Conv2d):
+        columns = F.unfold(inputs, head.kernel_size, head.dilation, head.padding, head.stride)  # type: ignore[arg-type]
+        every = _spacing(columns.shape[1], images * columns.shape[2])
+        x, y = columns[..., ::every], outputs.flatten(2)[..., ::every]
+        return x.transpose(1, 2).flatten(0, 1), y.transpose(1, 2).flatten(0, 1)
+    x, y = inputs.reshape(-1, inputs.shape[-1]), outputs.reshape(-1, outputs.shape[-1])
+    every = _spacing(x.shape[1], images * len(x) // len(inputs)) if inputs.ndim > 2 else 1
+    return x[::every], y[::every]
+
+
+def _spacing(features: int, rows: int) -> int:
+    """Odd, so that the sampled columns of a map shift from row to row."""
+    return max(1, rows * features // ENTRIES) // 2 * 2 + 1

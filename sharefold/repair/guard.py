@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from sharefold.measure import agreement
+from sharefold.outputs import Comparison
 from sharefold.state_dicts import load_tensors
 
 
@@ -21,7 +21,8 @@ class StepRecord(Mapping[str, Any]):
         name: of the step.
         kept: whether the network holds its result.
         reason: why it did not run; "" where it did.
-        kl_before, kl_after: mean KL(original || converted) on the images that decide, nats; None where it was not measured.
+        kl_before, kl_after: divergence from the original on the images that decide (of a classifier KL(original || converted),
+            nats); None where it was not measured.
         seconds: wall-clock.
         details: what else the step has to say, JSON values.
     """
@@ -50,21 +51,24 @@ class StepRecord(Mapping[str, Any]):
 
 
 class Guard:
-    """Compares conversions of ``original`` by their divergence on ``images``, which no fit may have seen.
+    """Compares conversions of one network by their divergence from it.
 
     Args:
-        original: the dense network.
-        images: (n, C, H, W), normalised.
-        now: divergence of the network as it is, nats, where that is known already.
+        comparison: with the dense network, on images that no fit has seen.
+        now: divergence of the network as it is, where that is known already.
     """
 
-    def __init__(self, original: nn.Module, images: Tensor, now: float | None = None) -> None:
-        self.original, self.images = original, images
+    def __init__(self, comparison: Comparison, now: float | None = None) -> None:
+        self.comparison = comparison
         self._now = now
 
     def divergence(self, model: nn.Module) -> float:
-        """Mean KL(original || model), nats."""
-        return agreement(self.original, model, self.images).kl
+        """Of ``model`` from the original: for a classifier the mean KL(original || model), nats."""
+        return self.comparison.divergence(model).mean
+
+    def better(self, after: float, before: float) -> bool:
+        """Whether ``after`` is lower than ``before`` by more than rounding."""
+        return self.comparison.better(after, before)
 
     def current(self, model: nn.Module) -> float:
         """Of the network that the steps so far have left; measured once."""
@@ -87,7 +91,7 @@ class Guard:
             if details is None:
                 return StepRecord(name, False, "it has no finite solution", before, None, time.perf_counter() - start)
             after = self.divergence(model)
-            kept = after < before
+            kept = self.better(after, before)
         finally:
             if not kept:
                 load_tensors(model, saved)

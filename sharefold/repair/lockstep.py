@@ -1,12 +1,14 @@
-"""Runs two networks of the same graph side by side, node by node, over all calibration images at once.
+"""Runs two networks of the same graph side by side, layer after layer, over all calibration images in bounded memory.
 
 Sequential repair needs, for every converted layer in turn, the input that the converted prefix gives and the output
-that the original had. Walking both networks together costs one forward pass of each, whatever their depth.
+that the original had. All images go through both networks from one place to the next; between them only the values that are
+still needed are kept, at places where they are few (:mod:`sharefold.repair.boundary`). So no image is left out, whatever
+their size, and a walk costs about one forward pass of each network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,57 +16,51 @@ import torch
 from torch import Tensor, fx, nn
 
 from sharefold.calibration.mean_owner import output_mean_owner
-from sharefold.layers import resolve
-from sharefold.measure import device_of, evaluating, run_on
+from sharefold.layers import ConvForm, resolve
+from sharefold.repair.boundary import Shelf, Values, elements, shelf_for
+from sharefold.repair.rectifier import Rectifier, rectifier_behind
+from sharefold.repair.samples import Collector, Samples
+from sharefold.running import device_of, evaluating, run_on
 
-# Activations of all images and both networks that may live at once; elements of a batch's largest map, times four.
-MEMORY_BYTES = 2 << 30
-BATCH_ELEMENTS = 1 << 26
-
-Values = list[dict[fx.Node, Any]]  # of one network, a dictionary a batch
+MEMORY_BYTES = 4 << 30
+# Elements of the largest map of a batch.
+BATCH_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
-class Place:
-    """A layer that both networks have come to.
+class Wanted:
+    """A layer to stop at.
 
     Attributes:
-        node: the layer's.
-        inputs: the student's inputs to the layer, one tensor a batch.
-        targets: the teacher's outputs of it.
-        teachers, students: what both networks have computed so far and still need.
-        teacher_model, student_model: the networks behind them.
+        form: of the student's layer.
+        norm: behind it, or None.
+        rectified: whether a ReLU behind it matters.
+        rows: (O,) of the teacher's output channels those that the student's layer still has; None for all.
     """
 
-    node: fx.Node
-    inputs: list[Tensor]
-    targets: list[Tensor]
-    teachers: Values
-    students: Values
-    teacher_model: nn.Module
-    student_model: nn.Module
-
-    def teacher(self, node: fx.Node) -> list[Tensor] | None:
-        """The teacher's values of another node; None when it, or a layer with parameters before it, is still to come."""
-        return _values(node, self.teacher_model, self.teachers)
-
-    def student(self, node: fx.Node) -> list[Tensor] | None:
-        """The student's values of another node; None likewise."""
-        return _values(node, self.student_model, self.students)
-
-
-Visit = Callable[[str, Place], None]
+    form: ConvForm
+    norm: str | None = None
+    rectified: bool = False
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Visited:
-    """A layer of the converted network that the walk has come to: ``name``, its ``norm`` or None, and the ``place``."""
+    """A layer of the converted network that the walk has come to.
+
+    Attributes:
+        original, model: the two networks.
+        name, norm: of the layer, and of the norm behind it or None.
+        samples: what it is given and should give.
+        rectifier: what stands between the layer and a ReLU; None where there is none, or it was not asked for.
+    """
 
     original: nn.Module
     model: nn.Module
     name: str
     norm: str | None
-    place: Place
+    samples: Samples
+    rectifier: Rectifier | None = None
 
     @property
     def layer(self) -> nn.Module:
@@ -77,52 +73,188 @@ class Visited:
         return output_mean_owner(self.model, self.layer, self.norm)
 
 
+Visit = Callable[[Visited], None]
+
+
+@torch.no_grad()
 def walk(
-    graph: fx.Graph, teacher: nn.Module, student: nn.Module, batches: list[Tensor], visit: Visit, names: set[str]
-) -> None:
-    """Walks ``graph`` once; before the student runs a layer in ``names``, calls ``visit(name, place)``.
+    graph: fx.Graph, teacher: nn.Module, student: nn.Module, images: Tensor, wanted: dict[str, Wanted], visit: Visit,
+    memory: int = MEMORY_BYTES,
+) -> None:  # fmt: skip
+    """Walks ``graph`` once; before the student runs a layer of ``wanted``, calls ``visit`` with what was seen of it.
 
-    ``visit`` may change the student's layer and the norm behind it. Both networks must be in eval mode and on one device,
-    to which ``batches`` are moved. Values are dropped after their last use, so memory is a few activation maps of all
-    images, for two networks.
+    ``visit`` may change the student's layer and the norm behind it.
+
+    Args:
+        teacher, student: both on one device.
+        images: (n, C, H, W).
+        memory: bytes that values between two layers may take.
     """
-    last: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        for used in node.all_input_nodes:
-            last[used] = node
-    device = device_of(teacher)
-    batches = [batch.to(device) for batch in batches]
-    teachers: Values = [{} for _ in batches]
-    students: Values = [{} for _ in batches]
-    for node in graph.nodes:
-        if node.op == "output":
-            return
-        for values, batch in zip(teachers, batches, strict=True):
-            values[node] = _run(node, teacher, values, batch)
-        if node.op == "call_module" and node.target in names:
-            inputs = [_fetch(node.args[0] if node.args else next(iter(node.kwargs.values())), v) for v in students]
-            targets = [values[node] for values in teachers]
-            visit(str(node.target), Place(node, inputs, targets, teachers, students, teacher, student))
-        for values, batch in zip(students, batches, strict=True):
-            values[node] = _run(node, student, values, batch)
-        for used in [n for n in node.all_input_nodes if last[n] is node] + ([] if node.users else [node]):
-            for values in (*teachers, *students):
-                values.pop(used, None)
+    with evaluating(teacher, student):
+        _Walk(graph, teacher, student, images, memory).run(wanted, visit)
 
 
-def _fetch(argument: Any, values: dict[fx.Node, Any]) -> Any:
+class _Walk:
+    def __init__(self, graph: fx.Graph, teacher: nn.Module, student: nn.Module, images: Tensor, memory: int) -> None:
+        self.nodes = [node for node in graph.nodes if node.op != "output"]
+        self.place = {node: index for index, node in enumerate(self.nodes)}
+        self.teacher, self.student, self.memory = teacher, student, memory
+        self.device = device_of(teacher)
+        last: dict[fx.Node, int] = {}
+        for node in graph.nodes:
+            for used in node.all_input_nodes:
+                last[used] = self.place.get(node, len(self.nodes))
+        self.last = {node: last.get(node, self.place[node]) for node in self.nodes}
+        sizes, largest = self._sizes(images[:1])
+        self.live = [
+            sum(sizes[n] for n in self.nodes[:index] if self.last[n] >= index) for index in range(len(self.nodes) + 1)
+        ]
+        self.first_different = self._first_different()
+        self.batches = images.split(max(1, min(100, BATCH_ELEMENTS // largest)))
+        self.count = len(images)
+
+    def run(self, wanted: dict[str, Wanted], visit: Visit) -> None:
+        stops = [index for index, node in enumerate(self.nodes) if node.op == "call_module" and node.target in wanted]
+        shelf, start = None, 0
+        previous = 0
+        for stop in stops:
+            node = self.nodes[stop]
+            cut = min(range(previous, stop + 1), key=lambda index: (self.live[index], -index))
+            made, _ = shelf_for(self.live[cut], self.count, self.memory)
+            target = made() if made is not None and cut > 0 and cut > start else None
+            name = str(node.target)
+            found = self._collect(node, wanted[name], shelf, start, target, cut)
+            if target is not None:
+                shelf, start = target, cut
+            previous = stop + 1
+            samples, rectifier = found
+            if samples is not None:
+                visit(Visited(self.teacher, self.student, name, wanted[name].norm, samples, rectifier))
+
+    def _collect(
+        self, node: fx.Node, want: Wanted, shelf: Shelf | None, start: int, target: Shelf | None, cut: int
+    ) -> tuple[Samples | None, Rectifier | None]:
+        """Runs all images from ``start`` to ``node``, puts the values at ``cut`` on ``target``, and samples the layer."""
+        collector = Collector(want.form, self.count)
+        rectifier = rectifier_behind(node, self.teacher, want.norm) if want.rectified else None
+        stop = self.place[node]
+        for index, (theirs, ours) in enumerate(self._starts(shelf, start)):
+            at = start
+            if target is not None:
+                ours = self._advance(theirs, ours, at, cut)
+                target.put(2 * index, self._needed(theirs, cut))
+                target.put(2 * index + 1, self._needed(theirs if ours is None else ours, cut))
+                if shelf is not None:
+                    shelf.drop(2 * index)
+                    shelf.drop(2 * index + 1)
+                at = cut
+            ours = self._advance(theirs, ours, at, stop)
+            inputs = _fetch(node.args[0] if node.args else next(iter(node.kwargs.values())), theirs if ours is None else ours)
+            outputs = _kept(_run(node, self.teacher, dict(theirs), None), want)
+            addends = None
+            if rectifier is not None and rectifier.addend is not None:
+                wanted = _value(rectifier.addend, self.teacher, {**theirs, node: outputs})
+                given = _value(rectifier.addend, self.student, theirs if ours is None else ours)
+                if wanted is None or given is None or given.shape != outputs.shape or wanted.shape != outputs.shape:
+                    rectifier = None
+                else:
+                    addends = given, wanted
+            if isinstance(inputs, Tensor) and isinstance(outputs, Tensor):
+                collector.add(inputs, outputs, addends)
+        return collector.samples(), rectifier
+
+    def _starts(self, shelf: Shelf | None, start: int) -> Iterator[tuple[Values, Values | None]]:
+        """The values of both networks for every batch; None for the student's where they are the teacher's still."""
+        for index, batch in enumerate(self.batches):
+            if shelf is None:
+                yield {_IMAGES: batch.to(self.device)}, None
+            else:
+                theirs = shelf.get(2 * index)
+                yield theirs, None if start <= self.first_different else shelf.get(2 * index + 1)
+
+    def _advance(self, theirs: Values, ours: Values | None, start: int, stop: int) -> Values | None:
+        """Runs the nodes from ``start`` up to ``stop`` in both networks, once in those that are the same in both."""
+        for index in range(start, stop):
+            node = self.nodes[index]
+            if index >= self.first_different and ours is None:
+                ours = {key: fx.node.map_aggregate(value, _copy) for key, value in theirs.items()}
+            values = _run(node, self.teacher, theirs, theirs.get(_IMAGES))
+            if ours is not None:
+                ours[node] = _run(node, self.student, ours, ours.get(_IMAGES))
+            theirs[node] = values
+            for used in (*node.all_input_nodes, node):
+                if self.last[used] <= index:
+                    theirs.pop(used, None)
+                    if ours is not None:
+                        ours.pop(used, None)
+        return ours
+
+    def _needed(self, values: Values, cut: int) -> Values:
+        return {node: value for node, value in values.items() if node is not _IMAGES and self.last[node] >= cut}
+
+    def _first_different(self) -> int:
+        """The first node whose module is not the same in both networks: before it one run serves both."""
+        for index, node in enumerate(self.nodes):
+            if node.op == "call_module":
+                if not _same_module(resolve(self.teacher, str(node.target)), resolve(self.student, str(node.target))):
+                    return index
+            elif node.op == "get_attr":
+                ours, theirs = resolve(self.student, str(node.target)), resolve(self.teacher, str(node.target))
+                if not (isinstance(ours, Tensor) and isinstance(theirs, Tensor) and torch.equal(ours, theirs)):
+                    return index
+        return len(self.nodes)
+
+    def _sizes(self, image: Tensor) -> tuple[dict[fx.Node, int], int]:
+        """Elements of every node's value for one image, and of the largest."""
+        values: Values = {_IMAGES: image.to(self.device)}
+        sizes = {}
+        for index, node in enumerate(self.nodes):
+            values[node] = _run(node, self.teacher, values, values[_IMAGES])
+            sizes[node] = elements(values[node])
+            for used in (*node.all_input_nodes, node):
+                if self.last[used] <= index:
+                    values.pop(used, None)
+        return sizes, max([image.numel(), *sizes.values()])
+
+
+def _kept(outputs: Any, want: Wanted) -> Any:
+    """Those channels of the teacher's outputs that the student's layer still has."""
+    if want.rows is None or not isinstance(outputs, Tensor):
+        return outputs
+    axis = outputs.ndim - 1 if want.form.kind == "linear" else 1
+    return outputs.index_select(axis, want.rows.to(outputs.device))
+
+
+_IMAGES: Any = "images"  # key of the batch itself among the values
+
+
+def _copy(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _same_module(first: nn.Module, second: nn.Module) -> bool:
+    if type(first) is not type(second):
+        return False
+    ours, theirs = first.state_dict(), second.state_dict()
+    return ours.keys() == theirs.keys() and all(
+        ours[key].shape == theirs[key].shape and torch.equal(ours[key], theirs[key]) for key in ours
+    )
+
+
+def _fetch(argument: Any, values: Values) -> Any:
     return fx.node.map_arg(argument, lambda n: values[n])
 
 
-def _values(node: fx.Node, model: nn.Module, batches: Values) -> list[Tensor] | None:
+def _value(node: fx.Node, model: nn.Module, values: Values) -> Tensor | None:
     """What the node has given, or gives now that its inputs are there: a shortcut often comes after the layers it skips."""
-    steps = _ahead(node, model, batches[0]) if batches else None
-    if steps is None or not _harmless(steps, model, batches[0]):
+    steps = _ahead(node, model, values)
+    if steps is None or not _harmless(steps, model, values):
         return None
-    return [_computed(steps, model, dict(values))[node] for values in batches]
+    found = _computed(steps, model, dict(values))[node]
+    return found if isinstance(found, Tensor) else None
 
 
-def _ahead(node: fx.Node, model: nn.Module, values: dict[fx.Node, Any]) -> list[fx.Node] | None:
+def _ahead(node: fx.Node, model: nn.Module, values: Values) -> list[fx.Node] | None:
     """What must run to give ``node``'s value, in order; None if something of it must wait for its turn."""
     steps: dict[fx.Node, None] = {}
 
@@ -141,7 +273,7 @@ def _ahead(node: fx.Node, model: nn.Module, values: dict[fx.Node, Any]) -> list[
     return list(steps) if possible(node) else None
 
 
-def _harmless(steps: list[fx.Node], model: nn.Module, values: dict[fx.Node, Any]) -> bool:
+def _harmless(steps: list[fx.Node], model: nn.Module, values: Values) -> bool:
     """Whether the steps leave their inputs as they are: in place, they would do their work twice."""
     tensors: list[Tensor] = []
 
@@ -158,17 +290,18 @@ def _harmless(steps: list[fx.Node], model: nn.Module, values: dict[fx.Node, Any]
     return versions == [tensor._version for tensor in tensors]
 
 
-def _computed(steps: list[fx.Node], model: nn.Module, values: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
+def _computed(steps: list[fx.Node], model: nn.Module, values: Values) -> dict[fx.Node, Any]:
     """``values``, and those of the steps."""
     for step in steps:
-        values[step] = _run(step, model, values, torch.empty(0))
+        values[step] = _run(step, model, values, None)
     return values
 
 
-def _run(node: fx.Node, model: nn.Module, values: dict[fx.Node, Any], batch: Tensor) -> Any:
+def _run(node: fx.Node, model: nn.Module, values: Values, batch: Tensor | None) -> Any:
     if node.op == "placeholder":
         # A traced forward may have optional arguments; only the first placeholder is the image batch.
-        return batch.clone() if not values else (node.args[0] if node.args else None)
+        first = all(isinstance(key, str) for key in values)
+        return batch.clone() if first and batch is not None else (node.args[0] if node.args else None)
     args, kwargs = _fetch(node.args, values), _fetch(node.kwargs, values)
     if node.op == "get_attr":
         return resolve(model, str(node.target))
@@ -178,13 +311,6 @@ def _run(node: fx.Node, model: nn.Module, values: dict[fx.Node, Any], batch: Ten
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     assert callable(node.target)
     return node.target(*args, **kwargs)
-
-
-def batches_for(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Of ``images``, as many as two networks' activations fit into memory for, in batches."""
-    size = largest_map(model, images[:1])
-    images = images[: max(8, MEMORY_BYTES // (4 * 8 * size))]
-    return list(images.split(max(1, BATCH_ELEMENTS // (4 * size))))
 
 
 def largest_map(model: nn.Module, image: Tensor) -> int:

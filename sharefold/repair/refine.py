@@ -1,6 +1,6 @@
 """Label-free refinement: the converted network learns to answer as the original does, on the calibration images alone.
 
-The loss is the squared difference of block outputs and of logits, each over its variance (hints: Romero et al.,
+The loss is the squared difference of block outputs and of what the network says, each over its variance (hints: Romero et al.,
 https://arxiv.org/abs/1412.6550), on random views of the images. It has no divergence of the predictions: a network is
 nearly certain of the images that it was trained on, and a student that learns to be as certain of those follows it less
 well on new ones. BatchNorm statistics stay as they are: a few mixed images would only
@@ -27,11 +27,12 @@ from sharefold.data.views import random_views
 from sharefold.errors import SharefoldError
 from sharefold.layers import running
 from sharefold.layers.norm_fusion import norms_folded
-from sharefold.measure import evaluating, first_logits, run_on
 from sharefold.options import RefineOptions, chosen
+from sharefold.outputs.divergence import centred as centred
 from sharefold.plans import Progress
 from sharefold.repair.guard import Guard, StepRecord
 from sharefold.repair.lockstep import largest_map
+from sharefold.running import evaluating, run_on
 from sharefold.state_dicts import load_tensors
 
 # Wall-clock budget when neither epochs nor seconds are given: inside of four minutes with start and end included.
@@ -73,14 +74,14 @@ def refine(
         wanted = replace(wanted, seconds=DEFAULT_SECONDS)
     original, images = cal.original, cal.fitting
     clock = _Clock(len(images), MOST_EPOCHS if wanted.epochs is None else wanted.epochs, wanted.seconds)
-    guard = Guard(original, cal.deciding) if guard is None else guard
+    guard = Guard(cal.decided) if guard is None else guard
     checks = _Checks(guard, model)
     norms = {name: record.norm for name, record in cal.graph.layers.items()}
     if wanted.blocks is None:
         wanted = replace(wanted, blocks=tuple(cal.graph.blocks))
     with _training(original, model) as parameters, norms_folded(original, norms), norms_folded(model, norms):
         try:
-            with closing(_train(original, model, images, parameters, clock, wanted)) as loop:
+            with closing(_train(cal, model, parameters, clock, wanted)) as loop:
                 for share in loop:
                     if progress:
                         progress("refining", round(share * 100), 100)
@@ -90,7 +91,7 @@ def refine(
             load_tensors(model, checks.saved)
     guard.settle(checks.best)
     details = {"epochs": clock.epochs(), "seconds": clock.elapsed(), "history": checks.history}
-    return StepRecord("refine", checks.best < checks.before, "", checks.before, checks.best, clock.elapsed(), details)
+    return StepRecord("refine", checks.kept, "", checks.before, checks.best, clock.elapsed(), details)
 
 
 def _check(options: RefineOptions) -> None:
@@ -141,21 +142,29 @@ class _Checks:
         self.history.append(found)
         if share >= 1 and math.isfinite(found):
             self.best, self.saved = self.before, self.start
-        if found < self.best:
+        if self.guard.better(found, self.best):
             self.best, self.saved = found, _snapshot(self.model)
         return math.isfinite(found)
 
+    @property
+    def kept(self) -> bool:
+        """Whether another state than the one before training remains."""
+        return self.saved is not self.start
+
 
 def _train(
-    original: nn.Module, model: nn.Module, images: Tensor, parameters: list[nn.Parameter], clock: _Clock, options: RefineOptions
+    cal: Calibration, model: nn.Module, parameters: list[nn.Parameter], clock: _Clock, options: RefineOptions
 ) -> Generator[float, None, None]:
     """Trains, and yields the share of the budget used after every step; the last one is 1."""
+    original, images = cal.original, cal.fitting
     generator = torch.Generator().manual_seed(options.seed)
     batch_size, blocks, step = options.batch_size, options.blocks or (), options.step
     if batch_size is None:
         largest = largest_map(original, images[:1].to(parameters[0].device))
         batch_size = min(BATCH, max(SMALLEST_BATCH, BATCH_ELEMENTS // largest))
-    names, spreads = _comparable(original, model, images[: max(2, batch_size)].to(parameters[0].device), blocks)
+    first = images[: max(2, batch_size)].to(parameters[0].device)
+    names, spreads = _comparable(original, model, first, blocks)
+    wishes = _Wishes(cal, first)
     optimizer = torch.optim.AdamW(_groups(parameters, step), weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]
     share = 0.0
@@ -166,12 +175,9 @@ def _train(
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * _rate(share)
                 batch = random_views(images[index], generator).to(parameters[0].device)
-                with torch.no_grad():
-                    wanted = first_logits(run_on(original, batch))
-                found = first_logits(model(batch))
-                loss = relative_error(
-                    [centred(found), *(ours[n] for n in names)], [centred(wanted), *(theirs[n] for n in names)], spreads
-                )
+                losses = wishes.losses(model, batch)
+                losses += relative_errors([ours[n] for n in names], [theirs[n] for n in names], spreads)
+                loss = torch.stack(losses).mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -182,15 +188,40 @@ def _train(
                     return
 
 
-def centred(logits: Tensor) -> Tensor:
-    """Logits (B, classes, ...) less their mean over the classes, which no prediction depends on."""
-    return logits.float() - logits.float().mean(1, keepdim=True)
+class _Wishes:
+    """What the student's outputs shall be: the teacher's, by the loss of the divergence or the user's criterion."""
+
+    def __init__(self, cal: Calibration, first: Tensor) -> None:
+        self.original, self.divergence, self.criterion = cal.original, cal.divergence, cal.criterion
+        with torch.no_grad():
+            self.spreads = self.divergence.spreads(self.divergence.reading.run(self.original, first))
+        self.scale = 0.0
+
+    def losses(self, model: nn.Module, batch: Tensor) -> list[Tensor]:
+        """Scalars, one an output; both networks run, so that their hooks see the batch.
+
+        Raises:
+            SharefoldError: nothing of what the network says can be learned.
+        """
+        reading = self.divergence.reading
+        with torch.no_grad():
+            raw, wanted = reading.run_raw(self.original, batch)
+        raw_found, found = reading.run_raw(model, batch)
+        losses = self.divergence.losses(found, wanted, self.spreads)
+        if self.criterion is not None:
+            value = self.criterion(raw, raw_found).float().mean()
+            if value.requires_grad:
+                self.scale = self.scale or max(float(value.detach().abs()), 1e-12)
+                return [value / self.scale]
+        if not losses:
+            raise SharefoldError("refine: no output of this network has a gradient to learn from: convert without it")
+        return losses
 
 
-def relative_error(student: Sequence[Tensor], teacher: Sequence[Tensor], spreads: Sequence[float]) -> Tensor:
-    """Mean over outputs of the mean squared difference of two equally shaped ones over the teacher's variance."""
+def relative_errors(student: Sequence[Tensor], teacher: Sequence[Tensor], spreads: Sequence[float]) -> list[Tensor]:
+    """The mean squared differences of equally shaped outputs over the teacher's variance."""
     pairs = zip(student, teacher, spreads, strict=True)
-    return torch.stack([F.mse_loss(s.float(), t.float()) / spread for s, t, spread in pairs]).mean()
+    return [F.mse_loss(s.float(), t.float()) / spread for s, t, spread in pairs]
 
 
 def _rate(share: float) -> float:
@@ -212,20 +243,16 @@ def _groups(parameters: list[nn.Parameter], step: float) -> list[dict[str, Any]]
 def _comparable(
     original: nn.Module, model: nn.Module, batch: Tensor, blocks: Sequence[str]
 ) -> tuple[list[str], list[float]]:
-    """Those blocks whose outputs are single tensors of one shape in both networks, and the original's variances.
-
-    Before those comes the mean square of the centred logits: one image has no variance of its own.
-    """
+    """Those blocks whose outputs are single tensors of one shape in both networks, and the original's variances."""
     modules = dict(model.named_modules())
     names = [name for name in blocks if name in modules]
     with _outputs(original, names) as theirs, _outputs(model, names) as ours:
-        logits = first_logits(run_on(original, batch))
+        run_on(original, batch)
         run_on(model, batch)
         both = [name for name in names if name in theirs and name in ours and theirs[name].shape == ours[name].shape]
         spreads = [_spread(theirs[name]) for name in both]
     usable = [(name, spread) for name, spread in zip(both, spreads, strict=True) if spread > 0]
-    outputs = max(float(centred(logits).square().mean()), 1e-12)
-    return [name for name, _ in usable], [outputs, *(spread for _, spread in usable)]
+    return [name for name, _ in usable], [spread for _, spread in usable]
 
 
 def _spread(output: Tensor) -> float:

@@ -3,155 +3,229 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from sharefold.graph import NetworkGraph
-from sharefold.layers import Again, RepeatedBlock, SharedConv, fold_scale, resolve, shift_output, takes_scale
-from sharefold.measure import evaluating
+from sharefold.layers import (
+    Again,
+    ConvForm,
+    RepeatedBlock,
+    SharedConv,
+    affine,
+    fold_scale,
+    form_of,
+    resolve,
+    shift_output,
+    takes_scale,
+)
+from sharefold.methods.fold import kept_rows
 from sharefold.plans import GroupPlan
-from sharefold.repair.lockstep import Place, Visited, batches_for, walk
+from sharefold.repair.coefficients import RIDGES, Linear, best_ridge, best_step, fitted, sums_of
+from sharefold.repair.lockstep import Visited, Wanted, walk
 from sharefold.repair.means import give_mean
-from sharefold.repair.own_factors import has_own_factors, solve_on_prefix
-from sharefold.repair.rectified import refit_rectified
+from sharefold.repair.own_factors import has_own_factors, own_factors
+from sharefold.repair.rectified import Front, best_step_behind, rectified
+from sharefold.repair.samples import Samples
 from sharefold.repair.work import Work
-from sharefold.solvers.least_squares import PulledLeastSquares
-from sharefold.solvers.pair_moments import PairMoments
-
-# Pull towards the coefficients so far, as a share of the mean diagonal of the normal equations.
-RIDGE = 1e-3
-# Positions of all images together that a layer's normal equations are summed over: neighbours say much the same, and
-# early layers have hundreds of thousands.
-POSITIONS = 1 << 16
 
 
 class Refit:
     """Solves the linear part of every shared layer again, in forward order, for the original layer's output.
 
-    Of a layer that shares nothing all factors are solved again, as its group in the plan says.
-
-    With a = F x~ the responses of the layer's filters on the converted prefix and y the original output, both centred:
-    C = (Y A^T + rho C0)(A A^T + rho I)^-1; the difference of the means goes into the bias or the BatchNorm's mean.
+    Of a layer that shares nothing all factors are solved again, as its group in the plan says. With a = F x~ the responses of
+    the layer's filters on the converted prefix and y the original output, both centred: C = (Y A^T + rho C0)(A A^T + rho I)^-1;
+    the difference of the means goes into the bias or the BatchNorm's mean; behind a ReLU coefficients are solved once more for
+    what it lets through. The pull rho is chosen by cross-validation, and how far each layer goes on images that decide.
     """
 
     name = "refit"
 
     def refusal(self, work: Work) -> str:
-        if work.base.graph.fx_graph is None:
+        if work.cal.graph.fx_graph is None:
             return "the network has no fx graph"
-        if not _refittable(work.model, work.base.graph):
+        if not _refittable(work):
             return "no layer has a linear part or a norm of its own"
         return ""
 
-    @torch.no_grad()
     def run(self, work: Work) -> Mapping[str, Any]:
-        original, model, graph = work.base.original, work.model, work.base.graph
+        graph, parts = work.cal.graph, work.cal.refit_parts
         assert graph.fx_graph is not None
-        layers = _refittable(model, graph)
-        plans = {name: group for group in work.plan.groups for name in group.members}
-        done = 0
+        layers = _refittable(work)
+        plans = {name: group for group in work.plan.sharing for name in group.members}
+        rows, readers = kept_rows(work.plan.narrowing), _readers(work)
+        steps: dict[str, float] = {}
 
-        def visit(name: str, place: Place) -> None:
-            nonlocal done
-            _visit(Visited(original, model, name, graph.layers[name].norm, place), layers[name], plans.get(name))
-            done += 1
+        def visit(at: Visited) -> None:
+            at = replace(at, original=work.base.original)  # whose norms have the widths of the converted network's
+            fit, decide = at.samples.of(parts.fit), at.samples.of(parts.decide)
+            steps[at.name] = round(_visit(at, fit, decide if len(decide) else fit, plans.get(at.name), at.name in readers), 3)
             if work.progress:
-                work.progress("refitting", done, len(layers))
+                work.progress("refitting", len(steps), len(layers))
 
-        with evaluating(original, model):
-            walk(graph.fx_graph, original, model, batches_for(original, work.cal.telling), visit, set(layers))
-        return {"layers": done}
-
-
-def _visit(at: Visited, layer: nn.Module, plan: GroupPlan | None) -> None:
-    if not isinstance(layer, SharedConv) or layer.linear_part() is None:
-        _rescale_layer(at)
-        return
-    if plan is not None and has_own_factors(layer, plan):
-        solve_on_prefix(at, plan, positions=max(1, POSITIONS // sum(map(len, at.place.inputs))))
-    _refit_layer(at)
-    groups, kind, every = layer.form.groups, layer.form.kind, _spacing(at.place.targets, layer.form.out_channels)
-    refit_rectified(at, partial(_columns, groups=groups, kind=kind, every=every), RIDGE)
+        wanted = {name: Wanted(form, graph.layers[name].norm, True, rows.get(name)) for name, form in layers.items()}
+        walk(graph.fx_graph, work.cal.original, work.model, work.cal.refit_images, wanted, visit)
+        return {"layers": len(steps), "steps": steps}
 
 
-def _refit_layer(at: Visited) -> None:
-    layer = cast(SharedConv, at.layer)
-    part = layer.linear_part()
-    assert part is not None
-    filters, coefficients = part  # (M, I/g, h, w), (O, M)
-    groups, kind = layer.form.groups, layer.form.kind
-    size, rows = len(filters), layer.form.out_channels // groups
-    tiled = filters.repeat(groups, 1, 1, 1)
-    every = _spacing(at.place.targets, rows * groups)
-    pairs = PairMoments()
-    for x, y in zip(at.place.inputs, at.place.targets, strict=True):
-        pairs.add(_columns(layer.form.apply(x, tiled, None), groups, kind, every), _columns(y, groups, kind, every))
-    found = pairs.result(centered=False)
-    if found is None:
-        return
-    gram, cross = found.gram, found.cross
-    if at.owner is not None:
-        gram = gram - found.mean.unsqueeze(2) * found.mean.unsqueeze(1)
-        cross = cross - found.mean_y.unsqueeze(2) * found.mean.unsqueeze(1)
-    new = PulledLeastSquares(gram, RIDGE).solve(cross, coefficients.detach().cpu().reshape(groups, rows, size).to(gram))
-    if new is None:
-        return
-    layer.set_linear_part(new.reshape(-1, size).to(coefficients))
-    shift = (found.mean_y - (new @ found.mean.unsqueeze(2)).squeeze(2)).reshape(-1).to(coefficients)
-    give_mean(at.original, at.model, layer, at.norm, shift)
+def _visit(at: Visited, fit: Samples, decide: Samples, plan: GroupPlan | None, reader: bool) -> float:
+    """Refits one layer; gives how far it went, 0 to 1. ``reader``: a dense layer that makes up for channels that went."""
+    layer = at.layer
+    if isinstance(layer, SharedConv) and layer.linear_part() is None or not isinstance(layer, SharedConv) and not reader:
+        return _rescale(at, fit)
+    task = _Task(at, layer, fit, decide)
+    task.refit()
+    if plan is not None and isinstance(layer, SharedConv) and has_own_factors(layer, plan):
+        saved = [(tensor, tensor.detach().clone()) for tensor in (*layer.parameters(), *layer.buffers())]
+        own_factors(at, fit, plan)
+        other = _Task(at, layer, fit, decide)
+        other.refit()
+        if other.error() < task.error():
+            task, task.step = other, 1.0
+        else:
+            with torch.no_grad():
+                for tensor, value in saved:
+                    tensor.copy_(value)
+    task.rectify()
+    task.settle()
+    return task.step
 
 
-def _refittable(model: nn.Module, graph: NetworkGraph) -> dict[str, nn.Module]:
-    """Shared layers with a linear part, and layers of shared weights whose norm behind them is their own."""
-    found: dict[str, nn.Module] = {}
-    folded = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, RepeatedBlock | Again))
-    for name, record in graph.layers.items():
+class _Task:
+    """The coefficients of one layer over its samples; positions come last: (G, M, P) and (G, O/G, P)."""
+
+    def __init__(self, at: Visited, layer: nn.Module, fit: Samples, decide: Samples) -> None:
+        self.at, self.fit, self.decide = at, fit, decide
+        self.layer: Any = layer
+        self.step = 0.0
+        self.groups, self.outputs = fit.x.shape[1], fit.y.shape[1]
+        part = layer.linear_part() if isinstance(layer, SharedConv) else None
+        self.flat = None if part is None else part[0].detach().flatten(1).float()  # of filters (M, I/g, h, w)
+        coefficients = cast(Tensor, layer.weight).flatten(1) if part is None else part[1]  # (O, M)
+        weight = coefficients.detach().cpu().double().reshape(self.groups, -1, coefficients.shape[1])
+        self.free = at.owner is not None
+        self.map = Linear(weight, self._constant(weight))
+        even = fit.image % 2 == 0
+        folds = [sums_of(self._responses(s), self._rows(s.y)) for s in (fit.at(even), fit.at(~even))]
+        self.sums = sums_of(self._responses(fit), self._rows(fit.y))
+        self.deciding = sums_of(self._responses(decide), self._rows(decide.y))
+        known = folds[0] is not None and folds[1] is not None
+        self.ridge = best_ridge((folds[0], folds[1]), self.map, self.free) if known else RIDGES[-1]  # type: ignore[arg-type]
+
+    def _responses(self, samples: Samples) -> Tensor:
+        return samples.x.permute(1, 2, 0) if self.flat is None else torch.einsum("pgn,mn->gmp", samples.x, self.flat)
+
+    def _rows(self, values: Tensor) -> Tensor:
+        """(P, O) -> (G, O/G, P)."""
+        return values.reshape(len(values), self.groups, -1).permute(1, 2, 0)
+
+    def _constant(self, weight: Tensor) -> Tensor:
+        """What the network adds to the product with the responses, as the original's output has it: bias and norm's mean."""
+        bias = self.layer.bias
+        constant = weight.new_zeros(self.outputs) if bias is None else bias.detach().to(weight)
+        if self.at.norm is not None:
+            norms = (resolve(net, self.at.norm) for net in (self.at.model, self.at.original))
+            ours, theirs = (getattr(norm, "running_mean", None) for norm in norms)
+            if ours is not None and theirs is not None and ours.shape == theirs.shape:
+                constant = constant + (theirs.double() - ours.double()).to(weight)
+        return constant.reshape(self.groups, -1)
+
+    def refit(self) -> None:
+        """Least squares on the images that fit, as far as it helps on those that decide."""
+        if self.sums is None or self.deciding is None:
+            return
+        new = fitted(self.sums, self.map, self.ridge, self.free)
+        if new is not None:
+            self.step = best_step(self.map, new, self.deciding)
+            self.map = self.map.towards(new, self.step)
+            self._write()
+
+    def error(self) -> float:
+        """On the samples that decide."""
+        return float("inf") if self.deciding is None else self.map.error(self.deciding)
+
+    def rectify(self) -> None:
+        """Solves once more for what a ReLU behind the layer lets through."""
+        if self.at.rectifier is None or not self.free:
+            return
+        new = rectified(self._responses(self.fit), self._front(self.fit), self.map, self.ridge)
+        if new is not None:
+            step = best_step_behind(self.map, new, self._responses(self.decide), self._front(self.decide))
+            self.map, self.step = self.map.towards(new, step), max(self.step, step)
+
+    def _front(self, samples: Samples) -> Front:
+        ones = samples.y.new_ones(self.outputs)
+        scale, shift = ones, torch.zeros_like(ones)
+        if self.at.norm is not None:
+            # The difference of the means is in the map's constant, so both sides have the original's norm.
+            scale, shift = (part.float() for part in affine(resolve(self.at.original, self.at.norm)))
+        scale, shift = (part.reshape(self.groups, -1, 1) for part in (scale, shift))
+        target, offset = scale * self._rows(samples.y) + shift, shift
+        if samples.wanted is not None and samples.given is not None:
+            target, offset = target + self._rows(samples.wanted), shift + self._rows(samples.given)
+        return Front(scale, offset, target)
+
+    @torch.no_grad()
+    def _write(self) -> None:
+        weight = self.map.weight.flatten(0, 1).to(next(self.layer.parameters()))
+        if self.flat is None:
+            self.layer.weight.copy_(weight.reshape(self.layer.weight.shape))
+        else:
+            self.layer.set_linear_part(weight)
+
+    def settle(self) -> None:
+        """Writes the map into the layer, and its constant into the bias or the norm."""
+        self._write()
+        if self.free:
+            constant = self.map.constant.flatten().to(next(self.layer.parameters()))
+            give_mean(self.at.original, self.at.model, self.layer, self.at.norm, constant)
+
+
+def _refittable(work: Work) -> dict[str, ConvForm]:
+    """Layers with a linear part, and layers of shared weights whose norm behind them is their own; their forms."""
+    model, found, readers = work.model, {}, _readers(work)
+    repeated = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, RepeatedBlock | Again))
+    for name, record in work.cal.graph.layers.items():
         layer = resolve(model, name)
-        if isinstance(layer, SharedConv) and layer.linear_part() is not None:
-            found[name] = layer
-        elif isinstance(layer, SharedConv) or (folded and name.startswith(folded)):
+        form = layer.form if isinstance(layer, SharedConv) else form_of(layer)
+        if form is None:
+            continue
+        if name in readers or (isinstance(layer, SharedConv) and layer.linear_part() is not None):
+            found[name] = form
+        elif isinstance(layer, SharedConv) or (repeated and name.startswith(repeated)):
             norm = None if record.norm is None else resolve(model, record.norm)
             if norm is not None and takes_scale(norm):
-                found[name] = layer
+                found[name] = form
     return found
 
 
-def _rescale_layer(at: Visited) -> None:
+def _readers(work: Work) -> set[str]:
+    """Dense layers that make up for channels that were left out in front of them, and are not frozen."""
+    names = {name for group in work.plan.narrowing for name in group.options["readers"]}
+    layers = {name: resolve(work.model, name) for name in names}
+    return {
+        name for name, layer in layers.items()
+        if not isinstance(layer, SharedConv) and layer.weight.requires_grad and form_of(layer) is not None
+    }  # fmt: skip
+
+
+def _rescale(at: Visited, fit: Samples) -> float:
     """For a layer without tensors of its own: the best scale and offset per channel, in the norm behind it."""
-    layer = at.layer
-    linear = isinstance(layer, nn.Linear) or (isinstance(layer, SharedConv) and layer.form.kind == "linear")
-    kind = "linear" if linear else "conv2d"
-    targets = at.place.targets
-    sums: list[Tensor] = []
-    every = _spacing(targets, targets[0].shape[-1 if linear else 1])
-    count = 0
-    for x, y in zip(at.place.inputs, targets, strict=True):
-        a, b = (_columns(t, 1, kind, every)[0].double() for t in (layer(x), y))
-        part = torch.stack([a.sum(1), b.sum(1), (a * a).sum(1), (a * b).sum(1)])
-        sums = [part] if not sums else [sums[0] + part]
-        count += a.shape[1]
-    mean_a, mean_y, square, cross = sums[0] / count
-    variance = (square - mean_a.square()).clamp_min(0)
+    layer: Any = at.layer
+    weight = cast(Tensor, layer.weight).detach().flatten(1).float()
+    groups = fit.x.shape[1]
+    a = torch.einsum("pgn,gon->pgo", fit.x, weight.reshape(groups, -1, weight.shape[1])).flatten(1).double()
+    if layer.bias is not None:
+        a = a + layer.bias.detach().double()
+    b = fit.y.double()
+    mean_a, mean_y = a.mean(0), b.mean(0)
+    variance = (a.square().mean(0) - mean_a.square()).clamp_min(0)
+    cross = (a * b).mean(0)
     scale = torch.where(variance > 0, (cross - mean_a * mean_y) / variance.clamp_min(1e-30), torch.ones_like(variance))
     old, new = (resolve(net, cast(str, at.norm)) for net in (at.original, at.model))
     new.load_state_dict(old.state_dict())
     shift_output(new, (mean_y - scale * mean_a).float())
     fold_scale(new, scale.float())
-
-
-def _spacing(targets: list[Tensor], channels: int) -> int:
-    """Distance between the positions taken: odd, so that the sampled columns of a map shift from row to row."""
-    positions = sum(t.numel() for t in targets) // channels
-    return max(1, positions // POSITIONS) // 2 * 2 + 1
-
-
-def _columns(y: Tensor, groups: int, kind: str, every: int) -> Tensor:
-    """(G, channels / G, samples) of a map (B, C, H, W) or of Linear outputs (..., C), each ``every``-th position."""
-    if kind == "linear":
-        flat = y.reshape(-1, y.shape[-1])[::every].T
-    else:
-        flat = y.flatten(2)[..., ::every].transpose(0, 1).flatten(1)
-    return flat.reshape(groups, -1, flat.shape[1])
+    return 1.0

@@ -46,8 +46,17 @@ def _tiles(facts: Facts) -> str:
         more = f"from {before:.2%}" if isinstance(before, (int, float)) else "measured"
         tiles.append(_tile("Top-1 accuracy", f"{after:.2%}", more))
     if isinstance(metrics.get("agreement"), (int, float)):
-        tiles.append(_tile("Agreement", f"{metrics['agreement']:.2%}", "with the dense network, on held-out images"))
+        tiles.append(_tile("Agreement", f"{metrics['agreement']:.2%}", _agreement_note(metrics)))
     return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _agreement_note(metrics: Mapping[str, Any]) -> str:
+    """What stands below the agreement: its interval and the images behind it, as far as the file tells."""
+    count, interval = metrics.get("report_images"), metrics.get("agreement_interval")
+    note = f"with the dense network, on {count:,} held-out images" if isinstance(count, int) else "with the dense network"
+    if isinstance(interval, (list, tuple)) and len(interval) == 2 and all(isinstance(end, (int, float)) for end in interval):
+        note += f"; 95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f} %"
+    return note
 
 
 def _before_after(what: str, before: float, after: float, form: str, unit: float) -> str:

@@ -29,7 +29,8 @@ PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate"
 class Moments:
     """Streaming first and second moments of one layer's im2col patches.
 
-    Holds plain tensors so that processes can sum them: ``sum`` (G, N), ``gram`` (G, N, N), ``count`` () float64.
+    Holds plain tensors so that processes can sum them: ``sum`` (G, N), ``gram`` (G, N, N), ``count`` () float64, and for
+    :meth:`noise` ``squares`` (G,) and ``batches`` () float64.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class Moments:
         self.sum = torch.zeros(groups, features, dtype=dtype, device=device)
         self.gram = torch.zeros(groups, features, features, dtype=dtype, device=device)
         self.count = torch.zeros((), dtype=torch.float64)
+        self.squares = torch.zeros(groups, dtype=torch.float64)
+        self.batches = torch.zeros((), dtype=torch.float64)
 
     def update(self, patches: Tensor) -> None:
         """Add patches of shape (P, groups, N), or (P, N) when there is one group."""
@@ -55,7 +58,10 @@ class Moments:
             )
         rows = patches.detach().to(self.gram).transpose(0, 1)
         with torch.autocast(rows.device.type, enabled=False):
-            self.gram.baddbmm_(rows.transpose(1, 2), rows)
+            part = rows.transpose(1, 2) @ rows
+        self.gram += part
+        self.squares += part.square().sum((1, 2)).to(self.squares)
+        self.batches += 1
         self.sum += rows.sum(dim=1)
         self.count += patches.shape[0]
 
@@ -68,12 +74,26 @@ class Moments:
         self.sum += other.sum.to(self.sum)
         self.gram += other.gram.to(self.gram)
         self.count += other.count.to(self.count)
+        self.squares += other.squares.to(self.squares)
+        self.batches += other.batches.to(self.batches)
 
     def _total(self) -> float:
         total = float(self.count)
         if total == 0:
             raise SharefoldError("moments: no patch was seen: run the calibration images through the layer first")
         return total
+
+    def noise(self) -> Tensor:
+        """(G,): expected squared Frobenius norm of what separates the moment from that of all images there could be.
+
+        Batches count as independent, not patches, since those of one image are alike; batches should be of one size.
+        Infinite for a single batch.
+        """
+        total, batches = self._total(), float(self.batches)
+        if batches < 2:
+            return torch.full_like(self.squares, float("inf"))
+        spread = self.squares - self.gram.double().square().sum((1, 2)).to(self.squares) / batches
+        return (spread / total**2 * batches / (batches - 1)).clamp_min(0)
 
     @property
     def mean(self) -> Tensor:

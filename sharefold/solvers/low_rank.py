@@ -47,7 +47,7 @@ def max_rank(problem: Problem) -> int:
     return min(problem.rows, problem.columns)
 
 
-def _output_roots(problem: Problem) -> tuple[Tensor, Tensor]:
+def output_roots(problem: Problem) -> tuple[Tensor, Tensor]:
     """Square root of the output metric and its inverse, (K, O, O), or their diagonals (K, O, 1)."""
     if problem.left is not None:
         values, vectors = eigen_psd(problem.left)
@@ -65,7 +65,7 @@ def _mix(root: Tensor, value: Tensor) -> Tensor:
 
 
 def _output_spectrum(matrices: Tensor, images: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    root, inverse = _output_roots(problem)
+    root, inverse = output_roots(problem)
     gram = _mix(root, matrices) @ _mix(root, images).transpose(1, 2)
     values, vectors = torch.linalg.eigh((gram + gram.transpose(1, 2)) / 2)
     return values.flip(-1).clamp_min(0), vectors.flip(-1), root, inverse
@@ -229,6 +229,11 @@ class _Spatial:
             steps=steps,
             independent=1,
         )
+
+
+def spatial_start(problem: Problem, rank: int, ridge: float = RIDGE) -> Tensor:
+    """Vertical filters (K, rank, I * h) of the unfolded SVD, orthonormal: where :func:`spatial_solve` starts."""
+    return _Spatial(problem.working(), ridge).start(rank)
 
 
 def _orthonormal_rows(matrix: Tensor) -> Tensor:

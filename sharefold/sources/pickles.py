@@ -19,6 +19,8 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from sharefold.sources.pickle_sizes import check_pickle
+
 _TENSOR_PARTS = frozenset(
     {"collections.OrderedDict", "collections.Counter", "torch.Size", "torch.device", "torch.Tensor", "_codecs.encode"}
     | {"torch.nn.parameter.Parameter", "torch.serialization._get_layout", "torch._tensor._rebuild_from_type_v2"}
@@ -36,15 +38,16 @@ _PUT_OPS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
 
 def harmless_globals() -> list[Any]:
     """Types and functions beyond torch's own list that can neither run code nor touch files when unpickled."""
-    multiarray = getattr(np, "_core", None) or np.core
+    # Its name since numpy 2; numpy 1.26 has an empty `_core` beside the old one.
+    multiarray = getattr(getattr(np, "_core", None), "multiarray", None) or np.core.multiarray  # type: ignore[attr-defined]
     named: list[Any] = [np.dtype, np.ndarray, argparse.Namespace, types.SimpleNamespace]
     named += [(_plain_dict, "collections.defaultdict")]
     named += [datetime.datetime, datetime.date, datetime.timedelta]
     named += [list, dict, tuple, int, float, bool, str, frozenset]
     # numpy 1 and numpy 2 keep the same functions under different module names; a file may come from either.
     for module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        named += [(multiarray.multiarray.scalar, f"{module}.scalar")]
-        named += [(multiarray.multiarray._reconstruct, f"{module}._reconstruct")]
+        named += [(multiarray.scalar, f"{module}.scalar")]
+        named += [(multiarray._reconstruct, f"{module}._reconstruct")]
     # Dtype classes and scalar types of plain numbers; objects stay out, since they may carry anything.
     for code in "?bBhHiIlLqQefdgFD":
         dtype = np.dtype(code)
@@ -72,6 +75,17 @@ def globals_of(path: Path) -> list[str]:
         with stream:
             _collect(stream, found)
     return sorted(name for name in found if not _is_harmless(name))
+
+
+def check_sizes(path: Path) -> None:
+    """Refuses pickles that would allocate more than their file explains, before anything is made.
+
+    Raises:
+        TooLarge: with the reason.
+    """
+    for stream in _pickle_streams(path):
+        with stream:
+            check_pickle(stream, path.stat().st_size)
 
 
 def _pickle_streams(path: Path) -> list[IO[bytes]]:

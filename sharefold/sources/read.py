@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
-from sharefold.sources.pickles import globals_of, harmless_globals
+from sharefold.sources.pickle_sizes import TooLarge
+from sharefold.sources.pickles import check_sizes, globals_of, harmless_globals
 from sharefold.sources.unwrap import check_finite, unwrap
+from sharefold.untrusted import printable
 
 SUFFIXES = (".pt", ".pth", ".th", ".t7", ".bin", ".ckpt", ".tar", ".safetensors", ".pkl")
 
@@ -71,7 +74,9 @@ def _read(file: Path, trust_pickle: bool) -> tuple[Any, str]:
         return _read_safetensors(file), "safetensors"
     zipped = zipfile.is_zipfile(file)
     if zipped:
-        _check_archive(file)
+        _check_kind(file, check_archive(file))
+    if not trust_pickle:
+        _check_sizes(file)
     try:
         with torch.serialization.safe_globals(harmless_globals()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; what matters becomes an error
@@ -92,9 +97,39 @@ def _read(file: Path, trust_pickle: bool) -> tuple[Any, str]:
     ) from None
 
 
-def _check_archive(file: Path) -> None:
-    with zipfile.ZipFile(file) as archive:
-        names = archive.namelist()
+def _check_sizes(file: Path) -> None:
+    try:
+        check_sizes(file)
+    except TooLarge as error:
+        raise SharefoldError(
+            f"{file} would take far more memory or time than its size explains ({printable(str(error))}): "
+            "it is damaged or hostile"
+        ) from None
+
+
+def check_archive(file: Path) -> list[str]:
+    """The names in a zip archive. Refuses those that are damaged, or that would unfold to more than the file.
+
+    Raises:
+        SharefoldError: as above.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            # torch writes without compression, and does not look at the checksums when it reads.
+            if sum(entry.file_size for entry in entries) > 2 * file.stat().st_size + (1 << 20):
+                raise SharefoldError(f"{file} is damaged: it claims to hold more bytes than it has: download or save it again")
+            # All zero where torch was told to leave checksums out (torch.serialization.set_crc32_options).
+            damaged = archive.testzip() if any(entry.CRC for entry in entries) else None
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError, ValueError, EOFError, zlib.error) as error:
+        reason = _first_line(error)
+        raise SharefoldError(f"{file} is damaged or not a PyTorch checkpoint ({reason}): download or save it again") from None
+    if damaged is not None:
+        raise SharefoldError(f"{file} is damaged: the checksum of {printable(damaged)} does not hold: download or save it again")
+    return [entry.filename for entry in entries]
+
+
+def _check_kind(file: Path, names: list[str]) -> None:
     if any(name.endswith("constants.pkl") for name in names):
         raise SharefoldError(f"{file} is a TorchScript program, which holds code: save its state_dict() instead")
     if not any(name.endswith("data.pkl") for name in names):

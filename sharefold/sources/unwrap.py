@@ -124,11 +124,20 @@ def _is_state(content: Mapping[Any, Any]) -> bool:
 
 
 def _holds_weights(value: Any) -> bool:
-    if isinstance(value, nn.Module):
-        return True
-    if not isinstance(value, Mapping) or not value:
-        return False
-    return any(_is_tensor(v) for v in value.values()) or any(_holds_weights(value.get(key)) for key in CONTAINERS)
+    """Whether there are tensors in ``value`` or in the containers inside it, each looked at once: they may share parts, or
+    hold themselves."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, nn.Module):
+            return True
+        if not isinstance(found, Mapping) or id(found) in seen:
+            continue
+        seen.add(id(found))
+        if any(_is_tensor(v) for v in found.values()):
+            return True
+        waiting += [found[key] for key in CONTAINERS if key in found]
+    return False
 
 
 def _tensors_only(content: Mapping[Any, Any], where: str, notes: dict[str, Any]) -> dict[str, Tensor]:

@@ -23,7 +23,6 @@ from sharefold.store.tensor_spec import FORMAT, KINDS, StoreSpec, TensorSpec
 
 NAME = "blob"
 _HEAD = struct.Struct("<BIIII")  # format, checksum of the rest, bytes of side, of plain, largest coded integer
-_SIDE_LIMIT = 1 << 30
 
 
 def encode_blob(tensors: Mapping[str, Tensor], spec: StoreSpec) -> Tensor:
@@ -62,7 +61,7 @@ def _parts(tensors: Mapping[str, Tensor], spec: StoreSpec) -> _Parts:
     side, plain = bytearray(), bytearray()
     coded: list[np.ndarray] = []
     for name, given in tensors.items():
-        tensor = given.float() if given.is_floating_point() else given
+        tensor = given.float() if given.is_floating_point() and given.dtype != torch.float64 else given
         entry = spec.tensors.get(name) or TensorSpec(_plain_kind(tensor))
         if entry.kind == "fp16" and not _is_exact(tensor):
             entry = TensorSpec("raw")
@@ -93,7 +92,7 @@ def _parts(tensors: Mapping[str, Tensor], spec: StoreSpec) -> _Parts:
 
 def _type_of(like: Tensor) -> torch.dtype:
     """The type in which blobs hold tensors such as ``like``."""
-    return torch.float32 if like.is_floating_point() else like.dtype
+    return torch.float32 if like.is_floating_point() and like.dtype != torch.float64 else like.dtype
 
 
 def decode_blob(blob: Tensor, template: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], StoreSpec]:
@@ -111,8 +110,7 @@ def decode_blob(blob: Tensor, template: Mapping[str, Tensor]) -> tuple[dict[str,
     rest = data[_HEAD.size :]
     if zlib.crc32(rest) != checksum or side_size + plain_size > len(rest) or largest > rans.LARGEST:
         raise _damaged()
-    unzip = zlib.decompressobj()
-    side = _Reader(unzip.decompress(rest[:side_size], _SIDE_LIMIT))
+    side = _Reader(_unzipped(rest[:side_size], sum(_most_side_bytes(like) for like in template.values())))
     plain = _Reader(rest[side_size : side_size + plain_size])
     found: dict[str, Tensor] = {}
     specs: dict[str, TensorSpec] = {}
@@ -200,6 +198,23 @@ def _decode_coded(
     codes = torch.from_numpy(rans.decode(stream, np.concatenate(classes), largest))
     for (name, like, entry), part in zip(waiting, codes.split([like.numel() for _, like, _ in waiting]), strict=True):
         found[name] = entry.values(part.reshape(like.shape[0], -1)).reshape(like.shape).to(like.dtype)
+
+
+def _most_side_bytes(like: Tensor) -> int:
+    """What a tensor has in the side stream at most: scales, classes of rows and columns, levels of a codebook, and a head."""
+    rows = like.shape[0] if like.dim() else 1
+    return 1024 + 2 * rows + like.numel() // max(rows, 1)
+
+
+def _unzipped(data: bytes, most: int) -> bytes:
+    try:
+        unzip = zlib.decompressobj()
+        found = unzip.decompress(data, most + 1)
+    except zlib.error:
+        raise _damaged() from None
+    if len(found) > most or not unzip.eof:
+        raise _damaged()
+    return found
 
 
 def _class_bytes(rows: np.ndarray, columns: np.ndarray) -> bytes:

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from sharefold.calibration.mean_owner import output_mean_owner
 from sharefold.calibration.sensitivity import output_sensitivity
 from sharefold.calibration.statistics import WIDE
+from sharefold.format import carried_config
 from sharefold.graph import NetworkGraph
-from sharefold.layers import BasisConv, ConvForm, SharedConv, SpatialConv, TiedConv, banks, form_of, free_columns
+from sharefold.layers import BasisConv, ConvForm, HybridConv, SharedConv, SpatialConv, TiedConv, banks, form_of, free_columns
+from sharefold.outputs import Divergence, divergence_of
+from sharefold.plans import Plan
 from sharefold.solvers.pair_moments import PairSums
 from sharefold.solvers.tucker_als import lift
 from sharefold.store.moments import gather, runs
@@ -41,13 +44,21 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """The tensors that are rounded to few bits: weights of convolutions and Linears, banks, coefficients, factors."""
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
+    plan = plan_of(model)
     for name, module, leaf, parameter in _candidates(model):
-        wanted = parameter.dim() >= 2 and parameter.numel() >= SMALLEST and parameter.is_floating_point()
+        large = parameter.dim() >= 2 and parameter.numel() >= SMALLEST and parameter.is_floating_point()
+        wanted = large and not plan.protects(name)
         if wanted and leaf != "gain" and id(parameter) not in seen:
             seen.add(id(parameter))
             found[f"{name}.{leaf}" if name else leaf] = parameter
         del module
     return found
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """What the model was converted by; nothing for a dense one."""
+    config = carried_config(model)
+    return Plan([], 0, 0) if config is None else config.plan
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
@@ -59,12 +70,15 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Para
 
 
 @torch.no_grad()
-def prepare(original: nn.Module, model: nn.Module, graph: NetworkGraph, images: Tensor) -> Prepared:
+def prepare(
+    original: nn.Module, model: nn.Module, graph: NetworkGraph, images: Tensor, divergence: Divergence | None = None
+) -> Prepared:
     """Measures ``model`` (float still) and turns the bases of its banks; the network computes what it did.
 
     Args:
         original: a dense network of the graph, for the layers' norms.
         images: (n, C, H, W) calibration images.
+        divergence: of conversions from ``original``; by default told from the images.
     """
     forms, centered = {}, {}
     for name, record in graph.layers.items():
@@ -77,7 +91,8 @@ def prepare(original: nn.Module, model: nn.Module, graph: NetworkGraph, images: 
             forms[name] = form
             centered[name] = output_mean_owner(model, layer, record.norm) is not None
     plan = Prepared(forms, centered)
-    sensitivity = output_sensitivity(original, list(forms), images)
+    divergence = divergence_of(original, images, graph) if divergence is None else divergence
+    sensitivity = output_sensitivity(original, list(forms), images, divergence=divergence)
     members = _members(model, forms)
     together = [name for names in members.values() for name in names]
     _shared(model, graph, plan, members, sensitivity, images)
@@ -140,8 +155,8 @@ def _measure(
     plan.rows[f"{name}.{leaf}"] = (per_group * unabsorbed(gram).unsqueeze(1)).flatten()
     metric = inputs.gram.double().mean(0, keepdim=True)
     weight = (coefficients.square() * rows.unsqueeze(1)).sum(0)  # (M,)
-    if isinstance(layer, SpatialConv):
-        metric, weight = vertical_metric(metric, layer), weight.reshape(layer.rank, -1).sum(1)
+    if isinstance(layer, SpatialConv | HybridConv):
+        metric, weight = vertical_metric(metric, layer), _vertical_weight(weight, layer)
         plan.rows[f"{name}.vertical"] = weight * unabsorbed(metric)
     elif isinstance(layer, BasisConv) and layer.unique is not None:
         metric = free_metric(metric, layer.pivots)
@@ -156,11 +171,17 @@ def free_metric(metric: Tensor, pivots: Tensor | None) -> Tensor:
     return metric[:, free][:, :, free]
 
 
-def vertical_metric(metric: Tensor, layer: SpatialConv) -> Tensor:
+def _vertical_weight(weight: Tensor, layer: SpatialConv | HybridConv) -> Tensor:
+    """(R,) of the weights (M,) of a layer's filters, those of its column filters, wherever they stand in the window."""
+    if isinstance(layer, HybridConv):
+        return weight[: layer.own_columns].reshape(layer.verticals, -1).sum(1)
+    return weight.reshape(layer.rank, -1).sum(1)
+
+
+def vertical_metric(metric: Tensor, layer: SpatialConv | HybridConv) -> Tensor:
     """(1, I*h, I*h): moments of the column filters' inputs, mean over the columns of the window; of a pivoted filter bank
     those of the inputs that are not its pivots."""
-    height, width = layer.form.kernel_size
-    channels = layer.form.in_channels
+    channels, height, width = layer.form.weight_shape[1:]
     cells = metric.reshape(channels, height, width, channels, height, width)
     moments = torch.einsum("iawjbw->iajb", cells).reshape(1, channels * height, channels * height) / width
     return free_metric(moments, layer.pivots)
@@ -221,7 +242,7 @@ def _basis_metric(
         metric = lifted @ whole @ lifted.T
     # Every turn needs all coefficients that multiply the basis; own filters or a norm in between leave them apart. A basis
     # with pivots has no turn left.
-    simple = pivots is None and all(layer.norm is None and layer.unique is None for layer in layers.values())
+    simple = pivots is None and all(layer.norm is None and not layer.own_columns for layer in layers.values())
     if simple and len(layers) == bank.uses:
         _turn(basis, layers, metric, rows)
     metric = free_metric(metric.unsqueeze(0), pivots)

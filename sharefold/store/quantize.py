@@ -15,22 +15,22 @@ from torch import Tensor, nn
 
 from sharefold.calibration.calibrate import Calibration
 from sharefold.calibration.images import calibration_or_procedural
-from sharefold.calibration.pairs import Gatherer
 from sharefold.errors import SharefoldError
 from sharefold.format import config_of
 from sharefold.graph import NetworkGraph, analyze
-from sharefold.layers import BasisConv, SharedConv, SpatialConv, to_dense
-from sharefold.measure import evaluating
+from sharefold.layers import BasisConv, HybridConv, SharedConv, SpatialConv, to_dense
+from sharefold.outputs import Divergence
 from sharefold.plans import Progress
-from sharefold.repair.lockstep import Place, batches_for, walk
+from sharefold.repair.lockstep import Visited, Wanted, walk
 from sharefold.repair.means import give_mean
+from sharefold.running import evaluating
 from sharefold.settings import with_plain_settings
 from sharefold.solvers.grid import kmeans_codebook, search_scale
 from sharefold.solvers.least_squares import PulledLeastSquares
-from sharefold.solvers.pair_moments import PairSums
+from sharefold.solvers.pair_moments import PairMoments, PairSums
 from sharefold.store.moments import gather, runs
 from sharefold.store.norm_folding import fold_norms
-from sharefold.store.prepare import Prepared, free_metric, matrices, prepare, vertical_metric
+from sharefold.store.prepare import Prepared, free_metric, matrices, plan_of, prepare, vertical_metric
 from sharefold.store.rans import LARGEST
 from sharefold.store.rounding import round_matrix
 from sharefold.store.size import file_bytes, size_predictor
@@ -69,7 +69,8 @@ def quantize_(
         model: a network that ``convert_`` converted (with an empty plan, a dense one).
         spec: ``fp16``, ``int2``..``int8``, ``kmeans2``..``kmeans8``, ``mixed:0.4MB``, or a request of
             :func:`plan_store`.
-        calibration: of the dense network, or (n, C, H, W) normalised images, no labels; by default procedural images.
+        calibration: of the dense network, of whose images the part ``fit`` is used, or (n, C, H, W) normalised images, no
+            labels, all used; by default procedural images.
         original: the dense network whose outputs are aimed at; by default the calibrated one, else the model as it is.
         seed: of procedural images.
 
@@ -85,10 +86,13 @@ def quantize_(
             found = _halves(model)
             snap_(model, found)
             return _finished(model, found, request, False)
+        known = None
+        if isinstance(calibration, Calibration) and (original is None or original is calibration.original):
+            known = calibration.divergence
         images, original = _material(model, calibration, original, seed)
         dense = to_dense(model).eval()
         with evaluating(model, *([] if original is None else [original])):
-            return _rounded(model, dense if original is None else original, dense, request, images, progress)
+            return _rounded(model, dense if original is None else original, dense, request, images, known, progress)
     except BaseException:
         carry_spec(model, before[0])
         model.load_state_dict(before[1])
@@ -96,11 +100,12 @@ def quantize_(
 
 
 def _rounded(
-    model: nn.Module, teacher: nn.Module, dense: nn.Module, request: StoreRequest, images: Tensor, progress: Progress | None
-) -> StoreReport:
+    model: nn.Module, teacher: nn.Module, dense: nn.Module, request: StoreRequest, images: Tensor, divergence: Divergence | None,
+    progress: Progress | None,
+) -> StoreReport:  # fmt: skip
     """Rounds ``model``, in eval mode like both others, and again with another step until the file has the size asked for."""
     graph = analyze(dense, images[:1])
-    prepared = prepare(teacher, model, graph, images)
+    prepared = prepare(teacher, model, graph, images, divergence)
     if request.kind == "coded" and request.step == 0:
         request = _step_for(model, prepared, request)
     start = copy.deepcopy(model.state_dict())
@@ -148,7 +153,7 @@ def _material(
 ) -> tuple[Tensor, nn.Module | None]:
     """The images, and the network that they are compared on."""
     if isinstance(calibration, Calibration):
-        return calibration.images, calibration.original if original is None else original
+        return calibration.fitting, calibration.original if original is None else original
     return calibration_or_procedural(model, calibration, seed), original
 
 
@@ -185,9 +190,10 @@ def _finished(model: nn.Module, spec: StoreSpec, request: StoreRequest, sequenti
 
 def _halves(model: nn.Module) -> StoreSpec:
     """Every floating tensor as halves, unless it has values beyond their range."""
+    plan = plan_of(model)
     return StoreSpec({
         name: TensorSpec("fp16") for name, tensor in model.state_dict().items()
-        if tensor.is_floating_point() and bool((tensor.abs() < 65504).all())
+        if not plan.protects(name.rpartition(".")[0]) and tensor.is_floating_point() and bool((tensor.abs() < 65504).all())
     })  # fmt: skip
 
 
@@ -291,16 +297,13 @@ def _sequential(
 ) -> bool:  # fmt: skip
     if graph.fx_graph is None or len(prepared.forms) < len(graph.layers):
         return False
-    batches = batches_for(teacher, images)
-    count = sum(map(len, batches))
+    def visit(at: Visited) -> None:
+        pairs = PairMoments(torch.float32)
+        pairs.add(at.samples.x.permute(1, 2, 0), at.samples.y.reshape(*at.samples.x.shape[:2], -1).permute(1, 2, 0))
+        layer(at.name, pairs.result(prepared.centered[at.name]))
 
-    def visit(name: str, place: Place) -> None:
-        gatherer = Gatherer(prepared.forms[name], count)
-        for x, y in zip(place.inputs, place.targets, strict=True):
-            gatherer.add(x, y)
-        layer(name, gatherer.result(prepared.centered[name]))
-
-    walk(graph.fx_graph, teacher, model, batches, visit, set(prepared.forms))
+    wanted = {name: Wanted(form) for name, form in prepared.forms.items()}
+    walk(graph.fx_graph, teacher, model, images, wanted, visit)
     return True
 
 
@@ -327,7 +330,7 @@ def _round_factors(
 ) -> None:  # fmt: skip
     leaf = "horizontal" if isinstance(module, SpatialConv) else "coefficients"
     metric = inputs.gram.double().mean(0, keepdim=True)
-    if isinstance(module, SpatialConv) and f"{name}.vertical" in wanted:
+    if isinstance(module, SpatialConv | HybridConv) and f"{name}.vertical" in wanted:
         settle(f"{name}.vertical", vertical_metric(metric, module))
     elif isinstance(module, BasisConv) and f"{name}.unique" in wanted:
         settle(f"{name}.unique", free_metric(metric, module.pivots))

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.calibration import sample_selection as choice
-from sharefold.calibration.parts import parts_of
 from sharefold.calibration.sample_selection import least_certain
 from sharefold.calibration.statistics import Statistics, statistics_of
 from sharefold.graph import analyze
+from sharefold.outputs import read_outputs
 
 
 class Certain(nn.Module):
@@ -61,7 +61,8 @@ def test_dense_predictions_count_by_their_mean() -> None:
     images = torch.zeros(9, 3, 2, 2)
     images[:, 0] = 9.0
     images[2:6, 0, :, 1] = 0.0  # half of the pixels uncertain
-    assert least_certain(Pixels(), images).tolist() == [2, 3, 4, 5]
+    reading = read_outputs(Pixels(), images, overrides="logits:axis=1")
+    assert least_certain(Pixels(), images, reading=reading).tolist() == [2, 3, 4, 5]
 
 
 def test_without_logits_all_count() -> None:
@@ -84,10 +85,3 @@ def test_statistics_are_those_of_the_chosen_images() -> None:
     assert torch.equal(found.sample(3), images[found.chosen[[0, 2, 4]]])
     alone = Statistics(model, images[found.chosen], centered=found.centered)
     assert torch.allclose(found.moments(["0"])["0"], alone.moments(["0"])["0"])
-
-
-def test_every_fifth_image_decides_and_few_do_both() -> None:
-    parts = parts_of(11)
-    assert parts.decide.tolist() == [0, 5, 10] and parts.fit.tolist() == [1, 2, 3, 4, 6, 7, 8, 9]
-    few = parts_of(4)
-    assert few.fit.tolist() == few.decide.tolist() == [0, 1, 2, 3]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from spine_nets import BLOCKS, images, net
+from networks import BLOCKS, images, net
 from torch import Tensor, nn
 
 from sharefold.calibration.statistics import Statistics, shrunk, statistics_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
+from sharefold.solvers.data_norm import Moments
 
 IMAGES = images(10)
 
@@ -38,7 +39,8 @@ def brute_force(x: Tensor, centered: bool) -> Tensor:
 
 @pytest.mark.parametrize("kind", list(BLOCKS))
 @pytest.mark.parametrize("centered", [False, True])
-def test_moments_are_those_of_all_patches(kind: str, centered: bool) -> None:
+def test_moments_are_those_of_all_patches(kind: str, centered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sharefold.calibration.statistics.shrunk", lambda moment, noise: moment)
     model = net(kind)
     names = list(analyze(model, IMAGES[:1]).layers)
     statistics = Statistics(model, IMAGES, centered=dict.fromkeys(names, centered), batch_size=4)
@@ -46,7 +48,7 @@ def test_moments_are_those_of_all_patches(kind: str, centered: bool) -> None:
     assert statistics.passes == 1
     for name in names:
         x = patches(model, name)
-        expected = shrunk(brute_force(x, centered).float(), len(x))
+        expected = brute_force(x, centered).float()
         torch.testing.assert_close(found[name].float(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
         torch.testing.assert_close(statistics.means[name].double(), x.mean(0), rtol=1e-4, atol=1e-4)
 
@@ -75,10 +77,32 @@ def test_shrinking_makes_any_moment_positive_definite_and_keeps_its_trace() -> N
     x = torch.randn(5, 3, 40)
     moment = brute_force(x, False)
     assert float(torch.linalg.eigvalsh(moment).min()) < 1e-9
-    result = shrunk(moment, 5)
+    result = shrunk(moment, torch.full((3,), 2.0))
     assert float(torch.linalg.eigvalsh(result).min()) > 0
     torch.testing.assert_close(result.diagonal(dim1=1, dim2=2).sum(1), moment.diagonal(dim1=1, dim2=2).sum(1))
-    assert torch.dist(shrunk(moment, 10**9), moment) < 1e-2 * moment.norm() < 1.1 * torch.dist(result, moment) * 10
+    sure, unknown = shrunk(moment, torch.zeros(3)), shrunk(moment, torch.full((3,), float("inf")))
+    assert torch.dist(sure, moment) < 1e-3 * moment.norm()
+    assert torch.dist(result, moment) < torch.dist(unknown, moment)
+    eye = moment.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(40)
+    torch.testing.assert_close(unknown, (moment + eye) / 2)  # never more than half
+
+
+def test_noise_is_what_moments_of_other_images_differ_by() -> None:
+    """On average over many draws it is the squared distance from the true moment, also where samples of a batch are alike."""
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(6, 6, generator=generator)
+    truth, distances, noises = (root @ root.T)[None], [], []
+    for _ in range(200):
+        moments = Moments(6)
+        for _ in range(12):
+            alike = torch.randn(3, 6, generator=generator).repeat_interleave(5, 0)  # fifteen patches of three images
+            moments.update(alike @ root.T)
+        distances.append(float((moments.covariance() - truth).square().sum()))
+        noises.append(float(moments.noise()))
+    assert sum(noises) == pytest.approx(sum(distances), rel=0.15)
+    single = Moments(6)
+    single.update(torch.randn(4, 6, generator=generator))
+    assert bool(torch.isinf(single.noise()).all())
 
 
 def test_memory_is_bounded_and_the_model_left_alone() -> None:

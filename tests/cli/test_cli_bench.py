@@ -6,28 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
-
-from sharefold_cli.main import cli
+from command_line import call
 
 NET = "timm:digits_resnet:blocks=3,width=16"
 
 
-def call(*args: object) -> Result:
-    return CliRunner().invoke(cli, [str(arg) for arg in args])
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("net") / "shared"
-    options = ["--no-pretrained", "--calib-count", 40, "--no-repair", "--budget", "50%", "--method", "basis"]
-    result = call("convert", NET, *options, "-o", out)
-    assert result.exit_code == 0, result.output
-    return out
-
-
-def test_a_shared_network_against_its_dense_twin(saved: Path) -> None:
-    result = call("bench", saved, "--batch", 2, "--repeats", 3, "--threads", 1, "--json")
+def test_a_shared_network_against_its_dense_twin(shared_digits: Path) -> None:
+    result = call("bench", shared_digits, "--batch", 2, "--repeats", 3, "--threads", 1, "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["batch"] == 2 and report["threads"] == 1 and report["against"] == "its dense twin"
@@ -42,19 +27,19 @@ def test_a_shared_network_against_its_dense_twin(saved: Path) -> None:
     assert report["form"]["runs"] == "auto" and report["form"]["layers"] and report["form"]["explanation"]
 
 
-def test_text_names_the_conditions(saved: Path) -> None:
-    result = call("bench", saved, "--repeats", 2, "--no-layers", "--threads", 1)
+def test_text_names_the_conditions(shared_digits: Path) -> None:
+    result = call("bench", shared_digits, "--repeats", 2, "--no-layers", "--threads", 1)
     assert result.exit_code == 0
     for words in ("batch 1, 1 thread, input 1x8x8, 2 rounds", "images/s", "load ms", "peak tensors MB", "faster form"):
         assert words in result.stdout
     assert "factored / composed" not in result.stdout
 
 
-def test_dense_alone_and_two_sources(saved: Path) -> None:
+def test_dense_alone_and_two_sources(shared_digits: Path) -> None:
     alone = json.loads(call("bench", NET, "--no-pretrained", "--repeats", 2, "--json").stdout)
     assert set(alone["latency"]) == {"source"} and alone["against"] is None and alone["form"]["runs"] is None
     other = "timm:digits_resnet:width=8"
-    both = json.loads(call("bench", saved, "--against", other, "--no-pretrained", "--repeats", 2, "--json").stdout)
+    both = json.loads(call("bench", shared_digits, "--against", other, "--no-pretrained", "--repeats", 2, "--json").stdout)
     assert both["against"] == other and both["file_bytes"] == {"source": None, "against": None}
-    refused = call("bench", saved, "--against", "nothing-here")
+    refused = call("bench", shared_digits, "--against", "nothing-here")
     assert refused.exit_code == 2 and "nothing-here" in refused.stderr

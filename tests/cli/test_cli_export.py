@@ -8,48 +8,32 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command_line import call
 
 import sharefold
-from sharefold_cli.main import cli
 
 
-def call(*args: object) -> Result:
-    return CliRunner().invoke(cli, [str(arg) for arg in args])
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("net") / "shared"
-    result = call(
-        "convert", "timm:digits_resnet:blocks=3,width=16", "--no-pretrained", "--calib-count", 40, "--no-repair",
-        "--budget", "50%", "--method", "basis", "-o", out,
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    return out
-
-
-def test_onnx_from_a_saved_network(saved: Path, tmp_path: Path) -> None:
+def test_onnx_from_a_saved_network(shared_digits: Path, tmp_path: Path) -> None:
     target = tmp_path / "net.onnx"
-    result = call("export", saved, "-o", target, "--json")
+    result = call("export", shared_digits, "-o", target, "--json")
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["format"] == "onnx" and report["output"] == str(target) and report["bytes"] == target.stat().st_size
     assert report["max_difference"] < 1e-4 and report["input_shape"] == [None, 1, 8, 8]
-    assert report["bytes"] <= 1.1 * (saved / "model.safetensors").stat().st_size
+    assert report["bytes"] <= 1.1 * (shared_digits / "model.safetensors").stat().st_size
     images = torch.randn(3, 1, 8, 8)
     session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {"images": images.numpy()})
     with torch.no_grad():
-        assert torch.allclose(torch.from_numpy(logits), sharefold.load(saved)(images), atol=1e-4)
-    again = call("export", saved, "-o", target)
+        assert torch.allclose(torch.from_numpy(logits), sharefold.load(shared_digits)(images), atol=1e-4)
+    again = call("export", shared_digits, "-o", target)
     assert again.exit_code == 2 and "--force" in again.stderr
 
 
-def test_dense_and_a_fixed_archive(saved: Path, tmp_path: Path) -> None:
-    dense = json.loads(call("export", saved, "-o", tmp_path / "d.safetensors", "--json").stdout)
+def test_dense_and_a_fixed_archive(shared_digits: Path, tmp_path: Path) -> None:
+    dense = json.loads(call("export", shared_digits, "-o", tmp_path / "d.safetensors", "--json").stdout)
     assert dense["format"] == "dense" and dense["bytes"] > dense["tensor_bytes"]
-    result = call("export", saved, "-o", tmp_path / "n.pt2", "--batch", 2)
+    result = call("export", shared_digits, "-o", tmp_path / "n.pt2", "--batch", 2)
     assert result.exit_code == 0 and "batches of 2" in result.stdout
     program = torch.export.load(tmp_path / "n.pt2")
     assert program.module()(torch.randn(2, 1, 8, 8)).shape == (2, 10)
@@ -67,9 +51,9 @@ def test_dense_and_a_fixed_archive(saved: Path, tmp_path: Path) -> None:
     ],
 )
 def test_refusals(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+    shared_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = call("export", saved, *arguments)
+    result = call("export", shared_digits, *arguments)
     assert result.exit_code == 2 and words in result.stderr and result.stdout == ""
     assert not list(tmp_path.iterdir())

@@ -6,20 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import command_line
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from other_device import other_device
 
 import sharefold
-from sharefold_cli.main import cli
 
 NET = ("timm:digits_resnet", "--no-pretrained")
 
 
 def invoke(*args: object, doubles: bool = True) -> Result:
     with other_device(doubles):
-        return CliRunner().invoke(cli, [*map(str, args), "--device", "meta", "--json"])
+        return command_line.call(*args, "--device", "meta", "--json")
 
 
 def call(*args: object, doubles: bool = True) -> dict[str, Any]:
@@ -29,18 +28,9 @@ def call(*args: object, doubles: bool = True) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def npz(tmp_path_factory: pytest.TempPathFactory) -> str:
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("data") / "set.npz"
-    images, labels = rng.integers(0, 256, (30, 8, 8, 1), dtype=np.uint8), rng.integers(0, 10, 30)
-    np.savez(path, train_x=images, train_y=labels, test_x=images, test_y=labels)
-    return f"npz:{path}"
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory, npz: str) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory, grey_npz: str) -> Path:
     out = tmp_path_factory.mktemp("out") / "net"
-    call("convert", *NET, "--calib", npz, "--budget", "60%", "--method", "basis", "--store", "int8", "-o", out)
+    call("convert", *NET, "--calib", grey_npz, "--budget", "60%", "--method", "basis", "--store", "int8", "-o", out)
     return out
 
 
@@ -57,9 +47,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory, npz: str) -> Path:
     ],
     ids=" ".join,
 )
-def test_convert(wish: tuple[str, ...], npz: str, tmp_path: Path) -> None:
+def test_convert(wish: tuple[str, ...], grey_npz: str, tmp_path: Path) -> None:
     out = tmp_path / "net"
-    report = call("convert", *NET, "--calib", npz, *wish, "-o", out)
+    report = call("convert", *NET, "--calib", grey_npz, *wish, "-o", out)
     assert report["params"]["before"] == 198_898
     if "--dry-run" in wish:
         assert not out.exists()
@@ -70,13 +60,13 @@ def test_convert(wish: tuple[str, ...], npz: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("doubles", [True, False], ids=["", "no float64"])
-def test_verbs_that_read_a_shared_network(shared: Path, npz: str, tmp_path: Path, doubles: bool) -> None:
-    assert call("eval", shared, "--data", npz, doubles=doubles)["images"] == 30
+def test_verbs_that_read_a_shared_network(shared: Path, grey_npz: str, tmp_path: Path, doubles: bool) -> None:
+    assert call("eval", shared, "--data", grey_npz, doubles=doubles)["images"] == 30
     assert call("bench", shared, "--repeats", 2, doubles=doubles)["device"] == "meta"
-    tuning = ("--data", npz, "--epochs", 1, "--batch-size", 10, "--ema", 0)
+    tuning = ("--data", grey_npz, "--epochs", 1, "--batch-size", 10, "--ema", 0)
     assert call("finetune", shared, *tuning, "-o", tmp_path / "tuned", doubles=doubles)
     plain = tmp_path / "plain"
-    assert call("convert", *NET, "--calib", npz, "--budget", "60%", "--no-repair", "-o", plain)["params"]["after"] < 198_898
+    assert call("convert", *NET, "--calib", grey_npz, "--budget", "60%", "--no-repair", "-o", plain)["params"]["after"] < 198_898
     assert call("finetune", plain, *tuning, "-o", tmp_path / "pivoted", doubles=doubles)
     for name in ("tuned", "pivoted"):
         assert all(tensor.isfinite().all() for tensor in sharefold.load(tmp_path / name).state_dict().values())
@@ -86,12 +76,12 @@ def test_verbs_that_read_a_shared_network(shared: Path, npz: str, tmp_path: Path
     assert call("inspect", *NET, doubles=doubles)["params"] == 198_898
 
 
-def test_solvers_want_float64(npz: str, tmp_path: Path) -> None:
-    result = invoke("convert", *NET, "--calib", npz, "--budget", "60%", "-o", tmp_path / "net", doubles=False)
+def test_solvers_want_float64(grey_npz: str, tmp_path: Path) -> None:
+    result = invoke("convert", *NET, "--calib", grey_npz, "--budget", "60%", "-o", tmp_path / "net", doubles=False)
     assert result.exit_code == 2 and not list(tmp_path.iterdir())
     assert "no float64" in result.stderr.splitlines()[-1] and "--device cpu" in result.stderr.splitlines()[-1]
 
 
-def test_sweep(npz: str, tmp_path: Path) -> None:
-    report = call("sweep", *NET, "--data", npz, "--budgets", "60%,40%", "--method", "basis", "-o", tmp_path / "curve")
+def test_sweep(grey_npz: str, tmp_path: Path) -> None:
+    report = call("sweep", *NET, "--data", grey_npz, "--budgets", "60%,40%", "--method", "basis", "-o", tmp_path / "curve")
     assert [point["budget"] for point in report["points"]] == ["dense", "60%", "40%"]

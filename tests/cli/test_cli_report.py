@@ -6,16 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
-
-from sharefold_cli.main import cli
+from command_line import call
 
 NET = "timm:digits_resnet:blocks=3,width=16"
 FAST = ["--no-pretrained", "--calib-count", 40]
-
-
-def call(*args: object) -> Result:
-    return CliRunner().invoke(cli, [str(arg) for arg in args])
 
 
 @pytest.fixture(scope="module")

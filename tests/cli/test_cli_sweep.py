@@ -6,30 +6,15 @@ import csv
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from command_line import call
 
 import sharefold
-from sharefold_cli.main import cli
 
 
-def call(*args: object) -> Result:
-    return CliRunner().invoke(cli, [str(arg) for arg in args])
-
-
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("data") / "set.npz"
-    images = rng.integers(0, 256, (30, 8, 8, 1), dtype=np.uint8)
-    np.savez(path, train_x=images, test_x=images, test_y=rng.integers(0, 10, 30))
-    return path
-
-
-def test_table_plot_and_networks(npz: Path, tmp_path: Path) -> None:
+def test_table_plot_and_networks(grey_npz: str, tmp_path: Path) -> None:
     out = tmp_path / "curve"
-    arguments = ["sweep", "timm:digits_resnet", "--no-pretrained", "--data", f"npz:{npz}", "--no-repair"]
+    arguments = ["sweep", "timm:digits_resnet", "--no-pretrained", "--data", grey_npz, "--no-repair"]
     arguments += ["--method", "basis"]
     result = call(*arguments, "--budgets", "40%,60%", "-o", out, "--json")
     assert result.exit_code == 0, result.output
@@ -44,7 +29,7 @@ def test_table_plot_and_networks(npz: Path, tmp_path: Path) -> None:
     for point in report["points"][1:]:
         model = sharefold.load(out / point["budget"].replace("%", ""))
         assert sum(p.numel() for p in model.parameters()) == point["params"]
-        again = json.loads(call("eval", out / point["budget"].strip("%"), "--data", f"npz:{npz}", "--json").stdout)
+        again = json.loads(call("eval", out / point["budget"].strip("%"), "--data", grey_npz, "--json").stdout)
         assert again["top1"] == pytest.approx(point["top1"])
     text = call(*arguments, "--budgets", "60%", "-o", tmp_path / "second", "--no-save", "--limit", 10)
     assert text.exit_code == 0 and "top-1" in text.stdout and "dense" in text.stdout
@@ -55,8 +40,8 @@ def test_table_plot_and_networks(npz: Path, tmp_path: Path) -> None:
     assert not (out / "40").exists() and not list(tmp_path.glob(".*"))
 
 
-def test_refusals_leave_nothing(npz: Path, tmp_path: Path) -> None:
-    base = ["sweep", "timm:digits_resnet", "--no-pretrained", "--data", f"npz:{npz}", "-o", tmp_path / "out"]
+def test_refusals_leave_nothing(grey_npz: str, tmp_path: Path) -> None:
+    base = ["sweep", "timm:digits_resnet", "--no-pretrained", "--data", grey_npz, "-o", tmp_path / "out"]
     for more, words in ((["--budgets", "x"], "'x'"), (["--method", "magic"], "magic"), (["--budgets", "1%"], "floor")):
         result = call(*base, *more)
         assert result.exit_code == 2 and words in result.stderr

@@ -4,55 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command_line import call, refused
 from safetensors.torch import load_file, save_file
 
 import sharefold
 from sharefold.errors import SharefoldError
 from sharefold_cli.convert_request import default_output
-from sharefold_cli.keep import smallest_keeping
-from sharefold_cli.main import cli
 
 NET = "timm:resnet20_cifar"
 FAST = ["--no-pretrained", "--calib-count", "20", "--no-repair"]
 
 
-def call(*args: object) -> Result:
-    return CliRunner().invoke(cli, [str(arg) for arg in args])
-
-
-def refused(result: Result, words: str) -> None:
-    """Exit 2, one line on stderr that holds ``words``, nothing on stdout."""
-    assert result.exit_code == 2, result.output
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: ") and words in last, result.stderr
-    assert result.stdout == ""
-
-
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("data") / "set.npz"
-    images = rng.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
-    np.savez(path, train_x=images, test_x=images, test_y=rng.integers(0, 10, 40))
-    return path
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    """A converted directory and the JSON that convert printed."""
-    out = tmp_path_factory.mktemp("out") / "net"
-    result = call("convert", NET, *FAST, "-o", out, "--budget", "60%", "--method", "basis", "--json")
-    assert result.exit_code == 0, result.output
-    return out, json.loads(result.stdout)
-
-
-def test_inspect_agrees_with_the_graph(npz: Path) -> None:
+def test_inspect_agrees_with_the_graph(npz: str) -> None:
     result = call("inspect", NET, "--no-pretrained", "--json")
     report = json.loads(result.stdout)
     assert report["params"] == 269_722 and report["traced"] == "fx" and report["input_size"] == [3, 32, 32]
@@ -67,19 +34,19 @@ def test_inspect_agrees_with_the_graph(npz: Path) -> None:
     assert not any("layer3" in member for group in without["groups"] for member in group["members"])
 
 
-def test_eval_counts_what_the_model_says(npz: Path) -> None:
-    result = call("eval", NET, "--no-pretrained", "--data", f"npz:{npz}", "--batch-size", 16, "--json")
+def test_eval_counts_what_the_model_says(npz: str) -> None:
+    result = call("eval", NET, "--no-pretrained", "--data", npz, "--batch-size", 16, "--json")
     report = json.loads(result.stdout)
     assert report["images"] == 40 and 0 <= report["top1"] <= report["top5"] <= 1 and report["loss"] > 0
     assert report["seconds"] > 0
-    limited = json.loads(call("eval", NET, "--no-pretrained", "--data", f"npz:{npz}", "--limit", 7, "--json").stdout)
+    limited = json.loads(call("eval", NET, "--no-pretrained", "--data", npz, "--limit", 7, "--json").stdout)
     assert limited["images"] == 7
-    text = call("eval", NET, "--no-pretrained", "--data", f"npz:{npz}", "--quiet")
+    text = call("eval", NET, "--no-pretrained", "--data", npz, "--quiet")
     assert text.exit_code == 0 and text.output == ""
 
 
-def test_convert_reports_exactly_the_promised_keys(shared: tuple[Path, dict]) -> None:
-    out, report = shared
+def test_convert_reports_exactly_the_promised_keys(shared_cifar: tuple[Path, dict]) -> None:
+    out, report = shared_cifar
     promised = {
         "source", "method", "params", "bytes", "macs", "groups", "agreement", "seconds", "peak_memory_bytes", "output",
     }  # fmt: skip
@@ -96,31 +63,31 @@ def test_convert_reports_exactly_the_promised_keys(shared: tuple[Path, dict]) ->
     assert report["params"]["before"] - saved == report["params"]["after"]
 
 
-def test_the_saved_network_is_what_was_reported(shared: tuple[Path, dict], npz: Path) -> None:
-    out, report = shared
+def test_the_saved_network_is_what_was_reported(shared_cifar: tuple[Path, dict], npz: str) -> None:
+    out, report = shared_cifar
     model = sharefold.load(out)
     assert sum(p.numel() for p in model.parameters()) == report["params"]["after"]
     assert (out / "model.safetensors").stat().st_size == report["file_bytes"] <= report["bytes"]["after"] + 100_000
     assert json.loads((out / "sharefold_config.json").read_text())["base"]["name"] == "resnet20_cifar"
-    result = call("eval", out, "--data", f"npz:{npz}", "--json")
+    result = call("eval", out, "--data", npz, "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)["images"] == 40
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
-def test_expand_writes_an_ordinary_state_dict(shared: tuple[Path, dict], tmp_path: Path, suffix: str) -> None:
+def test_expand_writes_an_ordinary_state_dict(shared_cifar: tuple[Path, dict], tmp_path: Path, suffix: str) -> None:
     target = tmp_path / f"dense{suffix}"
-    result = call("expand", shared[0], "-o", target, "--json")
+    result = call("expand", shared_cifar[0], "-o", target, "--json")
     report = json.loads(result.stdout)
-    assert report["params"] == {"before": shared[1]["params"]["after"], "after": 269_722}
+    assert report["params"] == {"before": shared_cifar[1]["params"]["after"], "after": 269_722}
     assert report["bytes"] == target.stat().st_size
     state = load_file(target) if suffix == ".safetensors" else torch.load(target, weights_only=True)
     dense = sharefold.open_source(NET, pretrained=False).model
     dense.load_state_dict(state)
     images = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
-        assert torch.allclose(dense.eval()(images), sharefold.load(shared[0])(images), atol=1e-4)
-    refused(call("expand", shared[0], "-o", target), "exists: pass --force")
-    assert call("expand", shared[0], "-o", target, "--force").exit_code == 0
+        assert torch.allclose(dense.eval()(images), sharefold.load(shared_cifar[0])(images), atol=1e-4)
+    refused(call("expand", shared_cifar[0], "-o", target), "exists: pass --force")
+    assert call("expand", shared_cifar[0], "-o", target, "--force").exit_code == 0
 
 
 def test_dry_run_writes_a_plan_that_convert_carries_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,45 +139,6 @@ def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
         assert call("convert", NET, *FAST, "-o", out, "--seed", 3, "-q").exit_code == 0
     first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("a", "b"))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-
-
-def test_keep_agreement_finds_a_smaller_network(tmp_path: Path) -> None:
-    few = ["--exclude", r"layer[12]|layer3\.0", "--method", "svd"]
-    result = call("convert", NET, *FAST, *few, "-o", tmp_path / "kept", "--keep-agreement", "75%", "--json")
-    assert result.exit_code == 0, result.output
-    report = json.loads(result.stdout)
-    assert report["agreement"] >= 0.75 and report["params"]["after"] < 0.9 * report["params"]["before"]
-
-
-class Attempts:
-    """Conversions whose agreement is their share of the parameters; nothing under a floor."""
-
-    def __init__(self, floor: float) -> None:
-        self.floor, self.shares = floor, []
-
-    def __call__(self, model: torch.nn.Module, share: float) -> SimpleNamespace:
-        self.shares.append(share)
-        if share < self.floor:
-            raise SharefoldError("below the floor")
-        model.converted = share
-        return SimpleNamespace(agreement=share, plan=SimpleNamespace(size=share))
-
-
-@pytest.mark.parametrize(("keep", "floor", "share"), [(0.5, 0.0, 0.5), (0.2, 0.6, 0.6), (0.9, 0.1, 0.9)])
-def test_bisection_ends_just_above_the_limit(keep: float, floor: float, share: float) -> None:
-    model = torch.nn.Identity()
-    found, done = smallest_keeping(model, keep, Attempts(floor))
-    assert share <= done.plan.size <= share + 0.04 and found.converted == done.plan.size
-    assert not hasattr(model, "converted")
-
-
-def test_bisection_gives_up_at_once_where_nothing_helps() -> None:
-    attempts = Attempts(0.0)
-    with pytest.raises(SharefoldError, match=r"--keep-agreement 0.99: at 95.0%"):
-        smallest_keeping(torch.nn.Identity(), 0.99, attempts)
-    with pytest.raises(SharefoldError, match="below the floor"):
-        smallest_keeping(torch.nn.Identity(), 0.5, Attempts(0.99))
-    assert len(attempts.shares) == 1
 
 
 @pytest.mark.parametrize(
@@ -282,28 +210,28 @@ def test_sources_that_are_none(tmp_path: Path, verb: str) -> None:
         assert not (tmp_path / "o").exists() and not (tmp_path / "o.pt").exists()
 
 
-def test_nan_weights_and_converted_sources(tmp_path: Path, shared: tuple[Path, dict]) -> None:
+def test_nan_weights_and_converted_sources(tmp_path: Path, shared_cifar: tuple[Path, dict]) -> None:
     model = sharefold.open_source(NET, pretrained=False).model
     model.layer2[0].conv1.weight.data[0, 0, 0, 0] = float("nan")
     save_file(model.state_dict(), tmp_path / "nan.safetensors")
     refused(call("convert", tmp_path / "nan.safetensors", "-o", tmp_path / "o"), "NaN: layer2.0.conv1.weight")
-    refused(call("convert", shared[0], "-o", tmp_path / "o"), "converted already")
+    refused(call("convert", shared_cifar[0], "-o", tmp_path / "o"), "converted already")
     assert not (tmp_path / "o").exists()
 
 
-def test_eval_refuses_what_it_cannot_measure(tmp_path: Path, npz: Path) -> None:
-    refused(call("eval", NET, "--no-pretrained", "--data", f"npz:{npz}", "--split", "train"), "no labels")
+def test_eval_refuses_what_it_cannot_measure(tmp_path: Path, npz: str) -> None:
+    refused(call("eval", NET, "--no-pretrained", "--data", npz, "--split", "train"), "no labels")
     refused(call("eval", NET, "--no-pretrained", "--data", f"npz:{tmp_path}"), "no such file")
     refused(call("eval", "tv:resnet18", "--no-pretrained", "--data", "digits"), "1x8x8, the model wants 3x224x224")
     refused(
-        call("eval", NET, "--no-pretrained", "--num-classes", "2", "--data", f"npz:{npz}"), "the model has 2 outputs"
+        call("eval", NET, "--no-pretrained", "--num-classes", "2", "--data", npz), "the model has 2 outputs"
     )
 
 
-def test_expand_refuses_other_kinds(tmp_path: Path, shared: tuple[Path, dict]) -> None:
-    refused(call("expand", shared[0], "-o", tmp_path / "x.onnx"), "unknown kind '.onnx'")
+def test_expand_refuses_other_kinds(tmp_path: Path, shared_cifar: tuple[Path, dict]) -> None:
+    refused(call("expand", shared_cifar[0], "-o", tmp_path / "x.onnx"), "unknown kind '.onnx'")
     (tmp_path / "d.pt").mkdir()
-    refused(call("expand", shared[0], "-o", tmp_path / "d.pt"), "is a folder")
+    refused(call("expand", shared_cifar[0], "-o", tmp_path / "d.pt"), "is a folder")
     save_file({"a": torch.zeros(1)}, tmp_path / "plain.safetensors")
     refused(call("expand", tmp_path / "plain.safetensors", "-o", tmp_path / "x.pt"), "no sharefold configuration")
 
@@ -324,7 +252,7 @@ def test_default_output(source: str, name: str) -> None:
 def test_a_plan_file_must_be_one(tmp_path: Path) -> None:
     from sharefold_cli.convert_request import read_plan
 
-    for text, words in (("{", "not JSON"), ("[]", "no list of groups"), ("\udcff", "cannot be read")):
+    for text, words in (("{", "not JSON"), ("[]", "no list of groups"), ("\udcff", "is no text")):
         (tmp_path / "p.json").write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(SharefoldError, match=words):
             read_plan(tmp_path / "p.json")

@@ -3,38 +3,10 @@
 from __future__ import annotations
 
 import torch
+from networks import Small
 from torch import Tensor, nn
 
 from sharefold.layers import Bank, BasisConv, add_bank, form_of
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, norm: type[nn.Module] = nn.BatchNorm2d) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn1 = norm(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = norm(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
-
-
-class Net(nn.Module):
-    """A stem, some residual blocks in a Sequential, a head of four classes."""
-
-    def __init__(self, blocks: int = 2, width: int = 8, norm: type[nn.Module] = nn.BatchNorm2d) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        self.bn = norm(width)
-        self.layer1 = nn.Sequential(*(Block(width, norm) for _ in range(blocks)))
-        self.drop = nn.Dropout(0.1)
-        self.head = nn.Linear(width, 4)
-        self.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layer1(torch.relu(self.bn(self.stem(x))))
-        return self.head(self.drop(x.mean((2, 3))))
 
 
 class Norm(nn.GroupNorm):
@@ -44,10 +16,10 @@ class Norm(nn.GroupNorm):
         super().__init__(2, width)
 
 
-def shared_net(seed: int = 0, norm: type[nn.Module] = nn.BatchNorm2d, unique: int = 0, rank: int = 6) -> Net:
-    """A Net whose block convolutions are combinations of one bank ``layer1`` (and ``unique`` own filters)."""
+def shared_net(seed: int = 0, norm: type[nn.Module] = nn.BatchNorm2d, unique: int = 0, rank: int = 6) -> Small:
+    """A Small whose block convolutions are combinations of one bank ``layer1`` (and ``unique`` own filters)."""
     torch.manual_seed(seed)
-    net = Net(norm=norm)
+    net = Small(norm=norm)
     members = [(block, name) for block in net.layer1 for name in ("conv1", "conv2")]
     bank = add_bank(net, "layer1", Bank({"basis": torch.randn(rank, 8, 3, 3) / 8}, uses=len(members)))
     for block, name in members:

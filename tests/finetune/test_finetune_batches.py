@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from finetune_nets import Net, images_and_labels
+from finetune_nets import images_and_labels
+from networks import Small
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 
@@ -20,7 +21,7 @@ ALONE = World(0, 1, CPU)
 
 def _batches(data, **settings):
     world = settings.pop("world", ALONE)
-    return training_batches(data, Net(), FinetuneConfig(**{"batch_size": 8, "workers": 0, **settings}), world)
+    return training_batches(data, Small(), FinetuneConfig(**{"batch_size": 8, "workers": 0, **settings}), world)
 
 
 def _same(left, right):
@@ -209,7 +210,7 @@ def test_data_strings_folders_and_auto_augment(tmp_path):
 def test_validation_deals_every_image_once_over_processes():
     images, labels = images_and_labels(21)
     config = FinetuneConfig(batch_size=8)
-    parts = [list(validation_batches((images, labels), Net(), config, World(r, 2, CPU))) for r in range(2)]
+    parts = [list(validation_batches((images, labels), Small(), config, World(r, 2, CPU))) for r in range(2)]
     assert sum(len(x) for part in parts for x, _ in part) == 21
     found = torch.cat([y for part in parts for _, y in part])
     assert sorted(found.tolist()) == sorted(labels.tolist())

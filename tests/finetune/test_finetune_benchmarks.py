@@ -6,20 +6,10 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 HERE = Path(__file__).resolve().parents[2] / "benchmarks"
 pytestmark = pytest.mark.skipif(not HERE.is_dir(), reason="the benchmarks are not installed with the package")
-
-
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("data") / "set.npz"
-    images, labels = rng.integers(0, 256, (48, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, 48)
-    np.savez(path, train_x=images, train_y=labels, test_x=images, test_y=labels)
-    return path
 
 
 @pytest.fixture(autouse=True)
@@ -29,11 +19,11 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
         sys.modules.pop(name, None)
 
 
-def test_the_cifar_script_writes_a_record_a_seed(npz: Path, tmp_path: Path) -> None:
+def test_the_cifar_script_writes_a_record_a_seed(labelled_npz: str, tmp_path: Path) -> None:
     import finetune_cifar
 
     out = tmp_path / "out.json"
-    common = ["--source", "timm:resnet20_cifar", "--random", "--data", f"npz:{npz}", "--out", str(out), "--quiet"]
+    common = ["--source", "timm:resnet20_cifar", "--random", "--data", labelled_npz, "--out", str(out), "--quiet"]
     tiny = ["--limit", "32", "--epochs", "1", "--method", "basis", "--set", "batch_size=16", "--device", "cpu"]
     (first,) = finetune_cifar.main(["resnet20-4epochs", *common, *tiny])
     finetune_cifar.write(out, {**first, "seed": 1})
@@ -47,12 +37,12 @@ def test_the_cifar_script_writes_a_record_a_seed(npz: Path, tmp_path: Path) -> N
         assert record["hardware"]["torch"] and 0 <= record["top1"] <= 1
 
 
-def test_the_ablation_script_runs_parts(npz: Path, tmp_path: Path) -> None:
+def test_the_ablation_script_runs_parts(labelled_npz: str, tmp_path: Path) -> None:
     import finetune_ablation
 
     out = tmp_path / "out.json"
     finetune_ablation.main([
-        "--source", "timm:resnet20_cifar", "--random", "--data", f"npz:{npz}", "--limit", "32", "--test-limit", "16",
+        "--source", "timm:resnet20_cifar", "--random", "--data", labelled_npz, "--limit", "32", "--test-limit", "16",
         "--batch-size", "16", "--parts", "defaults", "gradual", "bank step 1/K", "--out", str(out), "--device", "cpu",
     ])  # fmt: skip
     rows = json.loads(out.read_text())["rows"]
@@ -67,9 +57,10 @@ def test_the_ablation_script_runs_parts(npz: Path, tmp_path: Path) -> None:
 def test_blending_goes_from_the_dense_network_to_the_shared_one() -> None:
     import finetune_ablation
     import torch
-    from finetune_nets import Net, shared_net
+    from finetune_nets import shared_net
+    from networks import Small
 
-    dense, shared = Net().train(), shared_net().train()
+    dense, shared = Small().train(), shared_net().train()
     layer, target = shared.layer1[0].conv1, dense.layer1[0].conv1.weight
     own = layer.compose().detach()
     x = torch.randn(4, 3, 8, 8)

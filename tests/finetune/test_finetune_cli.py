@@ -9,41 +9,27 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
-from click.testing import CliRunner, Result
+from command_line import call
 from safetensors.torch import save_file
 
 import sharefold
 from sharefold.finetune.log import read_log
-from sharefold_cli.main import cli
 
 NET = "timm:resnet20_cifar"
 QUICK = ["--epochs", "1", "--batch-size", "16", "--device", "cpu"]
 
 
-def call(*args: object) -> Result:
-    return CliRunner().invoke(cli, [str(arg) for arg in args])
+@pytest.fixture(scope="module")
+def shared(shared_cifar: tuple[Path, dict]) -> Path:
+    return shared_cifar[0]
 
 
 @pytest.fixture(scope="module")
-def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("data") / "set.npz"
-    images, labels = rng.integers(0, 256, (48, 32, 32, 3), dtype=np.uint8), rng.integers(0, 10, 48)
-    np.savez(path, train_x=images, train_y=labels, test_x=images[:20], test_y=labels[:20])
-    return path
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("out") / "net"
-    options = ("--no-pretrained", "--calib-count", 20, "--no-repair", "--budget", "60%", "--method", "basis")
-    result = call("convert", NET, *options, "-o", out)
-    assert result.exit_code == 0, result.output
-    return out
+def npz(labelled_npz: str) -> str:
+    return labelled_npz
 
 
 def _dense(path: Path, classes: int = 10) -> Path:
@@ -58,10 +44,10 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _dense(tmp_path_factory.mktemp("teacher") / "dense.safetensors")
 
 
-def test_a_shared_directory_in_a_better_one_out(shared: Path, npz: Path, teacher: Path, tmp_path: Path) -> None:
+def test_a_shared_directory_in_a_better_one_out(shared: Path, npz: str, teacher: Path, tmp_path: Path) -> None:
     out = tmp_path / "tuned"
     options = ("--teacher", teacher, "--val-limit", 10, "--limit", 32, "--json", "-o", out)
-    result = call("finetune", shared, "--data", f"npz:{npz}", *QUICK, *options)
+    result = call("finetune", shared, "--data", npz, *QUICK, *options)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert {"top1_before", "top1_after", "epochs", "seconds", "output"} <= set(found)
@@ -76,14 +62,14 @@ def test_a_shared_directory_in_a_better_one_out(shared: Path, npz: Path, teacher
     assert metrics["finetune"]["config"]["batch_size"] == 16
     assert "top1" in (out / "README.md").read_text()
     assert {p.name for p in (tmp_path / "tuned.run").iterdir()} >= {"state.pt", "log.jsonl"}
-    again = call("finetune", shared, "--data", f"npz:{npz}", *QUICK, "-o", out)
+    again = call("finetune", shared, "--data", npz, *QUICK, "-o", out)
     assert again.exit_code == 2 and "--force" in again.stderr
 
 
-def test_distillation_alone_and_one_file_as_output(shared: Path, npz: Path, teacher: Path, tmp_path: Path) -> None:
+def test_distillation_alone_and_one_file_as_output(shared: Path, npz: str, teacher: Path, tmp_path: Path) -> None:
     out = tmp_path / "tuned.safetensors"
     options = ("--teacher", teacher, "--no-labels", "--no-val", "--block-match", 0.5, "-o", out, "--json")
-    result = call("finetune", shared, "--data", f"npz:{npz}", *QUICK, *options)
+    result = call("finetune", shared, "--data", npz, *QUICK, *options)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["top1_after"] is None
     train = [r for r in read_log(tmp_path / "tuned.safetensors.run" / "log.jsonl") if r["event"] == "train"]
@@ -91,14 +77,14 @@ def test_distillation_alone_and_one_file_as_output(shared: Path, npz: Path, teac
     sharefold.load(out)
 
 
-def test_a_published_schedule_trains_a_network_that_shares_by_design(npz: Path, tmp_path: Path) -> None:
+def test_a_published_schedule_trains_a_network_that_shares_by_design(npz: str, tmp_path: Path) -> None:
     out = tmp_path / "lrunet"
     result = call(
         "finetune",
         "timm:lrunet",
         "--no-pretrained",
         "--data",
-        f"npz:{npz}",
+        npz,
         "--recipe-schedule",
         "lrunet",
         *QUICK,
@@ -129,17 +115,17 @@ def test_a_published_schedule_trains_a_network_that_shares_by_design(npz: Path, 
         (("--augment", "swirl"), "unknown part 'swirl'"),
     ],
 )
-def test_refusals_are_one_line_and_leave_nothing(shared: Path, npz: Path, tmp_path: Path, options, words: str) -> None:
+def test_refusals_are_one_line_and_leave_nothing(shared: Path, npz: str, tmp_path: Path, options, words: str) -> None:
     base = QUICK if "--batch-size" not in options else QUICK[:2]
-    result = call("finetune", shared, "--data", f"npz:{npz}", *base, *options, "-o", tmp_path / "x")
+    result = call("finetune", shared, "--data", npz, *base, *options, "-o", tmp_path / "x")
     assert result.exit_code == 2, result.output
     assert result.stderr.strip().splitlines()[-1].startswith("error: ") and words in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_teacher_of_other_classes_is_refused(shared: Path, npz: Path, tmp_path: Path) -> None:
+def test_a_teacher_of_other_classes_is_refused(shared: Path, npz: str, tmp_path: Path) -> None:
     teacher = _dense(tmp_path / "seven.safetensors", classes=7)
-    result = call("finetune", shared, "--data", f"npz:{npz}", *QUICK, "--teacher", teacher, "-o", tmp_path / "x")
+    result = call("finetune", shared, "--data", npz, *QUICK, "--teacher", teacher, "-o", tmp_path / "x")
     assert result.exit_code == 2 and "the teacher has 7 classes, the model 10" in result.stderr
 
 
@@ -158,7 +144,7 @@ def test_schedules_are_listed() -> None:
     assert result.exit_code == 0 and "filter-bases-cifar10" in result.stdout
 
 
-def test_ctrl_c_saves_exits_130_and_resumes(shared: Path, npz: Path, tmp_path: Path) -> None:
+def test_ctrl_c_saves_exits_130_and_resumes(shared: Path, npz: str, tmp_path: Path) -> None:
     out, log = tmp_path / "tuned", tmp_path / "tuned.run" / "log.jsonl"
     command = [
         sys.executable,
@@ -167,7 +153,7 @@ def test_ctrl_c_saves_exits_130_and_resumes(shared: Path, npz: Path, tmp_path: P
         "finetune",
         str(shared),
         "--data",
-        f"npz:{npz}",
+        npz,
         "-o",
         str(out),
         "--epochs",

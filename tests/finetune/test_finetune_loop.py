@@ -6,7 +6,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from finetune_nets import Net, digest, images_and_labels, shared_net
+from finetune_nets import digest, images_and_labels, shared_net
+from networks import Small
 from torch import nn
 
 import sharefold.finetune.step
@@ -35,7 +36,7 @@ def test_it_learns_from_labels_and_reports():
 
 def test_it_learns_from_a_teacher_without_labels():
     data = images_and_labels(256)
-    teacher = Net()
+    teacher = Small()
     tune(teacher, data, epochs=4)
     report = tune(
         shared_net(seed=2),
@@ -54,7 +55,7 @@ def test_it_learns_from_a_teacher_without_labels():
 
 
 def test_every_part_of_the_loss_reaches_the_log(tmp_path):
-    tune(shared_net(), teacher=Net(), run_dir=tmp_path / "run", block_match=0.5, distill=0.25, orthogonality=3.0)
+    tune(shared_net(), teacher=Small(), run_dir=tmp_path / "run", block_match=0.5, distill=0.25, orthogonality=3.0)
     for line in (r for r in read_log(tmp_path / "run" / "log.jsonl") if r["event"] == "train"):
         total = 0.75 * line["labels"] + 0.25 * line["distill"] + 0.5 * line["blocks"] + 3 * line["orthogonality"]
         assert line["loss"] == pytest.approx(total, rel=1e-4)
@@ -77,7 +78,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not():
 
 
 def test_accumulation_changes_nothing_where_images_do_not_meet():
-    class Still(Net):
+    class Still(Small):
         def __init__(self):
             super().__init__()
             self.drop = nn.Identity()
@@ -94,7 +95,7 @@ def test_accumulation_changes_nothing_where_images_do_not_meet():
 
 
 def test_small_images_come_first_and_both_networks_see_them():
-    model, teacher, sides = shared_net(), Net(), {"model": [], "teacher": []}
+    model, teacher, sides = shared_net(), Small(), {"model": [], "teacher": []}
     model.register_forward_pre_hook(lambda module, inputs: sides["model"].append(inputs[0].shape[-1]))
     teacher.register_forward_pre_hook(lambda module, inputs: sides["teacher"].append(inputs[0].shape[-1]))
     images, labels = images_and_labels(64)
@@ -110,7 +111,7 @@ def test_freeze_norm_keeps_the_statistics():
 
 
 def test_frozen_norms_run_inside_of_the_convolutions_and_learn_the_same(monkeypatch):
-    settings = {"teacher": Net(), "freeze_norm": True, "optimizer": "sgd", "epochs": 1, "ema": 0.0}
+    settings = {"teacher": Small(), "freeze_norm": True, "optimizer": "sgd", "epochs": 1, "ema": 0.0}
     folded, plain = shared_net(), shared_net()
     start = folded.layer1[0].bn1.weight.detach().clone()
     passes = []
@@ -183,7 +184,7 @@ def test_it_learns_with_and_without_autocast(amp):
     assert report.top1_after is not None and report.top1_after > 0.9
 
 
-class Exploding(Net):
+class Exploding(Small):
     """Its output becomes infinite at the eleventh training batch."""
 
     def __init__(self):
@@ -283,7 +284,7 @@ def test_the_state_loads_without_unpickling_objects_and_holds_no_more_than_it_sa
 
 
 def test_running_out_of_memory_names_the_batch_size_to_try(tmp_path):
-    class Hungry(Net):
+    class Hungry(Small):
         def forward(self, x):
             if self.training:
                 raise torch.OutOfMemoryError("CUDA out of memory")
@@ -294,7 +295,7 @@ def test_running_out_of_memory_names_the_batch_size_to_try(tmp_path):
 
 
 def test_impossible_requests(tmp_path):
-    model = Net()
+    model = Small()
     for settings, message in (
         ({"teacher": model}, "teacher is the model itself"),
         ({"labels": False}, "there must be a teacher"),
@@ -314,7 +315,7 @@ def test_impossible_requests(tmp_path):
 
 
 def test_a_teacher_of_other_pixels_is_warned_about():
-    teacher = Net()
+    teacher = Small()
     teacher.pretrained_cfg = {**teacher.pretrained_cfg, "mean": (0.4, 0.4, 0.4)}
     with pytest.warns(SharefoldWarning, match=r"expects images of mean \(0\.4"):
         tune(shared_net(), teacher=teacher)

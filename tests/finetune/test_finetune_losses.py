@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from finetune_nets import Net, shared_net
+from finetune_nets import shared_net
+from networks import Small
 
 from sharefold.errors import SharefoldError
 from sharefold.finetune.block_outputs import Taps, matching_blocks
@@ -98,11 +99,11 @@ def test_collect_bases_reads_banks_and_own_filters_and_honours_the_switch():
     assert net.sharefold_banks["layer1"].basis.grad is not None
     assert net.layer1[0].conv1.unique.grad is not None
     assert collect_bases(net, skip="^layer1$") == []
-    assert collect_bases(Net()) == []
+    assert collect_bases(Small()) == []
 
 
 def test_matching_blocks_finds_repeated_blocks_by_name():
-    net = Net()
+    net = Small()
     assert matching_blocks(shared_net(), net) == ["layer1.0", "layer1.1"]
     assert matching_blocks(net, net, r"layer1\.1\.conv.") == ["layer1.1.conv1", "layer1.1.conv2"]
     with pytest.raises(SharefoldError, match="no such block"):
@@ -110,7 +111,7 @@ def test_matching_blocks_finds_repeated_blocks_by_name():
 
 
 def test_taps_keep_outputs_and_leave_no_hooks():
-    net = Net().eval()
+    net = Small().eval()
     x = torch.randn(2, 3, 8, 8)
     with Taps(net, ["layer1.0", "layer1.1"]) as taps:
         net(x)

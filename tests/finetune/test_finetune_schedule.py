@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from finetune_nets import Net, shared_net
+from finetune_nets import shared_net
+from networks import Small
 
 from sharefold.errors import SharefoldError
 from sharefold.finetune import FinetuneConfig
@@ -43,7 +44,7 @@ def test_adaptive_optimizers_take_the_full_step_unless_told():
 
 def test_decay_all_is_the_published_rule_and_frozen_parameters_stay_out():
     assert {decay for _, decay in _groups(decay="all")} == {0.1}
-    net = Net()
+    net = Small()
     net.stem.requires_grad_(False)
     assert "stem.weight" not in {n for g in parameter_groups(net, FinetuneConfig()) for n in g["names"]}
     with pytest.raises(SharefoldError, match="no trainable parameter"):
@@ -88,9 +89,9 @@ def test_multistep_exponential_cyclical_and_constant():
 
 def test_an_unknown_optimizer_and_eps_reach_the_user_and_the_optimizer():
     with pytest.raises(SharefoldError, match="optimizer='adamx'"):
-        build_optimizer(Net(), FinetuneConfig(optimizer="adamx"))
-    assert build_optimizer(Net(), FinetuneConfig(eps=1e-3)).defaults["eps"] == 1e-3
-    assert isinstance(build_optimizer(Net(), FinetuneConfig()), torch.optim.AdamW)
+        build_optimizer(Small(), FinetuneConfig(optimizer="adamx"))
+    assert build_optimizer(Small(), FinetuneConfig(eps=1e-3)).defaults["eps"] == 1e-3
+    assert isinstance(build_optimizer(Small(), FinetuneConfig()), torch.optim.AdamW)
 
 
 def test_config_rejects_what_makes_no_sense():

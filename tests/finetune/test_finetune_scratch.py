@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from finetune_nets import Net, shared_net
+from finetune_nets import shared_net
+from networks import Small
 
 import sharefold.finetune
 from sharefold.errors import SharefoldError
@@ -70,7 +71,7 @@ def test_reinitialize_draws_kernels_norms_and_orthonormal_bases():
 
 
 def test_two_bases_of_a_stage_can_be_orthonormal_together():
-    net = Net()
+    net = Small()
     for name, rows in (("one", 5), ("two", 6)):
         add_bank(net, name, Bank({"basis": torch.randn(rows, 8, 3, 3)}, uses=2))
     groups = [GroupPlan(name, "basis", ("layer",), role=role) for name, role in (("one", "conv1"), ("two", "conv2"))]

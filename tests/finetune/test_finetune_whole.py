@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from spine_nets import images, logits, net
+from networks import images, logits, made_once, net
 from torch import nn
 
 import sharefold
@@ -17,9 +17,10 @@ from sharefold.finetune.whole import whole_factors
 from sharefold.layers import banks, shared_layers
 from sharefold.methods import method_named
 
-METHODS = ("basis", "svd", "spatial")
+METHODS = ("basis", "hybrid", "svd", "spatial")
 
 
+@made_once
 def converted(method: str) -> nn.Module:
     model = net("residual")
     plan = sharefold.plan(model, budget="60%", method=method, calibration=images(16))

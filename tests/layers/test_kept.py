@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sharefold.layers import Bank, BasisConv, SharedConv, SpatialConv, form_of
+from sharefold.layers import Bank, BasisConv, HybridConv, SharedConv, SpatialConv, form_of
 
 RANK = 5
 
@@ -23,6 +23,10 @@ def layer_of(kind: str) -> SharedConv:
     free = torch.randn(RANK, size - RANK)
     if kind == "spatial":
         made: SharedConv = SpatialConv(form, free, torch.randn(8, RANK, 1, 3), pivots=pivots)
+    elif kind == "hybrid":
+        vertical = torch.randn(RANK, 18 - RANK)
+        bank = Bank({"basis": torch.randn(4, 6, 3, 3)}, uses=1)
+        made = HybridConv(form, torch.randn(8, 3 * RANK + 4), bank, vertical, pivots=pivots)
     elif kind == "own":
         made = BasisConv(form, torch.randn(8, RANK), unique=free, pivots=pivots)
     elif kind == "bank":
@@ -34,7 +38,7 @@ def layer_of(kind: str) -> SharedConv:
 
 
 def place_of(layer: SharedConv) -> tuple[nn.Module, str]:
-    if isinstance(layer, SpatialConv):
+    if isinstance(layer, SpatialConv | HybridConv):
         return layer, "vertical"
     return (layer, "unique") if layer.bank is None else (layer.bank, "basis")
 
@@ -44,7 +48,7 @@ def expected(layer: SharedConv, x: torch.Tensor) -> torch.Tensor:
     return layer.dense()(x)
 
 
-KINDS = ("composed", "own", "bank", "spatial")
+KINDS = ("composed", "own", "bank", "spatial", "hybrid")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -111,7 +115,7 @@ def test_vmap_over_an_ensemble(kind: str) -> None:
         base = nn.ModuleDict({"x": layers[0]})
         for one in parameters.values():
             one.requires_grad_(False)
-        if kind in ("composed", "bank"):  # banks lie elsewhere; share one
+        if kind in ("composed", "bank", "hybrid"):  # banks lie elsewhere; share one
             for layer in layers:
                 layer.__dict__["bank"] = layers[0].bank
             wanted = torch.stack([layer(x) for layer in layers])

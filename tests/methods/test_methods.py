@@ -8,7 +8,7 @@ import pkgutil
 
 import pytest
 import torch
-from spine_nets import images, net
+from networks import images, made_once, net
 
 import sharefold.methods
 from sharefold.calibration.problem import GroupProblem, problem_of
@@ -22,6 +22,7 @@ from sharefold.methods import AUTO, METHODS, RECIPE_STEPS, ConversionStep, Layer
 IMAGES = images(16)
 PLAIN = (
     "basis",
+    "hybrid",
     "svd",
     "spatial",
     "tucker",
@@ -34,6 +35,7 @@ PLAIN = (
 )
 
 
+@made_once
 def problem(kind: str, role: str = "conv") -> GroupProblem:
     model = net(kind)
     graph = analyze(model, IMAGES[:1])
@@ -91,7 +93,7 @@ def test_pivots_save_the_square_of_the_rank_and_change_nothing(name: str, residu
     assert not method.fits(residual.forms, {"rank": 7, "pivoted": 1})
 
 
-@pytest.mark.parametrize("name", ["basis", "svd", "spatial", "tucker", "cluster-filter", "cluster-kernel"])
+@pytest.mark.parametrize("name", ["basis", "hybrid", "svd", "spatial", "tucker", "cluster-filter", "cluster-kernel"])
 def test_more_parameters_leave_less_error(name: str, residual: GroupProblem) -> None:
     candidates = sorted(METHODS[name].candidates(residual), key=lambda candidate: candidate.cost)
     means = [float(candidate.errors.mean()) for candidate in candidates]

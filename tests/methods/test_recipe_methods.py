@@ -14,7 +14,7 @@ from sharefold.convert import convert_
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
 from sharefold.layers import GroupedPointwise, TiedConv
-from sharefold.methods import method_named
+from sharefold.methods import LayerSwap, step_named
 from sharefold.methods.alignment import align_groups, permute_space
 from sharefold.methods.surrogate import descend, gaussian
 from sharefold.models.cifar_resnet import CifarResNet
@@ -152,9 +152,12 @@ def test_plans_that_do_not_fit(plan: Plan, message: str) -> None:
     assert isinstance(model.point[0], nn.Conv2d)
 
 
-def test_blocks_cannot_be_solved_as_layers() -> None:
-    with pytest.raises(SharefoldError, match="layer-reuse recipe"):
-        method_named("reuse").solve(None, {})  # type: ignore[arg-type]
+def test_steps_on_blocks_and_pairs_are_no_swaps_of_layers() -> None:
+    """They have nothing that solves or builds single layers, so that nothing can call it in vain."""
+    for name in ("reuse", "grouped"):
+        step = step_named(name)
+        assert not isinstance(step, LayerSwap) and not any(hasattr(step, part) for part in ("solve", "blank", "member"))
+    assert isinstance(step_named("filter-bases"), LayerSwap) and not hasattr(step_named("filter-bases"), "candidates")
 
 
 def test_tied_kernels_leave_nothing_but_the_kernel() -> None:

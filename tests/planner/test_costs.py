@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from spine_nets import BLOCKS, images, net
+from networks import BLOCKS, images, net
 from torch import nn
 
 import sharefold

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
-from spine_nets import BLOCKS, Boxes, images, net
+from networks import BLOCKS, Boxes, images, net
 from torch import nn
 
 import sharefold
@@ -21,8 +22,14 @@ from sharefold.planner.search import Trials, search
 CALIBRATION = images(48)
 
 
-def prepared(model: nn.Module, **options: str) -> Planner:
-    return Planner(calibrate(model, CALIBRATION), PlanOptions(**{"objective": "joint", **options}))
+def prepared(model: nn.Module) -> Planner:
+    return Planner(calibrate(model, CALIBRATION), PlanOptions(objective="joint"))
+
+
+@functools.cache
+def known(kind: str) -> Planner:
+    """One a kind, for tests that leave it as it is."""
+    return prepared(net(kind))
 
 
 def started(planner: Planner, share: float) -> tuple[Trials, list[int], float]:
@@ -34,7 +41,7 @@ def started(planner: Planner, share: float) -> tuple[Trials, list[int], float]:
 
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_a_trial_is_the_conversion_without_repairs(kind):
-    planner = prepared(net(kind))
+    planner = known(kind)
     trials, picks, _ = started(planner, 0.6)
     converted = copy.deepcopy(planner.cal.original)
     sharefold.convert_(converted, planner.candidates().plan(picks, ""), planner.cal, repair=False)
@@ -46,7 +53,7 @@ def test_a_trial_is_the_conversion_without_repairs(kind):
 @pytest.mark.parametrize("kind", BLOCKS)
 @pytest.mark.parametrize("share", [0.7, 0.45])
 def test_the_search_keeps_the_budget_and_ends_no_worse(kind, share):
-    planner = prepared(net(kind))
+    planner = known(kind)
     trials, picks, limit = started(planner, share)
     found = search(planner.candidates(), trials, limit, picks)
     assert planner.candidates().spent(found) <= limit

@@ -34,7 +34,7 @@ class Widths(nn.Module):
 IMAGES = torch.randn(30, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("method", ["auto", "basis"])
+@pytest.mark.parametrize("method", ["auto", "basis", "hybrid"])
 @pytest.mark.parametrize("budget", ["70%", "90% MACs", "100% latency"])
 def test_every_budget_can_price_it(budget: str, method: str) -> None:
     model = Widths().eval()

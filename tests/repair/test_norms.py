@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
+from networks import images, logits, net
 from repair_works import done_by, work_of
-from spine_nets import images, logits, net
 from torch import nn
 
 from sharefold.measure import agreement

@@ -1,3 +1,5 @@
+"""The store: files of the size that was said, that read back bit by bit, and rounding that makes up for itself."""
+
 from __future__ import annotations
 
 import copy
@@ -72,17 +74,17 @@ def test_round_trip_in_a_new_process(tmp_path: Path) -> None:
     torch.save(model(images(8)).detach(), tmp_path / "here.pt")
     code = (
         "import sys, pickle, torch, sharefold\n"
-        "from tests.store.tiny import Tiny, images\n"
+        "from store.tiny import Tiny, images\n"
         "expected = torch.load('here.pt', weights_only=True)\n"
         "def never(*a, **k): raise SystemExit('unpickled')\n"
         "pickle.load = pickle.loads = pickle.Unpickler = torch.load = never\n"
         "model = sharefold.load('tiny.safetensors', model=Tiny())\n"
         "sys.exit(0 if torch.equal(model(images(8)), expected) else 'differs')\n"
     )
-    root = str(Path(__file__).parents[2])
+    here = Path(__file__).parents
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": f"{here[2]}{os.pathsep}{here[1]}"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import torch
+from networks import Block, made_once
 from torch import Tensor, nn
 
 from sharefold.convert import convert_
 from sharefold.plans import GroupPlan, Plan
 
 
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, groups=2, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
-
-
 class Tiny(nn.Module):
     def __init__(self, width: int = 12) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, padding=1)
-        self.blocks = nn.Sequential(*(Block(width) for _ in range(3)))
+        self.blocks = nn.Sequential(*(Block(width, groups=(1, 2)) for _ in range(3)))
         self.head = nn.Linear(width, 7)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,6 +45,7 @@ def images(count: int = 48) -> Tensor:
     )
 
 
+@made_once
 def converted(
     *, shared: bool = True, method: str = "basis", alone: str = "spatial", pivoted: bool = False
 ) -> tuple[Tiny, Tiny]:

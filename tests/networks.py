@@ -1,25 +1,49 @@
-"""Small networks of every kind that the main job must take, with lived-in BatchNorms, and images for them."""
+"""Small networks of every kind that the main job must take, with lived-in BatchNorms, and images for them.
+
+:func:`net` gives one by kind; :class:`Small` is the plain network of fine-tuning and refinement.
+"""
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from timm.layers import StdConv2d
 from torch import Tensor, nn
 
 SIZE = 12
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def made_once(make: Callable[P, R]) -> Callable[P, R]:
+    """``make``, run once in a process for the same arguments; everybody gets a copy. Random numbers are not drawn from."""
+
+    @functools.cache
+    def first(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return make(*args, **kwargs)
+
+    @functools.wraps(make)
+    def copied(*args: P.args, **kwargs: P.kwargs) -> R:
+        return copy.deepcopy(first(*args, **kwargs))
+
+    return copied
 
 
 class Block(nn.Module):
-    """Residual block of two 3x3 convolutions."""
+    """Residual block of two 3x3 convolutions of so many groups."""
 
-    def __init__(self, width: int, groups: int = 1) -> None:
+    def __init__(self, width: int, groups: tuple[int, int] = (1, 1), norm: type[nn.Module] = nn.BatchNorm2d) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, groups=groups, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, groups=groups, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, groups=groups[0], bias=False)
+        self.bn1 = norm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, groups=groups[1], bias=False)
+        self.bn2 = norm(width)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
@@ -89,11 +113,28 @@ class Net(nn.Module):
 
 BLOCKS: dict[str, Callable[[int], nn.Module]] = {
     "residual": Block,
-    "grouped": lambda width: Block(width, groups=4),
+    "grouped": lambda width: Block(width, groups=(4, 4)),
     "depthwise": Inverted,
     "convnext": Next,
     "std": Std,
 }
+
+
+class Small(nn.Module):
+    """A stem, residual blocks in ``layer1``, dropout and a head. Input (N, 3, any, any), output (N, 4)."""
+
+    def __init__(self, blocks: int = 2, width: int = 8, norm: type[nn.Module] = nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn = norm(width)
+        self.layer1 = nn.Sequential(*(Block(width, norm=norm) for _ in range(blocks)))
+        self.drop = nn.Dropout(0.1)
+        self.head = nn.Linear(width, 4)
+        self.pretrained_cfg = {"input_size": (3, 8, 8), "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer1(torch.relu(self.bn(self.stem(x))))
+        return self.head(self.drop(x.mean((2, 3))))
 
 
 class Boxes(nn.Module):
@@ -139,3 +180,13 @@ def net(kind: str = "residual", seed: int = 0, **options: int) -> Net:
 def logits(model: nn.Module, seed: int = 2) -> Tensor:
     """(8, 5) on fixed images."""
     return model.eval()(images(8, seed))
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state dict."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Whether two state dicts have the same keys and bits."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

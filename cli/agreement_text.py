@@ -1,0 +1,30 @@
+"""How agreement is told to people: never without its interval, the part of the images and their number."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sharefold.calibration.calibrate import Calibration
+    from sharefold.convert import Conversion
+
+
+def share_text(agreement: float, interval: tuple[float, float] | None) -> str:
+    """``98.67% (95.3 to 99.6%)``."""
+    return f"{agreement:.2%}" if interval is None else f"{agreement:.2%} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f}%)"
+
+
+def agreement_text(done: Conversion, cal: Calibration, procedural: bool = False) -> str:
+    """One sentence about the agreement of what ``done`` tells, or about why it was not measured."""
+    from sharefold.calibration.parts import FEWEST_IMAGES
+
+    if not cal.comparable:
+        return "not compared with the original: nothing that the network returns can be compared"
+    if not done.report_images:
+        return f"agreement not measured: only {len(cal.images)} images, {FEWEST_IMAGES} or more are needed"
+    kind = "procedural images" if procedural else "calibration images"
+    text = f"compared on {done.report_images} {kind} kept for the report (95 % intervals)"
+    if done.agreement_interval is not None:
+        told = share_text(done.agreement, done.agreement_interval)
+        text = f"top-1 agreement {told} on {done.report_images} {kind} kept for the report (95 % interval)"
+    return f"{text}; on real images it may be lower" if procedural else text

@@ -1,0 +1,100 @@
+"""The network that a file is about, ready to take the file's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sharefold.architectures.bounded import limited_modules, parameters_on_meta, unfiled_bytes
+from sharefold.architectures.build import build_base, build_on_meta
+from sharefold.errors import SharefoldError
+from sharefold.format import FileConfig
+from sharefold.methods.checks import check_plan
+from sharefold.methods.narrowing import install_blank
+from sharefold.plans import Plan
+
+# Packed weights of few bytes may stand for many: entropy coding goes down to hundredths of a bit. Beyond this no network does.
+_UNFOLDED, _FREE_BYTES = 1000, 1 << 26
+
+
+def shape_of_network(config: FileConfig, state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Name -> tensor without memory of the network that ``config`` describes, before any of it is allocated.
+
+    Args:
+        state: the tensors of the file, packed or plain; plain ones are compared.
+
+    Raises:
+        SharefoldError: it cannot be built, does not fit the file, or is far larger than the file explains.
+    """
+    assert config.base is not None
+    held = sum(t.numel() * t.element_size() for t in state.values())
+    with limited_modules(held if config.store is not None else len(state), where):
+        model = build_on_meta(config.base)
+        with torch.device("meta"):
+            install(model, config.plan)
+    template = model.state_dict()
+    if config.store is None:
+        check_shapes(template, state, config.aliases, where)
+    declared = sum(t.numel() * t.element_size() for t in template.values())
+    if max(declared, unfiled_bytes(model)) > _UNFOLDED * held + _FREE_BYTES:
+        raise SharefoldError(f"{where}: its network has {declared:,} bytes, far more than its {held:,} explain: it is damaged")
+    return template
+
+
+def check_shapes(template: Mapping[str, Tensor], state: Mapping[str, Tensor], aliases: Mapping[str, str], where: str) -> None:
+    """Refuses a state that the network cannot take.
+
+    Raises:
+        SharefoldError: names the first tensor that is missing, left over or of another shape.
+    """
+    for alias, name in aliases.items():
+        if name not in state:
+            raise SharefoldError(f"{where} is damaged: tensor {name!r} is missing")
+        if alias in state:
+            raise SharefoldError(f"{where} is damaged: tensor {alias!r} is there and tied to {name!r}, too")
+        if alias not in template:
+            raise SharefoldError(f"{where} does not fit its own plan: it has no tensor {alias!r}")
+    for name, like in template.items():
+        found = state.get(aliases.get(name, name))
+        if found is None:
+            raise SharefoldError(f"{where} does not fit its own plan: tensor {name!r} is missing")
+        if found.shape != like.shape:
+            shapes = f"{list(found.shape)} in the file, {list(like.shape)} in the network"
+            raise SharefoldError(f"{where} does not fit its own plan: {name!r} is {shapes}")
+        if found.is_floating_point() != like.is_floating_point() or found.is_complex() != like.is_complex():
+            raise SharefoldError(f"{where} does not fit its own plan: {name!r} is {found.dtype}, not {like.dtype}")
+    for name in state:
+        if name not in template:
+            raise SharefoldError(f"{where} does not fit its own plan: tensor {name!r} is left over")
+
+
+def blank_network(config: FileConfig) -> nn.Module:
+    """The network with parameters without memory where its builder allows that; its buffers are real."""
+    assert config.base is not None
+    try:
+        with parameters_on_meta():
+            model = build_base(config.base)
+            install(model, config.plan)
+            return model
+    except Exception:  # a builder that calculates with its weights
+        return real_network(config)
+
+
+def real_network(config: FileConfig) -> nn.Module:
+    """As :func:`blank_network`, with memory for everything."""
+    assert config.base is not None
+    model = build_base(config.base)
+    install(model, config.plan)
+    return model
+
+
+def install(model: nn.Module, plan: Plan) -> None:
+    """Puts layers without values into the places that ``plan`` names.
+
+    Raises:
+        SharefoldError: the plan does not fit the model.
+    """
+    check_plan(model, plan)
+    install_blank(model, plan)

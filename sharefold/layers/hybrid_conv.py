@@ -1,0 +1,92 @@
+"""A layer whose filters are combinations of its group's shared filters and of column filters of its own."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sharefold.layers.bank import Bank
+from sharefold.layers.basis_conv import BasisConv
+from sharefold.layers.form import ConvForm
+from sharefold.layers.pivots import with_pivots
+from sharefold.layers.spatial_conv import in_every_column
+
+
+class HybridConv(BasisConv):
+    """What[o,i,a,b] = sum_r C[o,r,b] V[r,i,a] + sum_s C[o,s] B[s,i,a,b]: a spatial SVD and a shared basis in one.
+
+    Args:
+        form: the replaced layer's form, a convolution.
+        coefficients: (O, r * w + R): of column filter j in column b of the kernel (column j * w + b), then of the bank's filters.
+        bank: holds ``basis`` (R, I/groups, h, w) or a wider one, as for :class:`BasisConv`.
+        vertical: own column filters (r, I/groups, h, 1); with ``pivots`` (r,), columns of the identity that are not kept,
+            (r, I/groups * h - r). Every conv group uses them all.
+    """
+
+    def __init__(
+        self, form: ConvForm, coefficients: Tensor, bank: Bank, vertical: Tensor, bias: Tensor | None = None,
+        gain: Tensor | None = None, pivots: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(form, coefficients, bank, bias=bias, gain=gain, pivots=pivots)
+        self.vertical = nn.Parameter(vertical)
+        self.verticals = vertical.shape[0]  # plain ints, as `rank`
+        self.own_columns = self.verticals * form.kernel_size[1]
+
+    def columns(self, x: Tensor | None = None) -> Tensor:
+        """The column filters (r, I/groups, h, 1); for an input ``x`` as :meth:`Bank.filters` does."""
+        vertical, pivots = self.vertical, self.pivots
+        if pivots is None:
+            return vertical
+
+        def make() -> Tensor:
+            return with_pivots(vertical, pivots).reshape(self.verticals, *self.form.weight_shape[1:3], 1)
+
+        return self._kept_filters.get(x, (vertical, pivots), make)
+
+    def shared(self, x: Tensor | None = None) -> Tensor:
+        """The bank's filters (R, I/groups, h, w), likewise."""
+        assert self.bank is not None
+        return self.bank.filters(self.form.kernel_size, x)[:, : self.form.weight_shape[1]]
+
+    def filters(self, x: Tensor | None = None) -> Tensor:
+        """All filters (r * w + R, I/groups, h, w), in the order of the coefficients."""
+        return torch.cat([in_every_column(self.columns(x), self.form.kernel_size[1]), self.shared(x)])
+
+    def _mixes(self) -> tuple[Tensor, Tensor]:
+        """(O, r, 1, w) for the column filters and (O, R) for the bank's."""
+        own, rest = self.coefficients[:, : self.own_columns], self.coefficients[:, self.own_columns :]
+        return own.unflatten(1, (self.verticals, 1, -1)), rest
+
+    def compose(self) -> Tensor:
+        horizontal, mix = self._mixes()
+        own = torch.einsum("orb,ria->oiab", horizontal[:, :, 0], self.columns()[..., 0])
+        return own + (mix @ self.shared().flatten(1)).view(self.form.weight_shape)
+
+    def factored_share(self) -> float:
+        form = self.form
+        if form.same_pad or form.padding_mode != "zeros" or isinstance(form.padding, str):
+            return float("inf")
+        width = form.kernel_size[1]
+        rows, shared = form.out_channels // form.groups, self.rank - self.own_columns
+        # The vertical pass runs at full width: its stride applies to one axis only.
+        own = self.verticals * (form.features // width * form.stride[1] + rows * width)
+        return (own + shared * (form.features + rows)) / (rows * form.features)
+
+    def factored(self, x: Tensor) -> Tensor:
+        form, cached = self.form, None if self.training else x
+        pad, stride, dilation = form.padding, form.stride, form.dilation
+        assert not isinstance(pad, str)
+        columns, shared = self.columns(cached), self.shared(cached)
+        if form.groups > 1:
+            columns, shared = columns.repeat(form.groups, 1, 1, 1), shared.repeat(form.groups, 1, 1, 1)
+        horizontal, mix = self._mixes()
+        own = F.conv2d(x, columns, None, (stride[0], 1), (pad[0], 0), (dilation[0], 1), form.groups)
+        own = F.conv2d(own, horizontal, self.own_bias, (1, stride[1]), (0, pad[1]), (1, dilation[1]), form.groups)
+        return own + F.conv2d(form.apply(x, shared, None), mix[:, :, None, None], groups=form.groups)
+
+    def pointers(self) -> dict[str, int]:
+        return {} if self.pivots is None else {"pivots": sum(self.vertical.shape)}
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.verticals} column filters"

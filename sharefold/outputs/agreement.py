@@ -1,0 +1,47 @@
+"""Two networks side by side in one call: how often they decide the same, and their divergence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from sharefold.errors import SharefoldError
+from sharefold.outputs.comparison import BATCH, Comparison
+from sharefold.outputs.figure import Figure
+from sharefold.outputs.reading import OutputReading
+
+
+class Agreement(NamedTuple):
+    """How much two networks say the same on the same images."""
+
+    top1: float  # fraction of predicted classes that coincide; NaN for networks that predict none
+    kl: float  # mean KL(a || b) in nats of a classifier; of all others the divergence of all outputs
+
+
+def agreement(
+    a: nn.Module, b: nn.Module, images: Tensor, *, batch_size: int = BATCH, reading: OutputReading | None = None
+) -> Agreement:
+    """Agreement of ``b`` with ``a`` and its divergence from it over ``images`` (n, C, H, W) normalised float.
+
+    All outputs count; of those that are classes, each position is one prediction.
+
+    Args:
+        reading: of ``a``; by default read here.
+
+    Raises:
+        SharefoldError: no images, nothing to compare, or outputs of other shapes.
+    """
+    if len(images) == 0:
+        raise SharefoldError("agreement: no images given")
+    comparison = Comparison(a, images, reading, batch_size=batch_size)
+    found, figures = comparison.measure(b)
+    return Agreement(mean_agreement(figures), found.mean)
+
+
+def mean_agreement(figures: Sequence[Figure]) -> float:
+    """Of all outputs that are classes; NaN where none is."""
+    found = [figure.value for figure in figures if figure.metric == "agreement"]
+    return sum(found) / len(found) if found else math.nan

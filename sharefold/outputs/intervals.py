@@ -1,0 +1,54 @@
+"""95 % intervals: how far a figure of a few images can be from that of all of them."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+Z = 1.959964  # of the normal distribution, for 95 % on both sides together
+
+
+def wilson(share: float, count: float, z: float = Z) -> tuple[float, float]:
+    """Interval of a share of ``count`` independent trials (Wilson, https://doi.org/10.2307/2276774).
+
+    Unlike mean and standard error, it says something where all or none of few trials succeeded.
+    """
+    if count <= 0:
+        return 0.0, 1.0
+    square = z * z / count
+    middle = (share + square / 2) / (1 + square)
+    half = z / (1 + square) * math.sqrt(share * (1 - share) / count + square / (4 * count))
+    # Rounding must not put the share outside of its own interval.
+    return max(0.0, min(middle - half, share)), min(1.0, max(middle + half, share))
+
+
+def trials_needed(share: float, z: float = Z) -> int:
+    """How many trials that all succeed prove ``share`` by :func:`wilson`: n / (n + z^2) >= share."""
+    return 10**9 if share >= 1 else math.ceil(share * z * z / (1 - share) - 1e-9)
+
+
+def of_mean(values: Tensor, z: float = Z) -> tuple[float, float]:
+    """Interval of the mean of values (n,), by the normal distribution; the mean itself where there is one value."""
+    mean = float(values.double().mean())
+    half = z * standard_error(values)
+    return mean - half, mean + half
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean of values (n,); 0 for fewer than two."""
+    return float(values.double().std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def of_shares(shares: Tensor, each: int) -> tuple[float, float]:
+    """Interval of the mean of one share an image (n,), each of ``each`` decisions.
+
+    One decision an image is a trial. Decisions of one image depend on each other, so that images, not decisions, are
+    counted; but where no image differs from another, Wilson's interval of all decisions is what is left to say.
+    """
+    mean = float(shares.double().mean())
+    if each == 1:
+        return wilson(mean, len(shares))
+    low, high = of_mean(shares)
+    all_low, all_high = wilson(mean, len(shares) * each)
+    return max(0.0, min(low, all_low)), min(1.0, max(high, all_high))

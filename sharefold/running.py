@@ -1,0 +1,43 @@
+"""How networks are run here: where they compute, on copies of images, in eval mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where ``model`` computes: the device of its first parameter, the CPU where it has none."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def run_on(model: nn.Module, images: Tensor) -> Any:
+    """What ``model`` makes of a copy of ``images``, where it computes: some networks write into their input."""
+    return model(images.to(device_of(model), copy=True))
+
+
+def has_doubles(device: torch.device) -> bool:
+    """Whether ``device`` knows float64 (Apple's GPUs do not)."""
+    try:
+        torch.zeros((), dtype=torch.float64, device=device)
+    except TypeError:
+        return False
+    return True
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Models in eval mode without gradients; every module's own mode comes back at the end."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

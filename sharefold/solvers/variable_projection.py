@@ -1,0 +1,308 @@
+"""Shared and own filters together, with the coefficients solved away: ``W_k ~ C_k T_k``, ``T_k = [own_k; B]``.
+
+For given filters the best coefficients are a least-squares problem, so that the error is a function of the filters alone:
+``err_k = |D_k W_k S_k^(1/2)|^2 - |L_k^-1 T_k S_k W_k^T D_k|^2`` with ``L_k`` the Cholesky factor of ``T_k S_k T_k^T`` (variable
+projection: Golub and Pereyra, SIAM J. Numer. Anal. 10, 1973). Its slope needs no derivative of the coefficients, because
+they are optimal: ``-2 C_k^T D_k^2 (W_k - C_k T_k) S_k``, of whose entries those count that a filter's numbers stand in. One
+solver serves every form whose filters are linear in its numbers: a basis shared by all layers (``B``), own filters of any
+kind (``rows``) or own vertical filters in every column of the kernel (``columns``), alone or together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sharefold.errors import SharefoldError
+from sharefold.solvers import low_rank
+from sharefold.solvers.data_norm import Problem, eigen_psd, moment_floors
+from sharefold.solvers.lbfgs import minimize
+
+RIDGE = 1e-6
+# Directions that matter less than this, against the most important one, are not stretched further.
+SCALE_FLOOR = 1e-5
+
+# The scales are taken anew after so many iterations, then after twice as many, and so on.
+FIRST_LEG = 10
+
+Kind = Literal["columns", "rows"]
+
+
+class VariableProjection:
+    """The error of a group as a function of its filters; what does not depend on them is computed once.
+
+    Args:
+        problem: E entries (layers, or conv groups of layers).
+        kind: of the own filters.
+        groups: entries a layer: they are one after another, and share the layer's own filters.
+        inputs: per layer, how many of the own filters' columns J it has, where layers differ in width; by default all.
+        ridge: floor of the moments, relative to their mean diagonal.
+    """
+
+    def __init__(
+        self, problem: Problem, kind: Kind = "columns", *, groups: int = 1, inputs: Sequence[int] | None = None,
+        ridge: float = RIDGE,
+    ) -> None:  # fmt: skip
+        self.problem = problem = problem.working()
+        self.kind, self.groups = kind, groups
+        self.layers = problem.members // groups
+        self.wide = problem.kernel[1] if kind == "columns" else 1
+        self.columns = problem.columns // self.wide
+        floors = moment_floors(problem, ridge)
+        self.moments = problem.second.clone()
+        self.moments.diagonal(dim1=1, dim2=2).add_(floors[:, None])
+        self.root = low_rank.output_roots(problem)[0]
+        scaled = self._scaled(problem.weights)
+        self.targets = (scaled @ self.moments).transpose(1, 2).contiguous()  # S W^T D, (E, N, O)
+        self.factors = problem.objective_weights
+        self.energy = (scaled * self.targets.transpose(1, 2)).sum(dim=(1, 2))
+        self.total = float((self.factors * self.energy).sum())
+        self.mask: Tensor | None = None
+        if inputs is not None and min(inputs) < self.columns:
+            place = torch.arange(self.columns, device=problem.weights.device)
+            limits = torch.as_tensor(list(inputs), device=place.device)
+            self.mask = (place[None] < limits[:, None]).to(problem.weights)[:, None]
+        self._mean: tuple[Tensor, Tensor] | None = None
+        self._own: tuple[Tensor, Tensor] | None = None
+
+    # Filters -----------------------------------------------------------------------------------------------------
+
+    def spread(self, own: Tensor) -> Tensor:
+        """Own filters (L, r, J) as rows of the layers' matrices (E, r * w, N)."""
+        if self.wide > 1:
+            own = torch.stack([self._placed(own, b) for b in range(self.wide)], 2).flatten(1, 2)
+        return own if self.groups == 1 else own.repeat_interleave(self.groups, 0)
+
+    def _placed(self, own: Tensor, column: int) -> Tensor:
+        placed = own.new_zeros(*own.shape, self.wide)
+        placed[..., column] = own
+        return placed.flatten(2)
+
+    def stack(self, basis: Tensor, own: Tensor) -> Tensor:
+        """``T`` (E, M, N)."""
+        entries = self.problem.members
+        return torch.cat([self.spread(own), basis.expand(entries, *basis.shape)], 1)
+
+    def _image(self, basis: Tensor, own: Tensor) -> Tensor:
+        """``T S`` (E, M, N); vertical filters meet only the moments of their own column."""
+        entries, size, count = self.problem.members, self.problem.columns, own.shape[1]
+        result = basis.new_empty(entries, count * self.wide + len(basis), size)
+        if count:
+            each = own if self.groups == 1 else own.repeat_interleave(self.groups, 0)
+            cells = self.moments.view(entries, self.columns, self.wide, size)
+            parts = result[:, : count * self.wide].view(entries, count, self.wide, size)
+            for b in range(self.wide):
+                parts[:, :, b] = each @ cells[:, :, b]
+        if len(basis):
+            result[:, count * self.wide :] = basis @ self.moments
+        return result
+
+    # The function ------------------------------------------------------------------------------------------------
+
+    def _solved(self, filters: Tensor, image: Tensor) -> tuple[Tensor, Tensor] | None:
+        """``T S W^T D`` and the best ``C^T D``, both (E, M, O); None where filters are not finite."""
+        gram = image @ filters.transpose(1, 2)
+        tiny = 1e-13 if gram.dtype == torch.float64 else 1e-7
+        shift = tiny * gram.diagonal(dim1=1, dim2=2).mean(1)
+        cross = filters @ self.targets
+        for _ in range(8):
+            shifted = gram + torch.diag_embed(shift[:, None].expand(-1, gram.shape[1]))
+            factor, failed = torch.linalg.cholesky_ex(shifted)
+            if not bool(failed.any()):
+                return cross, torch.cholesky_solve(cross, factor)
+            shift = shift * torch.where(failed > 0, 10.0, 1.0)
+        return None
+
+    def evaluate(self, basis: Tensor, own: Tensor) -> tuple[float, Tensor, Tensor]:
+        """The weighted error of (R, N) and (L, r, J), and its slopes in both; infinite where filters are not finite."""
+        filters, image = self.stack(basis, own), self._image(basis, own)
+        found = self._solved(filters, image)
+        if found is None:
+            return float("inf"), torch.zeros_like(basis), torch.zeros_like(own)
+        cross, mixed = found
+        value = self.total - float((self.factors * (mixed * cross).sum(dim=(1, 2))).sum())
+        weighted = mixed * (-2 * self.factors)[:, None, None]
+        slope = weighted @ self.targets.transpose(1, 2) - (weighted @ mixed.transpose(1, 2)) @ image
+        count = own.shape[1] * self.wide
+        return value, slope[:, count:].sum(0), self._own_slope(slope[:, :count], own.shape[1])
+
+    def _own_slope(self, slope: Tensor, count: int) -> Tensor:
+        """(L, r, J) of the slopes (E, r * w, N) of all rows."""
+        if self.wide > 1:
+            cells = slope.reshape(len(slope), count, self.wide, self.columns, self.wide)
+            slope = cells.diagonal(dim1=2, dim2=4).sum(-1)
+        if self.groups > 1:
+            slope = slope.reshape(self.layers, self.groups, *slope.shape[1:]).sum(1)
+        return slope if self.mask is None else slope * self.mask
+
+    def coefficients(self, basis: Tensor, own: Tensor) -> Tensor:
+        """The best ``C`` (E, O, M)."""
+        found = self._solved(self.stack(basis, own), self._image(basis, own))
+        if found is None:
+            raise SharefoldError("the filters of a group are not finite: check its weights and the calibration images")
+        mixed = found[1].transpose(1, 2)
+        if self.root.shape[-1] == 1:
+            return mixed / self.root
+        return torch.linalg.solve(self.root, mixed)
+
+    def errors(self, basis: Tensor, own: Tensor) -> Tensor:
+        """Relative errors (E,) with the best coefficients, without the ridge's help."""
+        return self.problem.errors(self.coefficients(basis, own) @ self.stack(basis, own))
+
+    # Scales ------------------------------------------------------------------------------------------------------
+
+    @property
+    def mean_eigen(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues and vectors of the mean moment, weighted as the objective weighs the layers."""
+        if self._mean is None:
+            scale = self.factors * self.energy
+            self._mean = eigen_psd(torch.tensordot(scale / scale.sum().clamp_min(1e-30), self.moments, dims=1))
+        return self._mean
+
+    @property
+    def own_eigen(self) -> tuple[Tensor, Tensor]:
+        """The same of what the own filters see, (L, J) and (L, J, J); of whole filters the mean moment's for all layers."""
+        if self._own is None and self.kind == "rows":
+            values, vectors = self.mean_eigen
+            self._own = values.expand(self.layers, -1), vectors.expand(self.layers, -1, -1)
+        elif self._own is None:
+            cells = self.moments.view(len(self.moments), self.columns, self.wide, self.columns, self.wide)
+            moments = cells.diagonal(dim1=2, dim2=4).mean(-1)
+            self._own = eigen_psd(moments.reshape(self.layers, self.groups, *moments.shape[1:]).mean(1))
+        return self._own
+
+    # Starts ------------------------------------------------------------------------------------------------------
+
+    def start(self, rank: int, own: int) -> tuple[Tensor, Tensor]:
+        """Own filters first, of every layer's weights; then the leading shared ones of what they leave."""
+        none = self.problem.weights.new_zeros(0, self.problem.columns)
+        private = self.start_own(own, none)
+        return self._start_shared(rank, private), private
+
+    def start_own(self, count: int, basis: Tensor) -> Tensor:
+        """The leading own filters (L, count, J) of what the shared ones (R, N) leave."""
+        none = self.problem.weights.new_zeros(self.layers, 0, self.columns)
+        if not count:
+            return none
+        # Every row of every column of the kernel is a row of the unfolded weights.
+        rows = self._scaled(self._rest(basis, none)).reshape(self.layers, self.groups, -1, self.columns, self.wide)
+        found = _leading(torch.einsum("lgojb,lgomb->ljm", rows, rows), *self.own_eigen, count)
+        return found if self.mask is None else orthonormal(found * self.mask)
+
+    def _start_shared(self, rank: int, own: Tensor) -> Tensor:
+        none = self.problem.weights.new_zeros(0, self.problem.columns)
+        if not rank:
+            return none
+        rows = self._scaled(self._rest(none, own)) * self.factors.sqrt()[:, None, None]
+        return _leading(torch.einsum("eon,eom->nm", rows, rows), *self.mean_eigen, rank)
+
+    def _rest(self, basis: Tensor, own: Tensor) -> Tensor:
+        """What the filters leave of the weights (E, O, N)."""
+        weights = self.problem.weights
+        filters = self.stack(basis, own)
+        return weights - self.coefficients(basis, own) @ filters if filters.shape[1] else weights
+
+    def _scaled(self, matrices: Tensor) -> Tensor:
+        """``D`` times (E, O, N)."""
+        return self.root * matrices if self.root.shape[-1] == 1 else self.root @ matrices
+
+
+class _Scaled:
+    """Coordinates in which the Hessian is near the identity: filters times the roots of their coefficients' products from the
+    left and of their inputs' moments from the right."""
+
+    def __init__(self, work: VariableProjection, basis: Tensor, own: Tensor) -> None:
+        self.work, self.shapes = work, (basis.shape, own.shape)
+        found = work._solved(work.stack(basis, own), work._image(basis, own))
+        assert found is not None
+        mixed = found[1] * self.work.factors.sqrt()[:, None, None]
+        count = own.shape[1] * work.wide
+        shared = torch.einsum("emo,eno->mn", mixed[:, count:], mixed[:, count:])
+        each = mixed[:, :count].reshape(work.layers, work.groups, own.shape[1], work.wide, mixed.shape[2])
+        private = torch.einsum("lgrwo,lgswo->lrs", each, each)
+        self.left, self.right = _roots(shared, *work.mean_eigen)
+        self.own_left, self.own_right = _roots(private, *work.own_eigen)
+
+    def pack(self, basis: Tensor, own: Tensor) -> Tensor:
+        parts = self.left[0] @ basis @ self.right[0], self.own_left[0] @ own @ self.own_right[0]
+        return torch.cat([part.flatten() for part in parts])
+
+    def unpack(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        size = self.shapes[0].numel()
+        return self._mapped(point[:size].view(self.shapes[0]), point[size:].view(self.shapes[1]))
+
+    def slope(self, basis: Tensor, own: Tensor) -> Tensor:
+        """Of slopes in the filters, those in the scaled ones."""
+        return torch.cat([t.flatten() for t in self._mapped(basis, own)])
+
+    def _mapped(self, basis: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+        # The roots are symmetric, so that filters come back, and slopes go, by the same map.
+        basis = self.left[1] @ basis @ self.right[1]
+        own = self.own_left[1] @ own @ self.own_right[1]
+        return basis, own if self.work.mask is None else own * self.work.mask
+
+
+def _roots(gram: Tensor, values: Tensor, vectors: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(root, inverse root) of twice ``gram``, and of the matrix with these eigenvalues and vectors; all symmetric."""
+    pairs = [eigen_psd(2 * gram, SCALE_FLOOR) if gram.numel() else (gram.diagonal(dim1=-2, dim2=-1), gram), (values, vectors)]
+    result = []
+    for some, axes in pairs:
+        root, turned = some.sqrt().unsqueeze(-2), axes.transpose(-1, -2)
+        result.append(((axes * root) @ turned, (axes / root) @ turned))
+    return result[0], result[1]
+
+
+def _leading(gram: Tensor, values: Tensor, vectors: Tensor, count: int) -> Tensor:
+    """Orthonormal rows (..., count, N): leading whitened directions of rows with products ``gram`` (..., N, N), for inputs
+    whose moments have these eigenvalues and vectors."""
+    root = values.sqrt()
+    inner = root.unsqueeze(-1) * (vectors.transpose(-1, -2) @ gram @ vectors) * root.unsqueeze(-2)
+    top = torch.linalg.eigh((inner + inner.transpose(-1, -2)) / 2).eigenvectors.flip(-1)[..., :count]
+    return orthonormal((vectors @ (top / root.unsqueeze(-1))).transpose(-1, -2))
+
+
+def refine(
+    work: VariableProjection, basis: Tensor, own: Tensor, *, iterations: int = 40, tol: float = 1e-4, fixed: bool = False
+) -> tuple[Tensor, Tensor, list[float]]:
+    """Lowers the error from these filters; the answer is never worse.
+
+    Args:
+        basis: (R, N), R may be 0.
+        own: (L, r, J), r may be 0.
+        iterations: of L-BFGS, an evaluation each.
+        tol: stop when two iterations on end lower the error by less than this fraction.
+        fixed: whether the shared filters stay as they are.
+
+    Returns:
+        Filters of the same shapes with orthonormal rows, and the objective from the start on.
+    """
+    history: list[float] = []
+    leg = FIRST_LEG
+    while iterations > 0 and (basis.numel() or own.numel()):
+        scaled = _Scaled(work, basis, own)
+        function, start = partial(_scaled_value, work, scaled, fixed), scaled.pack(basis, own)
+        point, values = minimize(function, start, iterations=min(leg, iterations), tol=tol)
+        assert values[-1] <= values[0]
+        if history and values[-1] > history[-1]:  # no gain beyond the rounding on the way to orthonormal rows and back
+            break
+        history += values[1 if history else 0 :]
+        moved, own = (orthonormal(rows) for rows in scaled.unpack(point))
+        basis = basis if fixed else moved
+        if len(values) <= leg:  # it has stopped by itself
+            break
+        iterations, leg = iterations - leg, 2 * leg
+    return basis, own, history or [work.evaluate(basis, own)[0]]
+
+
+def _scaled_value(work: VariableProjection, scaled: _Scaled, fixed: bool, point: Tensor) -> tuple[float, Tensor]:
+    value, slope, own_slope = work.evaluate(*scaled.unpack(point))
+    return value, scaled.slope(torch.zeros_like(slope) if fixed else slope, own_slope)
+
+
+def orthonormal(rows: Tensor) -> Tensor:
+    """Orthonormal rows that span the same, (..., R, N)."""
+    return torch.linalg.qr(rows.transpose(-1, -2)).Q.transpose(-1, -2) if rows.shape[-2] else rows

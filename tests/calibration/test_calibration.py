@@ -1,0 +1,205 @@
+"""One calibration: it belongs to its network, measures each thing once, and nobody outside writes into it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from networks import images, net, same, state
+from torch import nn
+
+import sharefold
+from sharefold.calibration.calibrate import Calibration, calibrate
+from sharefold.errors import SharefoldError
+from sharefold.graph import analysis
+from sharefold.methods import METHODS
+from sharefold.plans import GroupPlan, Plan
+from sharefold.repair.refine import refine
+from sharefold.store import quantize_
+
+IMAGES = images(40, 3)
+CONFIG = {"base": None}
+PLAN = Plan([GroupPlan("g", "basis", ("stage1.0.conv1", "stage1.1.conv1"), {"rank": 6})], 0, 0)
+
+
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The networks whose graphs were read."""
+    seen: list[nn.Module] = []
+    real = analysis._trace
+    monkeypatch.setattr(analysis, "_trace", lambda model, *rest: (seen.append(model), real(model, *rest))[1])
+    return seen
+
+
+# Measured once ---------------------------------------------------------------------------------------------------------
+
+
+def test_plan_and_conversion_trace_and_collect_once(traces: list[nn.Module]) -> None:
+    model = net()
+    cal = sharefold.calibrate(model, IMAGES)
+    assert len(traces) == 1
+    plan = sharefold.plan(model, "50%", cal)
+    assert plan.groups and cal.statistics.passes == 1
+    sharefold.convert_(model, plan, cal, config=CONFIG)
+    assert len(traces) == 1 and cal.statistics.passes == 1
+
+
+def test_images_instead_are_measured_by_each_verb(traces: list[nn.Module]) -> None:
+    model = net()
+    plan = sharefold.plan(model, "50%", IMAGES)
+    sharefold.convert_(model, plan, IMAGES, config=CONFIG)
+    assert len(traces) == 2
+
+
+def test_nothing_is_measured_before_it_is_asked_for() -> None:
+    cal = calibrate(net(), IMAGES)
+    assert not {"statistics", "comparable", "deciding"} & vars(cal).keys()
+    assert cal.statistics is cal.statistics and cal.statistics.passes == 0
+    cal.statistics.moments(["stem"])
+    cal.statistics.moments(["stem"])
+    assert cal.statistics.passes == 1
+
+
+def test_the_same_result_as_without_one() -> None:
+    one, two = net(), net()
+    given = images(200, 3)
+    cal = calibrate(one, given)
+    first = sharefold.plan(one, "50%", cal)
+    second = sharefold.plan(two, "50%", given)
+    assert first == second
+    done = [sharefold.convert_(one, first, cal, config=CONFIG), sharefold.convert_(two, second, given, config=CONFIG)]
+    assert done[0].kl == done[1].kl > 0 and same(state(one), state(two))
+
+
+def test_every_group_is_solved_once_whatever_is_converted(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits: list[str] = []
+    kind = type(METHODS["basis"])
+    real = kind.fit
+    monkeypatch.setattr(kind, "fit", lambda self, m, g, s, plan: (fits.append(plan.name), real(self, m, g, s, plan))[1])
+    dense = net()
+    cal = calibrate(dense, IMAGES)
+    networks = [copy.deepcopy(dense) for _ in range(2)]
+    for model in networks:
+        sharefold.convert_(model, PLAN, cal, refine=1, config=CONFIG)  # repairs write into copies of what was solved
+    assert fits == ["g"] and same(*map(state, networks))
+    other = Plan([GroupPlan("g", "basis", PLAN.groups[0].members, {"rank": 5})], 0, 0)
+    sharefold.convert_(copy.deepcopy(dense), other, cal, repair=False, config=CONFIG)
+    assert fits == ["g", "g"]
+
+
+def test_solutions_are_kept_by_key_and_forgotten_on_request() -> None:
+    cal = calibrate(net(), IMAGES)
+    solved: list[str] = []
+
+    def solve(key: str) -> Callable[[], str]:
+        return lambda: (solved.append(key), key.upper())[1]
+
+    assert [cal.solution(key, solve(key)) for key in "abab"] == ["A", "B", "A", "B"] and solved == ["a", "b"]
+    assert cal.is_solved("a") and not cal.is_solved("c")
+    cal.forget_solutions(but=["b", "c"])
+    assert not cal.is_solved("a") and cal.is_solved("b")
+    cal.forget_solutions()
+    assert not cal.is_solved("b")
+
+
+# Of one network --------------------------------------------------------------------------------------------------------
+
+
+def test_another_network_is_refused_in_one_line_and_left_alone() -> None:
+    cal = calibrate(net(), IMAGES)
+    nudged = net()
+    with torch.no_grad():
+        nudged.stage2[1].conv2.weight[0, 0, 0, 0] += 1e-3
+    larger = net()
+    larger.more = nn.Linear(2, 2)
+    cases = [
+        (nudged, "stage2.1.conv2.weight differs"), (net(seed=1), "differs"), (net("depthwise"), "differs"),
+        (larger, "more.weight differs"), (net().double(), "differs"), (net().to("meta"), "it is on cpu, the network on meta"),
+    ]  # fmt: skip
+    for model, words in cases:
+        before = dict(model.state_dict())
+        for verb in (
+            lambda m: sharefold.plan(m, "50%", cal),
+            lambda m: sharefold.convert_(m, PLAN, cal, config=CONFIG),
+        ):
+            with pytest.raises(SharefoldError, match=words) as caught:
+                verb(model)
+            assert str(caught.value).startswith("calibration: ") and "\n" not in str(caught.value)
+        assert model.state_dict().keys() == before.keys() and not hasattr(model, "sharefold_config")
+
+
+def test_a_converted_network_is_another_one() -> None:
+    model = net()
+    cal = calibrate(model, IMAGES)
+    sharefold.convert_(model, PLAN, cal, repair=False, config=CONFIG)
+    with pytest.raises(SharefoldError, match="of another network"):
+        sharefold.convert_(model, PLAN, cal, config=CONFIG)
+
+
+def test_copies_and_weights_that_are_not_numbers_are_the_same_network() -> None:
+    model = net()
+    with torch.no_grad():
+        model.fc.bias[0] = float("nan")
+    cal = calibrate(net(), IMAGES)
+    Calibration(model, IMAGES, cal.graph, cal.example, cal.options).check_model(copy.deepcopy(model).train())
+
+
+def test_of_another_network_it_keeps_images_and_nothing_measured() -> None:
+    cal = calibrate(net(), IMAGES, seed=3)
+    cal.statistics.moments(["stem"])
+    cal.solution("a", lambda: 1)
+    other = cal.of(net(seed=1))
+    assert other.images is cal.images and other.graph is cal.graph and other.seed == 3
+    assert "statistics" not in vars(other) and not other.is_solved("a") and other.statistics.model is other.original
+
+
+# Nobody writes into it -------------------------------------------------------------------------------------------------
+
+
+def test_no_verb_writes_into_it() -> None:
+    model = net(blocks=2)
+    given = IMAGES.clone()
+    cal = calibrate(model, given)
+    dense, layers = state(cal.original), copy.deepcopy(cal.graph.layers)
+    inside = {name: (type(m), set(vars(m)), len(m._forward_hooks)) for name, m in cal.original.named_modules()}
+    plan = sharefold.plan(model, "50%", cal, objective="joint")
+    done = sharefold.convert_(model, plan, cal, refine=1, config=CONFIG)
+    refine(model, cal, epochs=1)
+    quantize_(model, "int6", cal)
+    sharefold.plan(copy.deepcopy(cal.original), "30kB", cal)
+    assert same(state(cal.original), dense) and torch.equal(given, IMAGES) and torch.equal(cal.images, IMAGES)
+    assert {n: (type(m), set(vars(m)), len(m._forward_hooks)) for n, m in cal.original.named_modules()} == inside
+    assert cal.graph.layers == layers and not cal.original.training
+    assert all(p.requires_grad and p.grad is None for p in cal.original.parameters())
+    # Neither does whoever trains what the verbs gave.
+    with torch.no_grad():
+        for network in (model, done.original):
+            for parameter in network.parameters():
+                parameter.zero_()
+    assert same(state(cal.original), dense)
+
+
+def test_the_network_may_change_afterwards() -> None:
+    model = net()
+    cal = calibrate(model.train(), IMAGES)
+    dense = state(cal.original)
+    with torch.no_grad():
+        model.stem.weight.zero_()
+    assert model.training and not cal.original.training and same(state(cal.original), dense)
+
+
+# Its parts -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_fitted_to_is_the_part_fit_and_the_least_certain_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sharefold.calibration.sample_selection.FEWEST", 4)
+    cal = calibrate(net(), IMAGES)
+    chosen, fit = set(cal.statistics.chosen.tolist()), set(cal.parts.fit.tolist())
+    assert chosen < fit and len(chosen) == round(len(fit) / 2)
+    assert torch.equal(cal.fitting, IMAGES[cal.parts.fit])
+    assert torch.equal(cal.refit_images[cal.refit_parts.fit], IMAGES[cal.statistics.chosen])
+    assert torch.equal(cal.refit_images[cal.refit_parts.decide], IMAGES[cal.parts.decide])
+    held_out = len(cal.parts.decide)
+    assert torch.equal(cal.deciding[:held_out], IMAGES[cal.parts.decide]) and len(cal.deciding) == 2 * held_out

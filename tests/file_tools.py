@@ -1,0 +1,48 @@
+"""Files of sharefold, changed on purpose: with a checksum that holds, so that only what is tested is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from sharefold.checksum import checksum
+
+METADATA, CHECKSUM, WEIGHTS, CONFIG = "sharefold", "crc32", "model.safetensors", "sharefold_config.json"
+
+
+def metadata_of(file: Path) -> dict[str, str]:
+    with safe_open(str(file), framework="pt") as handle:
+        return dict(handle.metadata() or {})
+
+
+def reseal(file: Path, tensors: Mapping[str, torch.Tensor] | None = None, text: str | None = None, **extra: str) -> None:
+    """Writes ``file`` anew with other tensors or another configuration, and a checksum over them."""
+    tensors = dict(load_file(file) if tensors is None else tensors)
+    metadata = metadata_of(file)
+    text = metadata[METADATA] if text is None else text
+    save_file(tensors, str(file), {**metadata, METADATA: text, CHECKSUM: checksum(text, tensors), **extra})
+
+
+def edit_config(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes the configuration of a directory or file, in each place where it stands."""
+    file = path / WEIGHTS if path.is_dir() else path
+    config = json.loads(metadata_of(file)[METADATA])
+    change(config)
+    reseal(file, text=json.dumps(config))
+    if path.is_dir():
+        (path / CONFIG).write_text(json.dumps(config))
+
+
+def old_file(file: Path) -> None:
+    """As sharefold wrote it before files had a checksum."""
+    metadata = metadata_of(file)
+    config = json.loads(metadata.pop(METADATA))
+    config.pop("checksum", None)
+    tensors = load_file(file)
+    save_file(tensors, str(file), {METADATA: json.dumps(config), "format": "pt"})

@@ -1,0 +1,154 @@
+"""Whatever ends a conversion early leaves the network as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from networks import images, net
+from torch import nn
+
+import sharefold
+from sharefold import convert as module
+from sharefold.errors import SharefoldError
+from sharefold.graph.preserved import restored_on_error
+from sharefold.layers import Bank, add_bank, replace_module
+from sharefold.plans import GroupPlan, Plan
+
+IMAGES = images(30, 3)
+CONFIG = {"base": None}
+# One group with a bank, one layer with factors of its own, and classifier and norms for the repairs.
+PLAN = Plan(
+    [
+        GroupPlan("g", "basis", ("stage1.0.conv1", "stage1.1.conv1"), {"rank": 6}),
+        GroupPlan("s", "svd", ("stage2.0.conv1",), {"rank": 6}),
+    ], 0, 0,
+)  # fmt: skip
+
+
+def inside(model: nn.Module) -> dict[str, Any]:
+    """All that a user could find of a network: modules, attributes, hooks, modes and tensors, by identity and by value."""
+    found: dict[str, Any] = {}
+    for name, part in model.named_modules():
+        attributes = {
+            key: [*map(id, value.values())] if isinstance(value, dict) else value if isinstance(value, bool) else id(value)
+            for key, value in vars(part).items()
+        }
+        found[name] = (id(part), type(part), part.training, attributes)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        found[f"tensor {name}"] = (id(tensor), tensor.requires_grad, tensor.detach().tolist())
+    return found
+
+
+def lived_in() -> nn.Module:
+    """A network with everything that must come back: mixed modes, frozen tensors, hooks, notes of its owner."""
+    model = net(blocks=2).train()
+    model.stage1[0].bn1.eval()
+    model.stage2.requires_grad_(False)
+    model.stage1[1].register_forward_hook(lambda *_: None)
+    model.stem.note = {"by": "its owner"}
+    return model
+
+
+def stopped(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+STOPS = {
+    "solving": lambda patch: patch.setattr(module, "solution_of", stopped),
+    "installing": lambda patch: patch.setattr(module, "_measured", stopped),
+    "freezing": lambda patch: patch.setattr(module, "_freeze", stopped),
+    "means": lambda patch: patch.setattr(module, "absorb_means", stopped),
+    "describing": lambda patch: patch.setattr(module, "describe", stopped),
+    "refit": lambda patch: patch.setattr("sharefold.repair.refit.Refit.run", stopped),
+    "within the refit": lambda patch: patch.setattr("sharefold.repair.refit.refit_rectified", stopped),
+    "norms": lambda patch: patch.setattr("sharefold.repair.batchnorm_statistics.run_on", stopped),
+    "head": lambda patch: patch.setattr("sharefold.repair.classifier._moments", stopped),
+    "refining": lambda patch: patch.setattr("sharefold.repair.refine.random_views", stopped),
+    "rounding": lambda patch: patch.setattr("sharefold.store.quantize.fold_norms", stopped),
+    "comparing": lambda patch: patch.setattr(module, "agreement", stopped),
+}
+
+
+@pytest.mark.parametrize("stop", list(STOPS))
+@pytest.mark.parametrize("shelf", [False, True], ids=["no bank before", "a bank before"])
+def test_an_interruption_anywhere_leaves_the_network_as_it_was(stop: str, shelf: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lived_in()
+    if shelf:
+        add_bank(model, "mine", Bank({"weight": torch.ones(2, 2)}, uses=1))
+        model.sharefold_config = {"of": "its owner"}
+    before = inside(model)
+    STOPS[stop](monkeypatch)
+    plan = Plan(PLAN.groups, 0, 0, store="int6")
+    with pytest.raises(KeyboardInterrupt):
+        sharefold.convert_(model, plan, IMAGES, refine=1, config=CONFIG)
+    assert inside(model) == before
+
+
+def test_a_store_that_does_not_fit_leaves_the_dense_network() -> None:
+    model = lived_in()
+    before = inside(model)
+    with pytest.raises(SharefoldError, match="300 bytes") as caught:
+        sharefold.convert_(model, Plan(PLAN.groups, 0, 0, store="mixed:300B"), IMAGES, config=CONFIG)
+    assert "\n" not in str(caught.value) and inside(model) == before
+    assert not hasattr(model, "sharefold_config") and not hasattr(model, "sharefold_banks")
+
+
+def test_after_a_failure_it_converts_as_if_nothing_had_been() -> None:
+    failed, fresh = net(blocks=2), net(blocks=2)
+    with pytest.raises(SharefoldError):
+        sharefold.convert_(failed, Plan(PLAN.groups, 0, 0, store="mixed:300B"), IMAGES, config=CONFIG)
+    done = [sharefold.convert_(model, PLAN, IMAGES, config=CONFIG) for model in (failed, fresh)]
+    assert done[0].kl == done[1].kl
+    assert all(torch.equal(tensor, fresh.state_dict()[name]) for name, tensor in failed.state_dict().items())
+
+
+def test_the_plan_of_a_recipe_that_reorders_channels_comes_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net(blocks=3)
+    before = inside(model)
+    plan = sharefold.build_plan("layer-reuse", model, IMAGES[:1])
+    assert plan.groups
+    monkeypatch.setattr(module, "agreement", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        sharefold.convert_(model, plan, IMAGES, config=CONFIG)
+    assert inside(model) == before
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "a module": lambda m: replace_module(m, "stem", nn.Conv2d(3, 8, 1)),
+    "a module inside of a container": lambda m: m.stage1.append(nn.Identity()),
+    "an attribute": lambda m: setattr(m.stem, "note", 1),
+    "a lost attribute": lambda m: delattr(m.stem, "note"),
+    "a container": lambda m: m.stem.note.update(by="another"),
+    "a forward": lambda m: setattr(m.stem, "forward", lambda x: x),
+    "a hook": lambda m: m.fc.register_forward_hook(lambda *_: None),
+    "a lost hook": lambda m: m.stage1[1]._forward_hooks.clear(),
+    "a mode": lambda m: m.eval(),
+    "a value": lambda m: m.stem.weight.data.zero_(),
+    "a statistic": lambda m: m.bn.reset_running_stats(),
+    "a flag": lambda m: m.requires_grad_(False),
+    "another parameter": lambda m: setattr(m.fc, "bias", nn.Parameter(torch.zeros(5))),
+    "another buffer": lambda m: m.bn.register_buffer("more", torch.zeros(2)),
+}
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_whatever_was_changed_in_the_block_is_put_back(change: str, error: type[BaseException]) -> None:
+    model = lived_in()
+    before = inside(model)
+    with pytest.raises(error), restored_on_error(model):
+        CHANGES[change](model)
+        assert inside(model) != before
+        raise error
+    assert inside(model) == before
+
+
+def test_without_an_error_changes_stay() -> None:
+    model = lived_in()
+    with restored_on_error(model):
+        model.stem.weight.data.zero_()
+        model.note = 1
+    assert not model.stem.weight.any() and model.note == 1
