@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .common import Run, shared_options
-from .source import SourceOptions, source_options
+from .input_check import input_warning, look_at
+from .source import SourceOptions, preprocess_options, source_options
 
 if TYPE_CHECKING:
     from sharefold.graph import Group, NetworkGraph
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 )
 @click.option("--exclude", metavar="REGEX", help="Leave out layers whose name matches.")
 @click.option("--layers", "show_layers", is_flag=True, help="List every layer, not only the groups.")
-@click.option("--input-size", metavar="C,H,W", help="Input size.  [default: the model's]")
+@click.option("--data", metavar="DATA", help="Images, no labels: are they prepared as the network expects?")
+@click.option("--split", default="train", show_default=True, help="Which part of DATA.")
+@preprocess_options
 @click.option("--outputs", metavar="KIND", multiple=True, help="What an output is: logits:axis=1, boxes:regression; repeatable.")
 @shared_options
 def command(
@@ -35,6 +38,10 @@ def command(
     first_block: str,
     exclude: str | None,
     show_layers: bool,
+    data: str | None,
+    split: str,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
     input_size: str | None,
     outputs: tuple[str, ...],
 ) -> None:
@@ -42,18 +49,23 @@ def command(
 
     \b
     sharefold inspect timm:resnet50 --no-pretrained
+    sharefold inspect my-network.pt --data imagefolder:/data/imagenet
     """
     device = run.setup()
     import torch
 
+    from sharefold.calibration.input_fit import sample_size
     from sharefold.data import Preprocess, calibration_images
     from sharefold.graph import analyze, find_groups
     from sharefold.measure import count_parameters
     from sharefold.outputs import read_outputs
 
-    opened = source.open()
-    preprocess = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size)
-    size = preprocess.size
+    opened = source.open(look_at(data, split, run.seed, mean=mean, std=std, input_size=input_size))
+    preprocess = Preprocess.from_cfg(opened.pretrained_cfg, mean=mean, std=std, input_size=input_size)
+    size, warning = preprocess.size, None
+    if data is not None:
+        images = calibration_images(data, preprocess, sample_size(*size[1:]), run.seed, split)
+        warning = input_warning(opened.model.to(device), images, preprocess, opened.pretrained_cfg)
     graph = analyze(opened.model.to(device), torch.zeros(1, *size, device=device))
     groups = find_groups(graph, by_role=by_role, first_block=first_block, exclude=exclude)
     total = count_parameters(opened.model)
@@ -73,6 +85,7 @@ def command(
             "groups": [_group(group) for group in groups],
             "repeats": [{"name": repeat.name, "blocks": repeat.blocks} for repeat in graph.repeats],
             "skipped": graph.skipped,
+            "input_warning": warning,
         }
     )
 

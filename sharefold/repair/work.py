@@ -16,12 +16,17 @@ from sharefold.repair.guard import Guard, StepRecord
 
 @dataclass(frozen=True)
 class Work:
-    """One converted network, to be repaired in place."""
+    """One converted network, to be repaired in place.
+
+    Attributes:
+        base: of the network that the shared layers were solved for: ``cal`` itself, or what narrowing left of it.
+    """
 
     cal: Calibration
     model: nn.Module
     plan: Plan
     guard: Guard
+    base: Calibration
     progress: Progress | None = None
 
 

@@ -252,7 +252,7 @@ def test_default_output(source: str, name: str) -> None:
 def test_a_plan_file_must_be_one(tmp_path: Path) -> None:
     from sharefold_cli.convert_request import read_plan
 
-    for text, words in (("{", "not JSON"), ("[]", "no list of groups"), ("\udcff", "cannot be read")):
+    for text, words in (("{", "not JSON"), ("[]", "no list of groups"), ("\udcff", "is no text")):
         (tmp_path / "p.json").write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(SharefoldError, match=words):
             read_plan(tmp_path / "p.json")
