@@ -86,12 +86,9 @@ class GroupProblem:
 
     def only(self, index: int) -> GroupProblem:
         """The problem of one layer alone."""
-        return self.among([index])
-
-    def among(self, pick: list[int]) -> GroupProblem:
-        """The problem of some of the layers."""
+        pick = slice(index, index + 1)
         return GroupProblem(
-            [self.forms[k] for k in pick], self.weights[pick], self.moments[pick], self.row_weights[pick], self.importance[pick],
+            self.forms[pick], self.weights[pick], self.moments[pick], self.row_weights[pick], self.importance[pick],
             None if self.frames is None else self.frames[pick],
         )  # fmt: skip
 

@@ -48,10 +48,6 @@ class RaggedProblem:
         """The problem of one layer alone."""
         return self.alone[index]
 
-    def among(self, pick: list[int]) -> RaggedProblem:
-        """The problem of some of the layers."""
-        return RaggedProblem([self.alone[k] for k in pick])
-
     def flat(self) -> Problem:
         """All layers as wide as the widest: weights (K, O, N), moments (K, N, N), row weights (K, O)."""
         rows = max(form.out_channels for form in self.forms)

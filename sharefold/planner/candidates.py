@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -230,12 +229,9 @@ class _Unit:
         best = [[min(row, key=lambda o: o.value + price * o.cost) for row in table] for price in prices]
         options += [_together(picks) for picks in best]
         for method in methods:
-            ways = [candidate for other, candidate in shared if other is method]
-            found = []
-            for candidate in ways:
-                found.append(self._shared(method, candidate, list(range(len(table)))))
-                found += self._partly_shared(method, candidate, prices, best)
-            options += [*found, *self._among_stayers(method, found, prices, best)]
+        for method, candidate in shared:
+            options.append(self._shared(method, candidate, list(range(len(table)))))
+            options += self._partly_shared(method, candidate, prices, best)
         return _undominated(options)
 
     def _parts(self, shared: Sequence[tuple[LayerMethod, Candidate]], member: int) -> list[Option]:
@@ -245,26 +241,6 @@ class _Unit:
             Option(self.cost.member(names, forms, method, candidate), float(candidate.errors[member] * weights[member]))
             for method, candidate in shared
         ]
-
-    def _among_stayers(
-        self, method: LayerMethod, found: list[Option], prices: list[float], best: list[list[Option]]
-    ) -> list[Option]:
-        """Candidates for those alone who stay most often, where some leave: without the leavers they do better."""
-        winners = [min(found, key=lambda o: o.value + price * o.cost) for price in prices] if found else []
-        counted = Counter(option.plans[0].members for option in winners if 1 < len(option.plans[0].members) < len(best[0]))
-        if not counted:
-            return []
-        members = counted.most_common(1)[0][0]
-        stay = [k for k, name in enumerate(self.group.members) if name in members]
-        unit = _Unit(replace(self.group, members=members), self.problem.among(stay), self.cost)
-        if isinstance(unit.problem, RaggedProblem) and not is_ragged(unit.problem.forms):
-            return []
-        leavers = {tuple(id(row[k]) for k in range(len(row)) if k not in stay): row for row in best}
-        options = []
-        for candidate in method.candidates(unit.problem):  # type: ignore[arg-type]
-            kept = unit._shared(method, candidate, list(range(len(stay))))
-            options += [_together([kept, *(row[k] for k in range(len(row)) if k not in stay)]) for row in leavers.values()]
-        return options
 
     def _per_layer_table(self, methods: Sequence[LayerMethod]) -> list[list[Option]]:
         """For every member what it may become on its own, "keep" first."""
@@ -283,8 +259,7 @@ class _Unit:
     ) -> list[Option]:
         """``candidate`` without the members that do better on their own at some price.
 
-        The others' errors are those of sharing with everybody: what they would be without the leavers, and less at best, only
-        :meth:`_among_stayers` says.
+        The others' errors are those of sharing with everybody; solved again without the leavers they can only fall.
         """
         size, forms = len(self.group.members), self.problem.forms
         own = self.cost.member(self.group.members, forms, method, candidate)
