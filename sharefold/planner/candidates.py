@@ -228,7 +228,6 @@ class _Unit:
         prices = sorted({*prices_of(table), *prices_of(together, PRICES // 2)})
         best = [[min(row, key=lambda o: o.value + price * o.cost) for row in table] for price in prices]
         options += [_together(picks) for picks in best]
-        for method in methods:
         for method, candidate in shared:
             options.append(self._shared(method, candidate, list(range(len(table)))))
             options += self._partly_shared(method, candidate, prices, best)
