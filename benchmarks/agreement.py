@@ -58,6 +58,9 @@ def convert(
     done = sharefold.convert_(trial, plan, planner.cal, config=config)
     sharefold.save(trial, file, force=True)
     row = {"parameters": count_parameters(trial), "cpu_seconds": round(time.process_time() - start, 1)}
+    row.update(
+        seen_before=done.seen_before, new_agreement=done.new_agreement, new_agreement_interval=done.new_agreement_interval
+    )
     row.update(agreement=done.agreement, agreement_interval=done.agreement_interval, report_images=done.report_images, kl=done.kl)
     truth = agreement(model, trial, new, batch_size=100)
     return {**row, "test_agreement": truth.top1, "test_kl": truth.kl, "test_images": len(new)}

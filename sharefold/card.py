@@ -54,4 +54,8 @@ def _agreement(metrics: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(share, float) or not isinstance(interval, (list, tuple)) or len(interval) != 2 or not count:
         return {}
     told = f"{share:.4f} ({interval[0]:.4f} to {interval[1]:.4f}, 95 % interval of {count} held-out calibration images)"
-    return {"agreement": told, "report_images": None}
+    hidden = {"agreement": told, "report_images": None, "seen_before": None, "new_agreement": None}
+    new, around = metrics.get("new_agreement"), metrics.get("new_agreement_interval")
+    if metrics.get("seen_before") and isinstance(new, float) and isinstance(around, (list, tuple)) and len(around) == 2:
+        hidden["agreement expected on new images"] = f"{new:.4f} ({around[0]:.4f} to {around[1]:.4f}, by mild views of them)"
+    return hidden

@@ -16,6 +16,7 @@ from sharefold.architectures.bases import base_of
 from sharefold.budget import Effort, parse_effort
 from sharefold.calibration.calibrate import Calibration, calibration_of, copied
 from sharefold.calibration.images import input_config
+from sharefold.calibration.new_images import seen_before, stand_ins
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.graph.preserved import restored_on_error
 from sharefold.intervals import wilson
@@ -53,6 +54,10 @@ class Conversion:
         agreement_interval: 95 % interval of the agreement on all images like these (Wilson); None likewise.
         report_images: how many images are behind it; 0 where it was not measured.
         kl: mean KL(original || converted) on them, nats; None likewise.
+        seen_before: whether the network was trained on these images, as far as its certainty tells: it then agrees with its
+            conversion more often on them than on new ones.
+        new_agreement: agreement on mild views of them, which stand for new images (:mod:`sharefold.calibration.new_images`).
+        new_agreement_interval: 95 % interval, counting images, not views.
         steps: the repairs, by name, and whether they were kept.
         seconds: wall-clock seconds of each phase.
     """
@@ -63,6 +68,9 @@ class Conversion:
     kl: float | None
     agreement_interval: tuple[float, float] | None = None
     report_images: int = 0
+    seen_before: bool = False
+    new_agreement: float | None = None
+    new_agreement_interval: tuple[float, float] | None = None
     steps: dict[str, StepRecord] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -95,13 +103,23 @@ def convert_(
     seconds: dict[str, float] = {}
     with restored_on_error(model):
         done, cal, steps = carry_out(model, plan, cal, wanted, seconds, progress)
-        count = len(cal.parts.report) if cal.comparable else 0
-        found = agreement(cal.original, model, cal.reporting) if count else None
+        figures = _reported(model, cal)
     teacher = copied(cal.original) if cal is calibration else cal.original
-    result = Conversion(done, teacher, None, None, steps={step.name: step for step in steps}, seconds=seconds)
-    if found is None:
-        return result
-    return replace(result, agreement=found.top1, kl=found.kl, agreement_interval=wilson(found.top1, count), report_images=count)
+    return Conversion(done, teacher, **figures, steps={step.name: step for step in steps}, seconds=seconds)
+
+
+def _reported(model: nn.Module, cal: Calibration) -> dict[str, Any]:
+    """The figures of :class:`Conversion` on the part ``report`` of the images."""
+    images, count = cal.reporting, len(cal.parts.report)
+    if not count or not cal.comparable:
+        return {"agreement": None, "kl": None}
+    views = stand_ins(images, cal.seed)
+    found, new = (agreement(cal.original, model, shown) for shown in (images, views))
+    return {
+        "agreement": found.top1, "agreement_interval": wilson(found.top1, count), "report_images": count, "kl": found.kl,
+        "seen_before": seen_before(cal.original, images, views), "new_agreement": new.top1,
+        "new_agreement_interval": wilson(new.top1, count),
+    }  # fmt: skip
 
 
 def carry_out(
