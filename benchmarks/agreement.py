@@ -16,6 +16,7 @@ import argparse
 import copy
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ from cifar import WEIGHTS, data_folder, hardware, read_split
 from torch import Tensor, nn
 
 import sharefold
+from sharefold.calibration.new_images import seen_before, stand_ins
+from sharefold.calibration.parts import parts_of
 from sharefold.data import Preprocess
+from sharefold.outputs.intervals import wilson
 from sharefold.measure import agreement, count_parameters
 from sharefold.planner import Planner
 
@@ -49,33 +53,57 @@ def load(network: str, seed: int, options: argparse.Namespace) -> tuple[nn.Modul
     return source.model, {"base": source.base, "pretrained_cfg": source.pretrained_cfg}, images, new
 
 
-def convert(
-    model: nn.Module, config: dict[str, Any], images: Tensor, new: Tensor, size: str, planner: Planner, file: Path
-) -> dict[str, Any]:
-    """One converted network, written to ``file``, and its row."""
+def convert(model: nn.Module, config: dict[str, Any], new: Tensor, size: str, planner: Planner, file: Path) -> dict[str, Any]:
+    """One converted network, written to ``file``, and its agreement on all the test images: the truth."""
     start, trial = time.process_time(), copy.deepcopy(model)
-    plan = planner.plan(size)
-    done = sharefold.convert_(trial, plan, planner.cal, config=config)
+    sharefold.convert_(trial, planner.plan(size), planner.cal, config=config)
     sharefold.save(trial, file, force=True)
     row = {"parameters": count_parameters(trial), "cpu_seconds": round(time.process_time() - start, 1)}
-    row.update(agreement=done.agreement, agreement_interval=done.agreement_interval, report_images=done.report_images, kl=done.kl)
     truth = agreement(model, trial, new, batch_size=100)
     return {**row, "test_agreement": truth.top1, "test_kl": truth.kl, "test_images": len(new)}
 
 
-def measure(network: str, seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+def estimate(model: nn.Module, converted: nn.Module, images: Tensor, seed: int) -> dict[str, Any]:
+    """What the command says of ``converted``: the same figures as in :class:`sharefold.Conversion`."""
+    report = images[parts_of(len(images), seed).report]
+    views = stand_ins(report, seed)
+    row: dict[str, Any] = {"report_images": len(report), "seen_before": seen_before(model, report, views)}
+    for name, shown in (("", report), ("new_", views)):
+        found = agreement(model, converted, shown, batch_size=100)
+        row |= {f"{name}agreement": found.top1, f"{name}kl": found.kl}
+        row[f"{name}agreement_interval"] = wilson(found.top1, len(report))
+    return row
+
+
+def measure(network: str, seed: int, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     model, config, images, new = load(network, seed, options)
     planner = Planner(sharefold.calibrate(model, images, seed=seed))
-    rows = []
     for size in options.sizes or SIZES[network]:
         file = options.cache / f"{network}-{size.rstrip('%')}-{seed}.safetensors"
         notes = file.with_suffix(".json")
         if not notes.exists():
-            notes.write_text(json.dumps(convert(model, config, images, new, size, planner, file)))
-        row = {"network": network, "size": size, "seed": seed, "images": len(images), **json.loads(notes.read_text())}
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+            notes.write_text(json.dumps(convert(model, config, new, size, planner, file)))
+        known = json.loads(notes.read_text())
+        row = {"network": network, "size": size, "seed": seed, "images": len(images), **known}
+        yield {**row, **estimate(model, sharefold.load(file), images, seed)}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Claims against the truth; a star where the truth lies inside the interval."""
+
+    def told(row: dict[str, Any], name: str) -> str:
+        low, high = row[f"{name}agreement_interval"]
+        inside = "*" if low <= row["test_agreement"] <= high else ""
+        return f"{100 * row[f'{name}agreement']:.1f} ({100 * low:.1f} to {100 * high:.1f}){inside}"
+
+    head = ["network", "size", "on report images", "on mild views of them", "seen before", "on test images"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines += [
+        f"| {r['network']} | {r['size']} | {told(r, '')} | {told(r, 'new_')} | {'yes' if r['seen_before'] else 'no'} | "
+        f"{100 * r['test_agreement']:.2f} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -96,6 +124,7 @@ def main() -> None:
             for row in measure(network, seed, options):
                 rows = [r for r in rows if any(r[k] != row[k] for k in ("network", "size", "seed"))] + [row]
                 target.write_text(json.dumps({"hardware": hardware(), "rows": rows}, indent=1) + "\n")
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -27,4 +27,9 @@ def agreement_text(done: Conversion, cal: Calibration, procedural: bool = False)
     if done.agreement_interval is not None:
         told = share_text(done.agreement, done.agreement_interval)
         text = f"top-1 agreement {told} on {done.report_images} {kind} kept for the report (95 % interval)"
-    return f"{text}; on real images it may be lower" if procedural else text
+    if procedural:
+        return f"{text}; on real images it may be lower"
+    if done.seen_before and done.new_agreement is not None:
+        new = share_text(done.new_agreement, done.new_agreement_interval)
+        text += f"; the network knows these images from its training: of new ones expect {new}, by mild views of them"
+    return text

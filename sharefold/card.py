@@ -59,7 +59,14 @@ def _agreement(metrics: Mapping[str, Any]) -> dict[str, Any]:
     if not all(isinstance(number, float) for number in numbers) or not is_int(count) or not count:
         return {}
     told = f"{numbers[0]:.4f} ({numbers[1]:.4f} to {numbers[2]:.4f}, 95 % interval of {count} held-out calibration images)"
-    return {"agreement": told, "report_images": None}
+    hidden = {"agreement": told, "report_images": None, "seen_before": None, "new_agreement": None}
+    new, around = metrics.get("new_agreement"), metrics.get("new_agreement_interval")
+    if metrics.get("seen_before") is True and isinstance(around, (list, tuple)) and len(around) == 2:
+        numbers = [new, *around]
+        if all(isinstance(number, float) for number in numbers):
+            span = f"{numbers[1]:.4f} to {numbers[2]:.4f}"
+            hidden["agreement expected on new images"] = f"{numbers[0]:.4f} ({span}, by mild views of them)"
+    return hidden
 
 
 def _text(value: object) -> str:

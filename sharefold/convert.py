@@ -18,6 +18,7 @@ from sharefold.architectures.bases import base_of
 from sharefold.budget import parse_effort
 from sharefold.calibration.calibrate import Calibration, calibration_of, copied
 from sharefold.calibration.images import input_config
+from sharefold.calibration.new_images import seen_before, stand_ins
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.format import FileConfig, carry_config
 from sharefold.graph.preserved import restored_on_error
@@ -29,6 +30,8 @@ from sharefold.methods.solved import solution_of, solutions_of
 from sharefold.options import CalibrationOptions, ConvertOptions, RefineOptions, chosen
 from sharefold.outputs import Figure
 from sharefold.outputs.agreement import mean_agreement
+from sharefold.outputs.intervals import wilson
+from sharefold.outputs.leaf import LOGITS
 from sharefold.plans import GroupPlan, Plan, Progress
 from sharefold.repair.batchnorm_statistics import NormStatistics
 from sharefold.repair.classifier import Classifier
@@ -60,6 +63,11 @@ class Conversion:
         outputs: a figure for people an output, with a 95 % interval, on the same images; none where there are none.
         agreement_interval: 95 % interval of the agreement on all images like these (Wilson); None where it was not measured.
         report_images: how many images are behind it; 0 where nothing was measured.
+        seen_before: whether the network was trained on these images, as far as its certainty tells: it then agrees with its
+            conversion more often on them than on new ones.
+        new_agreement: agreement on mild views of them, which stand for new images (:mod:`sharefold.calibration.new_images`);
+            None where the network does not predict one class.
+        new_agreement_interval: 95 % interval, counting images, not views.
         steps: the repairs, by name, and whether they were kept.
         seconds: wall-clock seconds of each phase.
     """
@@ -71,6 +79,9 @@ class Conversion:
     outputs: list[Figure] = field(default_factory=list)
     agreement_interval: tuple[float, float] | None = None
     report_images: int = 0
+    seen_before: bool = False
+    new_agreement: float | None = None
+    new_agreement_interval: tuple[float, float] | None = None
     steps: dict[str, StepRecord] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -103,21 +114,28 @@ def convert_(
     seconds: dict[str, float] = {}
     with restored_on_error(model):
         done, cal, steps = carry_out(model, plan, cal, wanted, seconds, progress)
-        kl, figures = _reported(model, cal)
+        figures = _reported(model, cal)
     teacher = copied(cal.original) if cal is calibration else cal.original
+    return Conversion(done, teacher, **figures, steps={step.name: step for step in steps}, seconds=seconds)
+
+
+def _reported(model: nn.Module, cal: Calibration) -> dict[str, Any]:
+    """The figures of :class:`Conversion` on the part ``report`` of the images, on which nothing was fitted or decided."""
+    images = cal.reporting
+    if not cal.comparable or not len(images):
+        return {"agreement": math.nan, "kl": math.nan}
+    found, figures = cal.comparison(images).measure(model)
+    result = {"agreement": mean_agreement(figures), "kl": found.mean, "outputs": figures, "report_images": len(images)}
     agreed = [figure for figure in figures if figure.metric == "agreement"]
-    return Conversion(
-        done, teacher, mean_agreement(figures), kl, figures, agreed[0].interval if len(agreed) == 1 else None,
-        len(cal.reporting) if figures else 0, {step.name: step for step in steps}, seconds,
-    )  # fmt: skip
-
-
-def _reported(model: nn.Module, cal: Calibration) -> tuple[float, list[Figure]]:
-    """Divergence and figures on the images on which nothing was fitted or decided; NaN and none where there are none."""
-    if not cal.comparable or not len(cal.reporting):
-        return math.nan, []
-    found, figures = cal.comparison(cal.reporting).measure(model)
-    return found.mean, figures
+    if len(agreed) == 1:
+        result["agreement_interval"] = agreed[0].interval
+        leaf = cal.reading.classes
+        if len(cal.reading.leaves) == 1 and leaf is not None and leaf.kind == LOGITS and leaf.axis == 1:
+            views = stand_ins(images, cal.seed)
+            new = mean_agreement(cal.comparison(views).measure(model)[1])
+            result |= {"seen_before": seen_before(cal.original, images, views), "new_agreement": new,
+                       "new_agreement_interval": wilson(new, len(images))}  # fmt: skip
+    return result
 
 
 def carry_out(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sharefold
+from sharefold.calibration.new_images import stand_ins
 from sharefold.calibration.parts import images_for, parts_of
 from sharefold.measure import agreement
 from sharefold.outputs.intervals import trials_needed, wilson
@@ -112,6 +113,8 @@ def test_the_figures_are_those_of_the_report() -> None:
     found = agreement(net(), model, wanted)
     assert done.report_images == 50 and done.agreement == found.top1 and done.kl == pytest.approx(found.kl, rel=1e-5)
     assert done.agreement_interval == wilson(found.top1, 50)
+    new = agreement(net(), model, stand_ins(wanted, 0))
+    assert done.new_agreement == new.top1 and done.new_agreement_interval == wilson(new.top1, 50)
 
 
 def test_few_images_report_nothing() -> None:

@@ -104,10 +104,16 @@ def test_promises_that_no_result_could_show_are_refused() -> None:
 
 
 def test_agreement_in_words() -> None:
-    done = SimpleNamespace(agreement=0.98, agreement_interval=wilson(0.98, 150), report_images=150)
+    done = SimpleNamespace(
+        agreement=0.98, agreement_interval=wilson(0.98, 150), report_images=150, seen_before=False, new_agreement=0.96,
+        new_agreement_interval=wilson(0.96, 150),
+    )  # fmt: skip
     assert share_text(0.98, wilson(0.98, 150)) == "98.00% (94.3 to 99.3%)"
     told = agreement_text(done, calibration())
     assert told == "top-1 agreement 98.00% (94.3 to 99.3%) on 150 calibration images kept for the report (95 % interval)"
+    done.seen_before = True
+    more = "; the network knows these images from its training: of new ones expect 96.00% (91.5 to 98.2%), by mild views of them"
+    assert agreement_text(done, calibration()) == told + more
     assert "on real images it may be lower" in agreement_text(done, calibration(), procedural=True)
     nothing = SimpleNamespace(agreement=None)
     assert agreement_text(nothing, calibration(60, 4)) == "agreement not measured: only 64 images, 200 or more are needed"
