@@ -74,6 +74,7 @@ def command(
     from sharefold.calibration.images import default_count, matched
     from sharefold.data import Preprocess, calibration_images
     from sharefold.measure import count_macs, count_parameters, model_bytes, peak_memory
+    from sharefold.outputs.figures import metrics_of
     from sharefold.planner import Planner
 
     timer = Timer()
@@ -106,6 +107,7 @@ def command(
         model, images, seed=run.seed, example_input=example, outputs=request.outputs or None, held_out=held_out
     )
     if request.keep is not None:
+        request.keep.check(metrics_of(cal.reading))
         check_enough(cal, request.keep)
     config = {"base": opened.base, "pretrained_cfg": jsonable({**opened.pretrained_cfg, **preprocess.cfg})}
     how = replace(request.how, config=config)

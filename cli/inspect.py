@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,6 +13,7 @@ from .source import SourceOptions, preprocess_options, source_options
 
 if TYPE_CHECKING:
     from sharefold.graph import Group, NetworkGraph
+    from sharefold.graph.hidden_channels import HiddenSpace
 
 
 @click.command("inspect")
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 )
 @click.option("--exclude", metavar="REGEX", help="Leave out layers whose name matches.")
 @click.option("--layers", "show_layers", is_flag=True, help="List every layer, not only the groups.")
+@click.option("--hidden", "show_hidden", is_flag=True, help="List which channels method fold can leave out.")
 @click.option("--data", metavar="DATA", help="Images, no labels: are they prepared as the network expects?")
 @click.option("--split", default="train", show_default=True, help="Which part of DATA.")
 @preprocess_options
@@ -38,6 +41,7 @@ def command(
     first_block: str,
     exclude: str | None,
     show_layers: bool,
+    show_hidden: bool,
     data: str | None,
     split: str,
     mean: tuple[float, ...] | None,
@@ -57,6 +61,7 @@ def command(
     from sharefold.calibration.input_fit import sample_size
     from sharefold.data import Preprocess, calibration_images
     from sharefold.graph import analyze, find_groups
+    from sharefold.graph.hidden_channels import hidden_spaces
     from sharefold.measure import count_parameters
     from sharefold.outputs import read_outputs
 
@@ -69,7 +74,10 @@ def command(
     graph = analyze(opened.model.to(device), torch.zeros(1, *size, device=device))
     groups = find_groups(graph, by_role=by_role, first_block=first_block, exclude=exclude)
     total = count_parameters(opened.model)
+    spaces, stay = hidden_spaces(opened.model, graph, exclude)
     _print(run, opened.name, graph, groups, total, size, show_layers)
+    if show_hidden:
+        _print_hidden(run, spaces, stay)
     images = calibration_images(None, preprocess, 8, run.seed)
     reading = read_outputs(opened.model, images.to(device), graph, outputs or None)
     run.table(["output", "is", "because"], reading.lines(), title="outputs")
@@ -85,6 +93,8 @@ def command(
             "groups": [_group(group) for group in groups],
             "repeats": [{"name": repeat.name, "blocks": repeat.blocks} for repeat in graph.repeats],
             "skipped": graph.skipped,
+            "hidden": [asdict(space) for space in spaces],
+            "not_hidden": stay,
             "input_warning": warning,
         }
     )
@@ -170,3 +180,12 @@ def _print(
     if graph.skipped:
         run.table(["left out", "because"], list(graph.skipped.items()))
     run.say(f"one kernel a group would save {shareable:,} parameters ({shareable / max(total, 1):.1%})")
+
+
+def _print_hidden(run: Run, spaces: list[HiddenSpace], stay: dict[str, str]) -> None:
+    rows = [
+        [space.writer, str(space.channels), " ".join((*space.gates, *space.through)), " ".join(space.readers)] for space in spaces
+    ]
+    run.table(["hidden channels of", "channels", "carried by", "read by"], rows, title="what method fold can leave out")
+    if stay:
+        run.table(["channels of", "stay because"], list(stay.items()))

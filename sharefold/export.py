@@ -91,7 +91,8 @@ def export(
         raise SharefoldError(f"output {target} is a folder: name a file ending in {' or '.join(FORMATS[kind])}")
     network = model if all(p.device.type == "cpu" for p in model.parameters()) else copy.deepcopy(model).cpu()
     if example_input is None:
-        example_input = _random((2, *input_config(model)["input_size"]))
+        kind_of = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        example_input = _random((2, *input_config(model)["input_size"])).to(kind_of)
     example = example_input.detach().cpu()
     if dynamic_batch and kind != "dense" and len(example) < 2:
         example = torch.cat([example, example])  # tracing would take a batch of one for a constant
@@ -100,7 +101,7 @@ def export(
             difference = _write_expanded(network, target, example, tolerance)
             names: Names = ((), ())
         else:
-            check = [example, _random((3, *example.shape[1:]))] if dynamic_batch else [example]
+            check = [example, _random((3, *example.shape[1:])).to(example.dtype)] if dynamic_batch else [example]
             program = _trace(network, example, dynamic_batch)
             write = _write_onnx if kind == "onnx" else _write_archive
             difference, names = write(network, program, target, check, tolerance)

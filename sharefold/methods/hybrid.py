@@ -27,7 +27,7 @@ from sharefold.solvers.variable_projection import Kind, VariableProjection
 # Of a candidate's parameters, what the layers' own filters and their coefficients take.
 SHARES = (0.4, 0.65)
 # Candidates per share, of which so many are fitted; the errors of those between are interpolated.
-POINTS = 14
+POINTS = 32
 FITTED = 5
 # Smaller ones, of the dense weights, leave hardly anything of the outputs.
 SMALLEST = 0.04
@@ -54,7 +54,7 @@ class Hybrid(TwoFactors):
             return []
         large = flat.columns > LARGE_FEATURES
         work = VariableProjection(flat, kind_of(forms[0]), groups=forms[0].groups, inputs=own_inputs(forms))
-        iterations = 5 if large else 20 if flat.columns <= LARGE_FEATURES // 2 else 12
+        iterations = 5 if large else 30 if flat.columns <= LARGE_FEATURES // 2 else 20
         found: dict[tuple[int, int], Candidate] = {}
         for row in sizes[1:] if large else sizes:
             costs = np.array([self.amount(forms, *size) for size in row])

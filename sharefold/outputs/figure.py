@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,9 +101,20 @@ class Target:
         """
         meant = [figure for figure in figures if figure.metric == self.metric and not math.isnan(figure.value)]
         if not meant:
-            there = ", ".join(sorted({figure.metric for figure in figures})) or "nothing to compare"
-            raise SharefoldError(f"--keep {self.text}: this network has no {self.metric} to keep: there is {there}")
+            self.check([figure.metric for figure in figures if figure.metric != self.metric])
+            raise SharefoldError(f"--keep {self.text}: the images have nothing to tell it by: give others with --calib")
         return meant
+
+    def check(self, metrics: Iterable[str]) -> None:
+        """Checks that the metric is among these.
+
+        Raises:
+            SharefoldError: it is not; says which there are.
+        """
+        there = sorted(set(metrics))
+        if self.metric not in there:
+            text = ", ".join(there) or "nothing to compare"
+            raise SharefoldError(f"--keep {self.text}: this network has no {self.metric} to keep: there is {text}")
 
     @property
     def images(self) -> int:

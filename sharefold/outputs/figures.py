@@ -218,6 +218,25 @@ def _count_of(leaf: Leaf, term: Term) -> _Count:
     return _Error(leaf, term)
 
 
+def metrics_of(reading: OutputReading) -> list[str]:
+    """Of the figures that two networks of this reading have."""
+    if reading.taps:
+        return ["error", "found"] if reading.detections else ["error"]
+    pairs = {leaf.source for leaf in reading.leaves if leaf.kind == kinds.BOXES}
+    pairs &= {leaf.source for leaf in reading.leaves if leaf.kind == kinds.SCORES}
+    found = {"found"} if pairs else set()
+    for leaf in reading.leaves:
+        if leaf.source not in pairs or leaf.kind not in (kinds.BOXES, kinds.SCORES):
+            found.add(next((metric for metric, of in _METRICS.items() if leaf.kind in of), "error"))
+            found |= {"iou"} if leaf.kind in kinds.YES_NO else set()
+    return sorted(found)
+
+
+_METRICS: dict[str, tuple[str, ...]] = {
+    "agreement": (*kinds.CLASSES, kinds.LABELS), "decisions": kinds.YES_NO, "psnr": (kinds.IMAGE,), "cosine": (kinds.EMBEDDING,),
+}  # fmt: skip
+
+
 def figure_of_criterion(per_image: Tensor) -> Figure:
     """Of the user's own criterion (n,)."""
     return Figure("criterion", "criterion", "criterion", float(per_image.mean()), of_mean(per_image), len(per_image))

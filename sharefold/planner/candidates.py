@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,10 @@ from sharefold.planner.costs import Cost, Parameters
 from sharefold.planner.objectives import Objective, objective_named
 from sharefold.plans import GroupPlan, Plan, Progress
 from sharefold.solvers import allocate as knapsack
+
+# So many mixtures of its members' own options compete with what a unit can share.
+PRICES = 40
+BEYOND = 2  # powers of ten
 
 
 @dataclass(frozen=True)
@@ -218,15 +223,23 @@ class _Unit:
         options = [Option(dense, 0.0)]
         if len(table) == 1:
             return _undominated(options + table[0])
-        prices = [price / max(dense, 1e-12) for price in torch.logspace(-2, 3, 40).tolist()]
+        shared = [(m, c) for m in methods if m.smallest_group > 1 for c in m.candidates(self.problem)]  # type: ignore[arg-type]
+        together = [row + self._parts(shared, k) for k, row in enumerate(table)]
+        prices = sorted({*prices_of(table), *prices_of(together, PRICES // 2)})
         best = [[min(row, key=lambda o: o.value + price * o.cost) for row in table] for price in prices]
         options += [_together(picks) for picks in best]
-        for method in methods:
-            if method.smallest_group > 1:
-                for candidate in method.candidates(self.problem):  # type: ignore[arg-type]
-                    options.append(self._shared(method, candidate, list(range(len(table)))))
-                    options += self._partly_shared(method, candidate, prices, best)
+        for method, candidate in shared:
+            options.append(self._shared(method, candidate, list(range(len(table)))))
+            options += self._partly_shared(method, candidate, prices, best)
         return _undominated(options)
+
+    def _parts(self, shared: Sequence[tuple[LayerMethod, Candidate]], member: int) -> list[Option]:
+        """What one member costs and suffers in every way of sharing, its part of the bank left out."""
+        names, forms, weights = self.group.members, self.problem.forms, self.problem.importance
+        return [
+            Option(self.cost.member(names, forms, method, candidate), float(candidate.errors[member] * weights[member]))
+            for method, candidate in shared
+        ]
 
     def _per_layer_table(self, methods: Sequence[LayerMethod]) -> list[list[Option]]:
         """For every member what it may become on its own, "keep" first."""
@@ -271,6 +284,35 @@ class _Unit:
         )  # fmt: skip
         cost = self.cost.shared(unit.members, problem.forms, method, candidate, stay)
         return Option(cost, float((errors * problem.importance[stay]).sum()), (group,))
+
+
+def prices_of(table: Sequence[Sequence[Option]], most: int = PRICES) -> list[float]:
+    """Damages a unit of cost between which the best option of some row changes: at most so many, evenly spaced among them.
+
+    So they have the scale of the unit's own damages and costs. Some more are spread from below the least to above the greatest:
+    which members do better on their own than in a group changes between and beyond them too.
+    """
+    slopes: set[float] = set()
+    for row in table:
+        points = [option for option in _undominated(list(row)) if math.isfinite(option.value)]
+        while len(points) > 1:
+            # From the dearest option down to the one that costs least damage for what it saves: the lower convex hull.
+            here, rest = points[0], points[1:]
+            each = [(other.value - here.value) / (here.cost - other.cost) for other in rest]
+            best = min(each)
+            slopes.add(best)
+            points = rest[max(index for index, slope in enumerate(each) if slope == best) :]
+    found = sorted(slopes)
+    # Just above a slope the step has been taken.
+    between = [math.sqrt(low * high) if low > 0 else high / 2 for low, high in zip(found, found[1:], strict=False)]
+    prices = [found[0] / 2, *between, 2 * found[-1]] if found else []
+    index = torch.linspace(0, len(prices) - 1, min(most, len(prices))).round().long().tolist()
+    positive = [price for price in prices if price > 0]
+    spread: list[float] = []
+    if positive:
+        ends = math.log10(positive[0]) - BEYOND, math.log10(positive[-1]) + BEYOND
+        spread = torch.logspace(*ends, most // 2, dtype=torch.float64).tolist()
+    return sorted({*(prices[i] for i in index), *spread})
 
 
 def _together(options: Sequence[Option]) -> Option:

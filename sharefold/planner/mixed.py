@@ -8,12 +8,14 @@ half of it: folding takes what was easy to spare, and the estimate does not know
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sharefold.calibration.calibrate import Calibration
+from sharefold.calibration.calibrate import Calibration, copied
+from sharefold.convert import carry_out
 from sharefold.methods.narrowing import narrowed
-from sharefold.options import PlanOptions
+from sharefold.options import ConvertOptions, PlanOptions
 from sharefold.planner.candidates import Candidates, find_candidates
 from sharefold.planner.costs import cost_of
 from sharefold.planner.fold_levels import FoldLevels
@@ -22,6 +24,8 @@ from sharefold.solvers import allocate as knapsack
 
 # Depths of folding that are compared, evenly spaced in the logarithm from nothing to the whole budget.
 DEPTHS = 12
+# Expected damages within this factor do not tell plans apart: the networks are run.
+CLOSE = 2.0
 
 
 @dataclass
@@ -44,7 +48,7 @@ class Mixer:
     progress: Progress | None = None
 
     def plan(self, limit: float, budget: str) -> Plan:
-        """The plan of least expected damage that costs at most ``limit``.
+        """The plan of least damage that costs at most ``limit``: expected, and where that hardly differs, measured.
 
         Raises:
             SharefoldError: neither folding nor sharing nor both reach it; says the floor of sharing.
@@ -62,7 +66,18 @@ class Mixer:
                     found += [tried] if tried is not None else []
         if not found:
             self.plain.pick(limit, budget)  # says the floor
-        return min(found, key=lambda pair: pair[0])[1]
+        least = min(damage for damage, _ in found)
+        close = [plan for damage, plan in found if damage <= CLOSE * least]
+        if len(close) == 1 or not self.cal.comparable:
+            return min(found, key=lambda pair: pair[0])[1]
+        return min(close, key=self._divergence)
+
+    def _divergence(self, plan: Plan) -> float:
+        """From the original, before repairs, on the images that decide; infinite where it is not finite."""
+        trial = copied(self.cal.original)
+        carry_out(trial, plan, self.cal, ConvertOptions(repair=False), {})
+        found = self.cal.decided.divergence(trial).mean
+        return found if math.isfinite(found) else math.inf
 
     def _widths(self, depth: int, limit: float) -> list[int]:
         total = self.levels.cost.total

@@ -21,6 +21,8 @@ Objective = Callable[[GroupProblem, Sequence[str]], Tensor]
 # The error that one layer is given to see what it does to the output, and on how many images.
 PROBE_ERROR = 0.1
 PROBE_IMAGES = 256
+# Of damages; factors count relative to each other, and networks of small outputs have small ones throughout.
+SMALLEST = 1e-30
 
 
 def error(statistics: Statistics) -> Objective:
@@ -42,7 +44,7 @@ def fisher(statistics: Statistics) -> Objective:
             return torch.ones_like(problem.importance)
         rows = torch.stack([sensitivity[name] for name in names]).to(problem.weights)
         damage = replace(problem, row_weights=rows).energy / 2
-        return damage.clamp_min(1e-12).sqrt()
+        return damage.clamp_min(SMALLEST).sqrt()
 
     return factors
 
@@ -58,7 +60,7 @@ def output_kl(statistics: Statistics) -> Objective:
 
     def factors(problem: GroupProblem, names: Sequence[str]) -> Tensor:
         found = [probe(problem.only(k), name) for k, name in enumerate(names)]
-        return torch.tensor(found).to(problem.importance).clamp_min(1e-12).sqrt()
+        return torch.tensor(found).to(problem.importance).clamp_min(SMALLEST).sqrt()
 
     return factors
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from networks import BLOCKS, Boxes, images, net
+from networks import BLOCKS, Boxes, Mute, images, net
 from torch import nn
 
 import sharefold
@@ -90,6 +90,8 @@ def test_unknown_objectives_name_the_nearest():
         sharefold.plan(net("residual"), budget="50%", calibration=CALIBRATION, objective="fischer")
 
 
-def test_kl_needs_logits():
-    with pytest.raises(SharefoldError):
-        sharefold.plan(Boxes(net("residual")), budget="70%", calibration=CALIBRATION, objective="kl")
+def test_kl_needs_something_to_compare():
+    with pytest.raises(SharefoldError, match="nothing by which"):
+        sharefold.plan(Mute(net("residual")), budget="70%", calibration=CALIBRATION, objective="kl")
+    plan = sharefold.plan(Boxes(net("residual")), budget="70%", calibration=CALIBRATION, objective="kl")
+    assert plan.groups

