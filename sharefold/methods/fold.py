@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sharefold.calibration.mean_owner import output_mean_owner
 from sharefold.calibration.problem import problem_of
-from sharefold.calibration.statistics import Statistics
+from sharefold.calibration.statistics import Statistics, is_wide
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.graph.hidden_channels import HiddenSpace
@@ -94,6 +94,8 @@ class Fold(ConversionStep):
                 width = form.in_channels if name in space.readers else form.out_channels
                 if width != space.channels or form.groups != 1:
                     raise SharefoldError(f"{where}: {name} has {width} channels there, not {space.channels}, or groups")
+                if name in space.readers and is_wide(form):
+                    raise SharefoldError(f"{where}: {name} has {form.features} inputs, too many to fold: exclude it")
 
     def fit(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, plan: GroupPlan) -> Solution:
         space, keep = space_of(plan), plan.options["keep"]

@@ -155,7 +155,7 @@ class _Walk:
             outputs = _kept(_run(node, self.teacher, dict(theirs), None), want)
             addends = None
             if rectifier is not None and rectifier.addend is not None:
-                wanted = _value(rectifier.addend, self.teacher, {**theirs, node: outputs})
+                wanted = _kept(_value(rectifier.addend, self.teacher, dict(theirs)), want)
                 given = _value(rectifier.addend, self.student, theirs if ours is None else ours)
                 if wanted is None or given is None or given.shape != outputs.shape or wanted.shape != outputs.shape:
                     rectifier = None

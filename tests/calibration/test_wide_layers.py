@@ -15,8 +15,10 @@ from sharefold.calibration.problem import problem_of
 from sharefold.calibration.statistics import is_wide, statistics_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
+from sharefold.graph.hidden_channels import hidden_spaces
 from sharefold.layers import form_of
 from sharefold.measure import agreement
+from sharefold.methods.fold import options_for
 from sharefold.plans import GroupPlan, Plan
 from sharefold.store import prepare
 
@@ -101,3 +103,15 @@ def test_wide_layers_are_stored_without_their_moments(monkeypatch):
     plan.store = "int8"
     done = sharefold.convert_(model, plan, calibration=IMAGES)
     assert seen and max(seen) <= 20 and agreement(done.original, model, IMAGES).top1 > 0.8
+
+
+def test_channels_that_a_wide_layer_reads_are_not_folded(monkeypatch):
+    model = net("residual")
+    spaces = hidden_spaces(model, analyze(model, IMAGES[:1]), None)[0]
+    folded = next(space for space in spaces if set(space.readers) & {"stage2.1.conv2"})
+    group = GroupPlan(folded.writer, "fold", (folded.writer,), options_for(folded, torch.arange(folded.channels - 2)))
+    monkeypatch.setattr(module, "WIDE", 20)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(SharefoldError, match="stage2.1.conv2 has 144 inputs, too many to fold"):
+        sharefold.convert_(model, Plan([group], 0, 0), calibration=IMAGES)
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())

@@ -11,7 +11,7 @@ from repair_works import done_by, work_of
 from torch import nn
 
 from sharefold.measure import agreement, first_logits
-from sharefold.repair import classifier as module
+from sharefold.repair import coefficients
 from sharefold.repair.classifier import Classifier
 
 
@@ -33,7 +33,7 @@ def turned(model: nn.Module) -> nn.Module:
 
 
 def test_a_classifier_of_turned_features_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "RIDGE", 1e-8)
+    monkeypatch.setattr(coefficients, "RIDGES", (1e-8,))
     original = net("residual")
     model = turned(original)
     fitting, held_out = images(200, seed=1), images(60, seed=2)

@@ -82,7 +82,7 @@ def test_full_rank_undoes_what_the_prefix_did(method: str) -> None:
 
 def refitted(at: Visited, plan: GroupPlan | None) -> float:
     """The output error after a visit of the refit, which fits and decides on all samples."""
-    step = refit_module._visit(at, at.samples, at.samples, plan)
+    step = refit_module._visit(at, at.samples, at.samples, plan, False)
     assert 0 < step <= 1
     return output_error(at.model, *mixed(at.original, 0.4))
 

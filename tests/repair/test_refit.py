@@ -24,7 +24,7 @@ FITTING, HELD_OUT = images(40, 3), images(20, 4)
 
 
 @made_once
-def converted(kind: str = "residual", budget: str = "40%", method: str = "auto") -> tuple[nn.Module, nn.Module]:
+def converted(kind: str = "residual", budget: str = "40%", method: str = "basis") -> tuple[nn.Module, nn.Module]:
     model = net(kind, blocks=4)
     # Not "joint": its search has seen the whole network and leaves refitting little to mend on networks this small.
     plan = sharefold.plan(model, budget=budget, calibration=FITTING, method=method, objective="fisher")
@@ -52,10 +52,11 @@ def test_it_lowers_the_divergence_or_is_rolled_back(kind: str) -> None:
 def test_worse_results_are_rolled_back_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     original, model = converted()
     before = copy.deepcopy(model.state_dict())
-    rising = iter([0.1, 0.2])
+    rising = iter([0.1, 0.2, 0.3, 0.1])  # before, all layers, half of them, a quarter
     monkeypatch.setattr(Guard, "divergence", lambda *_: next(rising))
     report = done_by(Refit(), work_of(original, model, FITTING, HELD_OUT))
     assert report["kept"] is False and (report["kl_before"], report["kl_after"]) == (0.1, 0.2)
+    assert report["kept_layers"] == 0 and not list(rising)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
