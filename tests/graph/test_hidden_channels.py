@@ -123,7 +123,7 @@ VGG = nn.Sequential(
 @pytest.mark.parametrize(
     ("model", "writers"),
     [
-        (CifarResNet(8, num_classes=4), {"layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1"}),
+        (CifarResNet(1, num_classes=4), {"layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1"}),
         (
             ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=8),
             {"conv1", *(f"layer{k}.0.conv{c}" for k in (1, 2, 3, 4) for c in (1, 2))},

@@ -15,7 +15,7 @@ import sharefold
 from sharefold.errors import SharefoldError
 from sharefold.graph.hidden_channels import hidden_spaces
 from sharefold.layers.width import give_columns, give_rows, take_columns, take_rows
-from sharefold.measure import count_macs, count_parameters
+from sharefold.measure import agreement, count_macs, count_parameters
 from sharefold.methods import FOLD
 from sharefold.methods.fold import FEWEST
 from sharefold.models.cifar_resnet import CifarResNet
@@ -42,7 +42,7 @@ def images(size: int = 16, count: int = 40) -> Tensor:
 
 NETWORKS = {
     "excited": lambda: Head(nn.Sequential(Excited(), Excited())),
-    "basic": lambda: CifarResNet(8, num_classes=4),
+    "basic": lambda: CifarResNet(2, num_classes=4),
     "vgg": lambda: copy.deepcopy(VGG),
     "inverted": lambda: timm.create_model("mobilenetv2_035", num_classes=4),
     "convnext": lambda: timm.create_model("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_classes=4),
@@ -81,7 +81,7 @@ def test_shrinks_saves_loads_and_expands(name: str, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_one_space_is_the_least_squares_of_its_reader() -> None:
     """Against the dense network's own activations: slice the writer, solve the reader by lstsq."""
-    model = trained_like(CifarResNet(8, num_classes=4))
+    model = trained_like(CifarResNet(2, num_classes=4))
     cal = sharefold.calibrate(model, images())
     space = next(s for s in hidden_spaces(model, cal.graph)[0] if s.writer == "layer3.0.conv1")
     options = {"keep": 40, "channels": 64, "through": list(space.through), "readers": list(space.readers)}
@@ -135,7 +135,7 @@ def test_all_readers_make_up_and_nothing_is_lost_that_is_a_copy() -> None:
 
 
 def test_budgets_rounding_exclusion_and_frozen_flags() -> None:
-    model = trained_like(CifarResNet(14, num_classes=4))
+    model = trained_like(CifarResNet(2, num_classes=4))
     for parameter in model.layer2.parameters():
         parameter.requires_grad_(False)
     cal = sharefold.calibrate(model, images())
@@ -152,17 +152,16 @@ def test_budgets_rounding_exclusion_and_frozen_flags() -> None:
 
 
 def test_folds_come_first_and_others_share_what_is_left(tmp_path: Path) -> None:
-    model = trained_like(CifarResNet(14, num_classes=4))
+    model = trained_like(CifarResNet(2, num_classes=4))
     dense, cal = copy.deepcopy(model), sharefold.calibrate(model, images())
     folds = sharefold.plan(model, "80%", cal, method="fold")
     width = {group.members[0]: group.options["keep"] for group in folds.groups}
-    svd = GroupPlan("s", "svd", ("layer3.1.conv1",), {"rank": 12})
+    both = next(iter(width))
+    svd = GroupPlan("s", "svd", (both,), {"rank": 2})
     plan = Plan([svd, *folds.groups], folds.params_before, 0)
-    assert "layer3.1.conv1" in width
     plan = Plan.from_json(plan.to_json())
     sharefold.convert_(model, plan, cal)
-    layer = model.get_submodule("layer3.1.conv1")
-    assert layer.form.out_channels == width["layer3.1.conv1"]
+    assert model.get_submodule(both).form.out_channels == width[both]
     sharefold.save(model, tmp_path / "both")
     loaded, whole = sharefold.load(tmp_path / "both", model=copy.deepcopy(dense)), sharefold.expand(model)
     with torch.no_grad():
@@ -172,10 +171,10 @@ def test_folds_come_first_and_others_share_what_is_left(tmp_path: Path) -> None:
 
 
 def test_repairs_and_refinement_run_on_folded_networks() -> None:
-    model = trained_like(CifarResNet(8, num_classes=4))
+    model = trained_like(CifarResNet(2, num_classes=4))
     cal = sharefold.calibrate(model, images())
     done = sharefold.convert_(model, sharefold.plan(model, "70%", cal, method="fold"), cal, refine=1)
-    assert done.kl is not None and done.kl < 1
+    assert agreement(done.original, model, images()).kl < 1
     assert set(done.steps) >= {"refit", "norms", "head", "refine"}
 
 
@@ -193,7 +192,7 @@ def test_repairs_and_refinement_run_on_folded_networks() -> None:
     ],
 )
 def test_plans_that_do_not_fit_say_so(change: dict[str, object], message: str) -> None:
-    model = trained_like(CifarResNet(8, num_classes=4))
+    model = trained_like(CifarResNet(2, num_classes=4))
     before = {name: t.clone() for name, t in model.state_dict().items()}
     options = {"keep": 30, "channels": 64, "through": ["layer3.0.bn1"], "readers": ["layer3.0.conv2"], **change}
     plan = Plan([GroupPlan("one", "fold", ("layer3.0.conv1",), options)], 0, 0)
