@@ -88,8 +88,16 @@ def check_sizes(path: Path) -> None:
             check_pickle(stream, path.stat().st_size)
 
 
+def is_archive(path: Path) -> bool:
+    """Whether ``path`` is a zip archive, as torch writes them; damaged ones may be none."""
+    try:
+        return zipfile.is_zipfile(path)
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return True
+
+
 def _pickle_streams(path: Path) -> list[IO[bytes]]:
-    if zipfile.is_zipfile(path):
+    if is_archive(path):
         try:
             with zipfile.ZipFile(path) as archive:
                 names = [name for name in archive.namelist() if name.endswith(".pkl")]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
 from sharefold.sources.pickle_sizes import TooLarge
-from sharefold.sources.pickles import check_sizes, globals_of, harmless_globals
+from sharefold.sources.pickles import check_sizes, globals_of, harmless_globals, is_archive
 from sharefold.sources.unwrap import check_finite, unwrap
 from sharefold.untrusted import printable
 
@@ -72,7 +72,7 @@ def _read(file: Path, trust_pickle: bool) -> tuple[Any, str]:
     check_file(file)
     if file.suffix == ".safetensors":
         return _read_safetensors(file), "safetensors"
-    zipped = zipfile.is_zipfile(file)
+    zipped = is_archive(file)
     if zipped:
         _check_kind(file, check_archive(file))
     if not trust_pickle:
