@@ -29,8 +29,8 @@ import sharefold
 from sharefold.calibration.new_images import seen_before, stand_ins
 from sharefold.calibration.parts import parts_of
 from sharefold.data import Preprocess
-from sharefold.outputs.intervals import wilson
 from sharefold.measure import agreement, count_parameters
+from sharefold.outputs.intervals import wilson
 from sharefold.planner import Planner
 
 RESULTS = Path(__file__).parent / "results"

@@ -28,7 +28,7 @@ from sharefold.solvers.variable_projection import Kind, VariableProjection
 SHARES = (0.4, 0.65)
 # Candidates per share, of which so many are fitted; the errors of those between are interpolated.
 POINTS = 32
-FITTED = 5
+FITTED = 4
 # Smaller ones, of the dense weights, leave hardly anything of the outputs.
 SMALLEST = 0.04
 # Filters of so few numbers allow few counts, with jumps between; there every candidate is fitted.
@@ -54,7 +54,7 @@ class Hybrid(TwoFactors):
             return []
         large = flat.columns > LARGE_FEATURES
         work = VariableProjection(flat, kind_of(forms[0]), groups=forms[0].groups, inputs=own_inputs(forms))
-        iterations = 5 if large else 30 if flat.columns <= LARGE_FEATURES // 2 else 20
+        iterations = 5 if large else 15 if flat.columns <= LARGE_FEATURES // 2 else 10
         found: dict[tuple[int, int], Candidate] = {}
         for row in sizes[1:] if large else sizes:
             costs = np.array([self.amount(forms, *size) for size in row])

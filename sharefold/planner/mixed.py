@@ -2,8 +2,8 @@
 
 In the first few per cent folding is the cheapest of all, since one error pays for parameters of two or three layers; then sharing
 is. What a folded layer would lose by sharing is estimated from what the whole one would lose at the same share of its cost,
-so that every depth of folding is compared in no time. The best is then planned on the network that is really left, and so is
-half of it: folding takes what was easy to spare, and the estimate does not know that.
+so that every depth of folding is compared in no time. The best is then planned on the network that is really left: folding takes
+what was easy to spare, and the estimate does not know that.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from sharefold.solvers import allocate as knapsack
 
 # Depths of folding that are compared, evenly spaced in the logarithm from nothing to the whole budget.
 DEPTHS = 12
+# Of the damage without folding: where no more is promised, the network that is left is not planned at all.
+WORTH = 0.95
 # Expected damages within this factor do not tell plans apart: the networks are run.
 CLOSE = 2.0
 
@@ -60,10 +62,9 @@ class Mixer:
             found.append((self.plain.damage(picks), self.plain.plan(picks, budget)))
         if estimates:
             best = min(estimates, key=lambda depth: estimates[depth])
-            for depth in dict.fromkeys((best, best // 2)):
-                if depth:
-                    tried = self._real(self._widths(depth, limit), limit, budget)
-                    found += [tried] if tried is not None else []
+            if best and (not found or estimates[best] < WORTH * found[0][0]):
+                tried = self._real(self._widths(best, limit), limit, budget)
+                found += [tried] if tried is not None else []
         if not found:
             self.plain.pick(limit, budget)  # says the floor
         least = min(damage for damage, _ in found)
