@@ -24,9 +24,10 @@ import sharefold
 from sharefold.calibration.problem import GroupProblem, problem_of
 from sharefold.graph import find_groups
 from sharefold.methods import METHODS
-from sharefold.methods.hybrid import SHARES, Hybrid
+from sharefold.methods.hybrid import Hybrid
 
 SIZES = (0.5, 0.35, 0.2)
+SHARES = (0.25, 0.5, 0.75)
 
 
 def most(limit: int, cost: float, price: Callable[[int], float]) -> int:

@@ -3,6 +3,9 @@
 python benchmarks/tables.py            # from benchmarks/results/*.json
 python benchmarks/tables.py --demo sharefold-demo    # takes the figures of that demonstration first
 python benchmarks/tables.py --check    # exit 1 when a page is out of date
+
+Every table says on which day its figures were taken: results/dates.json keeps that day with a checksum of the file, and a
+file with another checksum is of today.
 """
 
 from __future__ import annotations
@@ -13,18 +16,46 @@ import json
 import re
 import statistics
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+DATES = RESULTS / "dates.json"
+NAMES = {"efficientnet_lite0": "EfficientNet-Lite0", "tf_efficientnet_lite0": "EfficientNet-Lite0"}
 
 
 def read(name: str) -> Any:
     path = RESULTS / name
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def dates() -> dict[str, list[str]]:
+    """File of results -> [day, checksum]; what is not known, or has changed since, is of today."""
+    known = json.loads(DATES.read_text()) if DATES.exists() else {}
+    found = {}
+    for path in sorted(RESULTS.iterdir()):
+        if path.suffix in (".json", ".csv") and path != DATES:
+            mark = f"{zlib.crc32(path.read_bytes()):08x}"
+            day, old = known.get(path.name, ["", ""])
+            found[path.name] = [day if mark == old else date.today().isoformat(), mark]
+    return found
+
+
+def taken(*names: str) -> str:
+    """The sentence that says how old figures are."""
+    known = dates()
+    days = sorted({known[name][0] for name in names if name in known})
+    return f"Taken on {' and '.join(days)} with the code of {'that day' if len(days) == 1 else 'those days'}."
+
+
+def named(network: str) -> str:
+    """``resnet20`` -> ``ResNet-20``."""
+    return NAMES.get(network, network.replace("resnet", "ResNet-"))
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -47,7 +78,8 @@ def demo() -> str | None:
          "" if r["agreement"] is None else f"{100 * r['agreement']:.1f}"]
         for r in data["rows"]
     ]  # fmt: skip
-    note = "\n\n`sharefold demo`, seed 0, 359 test images of scikit-learn's digits; averaging does not reach 8 %."
+    note = "\n\n`sharefold demo`, seed 0, 359 test images of scikit-learn's digits; averaging does not reach 8 %. "
+    note += taken("demo.json")
     return table(["method", "step", "parameters", "kept", "top-1 [%]", "agreement [%]"], rows) + note
 
 
@@ -69,13 +101,13 @@ def methods() -> str | None:
             "method",
             *(f"top-1 [%] at {size}" + (", no data" if calib == "none" else "") for calib, size in columns),
         ]
-        title = f"{network.replace('resnet', 'ResNet-')} on CIFAR-10, original {100 * original['top1']:.2f} %"
+        title = f"{named(network)} on CIFAR-10, original {100 * original['top1']:.2f} %"
         title += f" with {original['params_after']:,} parameters:"
         parts.append(title + "\n\n" + table(head, rows))
     seed, images = data[-1].get("seed", 0), data[-1]["images"]
     note = (f"In brackets the parameters kept and, for codebooks, kB of integer codes beside them. "
             "`python benchmarks/methods_cifar.py`, "
-            f"seed {seed}, {images:,} test images, {machine(data[-1]['hardware'])}.")  # fmt: skip
+            f"seed {seed}, {images:,} test images, {machine(data[-1]['hardware'])}. {taken('methods_cifar.json')}")  # fmt: skip
     return "\n\n".join([*parts, note])
 
 
@@ -109,7 +141,8 @@ def finetune() -> str | None:
             (f"{first['processes']} processes, each " if first.get("processes", 1) > 1 else "") + machine(first["hardware"]),
         ])  # fmt: skip
     head = ["case", "parameters", "epochs", "original [%]", "converted [%]", "tuned [%]", "minutes", "on"]
-    note = "`benchmarks/finetune_cifar.py`, CIFAR-10, 10,000 test images; minutes are those of fine-tuning, evaluation included."
+    note = "`benchmarks/finetune_cifar.py`, CIFAR-10, 10,000 test images; minutes are those of fine-tuning, evaluation included. "
+    note += taken("finetune_cifar.json")
     return table(head, rows) + "\n\n" + note
 
 
@@ -128,14 +161,15 @@ def recipes() -> str | None:
             rows.append([f"`{r['recipe']}`", f"{r['params_after']:,}", *steps, published])
         head = ["recipe", "parameters", "converted", "refined, no labels", "fine-tuned", "published, from scratch"]
         first = next(r for r in records if r["recipe"] != "original")
-        title = f"{network.replace('resnet', 'ResNet-')} on CIFAR-10, top-1 [%] of {first['test_images']:,} test images; "
+        title = f"{named(network)} on CIFAR-10, top-1 [%] of {first['test_images']:,} test images; "
         title += f"the original has {100 * original['top1']['original']:.2f} with {original['params_after']:,} parameters:"
         note = (f"Refined: {first['refine_epochs']} epochs on {first['calibration_images']:,} images without labels. "
                 f"Fine-tuned: {first['finetune_epochs']} epoch(s) on {first['finetune_images']:,} labelled ones; the "
                 "published figures took 300 epochs on 50,000.")  # fmt: skip
         parts.append(title + "\n\n" + table(head, rows) + "\n\n" + note)
     first = data[0]
-    note = f"`python benchmarks/recipes_cifar.py`, seed {first['seed']}, {machine(first['hardware'])}."
+    note = f"`python benchmarks/recipes_cifar.py`, seed {first['seed']}, {machine(first['hardware'])}. "
+    note += taken("recipes_cifar.json")
     return "\n\n".join([*parts, note])
 
 
@@ -151,7 +185,7 @@ def ablation() -> str | None:
     ]  # fmt: skip
     note = (f"`python benchmarks/finetune_ablation.py`: {data['source']} converted to {data['params_after']:,} parameters "
             f"(method basis), {data['epochs']} epoch(s) on {data['train_images']:,} images, {data['test_images']:,} test "
-            f"images, {data['seeds']} seed(s), {machine(data['hardware'])}.")  # fmt: skip
+            f"images, {data['seeds']} seed(s), {machine(data['hardware'])}. {taken('finetune_ablation.json')}")  # fmt: skip
     return table(["run", "top-1 [%]", "change"], rows) + "\n\n" + note
 
 
@@ -168,11 +202,12 @@ def objectives() -> str | None:
     for (network, size), cell in found.items():
         cells = [f"{100 * statistics.mean(t for t, _ in cell[n]):.2f} ({statistics.mean(k for _, k in cell[n]):.3f})"
                  if n in cell else "" for n in names]  # fmt: skip
-        rows.append([network.replace("resnet", "ResNet-"), size, *cells])
+        rows.append([named(network), size, *cells])
     count = len({row["seed"] for row in data["rows"]})
     note = (f"Top-1 [%] of 10,000 CIFAR-10 test images straight after conversion, in brackets KL(original || converted) of 2,000 "
             f"of them; {data['rows'][0]['images']:,} calibration images, {count} seed(s). "
-            f"`python benchmarks/objectives_cifar.py`, {machine(data['hardware'])}.")  # fmt: skip
+            f"`python benchmarks/objectives_cifar.py`, {machine(data['hardware'])}. "
+            + taken("objectives_cifar.json"))  # fmt: skip
     return table(["network", "size", *[f"`{n}`" for n in names]], rows) + "\n\n" + note
 
 
@@ -185,7 +220,7 @@ def across() -> str | None:
             for row in data["rows"]]  # fmt: skip
     note = (f"Mean relative output error of the 3x3 convolutions of all stages, at so many of their parameters; "
             f"{data['rows'][0]['images']:,} images, seed {data['rows'][0]['seed']}. `python benchmarks/across_shapes.py`, "
-            f"{machine(data['hardware'])}.")  # fmt: skip
+            f"{machine(data['hardware'])}. {taken('across_shapes.json')}")  # fmt: skip
     head = ["network", "kept", "one bank for all widths", "a bank a shape", "low rank", "spatial low rank"]
     return table(head, rows) + "\n\n" + note
 
@@ -202,10 +237,11 @@ def forms() -> str | None:
     for (network, group, kept), cell in found.items():
         best = min(cell.values())
         cells = [f"**{cell[n]:.4f}**" if cell[n] == best else f"{cell[n]:.4f}" for n in names]
-        rows.append([network.replace("resnet", "ResNet-"), group, f"{kept:.0%}", *cells])
+        rows.append([named(network), group, f"{kept:.0%}", *cells])
     first = data["rows"][0]
     note = (f"Mean relative output error of a group's layers that keep so many of their parameters; {first['images']:,} images, "
-            f"seed {first['seed']}, nothing repaired. `python benchmarks/forms.py`, {machine(data['hardware'])}.")  # fmt: skip
+            f"seed {first['seed']}, nothing repaired. `python benchmarks/forms.py`, {machine(data['hardware'])}. "
+            + taken("forms.json"))  # fmt: skip
     return table(["network", "group", "kept", *names], rows) + "\n\n" + note
 
 
@@ -233,7 +269,7 @@ def label_free() -> str | None:
     for network, images, size in sorted(found, key=place):
         cells = found[network, images, size]
         shown = size + ("" if images == most else f", {images:,} images" if images else ", no images")
-        rows.append([network.replace("resnet", "ResNet-"), shown, *[_mean_cell(cells.get(c, [])) for c in columns]])
+        rows.append([named(network), shown, *[_mean_cell(cells.get(c, [])) for c in columns]])
     names = {"auto": "**sharefold**", "auto + refine": "**`--refine`**", "svd": "low rank", "spatial": "spatial low rank"}
     rounded = dict.fromkeys(
         f"{row['network'].replace('resnet', 'ResNet-')} {row['method'].partition('-')[2]} bits {100 * row['top1']:.2f} "
@@ -247,7 +283,8 @@ def label_free() -> str | None:
     note = (f"Top-1 [%] of 10,000 test images, {most:,} training images without labels where nothing else is said; the mean, and "
             "where there is one the number of seeds behind a spread. Sizes in % are of the parameters, in MB "
             f"of the whole file. Refined: {times}. The originals: {dense}; rounded to nearest, a scale a row: "
-            + ", ".join(rounded) + f". `python benchmarks/label_free.py`, {machine(data['hardware'])}.")  # fmt: skip
+            + ", ".join(rounded) + f". `python benchmarks/label_free.py`, {machine(data['hardware'])}. "
+            + taken("label_free.json"))  # fmt: skip
     return table(["network", "size", *[names.get(c, c) for c in columns]], rows) + "\n\n" + note
 
 
@@ -265,7 +302,64 @@ def onnx() -> str | None:
     return (f"Tried on the smallest architecture of each of {len(rows)} families of timm and torchvision, at half its "
             f"parameters: {len(passed)} pass ({others}). onnxruntime is within {worst:.1e} of PyTorch, relative to the "
             f"largest output where that is above 1; no file is more than {100 * ratio - 100:.0f} % larger than the "
-            "safetensors file. `python benchmarks/onnx_families.py`, rows in `benchmarks/results/onnx.csv`.")  # fmt: skip
+            "safetensors file. `python benchmarks/onnx_families.py`, rows in `benchmarks/results/onnx.csv`. "
+            + taken("onnx.csv"))  # fmt: skip
+
+
+# Rows of the short table, where they were measured: networks, and sizes of parameters or files.
+SHORT = {"resnet20": ("50%", "0.08MB"), "resnet56": ("50%", "25%", "0.33MB")}
+
+
+def results() -> str | None:
+    """A few rows of everything that was measured: CIFAR, ImageNet, files, architectures."""
+    rows, names = [], []
+    cifar = (read("label_free.json") or {}).get("rows", [])
+    for network, sizes in SHORT.items():
+        rows += _result_rows("CIFAR-10", [r for r in cifar if r["network"] == network and r["images"]], sizes)
+    names += ["label_free.json"] if rows else []
+    imagenet = (read("imagenet.json") or {}).get("rows", [])
+    for network in dict.fromkeys(row.get("network", "") for row in imagenet):
+        found = [row for row in imagenet if row.get("network", "") == network]
+        measured = {r["size"] for r in found if r.get("size") and "top1" in r and r.get("method", "auto") == "auto"}
+        rows += _result_rows("ImageNet", found, tuple(sorted(measured, key=_amount, reverse=True)))
+    names += ["imagenet.json"] if imagenet else []
+    if not rows:
+        return None
+    note = ("Top-1 [%] on images that nothing was fitted to, the mean over seeds; no labels. Sizes in % are of the parameters, "
+            "in MB of the whole file. Refined: with `--refine` for a few minutes, where it was run.")  # fmt: skip
+    covered = RESULTS / "coverage.csv"
+    if covered.exists():
+        with covered.open(newline="") as file:
+            ends = Counter(_end(row) for row in csv.DictReader(file))
+        note += (f" Of {sum(ends.values()):,} architectures of timm and torchvision {ends['converted']:,} convert, "
+                 f"{ends['left out']} are left out with the reason, {ends['failed'] or 'none'} failed.")  # fmt: skip
+        names.append("coverage.csv")
+    head = ["network", "size", "original", "converted", "refined", "low rank a layer"]
+    return table(head, rows) + "\n\n" + note + " " + taken(*names)
+
+
+def _end(row: dict[str, str]) -> str:
+    """What came of an architecture in the coverage sweep; those that only reach their floor count as converted."""
+    if row["reason"].startswith(("failed", "timeout")):
+        return "failed"
+    return "converted" if row["reduced_to"] else "left out"
+
+
+def _result_rows(data: str, found: list[dict[str, Any]], sizes: tuple[str, ...]) -> list[list[str]]:
+    """One row a size that was measured: original, converted, refined, and what low rank a layer gives at this size."""
+    dense = next((row for row in found if row.get("method") == "original" and "top1" in row), None)
+    rows = []
+    for size in sizes:
+        cells: dict[str, list[float]] = {}
+        for row in found:
+            if row.get("size") == size and "top1" in row:
+                column = row.get("method", "auto") + (" + refine" if row.get("refine") else "")
+                cells.setdefault(column, []).append(100 * row["top1"])
+        if "auto" in cells:
+            means = [f"{statistics.mean(cells[c]):.2f}" if c in cells else "" for c in ("auto", "auto + refine", "svd")]
+            first = f"{named(found[0]['network'])}, {data}"
+            rows.append([first, size.replace("MB", " MB"), f"{100 * dense['top1']:.2f}" if dense else "", *means])
+    return rows
 
 
 def _amount(size: str) -> float:
@@ -287,9 +381,10 @@ def _mean_cell(top1: list[float]) -> str:
 TABLES: dict[str, Callable[[], str | None]] = {
     "demo": demo, "methods": methods, "finetune": finetune, "ablation": ablation, "recipes": recipes,
     "objectives": objectives, "across": across, "label_free": label_free, "onnx": onnx, "forms": forms,
+    "results": results,
 }  # fmt: skip
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", DOCS / "fine-tuning.md", DOCS / "planning.md", DOCS / "using.md")
+PAGES = (ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("results", "fine-tuning", "planning", "using")))
 PAGES += (DOCS / "methods" / "recipes.md", DOCS / "methods" / "hybrid.md")
 
 
@@ -313,7 +408,10 @@ def main() -> int:
         record = json.loads((options.demo / "demo.json").read_text())
         del record["output"]
         (RESULTS / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
-    stale = 0
+    known = json.dumps(dates(), indent=1) + "\n"
+    stale = int(not DATES.exists() or DATES.read_text() != known)
+    if not check:
+        DATES.write_text(known)
     for path in PAGES:
         text = path.read_text()
         new = render(text)

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import click
 
 from sharefold.errors import SharefoldError
+from sharefold.untrusted import printable
 
 DEBUG_VARIABLE = "SHAREFOLD_DEBUG"
 # What the machine refuses, at whatever place it comes up: no bug of ours.
@@ -84,4 +85,5 @@ def _one_line(text: str) -> str:
 
 
 def _say(text: str) -> None:
-    click.echo(text, err=True)
+    """One line; names from files may hold escapes, which a terminal would obey."""
+    click.echo(printable(text), err=True)

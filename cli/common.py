@@ -18,6 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from sharefold.errors import SharefoldError, SharefoldWarning
+from sharefold.untrusted import printable
 
 from .boundary import debugging
 
@@ -213,7 +214,7 @@ def _calm_libraries(quiet: bool) -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> None:
         if not quiet or not issubclass(category, SharefoldWarning):
-            click.echo(f"warning: {message}", err=True)
+            click.echo(printable(f"warning: {message}"), err=True)
 
     with warnings.catch_warnings():
         warnings.showwarning = show

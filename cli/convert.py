@@ -15,6 +15,7 @@ from .agreement_text import agreement_text
 from .common import Run, jsonable, shared_options
 from .convert_report import Timer, group_rows, report_conversion, report_plan, weight_file_bytes
 from .convert_request import DEFAULT_BUDGET, Request, check_request
+from .input_check import input_warning, look_at
 from .keep import check_enough, held_out_for, smallest_keeping
 from .record_options import record_options
 from .source import preprocess_options, source_options
@@ -77,9 +78,11 @@ def command(
     from sharefold.planner import Planner
 
     timer = Timer()
+    warning: str | None = None
     held_out = None if request.keep is None else held_out_for(request.keep)
     check_names(request)
-    opened = request.source.open()
+    look = look_at(calib, calib_split, run.seed, resize=calib_resize, mean=mean, std=std, input_size=input_size)
+    opened = request.source.open(look)
     if opened.shared:
         raise SharefoldError(f"{request.source.source} is converted already: take the dense original, or expand it")
     model = opened.model.to(device).eval()
@@ -93,6 +96,8 @@ def command(
         images = calibration_images(calib, preprocess, count, run.seed, calib_split, resize=calib_resize)
         if calib is None:
             images = matched(model, images, run.seed)
+        else:
+            warning = input_warning(model, images, preprocess, opened.pretrained_cfg)
     example = torch.zeros(1, *preprocess.size, device=device)
     timer.lap("calibration_images")
     before = {"params": count_parameters(model), "bytes": model_bytes(model), "macs": count_macs(model, example)}
@@ -158,6 +163,7 @@ def command(
     run.result(
         {
             **result,
+            "input_warning": warning,
             "seconds": timer.total(),
             "peak_memory_bytes": peak_memory(device),
             "output": str(request.output),
@@ -168,7 +174,7 @@ def command(
 
 def check_names(request: Request) -> None:
     """Unknown methods, recipes and stored types are refused before the network is read."""
-    from sharefold.methods import method_named
+    from sharefold.methods import check_method
     from sharefold.planner.objectives import objective_named
     from sharefold.recipes import parse_recipe
     from sharefold.store import parse_store
@@ -178,5 +184,5 @@ def check_names(request: Request) -> None:
     if request.store is not None:
         parse_store(request.store)
     for name in request.methods:
-        method_named(name)
+        check_method(name)
     objective_named(request.what.objective)

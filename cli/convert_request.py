@@ -96,6 +96,7 @@ def check_request(
     deciders = {f"--{name}": records[name] for name in ("method", "exclude", "objective")}
     pivots = None if records["pivots"] is None else True
     deciders |= {"--budget": budget, "--keep": keep, "--keep-agreement": keep_agreement, "--no-pivots": pivots}
+    deciders["--round-channels"] = records["round_channels"]
     idle = [name for name, value in deciders.items() if value is not None]
     what, how = record_of(PlanOptions, records), record_of(ConvertOptions, records)
     how = replace(how, refine=parse_effort(how.refine))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from .common import Run, shared_options
+from .input_check import images_of, input_warning, look_at
 from .source import SourceOptions, preprocess_options, source_options
 
 
@@ -36,13 +37,15 @@ def command(
     sharefold eval resnet20-shared --data npz:cifar10.npz --json
     """
     device = run.setup()
-    from sharefold.data import loader, open_data
+    from sharefold.data import Preprocess, loader, open_data
     from sharefold.measure import evaluate
 
-    opened = source.open()
-    dataset = open_data(
-        data, split, transform_cfg=opened.pretrained_cfg, mean=mean, std=std, input_size=input_size
-    )  # fmt: skip
+    opened = source.open(look_at(data, split, run.seed, mean=mean, std=std, input_size=input_size))
+    preprocess = Preprocess.from_cfg(opened.pretrained_cfg, mean=mean, std=std, input_size=input_size)
+    dataset = open_data(data, split, transform_cfg=preprocess)
+    warning = None  # a converted network has its setting with it, and BatchNorms that were given new means
+    if not opened.shared:
+        warning = input_warning(opened.model.to(device), images_of(dataset, preprocess), preprocess, opened.pretrained_cfg)
     size = len(dataset) if hasattr(dataset, "__len__") else limit or 0
     total = min(size, limit) if limit else size
     with run.progress() as progress:
@@ -58,4 +61,4 @@ def command(
         [[source.source, f"{result['top1']:.2%}", f"{result['top5']:.2%}", f"{result['loss']:.4f}",
           result["images"], f"{result['seconds']:.1f}"]],
     )  # fmt: skip
-    run.result({"source": source.source, "data": data, "split": split, **result})
+    run.result({"source": source.source, "data": data, "split": split, **result, "input_warning": warning})

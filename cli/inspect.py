@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from .common import Run, shared_options
-from .source import SourceOptions, source_options
+from .input_check import input_warning, look_at
+from .source import SourceOptions, preprocess_options, source_options
 
 if TYPE_CHECKING:
     from sharefold.graph import Group, NetworkGraph
+    from sharefold.graph.hidden_channels import HiddenSpace
 
 
 @click.command("inspect")
@@ -25,7 +28,10 @@ if TYPE_CHECKING:
 )
 @click.option("--exclude", metavar="REGEX", help="Leave out layers whose name matches.")
 @click.option("--layers", "show_layers", is_flag=True, help="List every layer, not only the groups.")
-@click.option("--input-size", metavar="C,H,W", help="Input size.  [default: the model's]")
+@click.option("--hidden", "show_hidden", is_flag=True, help="List which channels method fold can leave out.")
+@click.option("--data", metavar="DATA", help="Images, no labels: are they prepared as the network expects?")
+@click.option("--split", default="train", show_default=True, help="Which part of DATA.")
+@preprocess_options
 @click.option("--outputs", metavar="KIND", multiple=True, help="What an output is: logits:axis=1, boxes:regression; repeatable.")
 @shared_options
 def command(
@@ -35,6 +41,11 @@ def command(
     first_block: str,
     exclude: str | None,
     show_layers: bool,
+    show_hidden: bool,
+    data: str | None,
+    split: str,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
     input_size: str | None,
     outputs: tuple[str, ...],
 ) -> None:
@@ -42,22 +53,31 @@ def command(
 
     \b
     sharefold inspect timm:resnet50 --no-pretrained
+    sharefold inspect my-network.pt --data imagefolder:/data/imagenet
     """
     device = run.setup()
     import torch
 
+    from sharefold.calibration.input_fit import sample_size
     from sharefold.data import Preprocess, calibration_images
     from sharefold.graph import analyze, find_groups
+    from sharefold.graph.hidden_channels import hidden_spaces
     from sharefold.measure import count_parameters
     from sharefold.outputs import read_outputs
 
-    opened = source.open()
-    preprocess = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size)
-    size = preprocess.size
+    opened = source.open(look_at(data, split, run.seed, mean=mean, std=std, input_size=input_size))
+    preprocess = Preprocess.from_cfg(opened.pretrained_cfg, mean=mean, std=std, input_size=input_size)
+    size, warning = preprocess.size, None
+    if data is not None:
+        images = calibration_images(data, preprocess, sample_size(*size[1:]), run.seed, split)
+        warning = input_warning(opened.model.to(device), images, preprocess, opened.pretrained_cfg)
     graph = analyze(opened.model.to(device), torch.zeros(1, *size, device=device))
     groups = find_groups(graph, by_role=by_role, first_block=first_block, exclude=exclude)
     total = count_parameters(opened.model)
+    spaces, stay = hidden_spaces(opened.model, graph, exclude)
     _print(run, opened.name, graph, groups, total, size, show_layers)
+    if show_hidden:
+        _print_hidden(run, spaces, stay)
     images = calibration_images(None, preprocess, 8, run.seed)
     reading = read_outputs(opened.model, images.to(device), graph, outputs or None)
     run.table(["output", "is", "because"], reading.lines(), title="outputs")
@@ -73,6 +93,9 @@ def command(
             "groups": [_group(group) for group in groups],
             "repeats": [{"name": repeat.name, "blocks": repeat.blocks} for repeat in graph.repeats],
             "skipped": graph.skipped,
+            "hidden": [asdict(space) for space in spaces],
+            "not_hidden": stay,
+            "input_warning": warning,
         }
     )
 
@@ -157,3 +180,12 @@ def _print(
     if graph.skipped:
         run.table(["left out", "because"], list(graph.skipped.items()))
     run.say(f"one kernel a group would save {shareable:,} parameters ({shareable / max(total, 1):.1%})")
+
+
+def _print_hidden(run: Run, spaces: list[HiddenSpace], stay: dict[str, str]) -> None:
+    rows = [
+        [space.writer, str(space.channels), " ".join((*space.gates, *space.through)), " ".join(space.readers)] for space in spaces
+    ]
+    run.table(["hidden channels of", "channels", "carried by", "read by"], rows, title="what method fold can leave out")
+    if stay:
+        run.table(["channels of", "stay because"], list(stay.items()))

@@ -20,6 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "export": ("export", "Write ONNX, a torch.export archive or a dense checkpoint."),
     "expand": ("expand", "Write the dense checkpoint of the stock architecture."),
     "report": ("report", "Draw one self-contained page about a plan or a checkpoint."),
+    "verify": ("verify", "Recompute what a saved network claims of itself."),
     "sweep": ("sweep", "Convert at several budgets and plot accuracy against size."),
     "demo": ("demo", "Convert, tune and save a small embedded network; needs nothing else."),
     "env": ("env", "Say which versions, devices and optional parts are present."),

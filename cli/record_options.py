@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from sharefold.untrusted import is_int
+
 Record = TypeVar("Record")
 
 
@@ -26,6 +28,8 @@ def record_options(kind: type) -> Callable[[Callable[..., None]], Callable[..., 
             else:
                 shown = "" if spec.default is None else f"  [default: {spec.default}]"
                 flag: dict[str, Any] = {} if spec.name != "refine" else {"is_flag": False, "flag_value": "auto"}
+                if is_int(spec.default):
+                    flag["type"] = click.IntRange(min=1)
                 option = click.option(f"--{name}", spec.name, default=None, metavar=metavar, help=text + shown, **flag)
             function = option(function)
         return function

@@ -11,6 +11,7 @@ import click
 
 if TYPE_CHECKING:
     from sharefold.sources import Source
+    from sharefold.sources.twins import Look
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,11 @@ class SourceOptions:
     in_chans: int | None = None
     trust_pickle: bool = False
 
-    def open(self) -> Source:
+    def open(self, look: Look | None = None) -> Source:
         """The network in eval mode, ready to be used.
+
+        Args:
+            look: images that tell architectures with the same tensors apart.
 
         Raises:
             SharefoldError: as :func:`sharefold.sources.open_source`.
@@ -39,6 +43,7 @@ class SourceOptions:
             num_classes=self.num_classes,
             in_chans=self.in_chans,
             trust_pickle=self.trust_pickle,
+            look=look,
         )
 
 

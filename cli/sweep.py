@@ -16,6 +16,7 @@ from sharefold.options import ConvertOptions, PlanOptions
 
 from .agreement_text import share_text
 from .common import Run, jsonable, shared_options
+from .input_check import input_warning, look_at
 from .record_options import record_of, record_options
 from .source import SourceOptions, preprocess_options, source_options
 
@@ -72,7 +73,7 @@ def command(
         if name != "auto":
             method_named(name)
     start = time.perf_counter()
-    opened = source.open()
+    opened = source.open(look_at(calib or data, "train", run.seed, mean=mean, std=std, input_size=input_size))
     if opened.shared:
         raise SharefoldError(f"{source.source} is converted already: take the dense original, or expand it")
     model = opened.model.to(device).eval()
@@ -80,6 +81,7 @@ def command(
     dataset = open_data(data, split, transform_cfg=preprocess)
     count = calib_count or default_count(*preprocess.size[1:], procedural=False)
     images = calibration_images(calib or data, preprocess, count, run.seed, "train")
+    warning = input_warning(model, images, preprocess, opened.pretrained_cfg)
 
     def measure(network: nn.Module) -> dict[str, Any]:
         return evaluate(network, loader(dataset, batch_size), device, limit=limit)
@@ -114,4 +116,4 @@ def command(
     else:
         run.say(f"agreement not measured: only {len(images)} images, {FEWEST_IMAGES} or more are needed")
     run.say(f"{target} written: {', '.join(found['files'])}")
-    run.result({**found, "seconds": time.perf_counter() - start, "output": str(target)})
+    run.result({**found, "input_warning": warning, "seconds": time.perf_counter() - start, "output": str(target)})

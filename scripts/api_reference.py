@@ -160,7 +160,8 @@ def data(name: str, value: Any) -> str:
     """A public constant: the keys of a table, or the value itself."""
     if isinstance(value, Mapping):
         return f"A `{type(value).__name__}` with the keys " + ", ".join(f"`{key}`" for key in value) + "."
-    if name == "__version__":  # would make the page change with every release
+    # The version would make the page change with every release, an address with every run.
+    if name == "__version__" or type(value).__repr__ is object.__repr__:
         return f"A `{type(value).__name__}`."
     return f"`{value!r}`"
 

@@ -11,8 +11,8 @@ from sharefold.architectures.bounded import limited_modules, parameters_on_meta,
 from sharefold.architectures.build import build_base, build_on_meta
 from sharefold.errors import SharefoldError
 from sharefold.format import FileConfig
-from sharefold.methods import step_named
 from sharefold.methods.checks import check_plan
+from sharefold.methods.narrowing import install_blank
 from sharefold.plans import Plan
 
 # Packed weights of few bytes may stand for many: entropy coding goes down to hundredths of a bit. Beyond this no network does.
@@ -52,6 +52,8 @@ def check_shapes(template: Mapping[str, Tensor], state: Mapping[str, Tensor], al
     for alias, name in aliases.items():
         if name not in state:
             raise SharefoldError(f"{where} is damaged: tensor {name!r} is missing")
+        if alias in state:
+            raise SharefoldError(f"{where} is damaged: tensor {alias!r} is there and tied to {name!r}, too")
         if alias not in template:
             raise SharefoldError(f"{where} does not fit its own plan: it has no tensor {alias!r}")
     for name, like in template.items():
@@ -95,5 +97,4 @@ def install(model: nn.Module, plan: Plan) -> None:
         SharefoldError: the plan does not fit the model.
     """
     check_plan(model, plan)
-    for group in plan.groups:
-        step_named(group.method).install(model, group, None)
+    install_blank(model, plan)

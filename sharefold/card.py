@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from html import escape
 from typing import Any
 
 from sharefold.format import FileConfig
+from sharefold.untrusted import is_int, printable
 
 
 def model_card(config: FileConfig) -> str:
@@ -17,23 +19,22 @@ def model_card(config: FileConfig) -> str:
     before, after = plan.params_before, plan.params_after
     lines = [
         "---", "library_name: sharefold", "tags:", "- sharefold", "- model-compression", "---", "",
-        f"# {name}, shared by sharefold", "",
-        f"{before:,} -> {after:,} parameters ({after / max(before, 1):.1%} kept), by {plan.source or 'a plan'}.",
+        f"# {_text(name)}, shared by sharefold", "",
+        f"{before:,} -> {after:,} parameters ({after / max(before, 1):.1%} kept), by {_text(plan.source or 'a plan')}.",
         "", "```python", "import sharefold", 'model = sharefold.load("path/to/this/directory")', "```", "",
     ]  # fmt: skip
     metrics = {**config.metrics, **_agreement(config.metrics)}
     rows = [(key, value) for key, value in metrics.items() if isinstance(value, (int, float, str, bool))]
     if rows:
         lines += ["| metric | value |", "|---|---|"]
-        lines += [
-            f"| {key} | {value:.4f} |" if isinstance(value, float) else f"| {key} | {value} |" for key, value in rows
-        ]
+        told = ((key, f"{value:.4f}" if isinstance(value, float) else value) for key, value in rows)
+        lines += [f"| {_text(key)} | {_text(value)} |" for key, value in told]
         lines.append("")
     lines += ["| group | method | layers | parameters | error |", "|---|---|---|---|---|"]
     for group in plan.groups:
         error = "" if group.error is None else f"{group.error:.4f}"
         lines.append(
-            f"| {group.name} | {group.method} | {len(group.members)} | "
+            f"| {_text(group.name)} | {_text(group.method)} | {len(group.members)} | "
             f"{group.params_before:,} -> {group.params_after:,} | {error} |"
         )
     shown = replace(config, metrics={}).to_dict()
@@ -42,7 +43,7 @@ def model_card(config: FileConfig) -> str:
         "<details><summary>Exact configuration</summary>",
         "",
         "```json",
-        json.dumps(shown, indent=1),
+        json.dumps(shown, indent=1).replace("<", "\\u003c"),  # the same JSON, and no tag in it
         "```",
         "",
         "</details>",
@@ -54,7 +55,13 @@ def model_card(config: FileConfig) -> str:
 def _agreement(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The agreement with its interval and the number of images behind it, as one entry; nothing where it was not measured."""
     share, interval, count = (metrics.get(key) for key in ("agreement", "agreement_interval", "report_images"))
-    if not isinstance(share, float) or not isinstance(interval, (list, tuple)) or len(interval) != 2 or not count:
+    numbers = [share, *interval] if isinstance(interval, (list, tuple)) and len(interval) == 2 else [None]
+    if not all(isinstance(number, float) for number in numbers) or not is_int(count) or not count:
         return {}
-    told = f"{share:.4f} ({interval[0]:.4f} to {interval[1]:.4f}, 95 % interval of {count} held-out calibration images)"
+    told = f"{numbers[0]:.4f} ({numbers[1]:.4f} to {numbers[2]:.4f}, 95 % interval of {count} held-out calibration images)"
     return {"agreement": told, "report_images": None}
+
+
+def _text(value: object) -> str:
+    """For a heading or a cell: nothing in it is markup."""
+    return escape(printable(str(value)), quote=False).replace("|", "\\|").replace("`", "'")

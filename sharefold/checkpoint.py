@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sharefold.blank import blank_network, check_shapes, install, real_network, shape_of_network
 from sharefold.card import model_card
-from sharefold.checksum import ALGORITHM, check_finite, checksum
+from sharefold.checksum import check_finite, checksum
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.files import check_output, write_file, write_folder
 from sharefold.format import (
@@ -42,7 +42,6 @@ from sharefold.settings import plain_defaults
 from sharefold.state_dicts import load_tensors
 from sharefold.store import decode, encode
 from sharefold.store.tensor_spec import FORMAT, carried_spec, carry_spec
-from sharefold.version import __version__
 
 R = TypeVar("R")
 _ATTEMPTS = 20
@@ -80,8 +79,7 @@ def save(model: nn.Module, path: str | Path, *, metrics: dict[str, Any] | None =
     if metrics is not None:
         config = replace(config, metrics={**config.metrics, **metrics})
         carry_config(model, config)
-    config = replace(config, aliases=aliases, store=None if spec is None else FORMAT)
-    config = replace(config, checksum=ALGORITHM, sharefold_version=__version__)
+    config = config.of(tensors, aliases, None if spec is None else FORMAT)
     check_finite(tensors, str(target), "a run that diverged? take an earlier state")
     text = config.to_text()
     FileConfig.from_text(text, target)  # what could not be read again is not written
@@ -128,7 +126,7 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: str | torc
     else:
         template = shape_of_network(config, state, str(path))
     if config.store is not None:
-        state, spec = decode(state, {name: t for name, t in template.items() if name not in config.aliases})
+        state, spec = decode(state, config.typed(template))
     check_shapes(template, state, config.aliases, str(path))
     check_finite(state, str(path), "it is damaged: download or save it again")
     state |= {alias: state[name] for alias, name in config.aliases.items()}
@@ -177,7 +175,8 @@ def expand(model: nn.Module) -> nn.Module:
     if not shared_layers(model) and carried_config(model) is None:
         raise SharefoldError("expand: the model has no shared layers: it is dense already")
     dense = to_dense(model)
-    for group in reversed(config_of(model).plan.groups):
+    plan = config_of(model).plan
+    for group in (*reversed(plan.sharing), *reversed(plan.narrowing)):
         step_named(group.method).expand(dense, group)
     carry_config(dense, None)
     carry_spec(dense, None)

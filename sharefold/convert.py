@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sharefold.architectures.bases import base_of
-from sharefold.budget import Effort, parse_effort
+from sharefold.budget import parse_effort
 from sharefold.calibration.calibrate import Calibration, calibration_of, copied
 from sharefold.calibration.images import input_config
 from sharefold.errors import SharefoldError, SharefoldWarning
@@ -23,7 +24,8 @@ from sharefold.graph.preserved import restored_on_error
 from sharefold.layers import Bank, shared_layers
 from sharefold.methods import Solution, step_named
 from sharefold.methods.checks import check_layers, check_plan
-from sharefold.methods.solved import key_of, solution_of
+from sharefold.methods.narrowing import narrow_, narrowed
+from sharefold.methods.solved import solution_of, solutions_of
 from sharefold.options import CalibrationOptions, ConvertOptions, RefineOptions, chosen
 from sharefold.outputs import Figure
 from sharefold.outputs.agreement import mean_agreement
@@ -135,12 +137,16 @@ def carry_out(
     if effort is not None and not cal.comparable:
         raise SharefoldError("refine: this network returns nothing to learn from: convert without it, or give a criterion")
     with _timed(seconds, "solve"):
-        cal = _aligned(model, plan, cal)
-        solutions = _solved(plan, cal, progress)
-    done = _install(model, plan, solutions, cal)
+        narrow_(model, cal, plan.narrowing, progress)
+        base = _aligned(model, plan, narrowed(cal, plan.narrowing))
+        solutions = solutions_of(base, plan.sharing, progress)
+    if not plan.narrowing:
+        cal = base
+    done = _install(model, plan, solutions, cal, base)
     carry_config(model, describe(cal.original, done, options.config))
     carry_spec(model, None)
-    steps = _mended(model, done, cal, options.repair, effort, seconds, progress)
+    steps = _mended(model, done, cal, base, options, seconds, progress)
+    _put_back(model, cal.original, plan)
     if plan.store:
         with _timed(seconds, "store"):
             quantize_(model, plan.store, cal, cal.original, cal.seed, progress)
@@ -149,7 +155,7 @@ def carry_out(
 
 def _aligned(model: nn.Module, plan: Plan, cal: Calibration) -> Calibration:
     """The calibration of ``model`` once every group has reordered the channels that it wants to; mostly ``cal`` itself."""
-    steps = [(step_named(group.method), group) for group in plan.groups]
+    steps = [(step_named(group.method), group) for group in plan.sharing]
     if not any(step.may_align() for step, _ in steps):
         return cal
     original = copy.deepcopy(cal.original)
@@ -159,40 +165,27 @@ def _aligned(model: nn.Module, plan: Plan, cal: Calibration) -> Calibration:
     return cal.of(original)
 
 
-def _solved(plan: Plan, cal: Calibration, progress: Progress | None) -> list[Solution]:
-    """The tensors of every group; moments are collected a bounded batch of groups at a time."""
-    layers = {group.name: step_named(group.method).layers(cal.graph, group) for group in plan.groups}
-    solutions: list[Solution] = []
-    for run in cal.statistics.batches([layers[group.name] for group in plan.groups]):
-        needed = [plan.groups[index] for index in run if not cal.is_solved(key_of(plan.groups[index]))]
-        cal.statistics.moments([name for group in needed for name in layers[group.name]])
-        for index in run:
-            solutions.append(solution_of(cal, plan.groups[index]))
-            if progress:
-                progress("solving", len(solutions), len(plan.groups))
-    return solutions
-
-
-def _install(model: nn.Module, plan: Plan, solutions: list[Solution], cal: Calibration) -> Plan:
-    """Swaps the layers; gives the plan with measured errors."""
+def _install(model: nn.Module, plan: Plan, solutions: list[Solution], cal: Calibration, base: Calibration) -> Plan:
+    """Swaps the layers of the narrowed network; gives the plan with measured errors."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    groups = []
-    for group, solution in zip(plan.groups, solutions, strict=True):
+    groups = [_measured(group, solution_of(cal, group)) for group in plan.narrowing]
+    for group, solution in zip(plan.sharing, solutions, strict=True):
         step_named(group.method).install(model, group, solution)
         groups.append(_measured(group, solution))
     _freeze(model, frozen)
-    absorb_means(cal.original, model, cal.graph, cal.statistics.means)
-    for group in plan.groups:
-        step_named(group.method).finish(model, cal.graph, group)
+    if plan.sharing:
+        absorb_means(base.original, model, base.graph, base.statistics.means)
+    for group in plan.sharing:
+        step_named(group.method).finish(model, base.graph, group)
     return replace(plan, groups=groups, params_after=sum(p.numel() for p in model.parameters()))
 
 
 def _mended(
-    model: nn.Module, plan: Plan, cal: Calibration, repair: bool, effort: Effort | None, seconds: dict[str, float],
+    model: nn.Module, plan: Plan, cal: Calibration, base: Calibration, options: ConvertOptions, seconds: dict[str, float],
     progress: Progress | None,
 ) -> list[StepRecord]:  # fmt: skip
     """Repairs and refinement, as far as they are asked for and something can decide on them; a record each."""
-    reason = ""
+    repair, effort, reason = options.repair, parse_effort(options.refine), ""
     if not plan.groups:
         reason = "nothing was shared, so that there is nothing to repair or refine"
     elif not cal.comparable:
@@ -203,7 +196,7 @@ def _mended(
         names = [*(step.name for step in REPAIRS if repair), *(["refine"] if effort else [])]
         return [StepRecord(name, False, reason) for name in names]
     records: list[StepRecord] = []
-    work = Work(cal, model, plan, Guard(cal.decided), progress)
+    work = Work(cal, model, plan, Guard(cal.decided), base, progress)
     if repair:
         with _timed(seconds, "repair"):
             records += repaired(work, REPAIRS)
@@ -212,6 +205,19 @@ def _mended(
             wanted = RefineOptions(effort.epochs, effort.seconds, seed=cal.seed)
             records.append(refine(model, cal, wanted, work.guard, progress))
     return records
+
+
+@torch.no_grad()
+def _put_back(model: nn.Module, original: nn.Module, plan: Plan) -> None:
+    """Every tensor of a protected module as it was: a norm may have taken up the mean of a layer in front of it."""
+    for name, module in original.named_modules():
+        if not plan.protects(name):
+            continue
+        ours = model.get_submodule(name)
+        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            found = getattr(ours, key, None)
+            if isinstance(found, Tensor) and found.shape == tensor.shape:
+                found.copy_(tensor)
 
 
 def describe(original: nn.Module, plan: Plan, known: Mapping[str, Any] | None = None) -> FileConfig:

@@ -13,11 +13,13 @@ import json
 import math
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sharefold.checksum import ALGORITHM
@@ -31,9 +33,12 @@ __all__ = ["CARD_NAME", "CONFIG_NAME", "FORMAT_VERSION", "METADATA_KEY", "WEIGHT
 
 FORMAT_VERSION = 1
 WEIGHTS_NAME, CARD_NAME, METADATA_KEY = "model.safetensors", "README.md", "sharefold"
-CHECKSUM_KEY = "sharefold_checksum"
+CHECKSUM_KEY = "crc32"
+# Those that packed files keep first, and characters for all that they keep.
+PACKED_METRICS, _METRICS_ROOM = ("agreement", "bytes", "macs", "params", "top1"), 96
 PACKED = "zlib85:"  # before a configuration that is compressed and in base 85
 _ATTRIBUTE = "sharefold_config"
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 _LARGEST_SIDE = 1 << 16
 
 
@@ -48,6 +53,7 @@ class FileConfig:
         metrics: JSON values that were measured.
         aliases: name of a tensor that the network itself ties -> name of the tensor in the file.
         store: format of packed weights; None for plain tensors.
+        dtypes: of packed weights: types of floating tensors other than float32 by name, "" for all that are not named.
         checksum: how the file's metadata tells damage, "crc32"; "" for files of sharefold before it did.
         sharefold_version: what wrote the file.
     """
@@ -58,13 +64,15 @@ class FileConfig:
     metrics: dict[str, Any] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     store: int | None = None
+    dtypes: dict[str, str] = field(default_factory=dict)
     checksum: str = ""
     sharefold_version: str = __version__
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values as the file holds them; what is empty is left out, but for ``base``, whose absence is a statement."""
         known = {key: getattr(self, key) for key in ("pretrained_cfg", "metrics") if getattr(self, key)}
-        store = {} if self.store is None else {"store": {"format": self.store}}
+        types = {"dtypes": self.dtypes} if self.dtypes else {}
+        store = {} if self.store is None else {"store": {"format": self.store, **types}}
         check = {"checksum": self.checksum} if self.checksum else {}
         return {
             "format_version": FORMAT_VERSION, "sharefold_version": self.sharefold_version, "base": self.base,
@@ -78,11 +86,31 @@ class FileConfig:
     def packed(self) -> str:
         """The configuration in few characters: a plan as plain JSON would be a tenth of a small network's file.
 
-        Always the same ones, and without ``metrics``: they come after the size of the file was settled, and must not
-        change it.
+        Always the same number of them: ``metrics`` come after the size of the file was settled and must not change it, so
+        there is room for a few, and blanks are what they leave of it.
         """
-        text = json.dumps(replace(self, metrics={}).to_dict(), separators=(",", ":"), sort_keys=True)
-        return PACKED + base64.b85encode(zlib.compress(text.encode(), 9)).decode()
+        least = len(_packed(replace(self, metrics={})))
+        kept: dict[str, Any] = {}
+        for key in sorted(self.metrics, key=lambda key: (key not in PACKED_METRICS, key)):
+            value = _short(self.metrics[key])
+            if value is not None and len(_packed(replace(self, metrics={**kept, key: value}))) <= least + _METRICS_ROOM:
+                kept[key] = value
+        return _packed(replace(self, metrics=kept)).ljust(least + _METRICS_ROOM)
+
+    def of(self, tensors: Mapping[str, Tensor], aliases: dict[str, str], store: int | None) -> FileConfig:
+        """The configuration of a file that holds ``tensors``, packed when ``store`` is a format."""
+        kinds = {} if store is None else _types_of(tensors)
+        return replace(
+            self, aliases=aliases, store=store, dtypes=kinds, checksum=ALGORITHM, sharefold_version=__version__
+        )
+
+    def typed(self, template: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that packed weights unfold to, in the types that they had: ``template`` without aliases."""
+        return {
+            name: like.to(_DTYPES[self.dtypes.get(name, self.dtypes.get("", "float32"))])
+            if like.is_floating_point() and self.dtypes else like
+            for name, like in template.items() if name not in self.aliases
+        }  # fmt: skip
 
     @classmethod
     def from_text(cls, text: str, where: str | Path) -> FileConfig:
@@ -123,7 +151,7 @@ class FileConfig:
         return cls(
             Plan.from_dict(data["plan"], where=f"the plan in {where}"), _base(data.get("base"), where),
             checked_pretrained_cfg(data.get("pretrained_cfg"), where), metrics, _aliases(data.get("aliases"), where),
-            _store(data.get("store"), where), check, writer,
+            *_store(data.get("store"), where), check, writer,
         )  # fmt: skip
 
 
@@ -217,6 +245,29 @@ def checked_pretrained_cfg(data: Any, where: str | Path) -> dict[str, Any]:
     return found
 
 
+def _packed(config: FileConfig) -> str:
+    text = json.dumps(config.to_dict(), separators=(",", ":"), sort_keys=True)
+    return PACKED + base64.b85encode(zlib.compress(text.encode(), 9)).decode()
+
+
+def _short(value: Any) -> Any:
+    """A metric in few characters: five digits of a number, what is true of the converted network of a pair."""
+    if isinstance(value, dict):
+        return _short(value["after"]) if value.keys() == {"before", "after"} else None
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    return value if isinstance(value, (bool, int)) else None
+
+
+def _types_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """:attr:`FileConfig.dtypes` of ``tensors``: the most frequent type, and the names that have another."""
+    kinds = {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items() if t.is_floating_point()}
+    if set(kinds.values()) <= {"float32"}:
+        return {}
+    common = Counter(kinds.values()).most_common(1)[0][0]
+    return {"": common, **{name: kind for name, kind in kinds.items() if kind != common}}
+
+
 def _base(data: Any, where: str | Path) -> dict[str, Any] | None:
     if not data:
         return None
@@ -236,12 +287,15 @@ def _aliases(data: Any, where: str | Path) -> dict[str, str]:
     return data
 
 
-def _store(data: Any, where: str | Path) -> int | None:
+def _store(data: Any, where: str | Path) -> tuple[int | None, dict[str, str]]:
     if not data:
-        return None
+        return None, {}
     if not isinstance(data, dict) or not is_int(data.get("format")) or data["format"] < 1:
         raise _wrong(where, "store", "an object with a format number", data)
-    return data["format"]
+    kinds = data.get("dtypes") or {}
+    if not isinstance(kinds, dict) or not all(isinstance(kind, str) and kind in _DTYPES for kind in kinds.values()):
+        raise _wrong(where, "dtypes of store", f"names of types ({', '.join(_DTYPES)})", kinds)
+    return data["format"], kinds
 
 
 def _wrong(where: str | Path, what: str, wanted: str, found: Any) -> SharefoldError:
@@ -255,7 +309,7 @@ def _unpacked(text: str, where: str | Path) -> str:
         if len(text) > 2 * JSON_LIMIT:
             raise ValueError("too long")
         unzip = zlib.decompressobj()
-        data = unzip.decompress(base64.b85decode(text[len(PACKED) :]), JSON_LIMIT)
+        data = unzip.decompress(base64.b85decode(text[len(PACKED) :].rstrip(" ")), JSON_LIMIT)
         if not unzip.eof:
             raise ValueError("cut off, or larger than any configuration")
         return data.decode()

@@ -59,6 +59,7 @@ class PlanOptions:
             ``sharefold/planner/objectives.py``), or the whole network's output divergence before repairs (``"joint"``).
         pivots: whether factors are stored by interpolative decomposition (:mod:`sharefold.solvers.interpolative`); without,
             they are whole and orthonormal. Budgets in bytes have whole ones.
+        round_channels: what method fold leaves of a layer's channels is a multiple of this, as hardware likes it.
         seed, outputs, criterion: of a calibration that is made here.
     """
 
@@ -66,6 +67,7 @@ class PlanOptions:
     exclude: str | None = option(None, "Keep layers whose name matches.", "REGEX")
     objective: str = option(DEFAULT_OBJECTIVE, "What the plan keeps small: fisher, joint, kl, error.", "NAME")
     pivots: bool = option(True, "Store factors by interpolative decomposition: fewer numbers, the same network.")
+    round_channels: int = option(1, "Fold to multiples of so many channels.", "N")
     seed: int = 0
     outputs: Outputs = None
     criterion: Callable[[Any, Any], Tensor] | None = None

@@ -6,14 +6,17 @@ A recipe, the planner and a hand-edited JSON file all produce the same :class:`P
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from sharefold.errors import SharefoldError
-from sharefold.untrusted import is_int, parse_json
+from sharefold.untrusted import is_int, is_number, parse_json, shown
 
 PLAN_VERSION = 1
+# Methods that make layers narrower, before all others: a layer may be in one group of theirs and in one of another method.
+NARROWING = frozenset({"fold"})
 # Called with (what, done, total) during long work.
 Progress = Callable[[str, int, int], None]
 
@@ -53,6 +56,7 @@ class Plan:
         params_before, params_after: ``sum(p.numel())`` of the whole model.
         source: what decided, such as ``"budget 50%"`` or ``"recipe sharesnet"``.
         store: number types of the saved file as :func:`sharefold.store.parse_store` reads them; "" for float32.
+        exclude: regular expression; modules whose name it matches keep every tensor bit for bit, whatever is repaired or stored.
     """
 
     groups: list[GroupPlan]
@@ -60,6 +64,21 @@ class Plan:
     params_after: int
     source: str = ""
     store: str = ""
+    exclude: str = ""
+
+    def protects(self, name: str) -> bool:
+        """Whether the module called ``name`` has to stay as it is."""
+        return bool(self.exclude) and re.search(self.exclude, name) is not None
+
+    @property
+    def narrowing(self) -> list[GroupPlan]:
+        """The groups that make layers narrower; they are carried out first."""
+        return [group for group in self.groups if group.method in NARROWING]
+
+    @property
+    def sharing(self) -> list[GroupPlan]:
+        """All other groups; their numbers are about the network that the narrowing ones leave."""
+        return [group for group in self.groups if group.method not in NARROWING]
 
     @property
     def size(self) -> float:
@@ -91,8 +110,8 @@ class Plan:
                 f"{where} holds no list of groups: write one with `sharefold convert ... --dry-run --json`"
             )
         for key, default in (("plan_version", PLAN_VERSION), ("params_before", 0), ("params_after", 0)):
-            if not is_int(data.get(key, default)):
-                raise SharefoldError(f"{where}: {key} must be an integer, not {data[key]!r}")
+            if not is_int(data.get(key, default)) or not 0 <= data.get(key, default) < 1 << 62:
+                raise SharefoldError(f"{where}: {key} must be an integer from 0, not {shown(data[key])}")
         if data.get("plan_version", PLAN_VERSION) > PLAN_VERSION:
             raise SharefoldError(
                 f"{where} has plan_version {data['plan_version']}, this sharefold reads up to "
@@ -101,13 +120,17 @@ class Plan:
         store = data.get("store", "")
         if not isinstance(store, str):
             raise SharefoldError(f"{where}: store must be a text such as int8, not {store!r}")
+        exclude = data.get("exclude", "")
+        if not isinstance(exclude, str) or not _is_expression(exclude):
+            raise SharefoldError(f"{where}: exclude must be a regular expression, not {exclude!r}")
         groups = [_group(entry, index, where) for index, entry in enumerate(data["groups"])]
-        owner: dict[str, str] = {}
+        owners: dict[bool, dict[str, str]] = {True: {}, False: {}}
         names: set[str] = set()
         for group in groups:
             if group.name in names:
                 raise SharefoldError(f"{where}: two groups are named {group.name!r}: rename one")
             names.add(group.name)
+            owner = owners[group.method in NARROWING]
             for member in group.members:
                 if member in owner:
                     raise SharefoldError(
@@ -115,7 +138,7 @@ class Plan:
                     )
                 owner[member] = group.name
         source = str(data.get("source", ""))
-        return cls(groups, data.get("params_before", 0), data.get("params_after", 0), source, store)
+        return cls(groups, data.get("params_before", 0), data.get("params_after", 0), source, store, exclude)
 
     def __str__(self) -> str:
         head = ["group", "method", "layers", "options", "params", "kept", "error"]
@@ -141,6 +164,14 @@ class Plan:
         return "\n".join([*lines, total, *([f"stored as {self.store}"] if self.store else [])])
 
 
+def _is_expression(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
 def _group(entry: Any, index: int, where: str) -> GroupPlan:
     known = {f.name for f in fields(GroupPlan)}
     if not isinstance(entry, dict) or not {"name", "method", "members"} <= entry.keys():
@@ -154,10 +185,10 @@ def _group(entry: Any, index: int, where: str) -> GroupPlan:
         if not isinstance(entry.get(key, ""), str):
             raise SharefoldError(f"{where}: {key} of group {entry['name']!r} must be a text, not {entry[key]!r}")
     for key in ("params_before", "params_after", "stage"):
-        if not is_int(entry.get(key, 0)):
-            raise SharefoldError(f"{where}: {key} of group {entry['name']!r} must be an integer, not {entry[key]!r}")
+        if not is_int(entry.get(key, 0)) or not 0 <= entry.get(key, 0) < 1 << 62:
+            raise SharefoldError(f"{where}: {key} of group {entry['name']!r} must be an integer from 0, not {shown(entry[key])}")
     error = entry.get("error")
-    if error is not None and (isinstance(error, bool) or not isinstance(error, (int, float))):
+    if error is not None and not is_number(error):
         raise SharefoldError(f"{where}: error of group {entry['name']!r} must be a number or null, not {error!r}")
     members = entry["members"]
     if not isinstance(members, (list, tuple)) or not all(isinstance(m, str) for m in members) or not members:

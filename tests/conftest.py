@@ -64,8 +64,8 @@ def labelled_npz(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def grey_npz(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """DATA of 30 images that train and test, 1x8x8, with labels."""
-    return f"npz:{npz_file(tmp_path_factory.mktemp('data') / 'set.npz', 8, 1, 30, 30)}"
+    """DATA of 200 images that train and 30 that test, 1x8x8, with labels."""
+    return f"npz:{npz_file(tmp_path_factory.mktemp('data') / 'set.npz', 8, 1, 200, 30)}"
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sharefold.checksum import checksum
 
-METADATA, CHECKSUM, WEIGHTS, CONFIG = "sharefold", "sharefold_checksum", "model.safetensors", "sharefold_config.json"
+METADATA, CHECKSUM, WEIGHTS, CONFIG = "sharefold", "crc32", "model.safetensors", "sharefold_config.json"
 
 
 def metadata_of(file: Path) -> dict[str, str]:

@@ -196,3 +196,13 @@ def net(kind: str = "residual", seed: int = 0, **options: int) -> Net:
 def logits(model: nn.Module, seed: int = 2) -> Tensor:
     """(8, 5) on fixed images."""
     return model.eval()(images(8, seed))
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state dict."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Whether two state dicts have the same keys and bits."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

@@ -17,11 +17,12 @@ from sharefold.repair.work import Repair, Work, repaired
 
 
 def calibration_on(original: nn.Module, fitting: Tensor, held_out: Tensor, graph: NetworkGraph | None = None) -> Calibration:
-    """A calibration of ``original`` whose part ``fit`` is ``fitting``; those that decide are from ``held_out``."""
+    """A calibration of ``original`` whose part ``fit`` is ``fitting``; all others are from ``held_out``."""
     parts = next(parts for n in itertools.count(len(fitting)) if len((parts := parts_of(n)).fit) == len(fitting))
-    images = torch.empty(len(parts.fit) + len(parts.decide), *fitting.shape[1:])
+    images = torch.empty(sum(len(part) for part in (parts.fit, parts.decide, parts.report)), *fitting.shape[1:])
     images[parts.fit] = fitting
-    images[parts.decide] = held_out[torch.arange(len(parts.decide)) % len(held_out)]
+    for part in (parts.decide, parts.report):
+        images[part] = held_out[torch.arange(len(part)) % len(held_out)]
     cal = calibrate(original, images, graph=graph)
     assert torch.equal(cal.fitting, fitting)
     return cal
@@ -33,7 +34,7 @@ def work_of(
 ) -> Work:  # fmt: skip
     """``model``, a conversion of ``original``; all of ``held_out`` decide, without blends."""
     cal = calibration_on(original, fitting, held_out, graph)
-    return Work(cal, model, Plan(list(groups), 0, 0), Guard(cal.comparison(held_out), now))
+    return Work(cal, model, Plan(list(groups), 0, 0), Guard(cal.comparison(held_out), now), cal)
 
 
 def done_by(repair: Repair, work: Work) -> StepRecord:

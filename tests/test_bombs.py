@@ -168,4 +168,4 @@ def test_weights_that_a_builder_calculates_with(tmp_path: Path, monkeypatch: pyt
 
 
 def test_metadata_is_what_the_reader_checks(file: Path) -> None:
-    assert set(metadata_of(file)) == {"sharefold", "sharefold_checksum", "format"}
+    assert set(metadata_of(file)) == {"sharefold", "crc32", "format"}

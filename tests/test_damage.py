@@ -63,7 +63,7 @@ def test_a_changed_configuration_or_swapped_tensors_are_refused(file: Path) -> N
     save_file(tensors, str(file), {**metadata, "sharefold": text.replace("digits_resnet", "digits_resnet ", 1)})
     with pytest.raises(SharefoldError):
         sharefold.load(file)
-    save_file(tensors, str(file), {k: v for k, v in metadata.items() if k != "sharefold_checksum"})
+    save_file(tensors, str(file), {k: v for k, v in metadata.items() if k != "crc32"})
     with pytest.raises(SharefoldError, match="checksum does not hold"):
         sharefold.load(file)
 

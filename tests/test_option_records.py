@@ -14,13 +14,14 @@ from command_line import call, refused
 from networks import images, net
 
 import sharefold
+from sharefold.demo.results import DemoOptions
 from sharefold.options import CalibrationOptions, ConvertOptions, PlanOptions, RefineOptions, chosen
 from sharefold.repair.refine import refine
 from sharefold.sweep import SweepOptions, sweep
 from sharefold_cli.main import cli
 from sharefold_cli.record_options import record_of, record_options
 
-RECORDS = (CalibrationOptions, PlanOptions, ConvertOptions, RefineOptions, SweepOptions)
+RECORDS = (CalibrationOptions, PlanOptions, ConvertOptions, RefineOptions, SweepOptions, DemoOptions)
 ASKED = (PlanOptions, ConvertOptions)
 
 

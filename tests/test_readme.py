@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from pathlib import Path
 from types import ModuleType
 
+import click
 import pytest
 from doc_blocks import ROOT, commands, make_files, run_document
 from script_loader import load_script
+
+from sharefold_cli.main import cli
 
 README = ROOT / "README.md"
 
@@ -28,6 +33,19 @@ def test_every_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     run_document(tmp_path / "readme.md")
 
 
+def test_verbs_and_options_of_the_goals_exist() -> None:
+    """``sharefold VERB ... --option`` in the table; an option alone is one of ``convert``."""
+    goals = README.read_text().split("| goal | command |")[1].split("\n\n")[0]
+    lines = re.findall(r"`([^`]+)`", goals)
+    assert sum(line.startswith("sharefold ") for line in lines) >= 15
+    for line in lines:
+        words = shlex.split(line if line.startswith("sharefold ") else f"sharefold convert {line}")
+        command = cli.get_command(click.Context(cli), words[1])
+        assert command is not None, line
+        known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        assert [word for word in words[2:] if word.startswith("-") and word not in known] == [], line
+
+
 def tables_module() -> ModuleType:
     return load_script("benchmarks/tables.py")
 
@@ -40,6 +58,7 @@ def test_tables_are_those_of_the_results() -> None:
         assert module.render(text) == text, f"{path.name}: run python benchmarks/tables.py"
         names |= set(re.findall(r"<!-- table: (\w+) -->", text))
     assert names == set(module.TABLES)
+    assert json.loads(module.DATES.read_text()) == module.dates(), "results have changed: run python benchmarks/tables.py"
 
 
 def test_scripts_named_in_documents_exist() -> None:

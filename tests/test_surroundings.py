@@ -110,7 +110,9 @@ def test_networks_that_cannot_be_converted_say_so_and_stay() -> None:
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
 def test_procedural_images_have_the_networks_type(kind: torch.dtype) -> None:
     model = net().to(kind)
-    sharefold.convert_(model, sharefold.plan(model, budget="70%"), config=CONFIG)
+    cal = sharefold.calibrate(model)
+    assert cal.images.dtype == kind
+    sharefold.convert_(model, sharefold.plan(model, "70%", cal), cal, config=CONFIG)
     assert shared_layers(model) and all(p.dtype == kind for p in model.parameters())
 
 
@@ -163,9 +165,12 @@ def test_planning_leaves_the_network_and_every_generator_as_they_were() -> None:
 
     drawn = states()
     analyze(model, IMAGES[:2])
-    sharefold.plan(model, budget="70%", calibration=IMAGES)
+    cal = sharefold.calibrate(model, IMAGES)
+    for given in (cal, IMAGES):
+        sharefold.plan(model, "70%", given)
     assert states() == drawn
-    assert set(vars(model)) == keys and all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    for network in (model, cal.original):
+        assert set(vars(network)) == keys and all(torch.equal(before[name], t) for name, t in network.state_dict().items())
 
 
 class NormTwice(nn.Module):
@@ -329,14 +334,14 @@ def test_a_rounding_that_fails_leaves_the_last_one() -> None:
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
 def test_packed_files_of_other_types(kind: torch.dtype, tmp_path: Path) -> None:
-    """float32 in the file, whatever the network's type; values that no half can hold, too."""
+    """The network's type comes back, whatever the template's; values that no half can hold, too."""
     model = net().to(kind)
     model.bn.running_var[0] = 1e5
     _, model = converted(model, given=IMAGES.to(kind))
     quantize_(model, "int8", calibration=IMAGES.to(kind))
     sharefold.save(model, tmp_path / "net.safetensors")
     for template in (net(), net().to(kind)):
-        wanted = next(template.parameters()).dtype
+        wanted = kind
         read = sharefold.load(tmp_path / "net.safetensors", model=template).state_dict()
         for name, tensor in model.state_dict().items():
             assert read[name].dtype == (wanted if tensor.is_floating_point() else tensor.dtype), name

@@ -25,13 +25,14 @@ class Match:
     """The architecture of a state dict.
 
     ``others`` have the same names and shapes, and ``rule`` says why ``base`` was preferred; ``--arch`` can choose
-    them. ``head`` names the tensors whose size follows the class count.
+    them; ``twins`` are how those are built. ``head`` names the tensors whose size follows the class count.
     """
 
     base: dict[str, Any]
     others: tuple[str, ...] = ()
     rule: str = "only match"
     head: frozenset[str] = frozenset()
+    twins: tuple[dict[str, Any], ...] = ()
 
 
 def match_architecture(shapes: Shapes, file: str, hints: Mapping[str, Any] | None = None) -> Match:
@@ -66,7 +67,8 @@ def exact_match(shapes: Shapes, file: str, hints: Mapping[str, Any] | None = Non
     for _, base, head in ordered:
         # The index may come from another version of the libraries: what it promises is checked.
         if _fits(shapes, base):
-            return Match(base, tuple(_label(b) for _, b, _ in ordered if b is not base), rule, head)
+            twins = tuple(b for _, b, _ in ordered if b is not base)
+            return Match(base, tuple(map(label_of, twins)), rule, head, twins)
     return None
 
 
@@ -86,7 +88,7 @@ def _nearest(shapes: Shapes, file: str) -> Match:
             backbone = {**base, "kwargs": {**base["kwargs"], "num_classes": 0}}
             if entry.library == "timm" and _fits(shapes, backbone):
                 return Match(backbone, (), "without its classifier")
-        found.append((len(difference), _label(base), difference))
+        found.append((len(difference), label_of(base), difference))
     if not found:
         raise SharefoldError(
             f"no architecture matches {file} ({len(shapes)} tensors) and none shares a tensor name with it: "
@@ -168,6 +170,7 @@ def _is_torchvision_file(entry: Entry, name: str) -> bool:
     return entry.library == "torchvision" and name in torchvision_urls(entry.name)
 
 
-def _label(base: dict[str, Any]) -> str:
+def label_of(base: dict[str, Any]) -> str:
+    """How ``--arch`` names it."""
     prefix = "timm" if base["library"] == "timm" else "tv"
     return f"{prefix}:{base['name']}"

@@ -129,9 +129,9 @@ class Calibration:
         kept = set(but)
         self._solutions = {key: value for key, value in self._solutions.items() if key in kept}
 
-    def of(self, network: nn.Module) -> Calibration:
-        """The same images for another network of the same graph; nothing measured carries over."""
-        return Calibration(network, self.images, self.graph, self.example, self.options)
+    def of(self, network: nn.Module, graph: NetworkGraph | None = None) -> Calibration:
+        """The same images for another network, of the same graph unless another is given; nothing measured carries over."""
+        return Calibration(network, self.images, self.graph if graph is None else graph, self.example, self.options)
 
     def check_model(self, model: nn.Module) -> None:
         """Checks that ``model`` is the network that was calibrated, on the same device.

@@ -33,7 +33,7 @@ def match_statistics(
         batch_size: images whose statistics are matched together.
         seed: of the division into batches.
     """
-    norms = _norms(model)
+    norms = trained_norms(model)
     if not norms or not steps:
         return images.clone()
     low, high = (f(images, dim=(0, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
@@ -63,12 +63,12 @@ def match_statistics(
 @torch.no_grad()
 def mismatch(model: nn.Module, images: Tensor) -> float:
     """How far the statistics of ``images``, as one batch, are from the running ones: mean over BatchNorms."""
-    with _watched(model, _norms(model)) as errors:
+    with _watched(model, trained_norms(model)) as errors:
         run_on(model, images)
         return float(torch.stack(errors).mean()) if errors else 0.0
 
 
-def _norms(model: nn.Module) -> list[nn.Module]:
+def trained_norms(model: nn.Module) -> list[nn.Module]:
     """BatchNorms that have seen data: one as it was initialised remembers nothing worth matching."""
     return [m for m in model.modules() if isinstance(m, NORMS) and m.running_mean is not None and _trained(m)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -21,6 +22,8 @@ from sharefold.solvers.data_norm import Moments, sample_patches
 SAMPLES_PER_FEATURE = 16
 SAMPLES_FLOOR = 16_384
 CACHE_BYTES = 2 << 30
+# Batches of images tell how much a moment is to be trusted; a few images come in so many, too.
+FEWEST_BATCHES = 8
 # Bounds of the identity's share in a shrunk moment.
 SMALLEST_SHARE, LARGEST_SHARE = 1e-4, 0.5
 # Beyond so many features a layer's moments are those of its inputs in the space of its filters; see `Statistics.frames`.
@@ -130,7 +133,8 @@ class Statistics:
             name: Moments(self.frames[name].shape[1] if name in self.frames else form.features, form.groups, device=device)
             for name, form in forms.items()
         }
-        generator = torch.Generator().manual_seed(self.seed)
+        # A layer's positions do not depend on which others are collected with it.
+        drawn = {name: torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode())) for name in names}
         waiting: set[str] = set()
         shifts: dict[str, Tensor] = {}
         handles = []
@@ -142,7 +146,7 @@ class Statistics:
                 module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name, form: ConvForm = form,
                 positions: int = positions,
             ) -> None:  # fmt: skip
-                patches = patches_of(form, inputs[0], positions, generator)
+                patches = patches_of(form, inputs[0], positions, drawn[name])
                 patches = patches @ self.frames[name] if name in self.frames else patches
                 if self.centered.get(name, False):  # about the first batch's mean: the rest is small, and so is its rounding
                     patches = patches - shifts.setdefault(name, patches.mean(0))
@@ -154,7 +158,7 @@ class Statistics:
             handles.append(self.model.get_submodule(name).register_forward_hook(hook))
         try:
             with evaluating(self.model):
-                for index in self.chosen.split(self.batch_size):
+                for index in self.chosen.split(min(self.batch_size, -(-len(self.chosen) // FEWEST_BATCHES))):
                     waiting.update(names)
                     try:
                         self.model(self.images[index].to(device))

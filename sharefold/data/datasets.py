@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from sharefold.data.image_files import opened_image
 from sharefold.data.preprocess import Preprocess
 from sharefold.errors import SharefoldError
 
@@ -97,11 +97,8 @@ class FileDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path = self.files[index]
-        try:
-            with Image.open(path) as image:
-                return self.preprocess.image(image), self.labels[index]
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise SharefoldError(f"{path}: not a readable image ({error}): repair or remove it") from error
+        with opened_image(path) as image:
+            return self.preprocess.image(image), self.labels[index]
 
 
 class BatchLoader:

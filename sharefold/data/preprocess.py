@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,10 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from sharefold.errors import SharefoldError
+from sharefold.untrusted import shown
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 Size = tuple[int, int, int]
+_LARGEST_SIDE = 1 << 16
 
 
 def parse_size(size: Sequence[int] | int | str, channels: int = 3) -> Size:
@@ -27,18 +30,26 @@ def parse_size(size: Sequence[int] | int | str, channels: int = 3) -> Size:
         except ValueError:
             raise SharefoldError(f"input size {size!r}: want C,H,W in whole numbers, e.g. 3,32,32") from None
     else:
-        numbers = [size] if isinstance(size, int) else [int(part) for part in size]
+        try:
+            numbers = [size] if isinstance(size, int) else [int(part) for part in size]
+        except (TypeError, ValueError, OverflowError):
+            raise SharefoldError(f"input size {shown(size)}: want C,H,W in whole numbers, e.g. 3,32,32") from None
     if len(numbers) == 1:
         numbers = [channels, numbers[0], numbers[0]]
     elif len(numbers) == 2:
         numbers = [channels, *numbers]
-    if len(numbers) != 3 or min(numbers) < 1:
-        raise SharefoldError(f"input size {size!r}: want C,H,W, all at least 1, e.g. 3,32,32")
+    if len(numbers) != 3 or min(numbers) < 1 or max(numbers) > _LARGEST_SIDE:
+        raise SharefoldError(f"input size {size!r}: want C,H,W, all from 1 to {_LARGEST_SIDE}, e.g. 3,32,32")
     return numbers[0], numbers[1], numbers[2]
 
 
 def _per_channel(name: str, values: Sequence[float] | float, channels: int) -> tuple[float, ...]:
-    numbers = (float(values),) if isinstance(values, (int, float)) else tuple(float(v) for v in values)
+    try:
+        numbers = (float(values),) if isinstance(values, (int, float)) else tuple(float(v) for v in values)
+    except (TypeError, ValueError):
+        raise SharefoldError(f"{name} {shown(values)}: want numbers, one a channel, e.g. 0.485,0.456,0.406") from None
+    if not all(math.isfinite(number) for number in numbers):
+        raise SharefoldError(f"{name} {shown(values)}: every value must be a finite number")
     if len(numbers) == 1:
         return numbers * channels
     if channels == 1 and len(numbers) == 3:  # a colour recipe on a grey model: timm sums the stem over its inputs

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,8 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from sharefold.data.datasets import ArrayDataset, FileDataset
+from sharefold.data.image_files import SUFFIXES, forbid_ghostscript
+from sharefold.data.npz_files import NpzFile
 from sharefold.data.preprocess import Preprocess, shape_text
 from sharefold.errors import SharefoldError
 
@@ -22,7 +22,6 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "val": ("val", "validation", "valid", "test"),
 }
 _CANONICAL = {"training": "train", "validation": "val", "valid": "val", "eval": "test", "testing": "test"}
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
 HINT = "use imagefolder:DIR, npz:FILE, cifar10:DIR, cifar100:DIR, fashionmnist:DIR, timm:NAME or digits"
 
 
@@ -82,24 +81,19 @@ def _npz(place: str, split: str, preprocess: Preprocess) -> Dataset:
     path = Path(place).expanduser()
     if not path.is_file():
         raise SharefoldError(f"data npz:{place}: no such file")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise SharefoldError(f"data npz:{place}: a single array, not an npz archive: save with numpy.savez")
-            names = set(archive.files)
-            prefix = next((f"{name}_" for name in split_names(split) if f"{name}_x" in names), None)
-            if prefix is None and "x" in names:
-                prefix = ""
-            if prefix is None:
-                found = ", ".join(sorted(names)) or "nothing"
-                raise SharefoldError(f"data npz:{place}: no {split_names(split)[0]}_x in it (it holds {found})")
-            images = archive[f"{prefix}x"]
-            labels = archive[f"{prefix}y"] if f"{prefix}y" in names else None
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, KeyError) as error:
-        raise SharefoldError(f"data npz:{place}: not a readable npz file of plain arrays ({error})") from error
+    archive = NpzFile(path, f"data npz:{place}")
+    names = archive.entries
+    prefix = next((f"{name}_" for name in split_names(split) if f"{name}_x" in names), "" if "x" in names else None)
+    if prefix is None:
+        found = ", ".join(sorted(names)) or "nothing"
+        raise SharefoldError(f"data npz:{place}: no {split_names(split)[0]}_x in it (it holds {found})")
+    images = archive.read(f"{prefix}x")
+    labels = archive.read(f"{prefix}y") if f"{prefix}y" in names else None
     where = f"data npz:{place}: {prefix}x"
     if images.ndim not in (3, 4) or images.dtype != np.uint8:
         raise SharefoldError(f"{where} is {images.dtype} of shape {images.shape}: want uint8, N x H x W x C")
+    if min(images.shape[1:]) < 1:
+        raise SharefoldError(f"{where} has shape {images.shape}: images have at least one pixel")
     channels = preprocess.size[0]
     if images.ndim == 4 and images.shape[3] != channels and images.shape[1] == channels:
         raise SharefoldError(f"{where} has shape {images.shape}, channels first: transpose it to N x H x W x C")
@@ -109,7 +103,7 @@ def _npz(place: str, split: str, preprocess: Preprocess) -> Dataset:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def _imagefolder(place: str, split: str, preprocess: Preprocess) -> Dataset:
@@ -170,6 +164,7 @@ def _timm(place: str, split: str, preprocess: Preprocess) -> Dataset:
         if not equals:
             raise SharefoldError(f"data timm:{place}: {option!r} is not of the form key=value")
         keywords[key] = {"true": True, "false": False}.get(value.lower(), value)
+    forbid_ghostscript()
     wanted = {"test": "validation", "val": "validation"}.get(split_names(split)[0], split)
     try:
         dataset = create_dataset(name, split=keywords.pop("split", wanted), **keywords)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from sharefold.data import ArrayDataset, FileDataset, Preprocess, open_data
+from sharefold.data.image_files import opened_image
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.finetune.augmentation import Augment
 from sharefold.finetune.batches import (
@@ -91,11 +92,8 @@ class TrainImages(Dataset):
             image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
             return self.transform(image.convert(mode)), int(self.data.labels[index])
         path = self.data.files[index]
-        try:
-            with Image.open(path) as image:
-                return self.transform(image.convert(mode)), self.data.labels[index]
-        except (OSError, SyntaxError, ValueError) as error:
-            raise SharefoldError(f"{path}: not a readable image ({error}): repair or remove it") from error
+        with opened_image(path) as image:
+            return self.transform(image.convert(mode)), self.data.labels[index]
 
 
 def train_transform(preprocess: Preprocess, config: FinetuneConfig, small: bool) -> Any:

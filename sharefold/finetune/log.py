@@ -105,11 +105,14 @@ def _tensorboard(folder: Path, step: int) -> Any:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The records of a ``log.jsonl``; a last line cut off by a crash is ignored."""
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            break
+        records.append(record)
     return records
 
 

@@ -369,11 +369,17 @@ class _Run:
         self.seconds, self.history, self.before = state["seconds"], state["history"], state["before"]
         self.last, self.epoch_loss = state["last"], state["epoch_loss"]
         self.sums = {k: torch.tensor(v, device=self.world.device) for k, v in state["sums"].items()}
-        load_tensors(self.model, state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.updater.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            load_tensors(self.ema.module, state["ema"])
+        if self.updates > self.config.epochs * self.batches.steps or self.logged_at > self.updates:
+            raise SharefoldError(f"{self.state_path}: damaged run state: more updates than the run has: remove it to start anew")
+        try:
+            load_tensors(self.model, state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.updater.scaler.load_state_dict(state["scaler"])
+            if self.ema is not None:
+                load_tensors(self.ema.module, state["ema"])
+        except (RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise SharefoldError(f"{self.state_path}: damaged run state ({reason}): remove it to start anew") from None
         if state["best"] is not None:
             self.best = (state["best"]["top1"], state["best"]["weights"])
         self.schedule.step(self.updates)

@@ -41,6 +41,10 @@ FAMILY: dict[str, str] = {
 ADDITIONS = frozenset({"add", "iadd"})
 PRODUCTS = frozenset({"mul", "imul", "multiply"})
 
+# Keep the channels and their order, but what becomes of one depends on all.
+MIXING = frozenset({"softmax", "log_softmax", "normalize"})
+_MIXING_MODULES = (nn.LayerNorm, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin)
+
 _CHANNELWISE_TORCH = ("activation", "dropout", "pooling", "padding", "upsampling")
 _NOT_CHANNELWISE = (nn.MultiheadAttention, nn.GLU)
 
@@ -92,6 +96,23 @@ def module_family(module: nn.Module, chan: Any, shape: Any) -> str:
     if source in CHANNELWISE_SOURCES or source in {f"torch.nn.modules.{part}" for part in _CHANNELWISE_TORCH}:
         return "channelwise"
     return "opaque"
+
+
+def mixes_channels(module: nn.Module) -> bool:
+    """True for a module of the family "channelwise" whose value for one channel depends on all."""
+    return isinstance(module, _MIXING_MODULES) or (isinstance(module, nn.GroupNorm) and module.num_groups != module.num_channels)
+
+
+def names_size(node: fx.Node, size: int) -> bool:
+    """True when a reshape or expansion is written with the number ``size`` itself, not with what the input had."""
+    values: list[Any] = [*node.args[1:], *node.kwargs.values()]
+    while values:
+        value = values.pop()
+        if isinstance(value, list | tuple):
+            values.extend(value)
+        elif value is not True and value == size and isinstance(value, int):
+            return True
+    return False
 
 
 def is_global_pool(node: fx.Node, model: nn.Module, before: tuple, after: tuple, axis: int) -> bool:

@@ -61,7 +61,8 @@ class Space:
 
     ``writers`` produce the channels (output rows), ``readers`` consume them (input columns), ``through`` act on each
     channel by itself (norms, PReLU, depthwise convolutions) and hold one entry or filter a channel. ``gates`` are the
-    writers whose output only multiplies the map. A frozen space cannot be permuted, for the ``reason`` given.
+    writers whose output only multiplies the map. A frozen space cannot be permuted, for the ``reason`` given; of one that
+    can, no channel may be left out where ``whole`` says why (softmax, a norm over all of them).
     """
 
     id: int
@@ -72,6 +73,7 @@ class Space:
     gates: tuple[str, ...]
     frozen: bool
     reason: str
+    whole: str = ""
 
     @property
     def stream(self) -> bool:

@@ -24,6 +24,7 @@ class _Draft:
     through: list[str]
     gates: list[str]
     reason: str = ""
+    whole: str = ""
 
 
 class SpaceSet:
@@ -51,6 +52,11 @@ class SpaceSet:
         draft = self[space]
         draft.reason = draft.reason or reason
 
+    def bind(self, space: int, reason: str) -> None:
+        """The channels may be permuted, but none can be left out."""
+        draft = self[space]
+        draft.whole = draft.whole or reason
+
     def unite(self, first: int, second: int) -> None:
         a, b = sorted((self.find(first), self.find(second)))
         if a == b:
@@ -61,6 +67,7 @@ class SpaceSet:
             mine = getattr(into, key)
             mine.extend(name for name in getattr(other, key) if name not in mine)
         into.reason = into.reason or other.reason
+        into.whole = into.whole or other.whole
         if into.channels != other.channels:
             into.reason = into.reason or "layers of different width meet in these channels"
 
@@ -72,5 +79,6 @@ class SpaceSet:
                 found[space] = Space(
                     space, d.channels, tuple(d.writers), tuple(d.readers), tuple(d.through),
                     tuple(name for name in d.gates if name in d.writers), bool(d.reason), d.reason,
+                    d.whole,
                 )  # fmt: skip
         return found

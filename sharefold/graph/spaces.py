@@ -124,6 +124,8 @@ class _Propagation:
         kind = ops.module_family(module, self.chan(ops.first_operand(node)), shape_of(ops.first_operand(node)))
         if kind == "channelwise":
             chan = self.keep(node)
+            if chan is not None and ops.mixes_channels(module):
+                self.spaces.bind(chan.space, f"{name} ({type(module).__name__}) looks at all of them together")
             if chan is not None and any(True for _ in (*module.parameters(), *module.buffers())):
                 through = self.spaces[chan.space].through
                 if name not in through:
@@ -194,7 +196,10 @@ class _Propagation:
         return None
 
     def op_keep(self, node: fx.Node) -> Any:
-        return self.keep(node)
+        chan = self.keep(node)
+        if chan is not None and ops.op_name(node) in ops.MIXING:
+            self.spaces.bind(chan.space, f"{ops.op_name(node)} looks at all of them together")
+        return chan
 
     def keep(self, node: fx.Node) -> Chan | None:
         """Same rank and channel count out as in; anything else is opaque."""
@@ -260,6 +265,7 @@ class _Propagation:
         if dims is None:
             return self.op_opaque(node)
         if chan.axis in dims:
+            self.spaces.bind(chan.space, f"{ops.op_name(node)} looks at all of them together")
             return None  # the same for every order of the channels
         axis = chan.axis if keepdim else chan.axis - sum(dim < chan.axis for dim in dims)
         spatial = set(range(len(shape))) - {0, chan.axis}
@@ -274,7 +280,13 @@ class _Propagation:
         axis = ops.reshaped_axis(before, after, chan.axis)
         if axis is None:
             return self.opaque(node, f"split or merged with other axes by {ops.op_name(node)}")
+        self.note_literal(node, chan, before[chan.axis])
         return replace(chan, axis=axis)
+
+    def note_literal(self, node: fx.Node, chan: Chan, channels: int) -> None:
+        fixed = node.op == "call_module" and isinstance(self.model.get_submodule(str(node.target)), nn.Unflatten)
+        if fixed or (node.op != "call_module" and ops.names_size(node, channels)):
+            self.spaces.bind(chan.space, f"{ops.op_name(node)} is written with their number")
 
     def op_permute(self, node: fx.Node) -> Chan | None:
         source = ops.first_operand(node)
@@ -292,6 +304,7 @@ class _Propagation:
         axis = chan.axis - len(before) + len(after)
         if after[axis] != before[chan.axis]:
             return None if before[chan.axis] == 1 else self.op_opaque(node)
+        self.note_literal(node, chan, before[chan.axis])
         return replace(chan, axis=axis)
 
     def op_roll(self, node: fx.Node) -> Chan | None:

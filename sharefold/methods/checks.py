@@ -7,8 +7,9 @@ from torch import nn
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.layers import bank_key
+from sharefold.methods.narrowing import blank_narrowed
 from sharefold.methods.registry import step_named
-from sharefold.plans import Plan
+from sharefold.plans import NARROWING, Plan
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:
@@ -18,7 +19,10 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         SharefoldError: names the group and the layer.
     """
     keys: dict[str, str] = {}
-    for group in plan.groups:
+    dense = model
+    for group in (*plan.narrowing, *plan.sharing):
+        if dense is model and group.method not in NARROWING:
+            model = blank_narrowed(dense, plan)
         step = step_named(group.method)
         if (other := keys.setdefault(bank_key(group.name), group.name)) != group.name:
             raise SharefoldError(f"plan: groups {other!r} and {group.name!r} differ in dots alone: rename one")

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from scipy.interpolate import PchipInterpolator
 from torch import Tensor, nn
 
 from sharefold.calibration.problem import GroupProblem
@@ -24,10 +25,12 @@ from sharefold.solvers.interpolative import pivot
 from sharefold.solvers.variable_projection import Kind, VariableProjection
 
 # Of a candidate's parameters, what the layers' own filters and their coefficients take.
-SHARES = (0.25, 0.5, 0.75)
-# Candidates per share, of which so many are fitted; the errors of those between follow by their costs' logarithms.
-POINTS = 16
+SHARES = (0.4, 0.65)
+# Candidates per share, of which so many are fitted; the errors of those between are interpolated.
+POINTS = 32
 FITTED = 5
+# Smaller ones, of the dense weights, leave hardly anything of the outputs.
+SMALLEST = 0.04
 # Filters of so few numbers allow few counts, with jumps between; there every candidate is fitted.
 SMALL_FEATURES = 100
 
@@ -51,13 +54,17 @@ class Hybrid(TwoFactors):
             return []
         large = flat.columns > LARGE_FEATURES
         work = VariableProjection(flat, kind_of(forms[0]), groups=forms[0].groups, inputs=own_inputs(forms))
-        iterations = 5 if large else 30 if flat.columns <= LARGE_FEATURES // 2 else 15
+        iterations = 5 if large else 30 if flat.columns <= LARGE_FEATURES // 2 else 20
         found: dict[tuple[int, int], Candidate] = {}
-        for row in sizes[1:2] if large else sizes:
-            count = len(row) if flat.columns <= SMALL_FEATURES else min(FITTED, len(row))
-            fitted = [row[i] for i in sorted({int(i) for i in np.linspace(0, len(row) - 1, count).round()})]
-            errors = [per_layer(len(forms), flat, e) for e in shared_and_own.curve(work, fitted, iterations)]
+        for row in sizes[1:] if large else sizes:
+            costs = np.array([self.amount(forms, *size) for size in row])
+            count = len(row) if flat.columns <= SMALL_FEATURES else FITTED
+            # The errors' logarithms are nearly straight lines over the cost, so that the fitted ones are spaced evenly.
+            even = np.linspace(costs[0], costs[-1], count) if row else costs
+            fitted = [row[i] for i in sorted({int(np.abs(costs - cost).argmin()) for cost in even})]
             known = [self.amount(forms, *size) for size in fitted]
+            efforts = [max(6, round(2 * iterations * cost / dense)) for cost in known]  # small ones are soon as good as they get
+            errors = [per_layer(len(forms), flat, e) for e in shared_and_own.curve(work, fitted, efforts)]
             for size in row:
                 cost = self.amount(forms, *size)
                 found[size] = Candidate(self.sized(*size), cost, _between(cost, known, errors))
@@ -68,7 +75,7 @@ class Hybrid(TwoFactors):
         room, wide = max(form.features for form in forms), _width(forms[0])
         if min(room, *own_inputs(forms)) < 2:
             return []
-        costs = np.geomspace(self.amount(forms, 1, 1), 0.95 * dense, POINTS)
+        costs = np.geomspace(max(self.amount(forms, 1, 1), SMALLEST * dense), 0.95 * dense, POINTS)
         sizes = {self.split(forms, cost, share) for cost in costs.tolist()}
         sizes = {size for size in sizes if size[0] + size[1] * wide <= room and self.amount(forms, *size) < dense}
         return sorted(sizes, key=lambda size: self.amount(forms, *size))
@@ -92,6 +99,13 @@ class Hybrid(TwoFactors):
         for count, columns in [(rank, max(form.features for form in forms)), *((own, size) for size in own_inputs(forms))]:
             total += count * (columns - count + 1 if self.pivoted else columns)
         return total
+
+    def cost(self, forms: list[ConvForm], options: dict[str, Any]) -> int:
+        rank, own, pivoted = int(options["rank"]), int(options["own"]), bool(options.get("pivoted"))
+        widest = max(form.features for form in forms)
+        total = sum(form.out_channels for form in forms) * (rank + own * _width(forms[0]))
+        total += rank * (widest - rank if pivoted and rank < widest else widest)
+        return total + sum(own * (columns - own if pivoted else columns) for columns in own_inputs(forms))
 
     def sized(self, rank: int, own: int) -> dict[str, Any]:
         options = self.options(rank)
@@ -210,7 +224,7 @@ def _most(limit: int, cost: float, price: Callable[[int], float]) -> int:
 
 
 def _between(cost: float, costs: Sequence[float], errors: Sequence[Tensor]) -> Tensor:
-    """Errors (K,) at ``cost``, between those at ``costs``, by logarithms."""
+    """Errors (K,) at ``cost``, between those at ``costs``, by their logarithms."""
     logs = torch.stack(list(errors)).double().clamp_min(1e-12).log().cpu().numpy()
-    found = [np.interp(np.log(cost), np.log(costs), column) for column in logs.T]
+    found = PchipInterpolator(costs, logs)(cost) if len(costs) > 1 else logs[0]
     return torch.from_numpy(np.exp(found)).to(errors[0])

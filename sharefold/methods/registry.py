@@ -8,6 +8,7 @@ from sharefold.methods.basis import Basis
 from sharefold.methods.cluster import ClusterFilters, ClusterKernels, ClusterLayers
 from sharefold.methods.contract import ConversionStep, LayerMethod
 from sharefold.methods.filter_bases import FilterBases
+from sharefold.methods.fold import Fold
 from sharefold.methods.grouped import Grouped
 from sharefold.methods.hybrid import Hybrid
 from sharefold.methods.reuse import Reuse
@@ -32,6 +33,8 @@ METHODS: dict[str, LayerMethod] = {
         ClusterKernels(),  # k-means over h x w slices: https://arxiv.org/abs/1907.05686
     )
 }
+# Takes channels between layers: planned by hidden spaces, before the methods above (sharefold/planner/fold_levels.py).
+FOLD = Fold()  # https://arxiv.org/abs/2502.10216
 # Steps of published systems, which their recipes plan (sharefold/recipes).
 RECIPE_STEPS: dict[str, ConversionStep] = {
     step.name: step
@@ -56,8 +59,18 @@ def method_named(name: str) -> LayerMethod:
     if name in RECIPE_STEPS:
         raise SharefoldError(f"method {name!r} is a step of a published system, not one to choose: take its recipe (--recipe)")
     if name not in METHODS:
-        raise unknown("method", name, ["auto", *METHODS])
+        raise unknown("method", name, ["auto", *METHODS, FOLD.name])
     return METHODS[name]
+
+
+def check_method(name: str) -> None:
+    """Checks that ``--method`` can take ``name``.
+
+    Raises:
+        SharefoldError: as :func:`method_named`.
+    """
+    if name != FOLD.name:
+        method_named(name)
 
 
 def step_named(name: str) -> ConversionStep:
@@ -69,6 +82,8 @@ def step_named(name: str) -> ConversionStep:
     name = ALIASES.get(name, name)
     if name in RECIPE_STEPS:
         return RECIPE_STEPS[name]
+    if name == FOLD.name:
+        return FOLD
     if name not in METHODS:
-        raise unknown("method", name, [*METHODS, *RECIPE_STEPS])
+        raise unknown("method", name, [*METHODS, FOLD.name, *RECIPE_STEPS])
     return METHODS[name]

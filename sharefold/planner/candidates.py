@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -45,6 +45,7 @@ class Candidates:
         fixed: of the dense network's cost, what no option touches.
         before: parameters of the whole dense network.
         method: what was allowed, for messages.
+        members: per group the names of its layers.
     """
 
     options: list[list[Option]]
@@ -52,6 +53,7 @@ class Candidates:
     fixed: float
     before: int
     method: str
+    members: list[tuple[str, ...]] = field(default_factory=list)
 
     @property
     def floor(self) -> float:
@@ -84,6 +86,10 @@ class Candidates:
     def spent(self, picks: Sequence[int]) -> float:
         """Cost of the whole network with these options."""
         return self.fixed + sum(row[pick].cost for row, pick in zip(self.options, picks, strict=True))
+
+    def damage(self, picks: Sequence[int]) -> float:
+        """Expected damage of these options, summed."""
+        return sum(row[pick].value for row, pick in zip(self.options, picks, strict=True))
 
     def alone(self) -> bool:
         """Whether every option can be tried by itself: no method reorders channels of the dense network first."""
@@ -124,7 +130,7 @@ def find_candidates(
     found = unit_options(cal, units, methods, cost, weigh, progress)
     fixed = max(cost.total - sum(cost.dense(name) for unit in units for name in unit.members), 0)
     before = sum(p.numel() for p in model.parameters())
-    return Candidates(found, cost, fixed, before, method_text(options.method))
+    return Candidates(found, cost, fixed, before, method_text(options.method), [unit.members for unit in units])
 
 
 def method_text(method: str | Sequence[str]) -> str:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from sharefold.budget import Budget, parse_budget
 from sharefold.calibration.calibrate import Calibration, calibration_of
+from sharefold.graph.hidden_channels import hidden_spaces
+from sharefold.graph.preserved import preserved
+from sharefold.methods import AUTO, FOLD
 from sharefold.options import CalibrationOptions, PlanOptions, chosen
 from sharefold.planner.candidates import Candidates, find_candidates, method_text
 from sharefold.planner.costs import cost_of
 from sharefold.planner.file_budget import plan_bytes
+from sharefold.planner.fold_levels import FoldLevels
+from sharefold.planner.mixed import Mixer
 from sharefold.planner.objectives import JOINT, objective_named
 from sharefold.planner.search import Trials, search
 from sharefold.plans import Plan, Progress
@@ -43,8 +49,10 @@ def plan(
     """
     wanted = chosen(options, overrides, PlanOptions)
     bound = parse_budget(budget)
-    cal = calibration_of(model, calibration, CalibrationOptions(wanted.seed, None, wanted.outputs, wanted.criterion))
-    return Planner(cal, wanted, progress).plan(bound)
+    known = CalibrationOptions(wanted.seed, outputs=wanted.outputs, criterion=wanted.criterion)
+    cal = calibration_of(model, calibration, known)
+    with preserved(cal.original):  # some networks draw random numbers or write on themselves whenever they run
+        return Planner(cal, wanted, progress).plan(bound)
 
 
 class Planner:
@@ -61,6 +69,7 @@ class Planner:
         self.cal, self.options, self.progress = cal, PlanOptions() if options is None else options, progress
         objective_named(self.options.objective)
         self._made: dict[str, Candidates] = {}
+        self._levels: dict[str, FoldLevels] = {}
 
     def candidates(self, unit: str = "parameters") -> Candidates:
         """What every group may become, priced in ``unit``; ``"bytes"`` are priced as parameters, for coding to make small.
@@ -71,9 +80,39 @@ class Planner:
         if unit not in self._made:
             coded = unit == "bytes"
             cost = cost_of("parameters" if coded else unit, self.cal.original, self.cal.graph, self.cal.example)
-            options = chosen(self.options, {"pivots": self.options.pivots and not coded}, PlanOptions)
+            options = chosen(self.sharing, {"pivots": self.options.pivots and not coded}, PlanOptions)
             self._made[unit] = find_candidates(self.cal, options, cost, self.progress)
         return self._made[unit]
+
+    def levels(self, unit: str = "parameters") -> FoldLevels:
+        """What the hidden spaces lose with their channels, priced in ``unit``; bytes as parameters."""
+        unit = "parameters" if unit == "bytes" else unit
+        if unit not in self._levels:
+            cal, options = self.cal, self.options
+            cost = cost_of(unit, cal.original, cal.graph, cal.example)
+            spaces, _ = hidden_spaces(cal.original, cal.graph, options.exclude)
+            self._levels[unit] = FoldLevels(cal, spaces, cost, options, self.progress)
+        return self._levels[unit]
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of all that are allowed."""
+        method = self.options.method
+        return (*AUTO, FOLD.name) if method == "auto" else (method,) if isinstance(method, str) else tuple(method)
+
+    @property
+    def sharing(self) -> PlanOptions:
+        """The options with the methods that share alone."""
+        names = tuple(name for name in self.methods if name != FOLD.name)
+        return self.options if self.options.method == "auto" else chosen(self.options, {"method": names}, PlanOptions)
+
+    def folded(self, levels: FoldLevels, limit: float, budget: str) -> Plan:
+        """The plan by method fold alone that costs at most ``limit``; ``budget`` is what the user wrote."""
+        widths = levels.within(limit, budget)
+        source = f"budget {budget}, method {FOLD.name}"
+        if levels.cost.unit != "parameters":
+            source += f": {levels.cost.text(levels.total(widths))} of {levels.cost.text(levels.cost.total)} expected"
+        return Plan(levels.plans(widths), levels.before, levels.parameters(widths), source)
 
     def plan(self, budget: str | float | Budget) -> Plan:
         """A plan at or under the budget.
@@ -81,17 +120,34 @@ class Planner:
         Raises:
             SharefoldError: unreachable budget (says the floor), unknown method.
         """
-        bound = parse_budget(budget)
+        return replace(self._plan(parse_budget(budget)), exclude=self.options.exclude or "")
+
+    def _plan(self, bound: Budget) -> Plan:
         if bound.unit == "bytes":
             source = f"budget {bound.text}, method {method_text(self.options.method)}"
             return plan_bytes(self.cal, bound, source, lambda limit: self._coded(limit, bound.text), self.progress)
-        candidates = self.candidates(bound.unit)
-        return self.within(candidates, bound.limit(candidates.cost.total), bound.text)
+        cost = cost_of(bound.unit, self.cal.original, self.cal.graph, self.cal.example)
+        return self.at_most(bound.unit, bound.limit(cost.total), bound.text)
+
+    def at_most(self, unit: str, limit: float, budget: str) -> Plan:
+        """The plan that costs at most ``limit``; ``budget`` is what the user wrote."""
+        if self.methods == (FOLD.name,):
+            return self.folded(self.levels(unit), limit, budget)
+        candidates = self.candidates(unit)
+        if FOLD.name not in self.methods or self.options.objective == JOINT:
+            return self.within(candidates, limit, budget)
+        levels = self.levels(unit)
+        if not levels.spaces:
+            return self.within(candidates, limit, budget)
+        options = chosen(self.sharing, {"pivots": self.options.pivots and unit != "bytes"}, PlanOptions)
+        return Mixer(self.cal, candidates, levels, options, unit, self.progress).plan(limit, budget)
 
     def _coded(self, limit: int, budget: str) -> Plan | None:
         """The plan of at most so many parameters that are to be coded; None below the floor."""
-        candidates = self.candidates("bytes")
-        return None if limit < candidates.floor else self.within(candidates, limit, budget)
+        floors = [self.levels().floor] if FOLD.name in self.methods else []
+        if self.methods != (FOLD.name,):
+            floors.append(self.candidates("bytes").floor)
+        return None if limit < min(floors) else self.at_most("bytes", limit, budget)
 
     def within(self, candidates: Candidates, limit: float, budget: str) -> Plan:
         """The plan that costs at most ``limit``; ``budget`` is what the user wrote."""

@@ -25,11 +25,11 @@ class NormStatistics:
     name = "norms"
 
     def refusal(self, work: Work) -> str:
-        return "" if _norms(work.model) else "the network has no BatchNorm with running statistics"
+        return "" if _norms(work) else "the network has no BatchNorm with running statistics"
 
     @torch.no_grad()
     def run(self, work: Work) -> Mapping[str, Any]:
-        norms = _norms(work.model)
+        norms = _norms(work)
         saved = [(norm.momentum, copy.deepcopy(norm.num_batches_tracked)) for norm in norms]
         try:
             with evaluating(work.model):
@@ -48,5 +48,6 @@ class NormStatistics:
         return {}
 
 
-def _norms(model: nn.Module) -> list[Any]:
-    return [m for m in model.modules() if isinstance(m, NORMS) and m.running_mean is not None]
+def _norms(work: Work) -> list[Any]:
+    named = work.model.named_modules()
+    return [m for name, m in named if isinstance(m, NORMS) and m.running_mean is not None and not work.plan.protects(name)]

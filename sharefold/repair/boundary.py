@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -98,6 +99,6 @@ def shelf_for(count: int, images: int, memory: int) -> tuple[Callable[[], Shelf]
         return (lambda: Shelf(half=False)), 4 * size
     if 2 * size <= memory:
         return (lambda: Shelf(half=True)), 2 * size
-    if 2 * size <= DISK_FACTOR * memory:
+    if 2 * size <= DISK_FACTOR * memory and 4 * size < shutil.disk_usage(tempfile.gettempdir()).free:
         return (lambda: Shelf(half=True, file_bytes=2 * size + (1 << 20))), 0
     return None, 0

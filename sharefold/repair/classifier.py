@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,12 +18,10 @@ from torch import Tensor, nn
 from sharefold.outputs import OutputReading
 from sharefold.outputs.leaves import tensors_of
 from sharefold.outputs.taps import listening
+from sharefold.repair.coefficients import Linear, best_ridge, best_step, fitted, sums_of
 from sharefold.repair.work import Work
 from sharefold.running import evaluating, run_on
-from sharefold.solvers.least_squares import PulledLeastSquares
 
-# Pull towards the original layer, as a share of the mean variance of its inputs.
-RIDGE = 1e-2
 BATCH = 200
 # Numbers of all inputs that a layer is fitted to: of maps, evenly spaced positions.
 ENTRIES = 1 << 24
@@ -38,16 +37,33 @@ class Classifier:
 
     @torch.no_grad()
     def run(self, work: Work) -> Mapping[str, Any] | None:
-        solved = 0
+        cal, solved, steps = work.cal, 0, []
         for head, wanted in _pairs(work):
-            found = _moments(work.cal.original, work.model, head, wanted, work.cal.fitting)
-            mean_x, mean_y, gram, cross = (value.double() for value in found)
-            weight = PulledLeastSquares(gram, RIDGE).solve(cross, head.weight.double().flatten(1))
-            if weight is not None:
-                head.weight.copy_(weight.reshape(head.weight.shape))
-                head.bias.copy_(mean_y - weight @ mean_x)
+            fit = _rows_of(cal.original, work.model, head, wanted, cal.fitting)
+            decide = _rows_of(cal.original, work.model, head, wanted, cal.images[cal.parts.decide])
+            step = _fit(head, fit, decide)
+            if step is not None:
                 solved += 1
-        return {} if solved else None
+                steps.append(round(step, 3))
+        return {"steps": steps} if solved else None
+
+
+def _fit(head: Any, fit: Rows, decide: Rows) -> float | None:
+    """Solves ``head`` and gives how far it went, 0 to 1; None where there is no finite solution."""
+    start = Linear(head.weight.detach().cpu().double().flatten(1)[None], head.bias.detach().cpu().double()[None])
+    even = fit.image % 2 == 0
+    first, second, whole = (sums_of(*fit.at(pick)) for pick in (even, ~even, even | ~even))
+    deciding = sums_of(*decide.at(decide.image >= 0))
+    if first is None or second is None or whole is None or deciding is None:
+        return None
+    new = fitted(whole, start, best_ridge((first, second), start, True), True)
+    if new is None:
+        return None
+    step = best_step(start, new, deciding)
+    found = start.towards(new, step)
+    head.weight.copy_(found.weight[0].reshape(head.weight.shape))
+    head.bias.copy_(found.constant[0])
+    return step
 
 
 def _pairs(work: Work) -> list[tuple[Any, nn.Module]]:
@@ -55,7 +71,11 @@ def _pairs(work: Work) -> list[tuple[Any, nn.Module]]:
     reading, images = work.cal.reading, work.cal.fitting[:2]
     ours, theirs = _heads(reading, work.model, images), _heads(reading, work.cal.original, images)
     found = [(ours[name], theirs[name]) for name in ours if name in theirs]
-    return [(head, wanted) for head, wanted in found if _solvable(head) and type(head) is type(wanted)]
+    names = {id(module): name for name, module in work.model.named_modules()}
+    return [
+        (head, wanted) for head, wanted in found
+        if _solvable(head) and type(head) is type(wanted) and not work.plan.protects(names[id(head)])
+    ]  # fmt: skip
 
 
 def _heads(reading: OutputReading, model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
@@ -104,11 +124,22 @@ def _watched(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
         handle.remove()
 
 
-def _moments(
-    original: nn.Module, model: nn.Module, head: nn.Module, wanted_head: nn.Module, images: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Means (F,) of the features and (O,) of the wanted outputs, and centred moments (F, F) and (O, F)."""
-    features, wanted = [], []
+@dataclass(frozen=True)
+class Rows:
+    """Features (n, F) of a last layer, the outputs (n, O) that are wanted for them, and the image (n,) that each is of."""
+
+    features: Tensor
+    wanted: Tensor
+    image: Tensor
+
+    def at(self, pick: Tensor) -> tuple[Tensor, Tensor]:
+        """Those that are picked, as :func:`sums_of` takes them: (1, F, m) and (1, O, m)."""
+        return self.features[pick].T[None], self.wanted[pick].T[None]
+
+
+def _rows_of(original: nn.Module, model: nn.Module, head: nn.Module, wanted_head: nn.Module, images: Tensor) -> Rows:
+    features, wanted, index = [], [], []
+    done = 0
     with _watched(head) as seen, _watched(wanted_head) as seen_wanted, evaluating(original, model):
         for batch in images.split(BATCH):
             seen.clear()
@@ -116,12 +147,12 @@ def _moments(
             run_on(model, batch)
             run_on(original, batch)
             rows, targets = _rows(head, seen[0][0], seen_wanted[0][1], len(images))
-            features.append(rows.double())
-            wanted.append(targets.double())
-    x, y = torch.cat(features), torch.cat(wanted)
-    mean_x, mean_y = x.mean(0), y.mean(0)
-    x, y = x - mean_x, y - mean_y
-    return mean_x, mean_y, x.T @ x / len(x), y.T @ x / len(x)
+            features.append(rows.double().cpu())
+            wanted.append(targets.double().cpu())
+            each = max(1, len(rows) // len(batch))
+            index.append(done + torch.arange(len(rows)) // each)
+            done += len(batch)
+    return Rows(torch.cat(features), torch.cat(wanted), torch.cat(index))
 
 
 def _rows(head: nn.Module, inputs: Tensor, outputs: Tensor, images: int) -> tuple[Tensor, Tensor]:

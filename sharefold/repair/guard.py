@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from sharefold.outputs import Comparison
+from sharefold.repair.partial import Partial, best_start
 from sharefold.state_dicts import load_tensors
 
 
@@ -80,20 +81,36 @@ class Guard:
         """Takes note of the divergence that a step which guards itself has left."""
         self._now = divergence
 
-    def attempt(self, model: nn.Module, name: str, change: Callable[[], Mapping[str, Any] | None]) -> StepRecord:
-        """Runs ``change``, which writes into ``model`` and returns details (None: it could not), and keeps or undoes it."""
+    def attempt(self, model: nn.Module, name: str, change: Callable[[], Mapping[str, Any] | Partial | None]) -> StepRecord:
+        """Runs ``change``, which writes into ``model`` and returns details (None: it could not), and keeps or undoes it.
+
+        What changes layer by layer returns a :class:`Partial`: where all of it does harm, its first layers may still help.
+        """
         start = time.perf_counter()
         before = self.current(model)
         saved = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
         kept = False
         try:
-            details = change()
-            if details is None:
+            done = change()
+            if done is None:
                 return StepRecord(name, False, "it has no finite solution", before, None, time.perf_counter() - start)
             after = self.divergence(model)
             kept = self.better(after, before)
+            if isinstance(done, Partial):
+                details, kept, after = self._first_layers(model, done, before, after)
+            else:
+                details = done
         finally:
             if not kept:
                 load_tensors(model, saved)
         self._now = after if kept else before
         return StepRecord(name, kept, "", before, after, time.perf_counter() - start, details)
+
+    def _first_layers(
+        self, model: nn.Module, done: Partial, before: float, after: float
+    ) -> tuple[Mapping[str, Any], bool, float]:
+        """(details, whether something is kept, divergence): of all layers, of the first of them, or of nothing."""
+        if self.better(after, before):
+            return done.details(done.count), True, after
+        count, least = best_start(done, lambda: self.divergence(model), self.better, before)
+        return done.details(count), count > 0, least if count else after

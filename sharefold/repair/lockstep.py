@@ -29,11 +29,19 @@ BATCH_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True)
 class Wanted:
-    """A layer to stop at: its form, the norm behind it or None, and whether a ReLU behind it matters."""
+    """A layer to stop at.
+
+    Attributes:
+        form: of the student's layer.
+        norm: behind it, or None.
+        rectified: whether a ReLU behind it matters.
+        rows: (O,) of the teacher's output channels those that the student's layer still has; None for all.
+    """
 
     form: ConvForm
     norm: str | None = None
     rectified: bool = False
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,8 @@ class _Walk:
 
     def run(self, wanted: dict[str, Wanted], visit: Visit) -> None:
         stops = [index for index, node in enumerate(self.nodes) if node.op == "call_module" and node.target in wanted]
+        if stops:  # a visit may change the norm of a layer that is the original's still
+            self.first_different = min(self.first_different, stops[0])
         shelf, start = None, 0
         previous = 0
         for stop in stops:
@@ -142,7 +152,7 @@ class _Walk:
                 at = cut
             ours = self._advance(theirs, ours, at, stop)
             inputs = _fetch(node.args[0] if node.args else next(iter(node.kwargs.values())), theirs if ours is None else ours)
-            outputs = _run(node, self.teacher, dict(theirs), None)
+            outputs = _kept(_run(node, self.teacher, dict(theirs), None), want)
             addends = None
             if rectifier is not None and rectifier.addend is not None:
                 wanted = _value(rectifier.addend, self.teacher, {**theirs, node: outputs})
@@ -152,7 +162,7 @@ class _Walk:
                 else:
                     addends = given, wanted
             if isinstance(inputs, Tensor) and isinstance(outputs, Tensor):
-                collector.add(inputs, outputs, addends)
+                collector.add(inputs, outputs, addends, len(self.batches[index]))
         return collector.samples(), rectifier
 
     def _starts(self, shelf: Shelf | None, start: int) -> Iterator[tuple[Values, Values | None]]:
@@ -207,6 +217,14 @@ class _Walk:
                 if self.last[used] <= index:
                     values.pop(used, None)
         return sizes, max([image.numel(), *sizes.values()])
+
+
+def _kept(outputs: Any, want: Wanted) -> Any:
+    """Those channels of the teacher's outputs that the student's layer still has."""
+    if want.rows is None or not isinstance(outputs, Tensor):
+        return outputs
+    axis = outputs.ndim - 1 if want.form.kind == "linear" else 1
+    return outputs.index_select(axis, want.rows.to(outputs.device))
 
 
 _IMAGES: Any = "images"  # key of the batch itself among the values

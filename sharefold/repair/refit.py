@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from sharefold.graph import NetworkGraph
 from sharefold.layers import (
     Again,
     ConvForm,
@@ -21,11 +21,13 @@ from sharefold.layers import (
     shift_output,
     takes_scale,
 )
+from sharefold.methods.fold import kept_rows
 from sharefold.plans import GroupPlan
 from sharefold.repair.coefficients import RIDGES, Linear, best_ridge, best_step, fitted, sums_of
 from sharefold.repair.lockstep import Visited, Wanted, walk
 from sharefold.repair.means import give_mean
 from sharefold.repair.own_factors import has_own_factors, own_factors
+from sharefold.repair.partial import Journal, Partial
 from sharefold.repair.rectified import Front, best_step_behind, rectified
 from sharefold.repair.samples import Samples
 from sharefold.repair.work import Work
@@ -38,6 +40,7 @@ class Refit:
     the layer's filters on the converted prefix and y the original output, both centred: C = (Y A^T + rho C0)(A A^T + rho I)^-1;
     the difference of the means goes into the bias or the BatchNorm's mean; behind a ReLU coefficients are solved once more for
     what it lets through. The pull rho is chosen by cross-validation, and how far each layer goes on images that decide.
+    Where all of it does harm, the first layers alone may keep what they got; the record's ``steps`` are theirs.
     """
 
     name = "refit"
@@ -45,37 +48,51 @@ class Refit:
     def refusal(self, work: Work) -> str:
         if work.cal.graph.fx_graph is None:
             return "the network has no fx graph"
-        if not _refittable(work.model, work.cal.graph):
+        if not _refittable(work):
             return "no layer has a linear part or a norm of its own"
         return ""
 
-    def run(self, work: Work) -> Mapping[str, Any]:
-        original, model, graph = work.cal.original, work.model, work.cal.graph
+    def run(self, work: Work) -> Partial:
+        graph, parts = work.cal.graph, work.cal.refit_parts
         assert graph.fx_graph is not None
-        layers = _refittable(model, graph)
-        plans = {name: group for group in work.plan.groups for name in group.members}
-        parts = work.cal.refit_parts
+        layers = _refittable(work)
+        plans = {name: group for group in work.plan.sharing for name in group.members}
+        rows, readers = kept_rows(work.plan.narrowing), _readers(work)
         steps: dict[str, float] = {}
+        journal = Journal()
 
         def visit(at: Visited) -> None:
+            at = replace(at, original=work.base.original)  # whose norms have the widths of the converted network's
             fit, decide = at.samples.of(parts.fit), at.samples.of(parts.decide)
-            steps[at.name] = round(_visit(at, fit, decide if len(decide) else fit, plans.get(at.name)), 3)
+            with journal.entry(_tensors(at)):
+                step = _visit(at, fit, decide if len(decide) else fit, plans.get(at.name), at.name in readers)
+            steps[at.name] = round(step, 3)
             if work.progress:
                 work.progress("refitting", len(steps), len(layers))
 
-        wanted = {name: Wanted(form, graph.layers[name].norm, rectified=True) for name, form in layers.items()}
-        walk(graph.fx_graph, original, model, work.cal.refit_images, wanted, visit)
-        return {"layers": len(steps), "steps": steps}
+        wanted = {name: Wanted(form, graph.layers[name].norm, True, rows.get(name)) for name, form in layers.items()}
+        walk(graph.fx_graph, work.cal.original, work.model, work.cal.refit_images, wanted, visit)
+
+        def details(kept: int) -> Mapping[str, Any]:
+            return {"layers": len(steps), "kept_layers": kept, "steps": dict(list(steps.items())[: kept or None])}
+
+        return Partial(len(journal), journal.keep, details)
 
 
-def _visit(at: Visited, fit: Samples, decide: Samples, plan: GroupPlan | None) -> float:
-    """Refits one layer; gives how far it went, 0 to 1."""
+def _tensors(at: Visited) -> list[Tensor]:
+    """All that a visit may write into."""
+    modules = [at.layer, *([] if at.norm is None else [resolve(at.model, at.norm)])]
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+
+def _visit(at: Visited, fit: Samples, decide: Samples, plan: GroupPlan | None, reader: bool) -> float:
+    """Refits one layer; gives how far it went, 0 to 1. ``reader``: a dense layer that makes up for channels that went."""
     layer = at.layer
-    if not isinstance(layer, SharedConv) or layer.linear_part() is None:
+    if isinstance(layer, SharedConv) and layer.linear_part() is None or not isinstance(layer, SharedConv) and not reader:
         return _rescale(at, fit)
     task = _Task(at, layer, fit, decide)
     task.refit()
-    if plan is not None and has_own_factors(layer, plan):
+    if plan is not None and isinstance(layer, SharedConv) and has_own_factors(layer, plan):
         saved = [(tensor, tensor.detach().clone()) for tensor in (*layer.parameters(), *layer.buffers())]
         own_factors(at, fit, plan)
         other = _Task(at, layer, fit, decide)
@@ -94,15 +111,15 @@ def _visit(at: Visited, fit: Samples, decide: Samples, plan: GroupPlan | None) -
 class _Task:
     """The coefficients of one layer over its samples; positions come last: (G, M, P) and (G, O/G, P)."""
 
-    def __init__(self, at: Visited, layer: SharedConv, fit: Samples, decide: Samples) -> None:
-        self.at, self.layer, self.fit, self.decide = at, layer, fit, decide
+    def __init__(self, at: Visited, layer: nn.Module, fit: Samples, decide: Samples) -> None:
+        self.at, self.fit, self.decide = at, fit, decide
+        self.layer: Any = layer
         self.step = 0.0
-        part = layer.linear_part()
-        assert part is not None
-        filters, coefficients = part  # (M, I/g, h, w), (O, M)
-        self.groups = layer.form.groups
-        self.flat = filters.detach().flatten(1).float()
-        weight = coefficients.detach().cpu().double().reshape(self.groups, -1, len(self.flat))
+        self.groups, self.outputs = fit.x.shape[1], fit.y.shape[1]
+        part = layer.linear_part() if isinstance(layer, SharedConv) else None
+        self.flat = None if part is None else part[0].detach().flatten(1).float()  # of filters (M, I/g, h, w)
+        coefficients = cast(Tensor, layer.weight).flatten(1) if part is None else part[1]  # (O, M)
+        weight = coefficients.detach().cpu().double().reshape(self.groups, -1, coefficients.shape[1])
         self.free = at.owner is not None
         self.map = Linear(weight, self._constant(weight))
         even = fit.image % 2 == 0
@@ -113,7 +130,7 @@ class _Task:
         self.ridge = best_ridge((folds[0], folds[1]), self.map, self.free) if known else RIDGES[-1]  # type: ignore[arg-type]
 
     def _responses(self, samples: Samples) -> Tensor:
-        return torch.einsum("pgn,mn->gmp", samples.x, self.flat)
+        return samples.x.permute(1, 2, 0) if self.flat is None else torch.einsum("pgn,mn->gmp", samples.x, self.flat)
 
     def _rows(self, values: Tensor) -> Tensor:
         """(P, O) -> (G, O/G, P)."""
@@ -122,7 +139,7 @@ class _Task:
     def _constant(self, weight: Tensor) -> Tensor:
         """What the network adds to the product with the responses, as the original's output has it: bias and norm's mean."""
         bias = self.layer.bias
-        constant = weight.new_zeros(self.layer.form.out_channels) if bias is None else bias.detach().to(weight)
+        constant = weight.new_zeros(self.outputs) if bias is None else bias.detach().to(weight)
         if self.at.norm is not None:
             norms = (resolve(net, self.at.norm) for net in (self.at.model, self.at.original))
             ours, theirs = (getattr(norm, "running_mean", None) for norm in norms)
@@ -154,7 +171,7 @@ class _Task:
             self.map, self.step = self.map.towards(new, step), max(self.step, step)
 
     def _front(self, samples: Samples) -> Front:
-        ones = samples.y.new_ones(self.layer.form.out_channels)
+        ones = samples.y.new_ones(self.outputs)
         scale, shift = ones, torch.zeros_like(ones)
         if self.at.norm is not None:
             # The difference of the means is in the map's constant, so both sides have the original's norm.
@@ -165,8 +182,13 @@ class _Task:
             target, offset = target + self._rows(samples.wanted), shift + self._rows(samples.given)
         return Front(scale, offset, target)
 
+    @torch.no_grad()
     def _write(self) -> None:
-        self.layer.set_linear_part(self.map.weight.flatten(0, 1).to(next(self.layer.parameters())))
+        weight = self.map.weight.flatten(0, 1).to(next(self.layer.parameters()))
+        if self.flat is None:
+            self.layer.weight.copy_(weight.reshape(self.layer.weight.shape))
+        else:
+            self.layer.set_linear_part(weight)
 
     def settle(self) -> None:
         """Writes the map into the layer, and its constant into the bias or the norm."""
@@ -176,22 +198,32 @@ class _Task:
             give_mean(self.at.original, self.at.model, self.layer, self.at.norm, constant)
 
 
-def _refittable(model: nn.Module, graph: NetworkGraph) -> dict[str, ConvForm]:
-    """Shared layers with a linear part, and layers of shared weights whose norm behind them is their own; their forms."""
-    found: dict[str, ConvForm] = {}
-    folded = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, RepeatedBlock | Again))
-    for name, record in graph.layers.items():
+def _refittable(work: Work) -> dict[str, ConvForm]:
+    """Layers with a linear part, and layers of shared weights whose norm behind them is their own; their forms."""
+    model, found, readers = work.model, {}, _readers(work)
+    repeated = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, RepeatedBlock | Again))
+    for name, record in work.cal.graph.layers.items():
         layer = resolve(model, name)
         form = layer.form if isinstance(layer, SharedConv) else form_of(layer)
         if form is None:
             continue
-        if isinstance(layer, SharedConv) and layer.linear_part() is not None:
+        if name in readers or (isinstance(layer, SharedConv) and layer.linear_part() is not None):
             found[name] = form
-        elif isinstance(layer, SharedConv) or (folded and name.startswith(folded)):
+        elif isinstance(layer, SharedConv) or (repeated and name.startswith(repeated)):
             norm = None if record.norm is None else resolve(model, record.norm)
             if norm is not None and takes_scale(norm):
                 found[name] = form
     return found
+
+
+def _readers(work: Work) -> set[str]:
+    """Dense layers that make up for channels that were left out in front of them, and are not frozen."""
+    names = {name for group in work.plan.narrowing for name in group.options["readers"]}
+    layers = {name: resolve(work.model, name) for name in names}
+    return {
+        name for name, layer in layers.items()
+        if not isinstance(layer, SharedConv) and layer.weight.requires_grad and form_of(layer) is not None
+    }  # fmt: skip
 
 
 def _rescale(at: Visited, fit: Samples) -> float:

@@ -65,14 +65,25 @@ class Collector:
         self._parts: list[list[Tensor]] = []
         self._seen = 0
 
-    def add(self, inputs: Tensor, outputs: Tensor, addends: tuple[Tensor, Tensor] | None = None) -> None:
-        """One batch; ``addends`` are (given, wanted), of the shape of ``outputs``."""
-        count = len(outputs)
-        x = patches_of(self.form, inputs, self.positions, self._generator()).float()
-        parts = [x, *(self._rows(y) for y in (outputs, *(addends or ())))]
-        image = torch.arange(self._seen, self._seen + count, device=x.device).repeat_interleave(len(x) // count)
-        self._parts.append([*parts, image])
-        self._seen += count
+    def add(
+        self, inputs: Tensor, outputs: Tensor, addends: tuple[Tensor, Tensor] | None = None, images: int | None = None
+    ) -> None:
+        """One batch.
+
+        Args:
+            addends: (given, wanted), of the shape of ``outputs``.
+            images: how many they are of, where the first axis holds several parts of each, one after another (windows, tokens,
+                frames).
+        """
+        images = len(outputs) if images is None else images
+        inputs, *rows = (self._by_image(part, images) for part in (inputs, outputs, *(addends or ())))
+        count = len(inputs)
+        positions = max(1, self.positions * images // count)
+        parts = [patches_of(self.form, inputs, positions, self._generator()).float()]
+        parts += [self._rows(part, positions) for part in rows]
+        image = self._seen + torch.arange(count, device=inputs.device) * images // count
+        self._parts.append([*parts, image.repeat_interleave(len(parts[0]) // count)])
+        self._seen += images
 
     def samples(self) -> Samples | None:
         """None where nothing came, or something that is not finite."""
@@ -83,9 +94,17 @@ class Collector:
             return None
         return Samples(x, y, image, *addends)
 
-    def _rows(self, y: Tensor) -> Tensor:
+    def _by_image(self, values: Tensor, images: int) -> Tensor:
+        """A Linear's rows by the image that they are of, (images, rows, C), where that can be told."""
+        if self.form.kind != "linear" or len(values) == images:
+            return values
+        if values.ndim == 3 and values.shape[1] == images:  # tokens come first
+            return values.transpose(0, 1)
+        return values if len(values) % images else values.reshape(images, -1, values.shape[-1])
+
+    def _rows(self, y: Tensor, positions: int) -> Tensor:
         kernel = None if self.form.kind == "linear" else (1, 1)
-        found = sample_patches(y.detach(), kernel, positions=self.positions, generator=self._generator())
+        found = sample_patches(y.detach(), kernel, positions=positions, generator=self._generator())
         return found.flatten(1).float()
 
     def _generator(self) -> torch.Generator:

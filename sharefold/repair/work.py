@@ -12,16 +12,22 @@ from torch import nn
 from sharefold.calibration.calibrate import Calibration
 from sharefold.plans import Plan, Progress
 from sharefold.repair.guard import Guard, StepRecord
+from sharefold.repair.partial import Partial
 
 
 @dataclass(frozen=True)
 class Work:
-    """One converted network, to be repaired in place."""
+    """One converted network, to be repaired in place.
+
+    Attributes:
+        base: of the network that the shared layers were solved for: ``cal`` itself, or what narrowing left of it.
+    """
 
     cal: Calibration
     model: nn.Module
     plan: Plan
     guard: Guard
+    base: Calibration
     progress: Progress | None = None
 
 
@@ -33,7 +39,7 @@ class Repair(Protocol):
     def refusal(self, work: Work) -> str:
         """Why it does not apply to this network; "" where it does."""
 
-    def run(self, work: Work) -> Mapping[str, Any] | None:
+    def run(self, work: Work) -> Mapping[str, Any] | Partial | None:
         """Changes ``work.model``; gives details for the record, or None where no finite solution was found."""
 
 

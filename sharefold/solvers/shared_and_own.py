@@ -65,11 +65,11 @@ def solve(
     return HybridSolution(basis.to(dtype), private.to(dtype), coefficients.to(dtype), errors.to(dtype), history)
 
 
-def curve(work: VariableProjection, sizes: Sequence[tuple[int, int]], iterations: int) -> list[Tensor]:
-    """Relative errors (E,) at every (shared, own) number of filters, after few ``iterations``."""
+def curve(work: VariableProjection, sizes: Sequence[tuple[int, int]], iterations: Sequence[int]) -> list[Tensor]:
+    """Relative errors (E,) at every (shared, own) number of filters, after so few ``iterations`` each."""
     found = []
-    for rank, own in sizes:
-        basis, private, _ = refine(work, *work.start(rank, own), iterations=iterations, tol=1e-3)
+    for (rank, own), few in zip(sizes, iterations, strict=True):
+        basis, private, _ = refine(work, *work.start(rank, own), iterations=few, tol=1e-3)
         found.append(work.errors(basis, private))
     return found
 

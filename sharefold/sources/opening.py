@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from dataclasses import dataclass, field, replace
@@ -18,12 +17,14 @@ from sharefold.architectures.build import build_base, build_on_meta, check_argum
 from sharefold.architectures.matching import Match, exact_match, match_architecture, named_architecture
 from sharefold.architectures.shapes import check_fit, load_weights, shapes_of
 from sharefold.errors import SharefoldError, SharefoldWarning
-from sharefold.format import config_of
+from sharefold.format import checked_pretrained_cfg, config_of
 from sharefold.hub import shared_folder
 from sharefold.sources.hub_models import open_hub, open_timm, open_torchvision
 from sharefold.sources.preprocessing import preprocessing
 from sharefold.sources.read import check_file, read_state_dict
+from sharefold.sources.twins import Look, settled
 from sharefold.sources.unwrap import PREFIXES
+from sharefold.untrusted import parse_json, read_text
 
 _KINDS = {"timm": "timm", "tv": "torchvision", "torchvision": "torchvision", "hf-hub": "hf-hub", "hf_hub": "hf-hub"}
 _PREFIXED = re.compile(r"([A-Za-z][\w-]+):(.*)", re.DOTALL)
@@ -64,6 +65,7 @@ def open_source(
     num_classes: int | None = None,
     trust_pickle: bool = False,
     in_chans: int | None = None,
+    look: Look | None = None,
 ) -> Source:
     """Opens a network.
 
@@ -78,9 +80,15 @@ def open_source(
             is made anew and a warning says so.
         trust_pickle: allow a checkpoint to run code.
         in_chans: channels of the input, for named models.
+        look: gives normalised images (n, C, H, W), no labels, for a configuration such as ``pretrained_cfg``. Where several
+            architectures have the tensors of a file, they tell by its BatchNorms which one it was trained with; by default
+            procedural images have to.
 
     Raises:
         SharefoldError: in one line, whatever is wrong with the request, the file or the network connection.
+
+    Warns:
+        SharefoldWarning: several architectures fit a file, and its BatchNorms do not tell which one it is.
     """
     if num_classes is not None and num_classes < 1:
         raise SharefoldError(f"num_classes={num_classes}: a classifier needs at least one class")
@@ -89,7 +97,7 @@ def open_source(
     text = str(source)
     kind, rest = _split(text)
     if kind is None:
-        return _open_path(Path(text).expanduser(), arch, num_classes, in_chans, trust_pickle)
+        return _open_path(Path(text).expanduser(), arch, num_classes, in_chans, trust_pickle, look)
     if arch is not None:
         raise SharefoldError(f"--arch is for checkpoint files, and {text} names its architecture: leave --arch out")
     name, kwargs = _name_and_options(rest, text) if kind != "hf-hub" else (rest, {})
@@ -129,7 +137,7 @@ def _name_and_options(rest: str, where: str) -> tuple[str, dict[str, Any]]:
 
 
 def _open_path(
-    path: Path, arch: str | None, num_classes: int | None, in_chans: int | None, trust_pickle: bool
+    path: Path, arch: str | None, num_classes: int | None, in_chans: int | None, trust_pickle: bool, look: Look | None
 ) -> Source:
     if checkpoint.is_sharefold(path):
         _refuse_options(path, arch=arch, num_classes=num_classes, in_chans=in_chans)
@@ -150,6 +158,7 @@ def _open_path(
         if module is None or arch is not None:
             raise
         return _open_module(module, path, notes)
+    match = settled(match, state, str(path), look)
     return _fill(state, match, notes, path, num_classes, in_chans, hub)
 
 
@@ -259,10 +268,7 @@ def _hub_layout(folder: Path) -> tuple[Path, dict[str, Any]]:
             "with weights: name the checkpoint file inside it"
         )
     check_file(config_file)
-    try:
-        config = json.loads(config_file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise SharefoldError(f"{config_file} is not JSON ({error}): download or save it again") from None
+    config = parse_json(read_text(config_file, str(config_file)), str(config_file))
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise SharefoldError(f"{config_file} names no timm 'architecture': name the file {file} and --arch instead")
     arguments = config.get("model_args") or {}
@@ -270,7 +276,7 @@ def _hub_layout(folder: Path) -> tuple[Path, dict[str, Any]]:
     given = config.get("pretrained_cfg")
     source = given if isinstance(given, dict) else config
     wanted = ("input_size", "mean", "std", "interpolation", "crop_pct")
-    cfg = {key: tuple(v) if isinstance(v := source[key], list) else v for key in wanted if source.get(key) is not None}
+    cfg = checked_pretrained_cfg({key: source[key] for key in wanted if source.get(key) is not None}, config_file)
     return file, {"architecture": config["architecture"], "model_args": arguments, "pretrained_cfg": cfg}
 
 

@@ -74,7 +74,7 @@ def _read(file: Path, trust_pickle: bool) -> tuple[Any, str]:
         return _read_safetensors(file), "safetensors"
     zipped = zipfile.is_zipfile(file)
     if zipped:
-        _check_archive(file)
+        _check_kind(file, check_archive(file))
     if not trust_pickle:
         _check_sizes(file)
     try:
@@ -107,8 +107,8 @@ def _check_sizes(file: Path) -> None:
         ) from None
 
 
-def _check_archive(file: Path) -> None:
-    """Refuses archives that are no checkpoint, damaged, or that would unfold to more than the file.
+def check_archive(file: Path) -> list[str]:
+    """The names in a zip archive. Refuses those that are damaged, or that would unfold to more than the file.
 
     Raises:
         SharefoldError: as above.
@@ -126,7 +126,10 @@ def _check_archive(file: Path) -> None:
         raise SharefoldError(f"{file} is damaged or not a PyTorch checkpoint ({reason}): download or save it again") from None
     if damaged is not None:
         raise SharefoldError(f"{file} is damaged: the checksum of {printable(damaged)} does not hold: download or save it again")
-    names = [entry.filename for entry in entries]
+    return [entry.filename for entry in entries]
+
+
+def _check_kind(file: Path, names: list[str]) -> None:
     if any(name.endswith("constants.pkl") for name in names):
         raise SharefoldError(f"{file} is a TorchScript program, which holds code: save its state_dict() instead")
     if not any(name.endswith("data.pkl") for name in names):

@@ -61,7 +61,7 @@ def _parts(tensors: Mapping[str, Tensor], spec: StoreSpec) -> _Parts:
     side, plain = bytearray(), bytearray()
     coded: list[np.ndarray] = []
     for name, given in tensors.items():
-        tensor = given.float() if given.is_floating_point() else given
+        tensor = given.float() if given.is_floating_point() and given.dtype != torch.float64 else given
         entry = spec.tensors.get(name) or TensorSpec(_plain_kind(tensor))
         if entry.kind == "fp16" and not _is_exact(tensor):
             entry = TensorSpec("raw")
@@ -92,7 +92,7 @@ def _parts(tensors: Mapping[str, Tensor], spec: StoreSpec) -> _Parts:
 
 def _type_of(like: Tensor) -> torch.dtype:
     """The type in which blobs hold tensors such as ``like``."""
-    return torch.float32 if like.is_floating_point() else like.dtype
+    return torch.float32 if like.is_floating_point() and like.dtype != torch.float64 else like.dtype
 
 
 def decode_blob(blob: Tensor, template: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], StoreSpec]:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from sharefold.calibration.mean_owner import output_mean_owner
 from sharefold.calibration.sensitivity import output_sensitivity
 from sharefold.calibration.statistics import WIDE
+from sharefold.format import carried_config
 from sharefold.graph import NetworkGraph
 from sharefold.layers import BasisConv, ConvForm, HybridConv, SharedConv, SpatialConv, TiedConv, banks, form_of, free_columns
 from sharefold.outputs import Divergence, divergence_of
+from sharefold.plans import Plan
 from sharefold.solvers.pair_moments import PairSums
 from sharefold.solvers.tucker_als import lift
 from sharefold.store.moments import gather, runs
@@ -42,13 +44,21 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """The tensors that are rounded to few bits: weights of convolutions and Linears, banks, coefficients, factors."""
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
+    plan = plan_of(model)
     for name, module, leaf, parameter in _candidates(model):
-        wanted = parameter.dim() >= 2 and parameter.numel() >= SMALLEST and parameter.is_floating_point()
+        large = parameter.dim() >= 2 and parameter.numel() >= SMALLEST and parameter.is_floating_point()
+        wanted = large and not plan.protects(name)
         if wanted and leaf != "gain" and id(parameter) not in seen:
             seen.add(id(parameter))
             found[f"{name}.{leaf}" if name else leaf] = parameter
         del module
     return found
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """What the model was converted by; nothing for a dense one."""
+    config = carried_config(model)
+    return Plan([], 0, 0) if config is None else config.plan
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:

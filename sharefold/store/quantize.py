@@ -30,7 +30,7 @@ from sharefold.solvers.least_squares import PulledLeastSquares
 from sharefold.solvers.pair_moments import PairMoments, PairSums
 from sharefold.store.moments import gather, runs
 from sharefold.store.norm_folding import fold_norms
-from sharefold.store.prepare import Prepared, free_metric, matrices, prepare, vertical_metric
+from sharefold.store.prepare import Prepared, free_metric, matrices, plan_of, prepare, vertical_metric
 from sharefold.store.rans import LARGEST
 from sharefold.store.rounding import round_matrix
 from sharefold.store.size import file_bytes, size_predictor
@@ -190,9 +190,10 @@ def _finished(model: nn.Module, spec: StoreSpec, request: StoreRequest, sequenti
 
 def _halves(model: nn.Module) -> StoreSpec:
     """Every floating tensor as halves, unless it has values beyond their range."""
+    plan = plan_of(model)
     return StoreSpec({
         name: TensorSpec("fp16") for name, tensor in model.state_dict().items()
-        if tensor.is_floating_point() and bool((tensor.abs() < 65504).all())
+        if not plan.protects(name.rpartition(".")[0]) and tensor.is_floating_point() and bool((tensor.abs() < 65504).all())
     })  # fmt: skip
 
 

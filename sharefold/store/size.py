@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from sharefold.checksum import ALGORITHM
 from sharefold.format import CHECKSUM_KEY, METADATA_KEY, config_of, distinct
 from sharefold.store.blob import NAME, blob_bytes, encode_blob
 from sharefold.store.norm_folding import fold_norms
 from sharefold.store.tensor_spec import FORMAT, StoreSpec
-from sharefold.version import __version__
 
 
 def file_bytes(model: nn.Module, spec: StoreSpec) -> int:
@@ -46,8 +43,7 @@ def size_predictor(model: nn.Module) -> Callable[[StoreSpec], int]:
 def _content(model: nn.Module) -> tuple[dict[str, Tensor], str]:
     """The tensors of the file, and its metadata."""
     tensors, aliases = distinct(model.state_dict())
-    config = replace(config_of(model), aliases=aliases, store=FORMAT, checksum=ALGORITHM, sharefold_version=__version__)
-    return tensors, config.packed()
+    return tensors, config_of(model).of(tensors, aliases, FORMAT).packed()
 
 
 def _size(blob: Tensor, text: str) -> int:

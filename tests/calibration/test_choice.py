@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.calibration import sample_selection as choice
-from sharefold.calibration.parts import parts_of
 from sharefold.calibration.sample_selection import least_certain
 from sharefold.calibration.statistics import Statistics, statistics_of
 from sharefold.graph import analyze
@@ -86,10 +85,3 @@ def test_statistics_are_those_of_the_chosen_images() -> None:
     assert torch.equal(found.sample(3), images[found.chosen[[0, 2, 4]]])
     alone = Statistics(model, images[found.chosen], centered=found.centered)
     assert torch.allclose(found.moments(["0"])["0"], alone.moments(["0"])["0"])
-
-
-def test_every_fifth_image_decides_and_few_do_both() -> None:
-    parts = parts_of(11)
-    assert parts.decide.tolist() == [0, 5, 10] and parts.fit.tolist() == [1, 2, 3, 4, 6, 7, 8, 9]
-    few = parts_of(4)
-    assert few.fit.tolist() == few.decide.tolist() == [0, 1, 2, 3]

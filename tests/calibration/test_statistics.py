@@ -7,6 +7,7 @@ import torch
 from networks import BLOCKS, images, net
 from torch import Tensor, nn
 
+from sharefold.calibration import statistics as module
 from sharefold.calibration.statistics import Statistics, shrunk, statistics_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
@@ -144,3 +145,24 @@ def test_layers_that_cannot_be_measured_are_named() -> None:
     with pytest.raises(SharefoldError, match="NaN or infinite"):
         Statistics(deep, IMAGES).moments(["1"])
     assert not any(module._forward_hooks for module in (*model.modules(), *deep.modules()))
+
+
+def test_positions_of_a_layer_do_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SAMPLES_FLOOR", 64)
+    monkeypatch.setattr(module, "SAMPLES_PER_FEATURE", 1)
+    model, given = net(), images(16)
+    alone = Statistics(model, given).moments(["stage1.1.conv1"])
+    together = Statistics(model, given).moments(["stem", "stage1.0.conv2", "stage1.1.conv1"])
+    assert torch.equal(alone["stage1.1.conv1"], together["stage1.1.conv1"])
+    seeded = Statistics(model, given, seed=1).moments(["stage1.1.conv1"])
+    assert not torch.equal(alone["stage1.1.conv1"], seeded["stage1.1.conv1"])
+
+
+def test_few_images_come_in_batches_that_tell_how_far_they_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    noises: list[Tensor] = []
+    monkeypatch.setattr(module, "shrunk", lambda moment, noise: (noises.append(noise), moment)[1])
+    model = net()
+    for count in (1, 2, 24, 96):
+        Statistics(model, images(count)).moments(["stem"])
+    assert noises[0].isinf().all() and torch.isfinite(torch.stack(noises[1:])).all()
+    assert 0 < float(noises[3]) < float(noises[2])

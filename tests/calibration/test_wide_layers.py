@@ -16,10 +16,17 @@ from sharefold.calibration.statistics import is_wide, statistics_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
 from sharefold.layers import form_of
+from sharefold.measure import agreement
 from sharefold.plans import GroupPlan, Plan
 from sharefold.store import prepare
 
 IMAGES = images(40)
+
+
+@pytest.fixture(autouse=True)
+def _hardly_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shrinkage towards the identity is another thing in fewer dimensions."""
+    monkeypatch.setattr(module, "LARGEST_SHARE", 1e-3)
 
 
 def wide_layers(model: nn.Module) -> list[str]:
@@ -43,7 +50,6 @@ def test_low_rank_is_the_same_in_the_space_of_the_rows(kind, monkeypatch):
         assert wide_layers(net(kind))
     assert [(g.members, g.options) for g in plan.groups] == [(g.members, g.options) for g in again.groups]
     for one, other in zip(plan.groups, again.groups, strict=True):
-        # Shrinkage towards the identity is of another scale in fewer dimensions.
         assert one.error == pytest.approx(other.error, rel=0.05, abs=1e-4)
     torch.testing.assert_close(found(IMAGES), wanted(IMAGES), rtol=0.05, atol=0.05)
 
@@ -94,4 +100,4 @@ def test_wide_layers_are_stored_without_their_moments(monkeypatch):
     plan = sharefold.plan(model, budget="95%", calibration=IMAGES, method="svd")
     plan.store = "int8"
     done = sharefold.convert_(model, plan, calibration=IMAGES)
-    assert seen and max(seen) <= 20 and done.agreement > 0.8
+    assert seen and max(seen) <= 20 and agreement(done.original, model, IMAGES).top1 > 0.8

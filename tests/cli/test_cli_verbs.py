@@ -19,6 +19,17 @@ NET = "timm:resnet20_cifar"
 FAST = ["--no-pretrained", "--calib-count", "20", "--no-repair"]
 
 
+def test_inspect_lists_hidden_channels_and_why_others_stay() -> None:
+    report = json.loads(call("inspect", NET, "--no-pretrained", "--exclude", "layer1.0.conv2", "--json").stdout)
+    writers = {f"layer{k}.{n}.conv1" for k in (1, 2, 3) for n in range(3)} - {"layer1.0.conv1"}
+    assert {space["writer"] for space in report["hidden"]} == writers
+    assert report["hidden"][0]["readers"] == ["layer1.1.conv2"] and report["hidden"][0]["channels"] == 16
+    assert report["not_hidden"]["layer1.0.conv1"] == "layer1.0.conv2 is excluded"
+    assert report["not_hidden"]["conv1"] == "padded along the channels"
+    text = call("inspect", NET, "--no-pretrained", "--hidden").output
+    assert "layer3.2.conv1" in text and "an output of the model" in text
+
+
 def test_inspect_agrees_with_the_graph(npz: str) -> None:
     result = call("inspect", NET, "--no-pretrained", "--json")
     report = json.loads(result.stdout)
@@ -252,7 +263,7 @@ def test_default_output(source: str, name: str) -> None:
 def test_a_plan_file_must_be_one(tmp_path: Path) -> None:
     from sharefold_cli.convert_request import read_plan
 
-    for text, words in (("{", "not JSON"), ("[]", "no list of groups"), ("\udcff", "cannot be read")):
+    for text, words in (("{", "not JSON"), ("[]", "no list of groups"), ("\udcff", "is no text")):
         (tmp_path / "p.json").write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(SharefoldError, match=words):
             read_plan(tmp_path / "p.json")

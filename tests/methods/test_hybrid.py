@@ -48,6 +48,10 @@ def test_pivots_save_the_squares_and_change_nothing(kind: str, role: str) -> Non
     full, pivoted = {"rank": 5, "own": 2}, {"rank": 5, "own": 2, "pivoted": True}
     assert HYBRID.cost(forms, full) - HYBRID.cost(forms, pivoted) == 25 + 4 * layers
     # The places of pivots are integers, which are priced but no parameters.
+    for options in (full, pivoted):
+        blank = HYBRID.blank(forms, options)
+        tensors = [*blank.bank.values(), *(t for member in blank.members for t in member.values())]
+        assert HYBRID.cost(forms, options) == sum(t.numel() for t in tensors if t.is_floating_point())
     assert HYBRID.amount(forms, 5, 2) == HYBRID.cost(forms, pivoted) + 5 + 2 * layers
     weights = []
     for options in (full, pivoted):

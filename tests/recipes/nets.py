@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import timm
 import torch
 import torchvision
+from networks import made_once
 from timm.models import efficientnet
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
@@ -106,3 +109,11 @@ def small(recipe: str) -> tuple[nn.Module, int]:
         model = efficientnet._gen_efficientnet("efficientnet_b0", channel_multiplier=0.25, num_classes=10)
         return settled(model, 32), 32
     return randomise(narrow_cifar_resnet(blocks=3)), 16
+
+
+@made_once
+def small_converted(recipe: str) -> tuple[nn.Module, nn.Module, Plan, Conversion, int]:
+    """Of :func:`small`: the dense network, it converted, the plan, what was done, and the input size."""
+    model, size = small(recipe)
+    dense = copy.deepcopy(model)
+    return dense, model, *converted(model, recipe, size), size

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import CASES, close, converted, count, narrow_cifar_resnet, randomise, small
+from nets import CASES, close, converted, count, narrow_cifar_resnet, randomise, small_converted
 from torch import fx, nn
 
 from sharefold.checkpoint import expand, load, save
@@ -19,9 +19,7 @@ from sharefold.models.lrunet import LruNet, LruNetUnrolled, unroll_lrunet
 
 @pytest.mark.parametrize("recipe", CASES)
 def test_save_load_train(recipe: str, tmp_path: Path) -> None:
-    model, size = small(recipe)
-    dense = copy.deepcopy(model)
-    plan, done = converted(model, recipe, size)
+    dense, model, plan, done, size = small_converted(recipe)
     assert count(model) == plan.params_after == done.plan.params_after < count(dense)
     x = torch.randn(16, 3, size, size)
     with torch.no_grad():
@@ -49,17 +47,14 @@ NO_TWIN = "grouped-pointwise:min_channels=8"
 
 
 def test_pairs_with_a_norm_between_have_no_dense_twin() -> None:
-    model, size = small(NO_TWIN)
-    converted(model, NO_TWIN, size)
+    _, model, *_ = small_converted(NO_TWIN)
     with pytest.raises(SharefoldError, match="no dense twin"):
         expand(model)
 
 
 @pytest.mark.parametrize("recipe", [case for case in CASES if case != NO_TWIN])
 def test_expand(recipe: str) -> None:
-    model, size = small(recipe)
-    dense = copy.deepcopy(model)
-    converted(model, recipe, size)
+    dense, model, *_, size = small_converted(recipe)
     twin = expand(model)
     assert {name: p.shape for name, p in twin.named_parameters()} == {n: p.shape for n, p in dense.named_parameters()}
     assert list(twin.state_dict()) == list(dense.state_dict())

@@ -15,6 +15,7 @@ from repair_works import work_of
 from torch import nn
 
 from sharefold.measure import agreement
+from sharefold.outputs import Comparison
 from sharefold.repair.guard import Guard, StepRecord
 from sharefold.repair.work import Work, repaired
 
@@ -30,7 +31,7 @@ def told(monkeypatch: pytest.MonkeyPatch, *divergences: float) -> Iterator[float
 
 def guarded(now: float | None = None) -> tuple[Guard, nn.Linear, dict[str, torch.Tensor]]:
     model = nn.Linear(2, 2)
-    return Guard(model, torch.zeros(1, 2), now), model, copy.deepcopy(model.state_dict())
+    return Guard(Comparison(model, torch.zeros(1, 2)), now), model, copy.deepcopy(model.state_dict())
 
 
 def doubles(model: nn.Module) -> Mapping[str, Any]:
@@ -43,7 +44,7 @@ def test_its_divergence_is_that_of_the_images() -> None:
     original, model = net(), net()
     with torch.no_grad():
         model.stage1[0].conv1.weight.mul_(2)
-    guard = Guard(original, IMAGES)
+    guard = Guard(Comparison(original, IMAGES))
     assert guard.current(model) == guard.divergence(model) == agreement(original, model, IMAGES).kl > 0
 
 
@@ -80,7 +81,7 @@ def test_buffers_are_undone_and_parameters_stay_the_same_objects(monkeypatch: py
             model.weight.mul_(2)
         return {}
 
-    assert not Guard(model, torch.zeros(1, 2)).attempt(model, "one", change).kept
+    assert not Guard(Comparison(model, torch.zeros(1, 2))).attempt(model, "one", change).kept
     fresh = nn.BatchNorm1d(2).state_dict()
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in model.state_dict().items())
     assert all(a is b for a, b in zip(objects, [*model.parameters(), *model.buffers()], strict=True))

@@ -8,16 +8,19 @@ import pytest
 import torch
 from networks import images, made_once, net
 from repair_works import done_by, work_of
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 import sharefold
 from sharefold.graph import analyze
+from sharefold.layers.form import form_of
 from sharefold.plans import GroupPlan, Plan
+from sharefold.repair import coefficients
 from sharefold.repair import refit as refit_module
 from sharefold.repair.guard import Guard
-from sharefold.repair.lockstep import Place, Visited
-from sharefold.repair.own_factors import has_own_factors, solve_on_prefix
+from sharefold.repair.lockstep import Visited
+from sharefold.repair.own_factors import has_own_factors, own_factors
 from sharefold.repair.refit import Refit
+from sharefold.repair.samples import Collector
 
 IMAGES, HELD_OUT = images(40, 3), images(20, 4)
 NAME = "stage1.0.conv1"
@@ -45,9 +48,15 @@ def mixed(original: nn.Module, distance: float) -> tuple[Tensor, Tensor]:
 def visited(
     original: nn.Module, model: nn.Module, norm: str | None, inputs: list[Tensor], targets: list[Tensor], name: str = NAME
 ) -> Visited:
-    """The layer, come to with these inputs and targets; nothing else of the walk is asked for here."""
-    place = Place(fx.Graph().placeholder("x"), inputs, targets, [], [], original, model)
-    return Visited(original, model, name, norm, place)
+    """The layer, come to with batches of these inputs and targets; nothing else of the walk is asked for here."""
+    form = form_of(original.get_submodule(name))
+    assert form is not None
+    collector = Collector(form, sum(len(batch) for batch in inputs))
+    for given, wanted in zip(inputs, targets, strict=True):
+        collector.add(given, wanted)
+    samples = collector.samples()
+    assert samples is not None and samples.given is None
+    return Visited(original, model, name, norm, samples)
 
 
 def output_error(model: nn.Module, x: Tensor, y: Tensor) -> float:
@@ -66,21 +75,46 @@ def test_full_rank_undoes_what_the_prefix_did(method: str) -> None:
     x, y = mixed(original, 0.2)
     assert output_error(model, x, y) > 0.01
     norm = analyze(original, IMAGES[:1]).layers[NAME].norm
-    solve_on_prefix(visited(original, model, norm, [x[:40], x[40:]], [y[:40], y[40:]]), plan, 64, ridge=1e-9)
+    at = visited(original, model, norm, [x[:40], x[40:]], [y[:40], y[40:]])
+    own_factors(at, at.samples, plan, ridge=1e-9)
     assert output_error(model, x, y) < 1e-3
+
+
+def refitted(at: Visited, plan: GroupPlan | None) -> float:
+    """The output error after a visit of the refit, which fits and decides on all samples."""
+    step = refit_module._visit(at, at.samples, at.samples, plan)
+    assert 0 < step <= 1
+    return output_error(at.model, *mixed(at.original, 0.4))
 
 
 @pytest.mark.parametrize("method", ["spatial", "svd"])
 def test_it_beats_new_coefficients_alone(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(refit_module, "RIDGE", 1e-6)
+    monkeypatch.setattr(coefficients, "RIDGES", (1e-6,))
     original, model, plan = converted(method, 4)
     x, y = mixed(original, 0.4)
     norm = analyze(original, IMAGES[:1]).layers[NAME].norm
-    coefficients_alone = copy.deepcopy(model)
-    refit_module._refit_layer(visited(original, coefficients_alone, norm, [x], [y]))
-    solve_on_prefix(visited(original, model, norm, [x], [y]), plan, 64, ridge=1e-6)
-    refit_module._refit_layer(visited(original, model, norm, [x], [y]))
-    assert output_error(model, x, y) < 0.98 * output_error(coefficients_alone, x, y)
+    errors = [refitted(visited(original, copy.deepcopy(model), norm, [x], [y]), told) for told in (None, plan)]
+    assert errors[1] < 0.98 * errors[0] < output_error(model, x, y)
+
+
+def test_factors_that_do_worse_on_images_that_decide_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, model, plan = converted("svd", 4)
+    x, y = mixed(original, 0.4)
+    norm = analyze(original, IMAGES[:1]).layers[NAME].norm
+    without = copy.deepcopy(model)
+
+    def spoils(at: Visited, *_: object) -> None:
+        for parameter in at.layer.parameters():
+            nn.init.normal_(parameter)
+        tried.append(at)
+
+    tried: list[Visited] = []
+    monkeypatch.setattr(refit_module, "own_factors", spoils)
+    refitted(visited(original, without, norm, [x], [y]), None)
+    refitted(visited(original, model, norm, [x], [y]), plan)
+    assert len(tried) == 1
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, without.state_dict()[key]), key
 
 
 def test_linear_layers_of_tokens() -> None:
@@ -94,7 +128,9 @@ def test_linear_layers_of_tokens() -> None:
     clean = torch.randn(32, 5, 5, dense.in_features, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         y = original.get_submodule(name)(clean)
-        solve_on_prefix(visited(original, model, None, [0.5 * clean], [y], name), plan.groups[0], 25, ridge=1e-9)
+        at = visited(original, model, None, [0.5 * clean], [y], name)
+        assert len(at.samples) == 32 * 25
+        own_factors(at, at.samples, plan.groups[0], ridge=1e-9)
         composed = model.get_submodule(name).compose().reshape_as(dense.weight)  # type: ignore[operator,union-attr]
     torch.testing.assert_close(composed, 2 * dense.weight.detach(), rtol=1e-3, atol=1e-3)
 
@@ -115,13 +151,16 @@ def test_shared_dense_and_wide_layers_keep_their_filters(monkeypatch: pytest.Mon
 
 
 def test_refit_solves_them_when_it_is_told_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kept, whatever held-out images say: the shared prefix is exact here and leaves nothing to gain."""
+    """Kept, whatever images that decide say: the shared prefix is exact here and leaves nothing to gain."""
     falling = iter([1.0, 0.5, 1.0, 0.5])
     monkeypatch.setattr(Guard, "divergence", lambda *_: next(falling))
+    errors = iter([0.5, 1.0])  # of the factors solved again, and of those that there were
+    monkeypatch.setattr(refit_module._Task, "error", lambda _: next(errors))
     original, model, plan = converted("spatial", 4)
     before = model.get_submodule(NAME).vertical.clone()  # type: ignore[operator,union-attr]
     without = copy.deepcopy(model)
     assert done_by(Refit(), work_of(original, without, IMAGES, HELD_OUT)).kept
     assert torch.equal(without.get_submodule(NAME).vertical, before)  # type: ignore[arg-type]
-    assert done_by(Refit(), work_of(original, model, IMAGES, HELD_OUT, [plan])).kept
+    record = done_by(Refit(), work_of(original, model, IMAGES, HELD_OUT, [plan]))
+    assert record.kept and record["steps"] == {NAME: 1.0}
     assert not torch.equal(model.get_submodule(NAME).vertical, before)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,13 +16,15 @@ from torch import Tensor, fx, nn
 
 import sharefold
 from sharefold.graph import analyze
+from sharefold.layers import Bank, BasisConv, add_bank, form_of
 from sharefold.plans import GroupPlan, Plan
+from sharefold.repair import coefficients
 from sharefold.repair import rectified as module
 from sharefold.repair import refit as refit_module
 from sharefold.repair.guard import Guard
-from sharefold.repair.lockstep import Place, walk
-from sharefold.repair.rectified import Rectified, rectified
+from sharefold.repair.lockstep import Visited, Wanted, walk
 from sharefold.repair.refit import Refit
+from sharefold.repair.samples import Samples
 
 FITTING, HELD_OUT = images(40, 3), images(20, 4)
 
@@ -32,7 +35,7 @@ class One(nn.Module):
     def __init__(self, norm: nn.Module, end: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         self.conv, self.norm, self.end = nn.Conv2d(4, 4, 3, padding=1, bias=False), norm, end
-        self.drop, self.relu, self.gelu = nn.Dropout(0.5), nn.ReLU(), nn.GELU()
+        self.drop, self.relu, self.relu6, self.gelu = nn.Dropout(0.5), nn.ReLU(), nn.ReLU6(), nn.GELU()
         self.skip, self.pad, self.down = nn.Identity(), nn.ZeroPad2d(0), nn.Conv2d(4, 4, 1)
         self.leaky = nn.LeakyReLU(0.5, inplace=True)
 
@@ -48,17 +51,21 @@ def traced(model: nn.Module) -> fx.Graph:
     return Tracer().trace(model)
 
 
-def found(norm: nn.Module, end: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> Rectified | None:
-    """What :func:`rectified` sees behind the convolution of a :class:`One`."""
-    model = One(norm, end).eval()
-    seen: list[Rectified | None] = []
+def come_to(model: One, x: Tensor, norm: str | None = "norm") -> Visited:
+    """The convolution of a :class:`One` and what a walk with ``x`` saw of it."""
+    form = form_of(model.conv)
+    assert form is not None
+    seen: list[Visited] = []
+    walk(traced(model), model, model, x, {"conv": Wanted(form, norm, rectified=True)}, seen.append)
+    (only,) = seen
+    return only
 
-    def visit(name: str, place: Place) -> None:
-        seen.append(rectified(model, place, "norm", place.student))
 
-    with torch.no_grad():
-        walk(traced(model), model, model, [torch.randn(2, 4, 5, 5)], visit, {"conv"})
-    return seen[0]
+def found(norm: nn.Module, end: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> Visited | None:
+    """The convolution of a :class:`One`, if a ReLU was seen behind it."""
+    at = come_to(One(norm, end).eval(), torch.randn(2, 4, 5, 5))
+    assert at.rectifier is not None or at.samples.given is at.samples.wanted is None
+    return at if at.rectifier is not None else None
 
 
 @pytest.mark.parametrize(
@@ -67,6 +74,8 @@ def found(norm: nn.Module, end: Callable[[nn.Module, Tensor, Tensor], Tensor]) -
         (lambda m, y, x: m.relu(y), False),
         (lambda m, y, x: torch.relu(y), False),
         (lambda m, y, x: F.relu(m.drop(y)), False),
+        (lambda m, y, x: m.relu6(y), False),
+        (lambda m, y, x: F.relu6(m.drop(y) + x), True),
         (lambda m, y, x: y.relu(), False),
         (lambda m, y, x: m.relu(y + x), True),
         (lambda m, y, x: F.relu(x + m.drop(y)), True),
@@ -82,18 +91,33 @@ def test_a_relu_is_seen_behind_the_norm_and_an_addition(end: Callable, added: bo
         for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
             tensor.uniform_(0.5, 2.0)
     seen = found(norm, end)
-    assert seen is not None and (seen.addend is not None) is added
-    y = torch.randn(3, 4, 2, 2)
-    expected = norm.eval()(y)
-    assert torch.allclose(seen.scale[:, None, None] * y + seen.shift[:, None, None], expected, atol=1e-5)
+    assert seen is not None and (seen.samples.given is not None) is added is (seen.samples.wanted is not None)
+    x, y = seen.samples.x.reshape(-1, 4, 9), seen.samples.y
+    shortcut = x[:, :, 4] if added else torch.zeros_like(y)  # a patch's centre is what the input adds at its position
+    front = front_of(seen)
+    expected = norm.eval()(y[:, :, None, None])[:, :, 0, 0] + shortcut
+    torch.testing.assert_close(front.target[0].T, expected)
+    torch.testing.assert_close((front.scale * y.T + front.offset)[0].T, expected)
+
+
+def front_of(at: Visited) -> module.Front:
+    """What the refit sees in front of the ReLU behind a shared layer in the convolution's place."""
+    model = copy.deepcopy(at.model)
+    form = form_of(at.layer)
+    assert form is not None and isinstance(model, One)
+    basis = torch.randn(2, 4, 3, 3)
+    layer = BasisConv(form, torch.randn(4, 2), add_bank(model, "group", Bank({"basis": basis}, uses=1)))
+    model.conv = layer  # type: ignore[assignment]
+    return refit_module._Task(replace(at, model=model), layer, at.samples, at.samples)._front(at.samples)
 
 
 def test_an_activation_inside_of_the_norm_is_seen() -> None:
     seen = found(BatchNormAct2d(4), lambda m, y, x: y + x)
-    assert seen is not None and seen.addend is None
+    assert seen is not None and seen.samples.given is None
+    assert found(BatchNormAct2d(4, act_layer=nn.ReLU6), lambda m, y, x: y) is not None
     assert found(BatchNormAct2d(4, act_layer=nn.SiLU), lambda m, y, x: m.relu(y)) is None
     plain = found(BatchNormAct2d(4, apply_act=False), lambda m, y, x: m.relu(y + x))
-    assert plain is not None and plain.addend is not None
+    assert plain is not None and plain.samples.given is not None
 
 
 @pytest.mark.parametrize(
@@ -128,15 +152,15 @@ def test_anything_else_is_not_taken_for_one(end: Callable) -> None:
 )
 def test_shortcuts_that_work_in_place_wait_for_their_turn(end: Callable) -> None:
     model, x = One(nn.BatchNorm2d(4), end).eval(), torch.randn(2, 4, 5, 5)
-    seen: list[tuple[Tensor, Rectified | None]] = []
-
-    def visit(name: str, place: Place) -> None:
-        found = rectified(model, place, "norm", place.student)
-        seen.append((place.inputs[0].clone(), found))
-
+    given = x.clone()
+    at = come_to(model, x)
+    assert torch.equal(x, given) and at.rectifier is None
     with torch.no_grad():
-        walk(traced(model), model, model, [x.clone()], visit, {"conv"})
-    assert torch.equal(seen[0][0], x) and seen[0][1] is None
+        patches = F.unfold(x, 3, padding=1).transpose(1, 2).reshape(-1, 1, 36)
+        rows = model.conv(x).flatten(2).transpose(1, 2).flatten(0, 1)
+    order = torch.cdist(at.samples.x[:, 0], patches[:, 0]).argmin(1)
+    assert order.sort().values.equal(torch.arange(50)) and torch.equal(at.samples.x, patches[order])
+    torch.testing.assert_close(at.samples.y, rows[order])
 
 
 def test_norms_that_are_not_affine_in_evaluation_are_left_alone() -> None:
@@ -153,9 +177,11 @@ def converted(blocks: int, members: tuple[str, ...], rank: int) -> tuple[nn.Modu
 
 
 def refitted(original: nn.Module, model: nn.Module, rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refits ``model`` on FITTING with hardly a pull and keeps it, whatever held-out images say."""
+    """Refits ``model`` on FITTING with hardly a pull and by whole steps, and keeps it, whatever held-out images say."""
     monkeypatch.setattr(module, "ROUNDS", rounds)
-    monkeypatch.setattr(refit_module, "RIDGE", 1e-9)
+    monkeypatch.setattr(coefficients, "RIDGES", (1e-9,))
+    monkeypatch.setattr(refit_module, "best_step", lambda *_: 1.0)
+    monkeypatch.setattr(refit_module, "best_step_behind", lambda *_: 1.0)
     falling = iter([1.0, 0.0])
     monkeypatch.setattr(Guard, "divergence", lambda *_: next(falling))
     assert done_by(Refit(), work_of(original, model, FITTING, HELD_OUT)).kept
@@ -189,10 +215,14 @@ def test_the_last_layer_of_a_block_makes_up_for_errors_of_its_shortcut(monkeypat
     names = [name for name in graph.layers if name.endswith("conv2")]
     plan = Plan([GroupPlan("g", "basis", tuple(names[:3]), {"rank": 6})], 0, 0)
     done = sharefold.convert_(model, plan, calibration=FITTING, repair=False)
-    errors = []
-    for rounds, addend in ((0, Place.teacher), (4, Place.student), (4, Place.teacher)):
+    real, errors = refit_module._Task._front, []
+
+    def with_own_shortcut(task: refit_module._Task, samples: Samples) -> module.Front:
+        return real(task, replace(samples, wanted=samples.given))
+
+    for rounds, front in ((0, real), (4, with_own_shortcut), (4, real)):
         trial = copy.deepcopy(model)
-        monkeypatch.setattr(Place, "teacher", addend)
+        monkeypatch.setattr(refit_module._Task, "_front", front)
         refitted(done.original, trial, rounds, monkeypatch)
         block, outputs = names[2].rpartition(".")[0], []
         for network in (done.original, trial):

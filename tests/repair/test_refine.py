@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import Small
+from networks import Small, same, state
 from repair_works import calibration_on
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ from sharefold.repair.guard import Guard, StepRecord
 from sharefold.repair.refine import centred, refine, relative_errors
 
 
-def converted(teacher: Small, rank: int = 10) -> Small:
+def converted(teacher: Small, rank: int = 7) -> Small:
     """A network whose four block convolutions share one random-subspace basis: a damaged conversion."""
     model = copy.deepcopy(teacher)
     layers = [conv for block in model.layer1 for conv in (block.conv1, block.conv2)]
@@ -49,7 +49,7 @@ def pair() -> tuple[Small, Small, Tensor, Tensor]:
             block.bn2.running_var.uniform_(0.05, 0.2)
     teacher.eval()
     images = torch.randn(96, 3, 12, 12)
-    return teacher, converted(teacher), images[:64], images[64:]
+    return teacher, converted(teacher, 8), images[:64], images[64:]
 
 
 def refined(
@@ -58,14 +58,6 @@ def refined(
     """Refines ``model`` on ``images``; all of ``held_out`` decide."""
     cal = calibration_on(teacher, images, held_out)
     return refine(model, cal, guard=Guard(cal.comparison(held_out), now), **options)
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def test_lowers_held_out_kl_much(pair) -> None:

@@ -15,7 +15,7 @@ import sharefold
 from sharefold.graph import analyze
 from sharefold.layers import shared_layers
 from sharefold.measure import agreement
-from sharefold.repair import rectified
+from sharefold.repair import coefficients, rectified
 from sharefold.repair import refit as module
 from sharefold.repair.guard import Guard
 from sharefold.repair.refit import Refit
@@ -61,7 +61,8 @@ def test_worse_results_are_rolled_back_bit_for_bit(monkeypatch: pytest.MonkeyPat
 
 def test_one_layer_gets_the_least_squares_solution(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a pull and without a ReLU behind it, its output error on the images is the smallest that its filters allow."""
-    monkeypatch.setattr(module, "RIDGE", 1e-9)
+    monkeypatch.setattr(coefficients, "RIDGES", (1e-9,))
+    monkeypatch.setattr(module, "best_step", lambda *_: 1.0)
     monkeypatch.setattr(rectified, "ROUNDS", 0)
     model = net(blocks=2)
     names = ("stage1.0.conv1", "stage1.1.conv1")

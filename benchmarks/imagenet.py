@@ -1,0 +1,109 @@
+"""EfficientNet-Lite0 on ImageNet without labels: what each size keeps, straight and refined.
+
+    python benchmarks/imagenet.py lite0.safetensors imagenet.npz --sizes 80% 65% 50%
+    python benchmarks/imagenet.py lite0.safetensors imagenet.npz --sizes 80% --refine 10m
+    python benchmarks/imagenet.py lite0.safetensors imagenet.npz --sizes 80% --calib none
+
+``lite0.safetensors`` is a state dict of timm's ``tf_efficientnet_lite0``; ``imagenet.npz`` holds ``train_x`` (calibration
+images, no label of them is read) and ``test_x``, ``test_y`` (measured), uint8 (n, 224, 224, 3). Every finished row is
+written to ``benchmarks/results/imagenet.json`` at once: top-1, agreement and KL on the test images, what the conversion itself
+said of its agreement, CPU seconds, wall-clock and peak memory of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from cifar import hardware
+from torch import Tensor, nn
+
+import sharefold
+from sharefold.calibration.images import matched
+from sharefold.data import Preprocess, calibration_images, loader, open_data
+from sharefold.measure import count_macs, count_parameters, peak_memory
+
+RESULTS = Path(__file__).parent / "results" / "imagenet.json"
+ARCHITECTURE = "timm:tf_efficientnet_lite0"
+# A row of the same settings takes the place of an older one.
+KEY = ("size", "method", "refine", "calib", "calib_images", "seed")
+
+
+@torch.no_grad()
+def measured(original: nn.Module, model: nn.Module, dataset: Any) -> dict[str, float]:
+    """Top-1 of both, agreement and mean KL(original || model) on labelled images."""
+    right = dense = same = total = 0
+    divergence = 0.0
+    original.eval(), model.eval()
+    for images, labels in loader(dataset, 50):
+        images = images.contiguous(memory_format=torch.channels_last)
+        a, b = original(images), model(images)
+        dense += int((a.argmax(1) == labels).sum())
+        right += int((b.argmax(1) == labels).sum())
+        same += int((a.argmax(1) == b.argmax(1)).sum())
+        divergence += float(F.kl_div(b.log_softmax(1), a.log_softmax(1), reduction="sum", log_target=True))
+        total += len(labels)
+    shares = {"top1_dense": dense / total, "top1": right / total, "agreement": same / total}
+    return {**shares, "kl": divergence / total, "images": total}
+
+
+def run(model: nn.Module, images: Tensor, size: str, options: argparse.Namespace, dataset: Any) -> dict[str, Any]:
+    """One row."""
+    network = copy.deepcopy(model)
+    cpu, wall = time.process_time(), time.perf_counter()
+    cal = sharefold.calibrate(network, images, seed=options.seed)
+    plan = sharefold.plan(network, size, cal, method=options.method)
+    planned = time.process_time() - cpu
+    done = sharefold.convert_(network, plan, cal, refine=options.refine)
+    seconds = {"cpu_seconds": time.process_time() - cpu, "plan_cpu_seconds": planned, "wall_seconds": time.perf_counter() - wall}
+    found = measured(done.original, network, dataset)
+    return {
+        "network": "efficientnet_lite0", "size": size, "method": options.method, "refine": options.refine or "",
+        "calib": options.calib, "calib_images": len(images),
+        "seed": options.seed, "kept": count_parameters(network) / count_parameters(model), **found,
+        "said_agreement": done.agreement, "said_interval": done.agreement_interval, "report_images": done.report_images,
+        "macs_kept": count_macs(network, images[:1]) / count_macs(model, images[:1]),
+        "methods": dict(Counter(group.method for group in done.plan.groups)),
+        "steps": {name: record.to_dict() for name, record in done.steps.items() if name != "refit"},
+        "refit": {key: done.steps["refit"].to_dict().get(key) for key in ("kept", "kl_before", "kl_after")},
+        **seconds, "peak_memory_bytes": peak_memory(), "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--sizes", nargs="+", default=["80%", "65%", "50%"])
+    parser.add_argument("--method", default="auto")
+    parser.add_argument("--refine", default=None, help="a time such as 10m")
+    parser.add_argument("--calib", choices=["images", "none"], default="images")
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    source = sharefold.open_source(options.weights, arch=ARCHITECTURE)
+    preprocess = Preprocess.from_cfg(source.pretrained_cfg)
+    given = f"npz:{options.data}" if options.calib == "images" else None
+    images = calibration_images(given, preprocess, options.count, options.seed)
+    if given is None:
+        images = matched(source.model, images, options.seed)
+    dataset = open_data(f"npz:{options.data}", "test", transform_cfg=preprocess)
+    for size in options.sizes:
+        record = run(source.model, images, size, options, dataset)
+        known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+        known = [row for row in known if [row[name] for name in KEY] != [record[name] for name in KEY]]
+        RESULTS.write_text(json.dumps({"hardware": hardware(), "rows": [*known, record]}, indent=1) + "\n")
+        print({name: record[name] for name in ("size", "kept", "top1_dense", "top1", "agreement", "kl", "said_interval")})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""``sharefold verify``: whether a saved network is what its card claims."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from sharefold.errors import SharefoldError
+
+from .common import Run, shared_options
+from .source import SourceOptions
+
+
+@click.command("verify")
+@click.argument("path", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--source", metavar="SOURCE", help="The original network, for the agreement; needs --data.")
+@click.option("--arch", metavar="NAME", help="Architecture of a bare checkpoint given as --source.")
+@click.option("--data", metavar="DATA", help="Labelled images, for accuracy and agreement.")
+@click.option("--split", default="test", show_default=True, help="Which part of the data.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=250, show_default=True, help="Images a batch.")
+@shared_options
+def command(
+    run: Run, path: Path, source: str | None, arch: str | None, data: str | None, split: str, limit: int | None, batch_size: int
+) -> None:
+    """Recompute what DIR, a directory or file of sharefold, claims: checksum, parameters, bytes, MACs, and with --source and
+    --data agreement and accuracy. Ends with exit code 2 when something differs.
+
+    \b
+    sharefold verify resnet20-shared
+    sharefold verify resnet20-shared --source resnet20.th --data npz:cifar10.npz
+    """
+    if source is not None and data is None:
+        raise SharefoldError("verify: --source is for the agreement on images: give --data, too")
+    device = run.setup()
+    from sharefold.checkpoint import read_config
+    from sharefold.data import open_data
+    from sharefold.verify import mismatches, verify
+
+    config = read_config(path)
+    dataset = None if data is None else open_data(data, split, transform_cfg=config.pretrained_cfg)
+    original = None if source is None else SourceOptions(source, arch=arch).open().model
+    claims = verify(path, source=original, data=dataset, limit=limit, batch_size=batch_size, device=device)
+
+    def cell(value: object) -> str:
+        return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+    def verdict(claim: object) -> str:
+        return claim.note if claim.found is None else "" if claim.claimed is None else "holds" if claim.holds else "DIFFERS"  # type: ignore[attr-defined]
+
+    run.table(["claim", "claimed", "found", ""], [[c.name, cell(c.claimed), cell(c.found), verdict(c)] for c in claims])
+    wrong = mismatches(claims)
+    run.result({
+        "path": str(path), "holds": not wrong,
+        "claims": [{"name": c.name, "claimed": c.claimed, "found": c.found, "holds": c.holds, "note": c.note} for c in claims],
+    })  # fmt: skip
+    if wrong:
+        raise SharefoldError(f"{path}: {wrong}")

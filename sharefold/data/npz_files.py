@@ -1,0 +1,66 @@
+"""Arrays of an ``.npz`` file, whose declared sizes are checked before anything is unpacked."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.lib import format as npy
+
+from sharefold.errors import SharefoldError
+
+# Images compress a few times; what unfolds further than this is no image data.
+_UNFOLDED, _FREE_BYTES = 100, 1 << 27
+
+
+class NpzFile:
+    """The names in the archive, and its arrays by name.
+
+    Raises:
+        SharefoldError: no zip archive. Also from :meth:`read`.
+    """
+
+    def __init__(self, path: Path, where: str) -> None:
+        self.path, self.where = path, where
+        try:
+            with zipfile.ZipFile(path) as archive:
+                self.entries = {e.filename.removesuffix(".npy"): e for e in archive.infolist() if e.filename.endswith(".npy")}
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            raise self._unreadable(error) from None
+
+    def read(self, name: str) -> np.ndarray:
+        """The array of plain numbers called ``name``."""
+        entry = self.entries[name]
+        if entry.file_size > _UNFOLDED * entry.compress_size + _FREE_BYTES:
+            raise SharefoldError(
+                f"{self.where}: {name} would unfold from {entry.compress_size:,} to {entry.file_size:,} bytes: it holds no images"
+            )
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(entry) as stream:
+                shape, kind = _head(stream)
+                size = math.prod(shape) * kind.itemsize
+                if kind.hasobject:
+                    raise ValueError(f"{name} holds Python objects")
+                if size != entry.file_size - stream.tell():
+                    raise SharefoldError(f"{self.where}: {name} claims to be {kind} of shape {shape}, which it is not: damaged")
+                stream.seek(0)
+                return npy.read_array(stream, allow_pickle=False)
+        except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+            raise self._unreadable(error) from None
+
+    def _unreadable(self, error: Exception) -> SharefoldError:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        return SharefoldError(f"{self.where}: not a readable npz file of plain arrays ({reason})")
+
+
+def _head(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    version = npy.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"npy version {version}")
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, _, kind = read(stream)
+    return shape, kind

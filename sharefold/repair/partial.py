@@ -1,0 +1,88 @@
+"""A repair of many layers of which the first alone can be kept: errors add up with depth, so that the late ones may spoil it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Partial:
+    """What a repair of several layers has done.
+
+    Attributes:
+        count: layers that it has changed, in forward order.
+        keep: leaves the network with the changes of the first so many alone; may be called with any number in any order.
+        details: for the record, where so many layers keep their changes.
+    """
+
+    count: int
+    keep: Callable[[int], None]
+    details: Callable[[int], Mapping[str, Any]]
+
+
+class Journal:
+    """Remembers what each of several changes did to the tensors that it wrote into."""
+
+    def __init__(self) -> None:
+        self._entries: list[list[tuple[Tensor, Tensor, Tensor]]] = []  # (tensor, value before, value after)
+        self._now = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @contextmanager
+    def entry(self, tensors: Iterable[Tensor]) -> Iterator[None]:
+        """A change that may write into ``tensors`` and into no others."""
+        saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        yield
+        entry = [(tensor, old, tensor.detach().clone()) for tensor, old in saved if not torch.equal(tensor, old)]
+        self._entries.append(entry)
+        self._now = len(self._entries)
+
+    @torch.no_grad()
+    def keep(self, count: int) -> None:
+        """Gives all tensors the values that they had after the first ``count`` changes."""
+        while self._now > count:
+            self._now -= 1
+            for tensor, old, _ in self._entries[self._now]:
+                tensor.copy_(old)
+        while self._now < count:
+            for tensor, _, new in self._entries[self._now]:
+                tensor.copy_(new)
+            self._now += 1
+
+
+def best_start(
+    partial: Partial, divergence: Callable[[], float], better: Callable[[float, float], bool], before: float
+) -> tuple[int, float]:
+    """How many layers should keep their changes where all of them together do harm: half of them, three quarters or a quarter.
+
+    A half is tried first, then three quarters where it helps, and a quarter where it does not.
+
+    Args:
+        divergence: of the network as it is.
+        better: whether the first is lower than the second by more than rounding.
+        before: divergence without any change.
+
+    Returns:
+        (layers, divergence with them), which are what the network is left with; (0, ``before``) where none of this helps.
+    """
+    best, least = 0, before
+    for quarters in (2, 3, 1):
+        if (quarters == 3 and not best) or (quarters == 1 and best):
+            continue
+        count = partial.count * quarters // 4
+        if count in (0, best):
+            continue
+        partial.keep(count)
+        now = divergence()
+        if better(now, least):
+            best, least = count, now
+    partial.keep(best)
+    return best, least

@@ -1,0 +1,103 @@
+"""What is fuzzed: functions of bytes that may raise :class:`SharefoldError` in one line, and nothing else."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import sharefold
+from sharefold.architectures.arguments import parse_options
+from sharefold.architectures.shapes import compare
+from sharefold.errors import SharefoldError
+from sharefold.finetune.run_state import read_state
+from sharefold.format import FileConfig
+from sharefold.models.digits_resnet import digits_resnet
+from sharefold.plans import Plan
+from sharefold.sources import read_state_dict
+from sharefold.sources.pickle_sizes import TooLarge, check_pickle
+from sharefold.sources.unwrap import unwrap
+from sharefold.store.blob import decode_blob
+
+_PLACE = Path(tempfile.mkdtemp(prefix="sharefold-fuzz-"))
+_TEMPLATE = {"a.weight": torch.empty(3, 2, 1, 1), "a.bias": torch.empty(3), "count": torch.empty((), dtype=torch.int64)}
+_NETWORK = digits_resnet().eval()
+
+
+def _file(name: str, data: bytes) -> Path:
+    path = _PLACE / name
+    path.write_bytes(data)
+    return path
+
+
+def config(data: bytes) -> None:
+    FileConfig.from_text(data.decode("utf-8", "replace"), "file").packed()
+
+
+def plan(data: bytes) -> None:
+    str(Plan.from_json(data.decode("utf-8", "replace")))
+
+
+def header(data: bytes) -> None:
+    sharefold.load(_file("net.safetensors", data))
+
+
+def blob(data: bytes) -> None:
+    if data:
+        decode_blob(torch.frombuffer(bytearray(data), dtype=torch.uint8), _TEMPLATE)
+
+
+def state_dict(data: bytes) -> None:
+    """JSON as a nest of dictionaries in which a list is a tensor of that shape, then compared with a network."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return
+
+    def built(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: built(part) for key, part in value.items()}
+        if isinstance(value, list) and all(isinstance(n, int) and 0 <= n < 50 for n in value) and len(value) < 5:
+            return torch.empty(value)
+        return value
+
+    state, _ = unwrap(built(found), "file")
+    if isinstance(state, dict):
+        str(compare({name: tuple(t.shape) for name, t in state.items()}, _NETWORK))
+
+
+def checkpoint(data: bytes) -> None:
+    read_state_dict(_file("net.pt", data))
+
+
+def pickled(data: bytes) -> None:
+    try:
+        check_pickle(io.BytesIO(data), len(data))
+    except TooLarge:
+        return
+
+
+def run_state(data: bytes) -> None:
+    read_state(_file("state.pt", data))
+
+
+def options(data: bytes) -> None:
+    parse_options(data.decode("utf-8", "replace"), "timm:x")
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "config": config, "plan": plan, "header": header, "blob": blob, "state_dict": state_dict, "checkpoint": checkpoint,
+    "pickled": pickled, "run_state": run_state, "options": options,
+}  # fmt: skip
+
+
+def check(name: str, data: bytes) -> None:
+    """Runs one target; anything but a result or a refusal in one line is a finding."""
+    try:
+        TARGETS[name](data)
+    except SharefoldError as error:
+        assert "\n" not in str(error), str(error)

@@ -1,0 +1,249 @@
+"""Names, numbers and images from strangers: shown without their escapes, refused in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from file_tools import CONFIG, edit_config
+from PIL import EpsImagePlugin, Image
+
+import sharefold
+from sharefold.card import model_card
+from sharefold.data import Preprocess, open_data
+from sharefold.data.image_files import opened_image
+from sharefold.errors import SharefoldError
+from sharefold.finetune.run_state import read_state, write_state
+from sharefold.format import FileConfig, carry_config, checked_pretrained_cfg
+from sharefold.plans import GroupPlan, Plan
+from sharefold.sources import build_base
+from sharefold.untrusted import printable, read_text, shown
+from sharefold_cli.main import cli
+
+BASE = {"library": "timm", "name": "digits_resnet", "kwargs": {}}
+ESCAPE = "\x1b]0;owned\x07\x1b[31m\n\r\x9b"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = build_base(BASE)
+    carry_config(model, FileConfig(Plan([], 0, 0), BASE))
+    return sharefold.save(model, tmp_path / "net")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.update(aliases=[1]), lambda c: c.update(aliases={"a": 1}), lambda c: c.update(aliases={"a": "b"}),
+        lambda c: c.update(aliases={"fc.bias": "fc.bias"}), lambda c: c.update(pretrained_cfg=[1]),
+        lambda c: c.update(pretrained_cfg={"input_size": "big"}), lambda c: c.update(pretrained_cfg={"input_size": [1, 8]}),
+        lambda c: c.update(pretrained_cfg={"input_size": [1, 8, 1 << 40]}),
+        lambda c: c.update(pretrained_cfg={"input_size": [3, 8, 8], "mean": [0.1, 0.2]}),
+        lambda c: c.update(pretrained_cfg={"mean": [float("nan")]}), lambda c: c.update(pretrained_cfg={"std": [0.0]}),
+        lambda c: c.update(pretrained_cfg={"crop_pct": "x"}), lambda c: c.update(pretrained_cfg={"interpolation": 3}),
+        lambda c: c.update(metrics=[1]), lambda c: c.update(store=3), lambda c: c.update(store={"format": -1}),
+        lambda c: c.update(base=3), lambda c: c.update(base={"library": "timm"}), lambda c: c["base"].update(kwargs=[1]),
+        lambda c: c.update(format_version=True), lambda c: c.update(sharefold_version=1), lambda c: c.update(checksum=5),
+        lambda c: c["plan"].update(params_before="many"), lambda c: c["plan"].update(groups=[{"name": [], "method": 1}]),
+        lambda c: c["plan"].update(groups=[{"name": "a", "method": "basis", "members": ["x"], "error": float("nan")}]),
+        lambda c: c["plan"].update(params_after=-1), lambda c: c["plan"].update(plan_version=-3),
+        lambda c: c["plan"].update(groups=[{"name": "a", "method": "basis", "members": ["x"], "stage": -1}]),
+    ],
+)  # fmt: skip
+def test_fields_of_wrong_types_are_bad_input(saved: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    edit_config(saved, change)
+    done = CliRunner().invoke(cli, ["expand", str(saved), "-o", str(saved.parent / "out.safetensors")])
+    assert done.exit_code == 2, done.output
+    assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1
+    assert not (saved.parent / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "data", [b"\xff\xfe{}", b'{"plan": ' + b"[" * 200_000, b'{"plan": ' + b"9" * 5000 + b"}", b"", b"null", b"[]"]
+)
+def test_texts_that_are_none(saved: Path, data: bytes) -> None:
+    (saved / CONFIG).write_bytes(data)
+    with pytest.raises(SharefoldError) as error:
+        sharefold.load(saved)
+    assert "\n" not in str(error.value)
+    plan = saved.parent / "plan.json"
+    plan.write_bytes(data)
+    done = CliRunner().invoke(cli, ["convert", "timm:digits_resnet", "--plan", str(plan), "-o", str(saved.parent / "o")])
+    assert done.exit_code == 2 and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_files_that_are_too_large(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b" " * ((1 << 22) + 1))
+    with pytest.raises(SharefoldError, match="has more than 4 MB"):
+        read_text(tmp_path / "a", "the text")
+
+
+def test_escapes_are_shown_and_not_obeyed(tmp_path: Path, saved: Path) -> None:
+    assert printable("größer\u00a0☃") == "größer\\xa0☃" and printable("a\x1b[1m\n") == "a\\x1b[1m\\n"
+    assert len(shown("x" * 500)) == 83
+    names = (f"timm:{ESCAPE}", str(tmp_path / ESCAPE.replace("\n", "")), f"hf-hub:{ESCAPE}/x")
+    for name in names[:2]:
+        done = CliRunner().invoke(cli, ["inspect", name])
+        assert done.exit_code == 2 and not set("\x1b\x07\x9b\r") & set(done.stderr), repr(done.stderr)
+        assert len(done.stderr.strip().splitlines()) == 1
+    edit_config(saved, lambda config: config.update({ESCAPE: 1}))
+    done = CliRunner().invoke(cli, ["expand", str(saved), "-o", str(tmp_path / "out.safetensors")])
+    assert done.exit_code == 0 and "unknown keys" in done.stderr and "\x1b" not in done.stderr
+
+
+def test_cards_hold_no_markup_of_others() -> None:
+    evil = "<script>alert(1)</script>|`x`\n# big"
+    plan = Plan([GroupPlan(evil, evil, (evil,))], 1, 1, evil)
+    text = model_card(FileConfig(plan, {"library": "timm", "name": evil, "kwargs": {}}, metrics={evil: evil, "top1": 0.5}))
+    assert "<script" not in text and "\n# big" not in text and "| top1 | 0.5000 |" in text
+    embedded = json.loads(text.split("```json\n")[1].split("\n```")[0])
+    assert embedded["plan"] == json.loads(json.dumps(plan.to_dict()))
+    rows = [line for line in text.splitlines() if "alert" in line and line.startswith("| ")]
+    assert all(line.replace("\\|", "").count("|") in (3, 6) for line in rows) and rows
+
+
+@pytest.mark.parametrize(
+    "cfg", [{"mean": (0.1, 0.2)}, {"mean": (float("nan"),)}, {"std": (float("inf"),)}, {"std": "abc"}, {"mean": {}},
+            {"input_size": (3, 0, 3)}, {"input_size": ("a",)}, {"std": (-1.0,)}, {"input_size": (3, 10**9, 3)}]
+)  # fmt: skip
+def test_means_that_fit_no_image(cfg: dict[str, Any]) -> None:
+    if cfg != {"mean": {}}:
+        with pytest.raises(SharefoldError):
+            Preprocess.from_cfg(cfg)
+    with pytest.raises(SharefoldError):
+        checked_pretrained_cfg({"input_size": [3, 8, 8], **cfg}, "x")
+
+
+def test_images_of_other_formats_start_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "train" / "a"
+    folder.mkdir(parents=True)
+    (folder / "z.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(x) (w) file\nshowpage\n"
+    )
+    started: list[Any] = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: started.append(a))
+    monkeypatch.setattr(subprocess, "check_call", lambda *a, **k: started.append(a))
+    with pytest.raises(SharefoldError, match="not a readable image") as error:
+        open_data(f"imagefolder:{tmp_path}", "train", input_size="3,8,8")[0]
+    assert "\n" not in str(error.value) and started == []
+    for name, kind in (("a.jpg", "JPEG"), ("b.bmp", "BMP"), ("c.webp", "WEBP"), ("d.ppm", "PPM"), ("e.tif", "TIFF")):
+        Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / name, kind)
+        with opened_image(tmp_path / name) as image:
+            assert image.size == (8, 8)
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data[: len(data) // 2])
+        with pytest.raises(SharefoldError), opened_image(tmp_path / name) as image:
+            image.load()
+
+
+def npz(path: Path, **arrays: bytes | np.ndarray) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            if isinstance(array, np.ndarray):
+                memory = io.BytesIO()
+                np.save(memory, array)
+                array = memory.getvalue()
+            archive.writestr(f"{name}.npy", array)
+    return path
+
+
+def claimed(shape: tuple[int, ...], kind: str = "|u1", data: bytes = b"") -> bytes:
+    head = str({"descr": kind, "fortran_order": False, "shape": shape}).encode()
+    head += b" " * (63 - (len(head) + 10) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + data
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"train_x": claimed((1 << 20, 1024, 1024, 1))}, {"train_x": claimed((10, 0, 5, 1))}, {"train_x": claimed((0, 4, 4, 1))},
+        {"train_x": claimed((1 << 40,), data=bytes(100))}, {"train_x": claimed((2, 2, 2, 1), "|O", bytes(64))},
+        {"train_x": bytes(1 << 28)}, {"train_x": b"\x93NUMPY\x09\x00"}, {"train_x": b""}, {"other": np.zeros(3)},
+        {"train_x": claimed((-1, 4, 4, 1), data=bytes(16))}, {"train_x": claimed((1, 4, 4, 1), data=bytes(15))},
+    ],
+)  # fmt: skip
+def test_npz_files_that_claim_what_they_have_not(tmp_path: Path, arrays: dict[str, Any]) -> None:
+    start = time.process_time()
+    with pytest.raises(SharefoldError) as error:
+        open_data(f"npz:{npz(tmp_path / 'a.npz', **arrays)}", "train", input_size="1,4,4")
+    assert "\n" not in str(error.value) and time.process_time() - start < 2
+
+
+def test_npz_files_are_read_as_numpy_does(tmp_path: Path) -> None:
+    images, labels = np.random.default_rng(0).integers(0, 255, (5, 4, 4, 1), np.uint8), np.arange(5)
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "a.npz", train_x=images, train_y=labels)
+        found = open_data(f"npz:{tmp_path / 'a.npz'}", "train", input_size="1,4,4", mean=0.0, std=1.0)
+        assert torch.equal(found.images, torch.from_numpy(images)) and found.labels.tolist() == labels.tolist()
+
+
+def good_state() -> dict[str, Any]:
+    weights = {"a": torch.ones(2)}
+    return {
+        "config": {}, "images": 3, "shapes": {"a": [2]}, "updates": 5, "epochs_done": 1, "logged_at": 4, "seconds": 1.5,
+        "history": [], "before": {"model": 0.5, "teacher": None}, "last": {"loss": 1.0}, "epoch_loss": 0.0, "sums": {"loss": 1.0},
+        "model": weights, "optimizer": {"state": {}, "param_groups": []}, "scaler": {}, "ema": None, "best": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("updates", -5), ("updates", 1.5), ("updates", "5"), ("updates", True), ("epochs_done", None), ("logged_at", -1),
+        ("seconds", float("nan")), ("seconds", "long"), ("history", {}), ("history", [1]), ("before", 3), ("before", {}),
+        ("last", [1]), ("epoch_loss", None), ("sums", [1]), ("sums", {"a": "b"}), ("model", {"a": 1}), ("model", None),
+        ("model", {"a": torch.tensor([float("nan")])}), ("optimizer", {}), ("scaler", 1), ("ema", 1), ("best", {"top1": 1}),
+        ("config", []), ("images", -1), ("shapes", {"a": 3}), ("version", "new"), ("version", 99),
+    ],
+)  # fmt: skip
+def test_damaged_run_states(tmp_path: Path, name: str, value: Any) -> None:
+    path = tmp_path / "state.pt"
+    write_state(path, good_state())
+    assert read_state(path)["updates"] == 5
+    write_state(path, {**good_state(), name: value})
+    with pytest.raises(SharefoldError) as error:
+        read_state(path)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_fields_and_flipped_bytes_of_run_states(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    for name in good_state():
+        write_state(path, {key: value for key, value in good_state().items() if key != name})
+        with pytest.raises(SharefoldError, match="missing"):
+            read_state(path)
+    write_state(path, good_state())
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.ones(2).numpy().tobytes())] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(SharefoldError):
+        read_state(path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("delay", [0.05, 0.15, 0.4])
+def test_an_early_interrupt_prints_no_traceback(delay: float) -> None:
+    code = "from sharefold_cli.entry import main; print('ready', flush=True); main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "inspect", "timm:digits_resnet"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors and len(errors.strip().splitlines()) <= 1
+    assert process.returncode in (130, -signal.SIGINT)

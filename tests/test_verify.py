@@ -1,0 +1,118 @@
+"""``verify`` recomputes what a file claims and names what differs; packed files keep types and metrics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from file_tools import CONFIG, edit_config, metadata_of
+
+import sharefold
+from sharefold.convert import convert_
+from sharefold.data import open_data
+from sharefold.format import FileConfig
+from sharefold.measure import count_macs, count_parameters, evaluate, model_bytes
+from sharefold.plans import Plan
+from sharefold.store import file_bytes
+from sharefold.store.tensor_spec import carried_spec
+from sharefold.verify import Claim, mismatches, verify
+from sharefold_cli.main import cli
+
+X = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def dense() -> torch.nn.Module:
+    return sharefold.open_source("timm:digits_resnet").model
+
+
+@pytest.fixture
+def saved(dense: torch.nn.Module, tmp_path: Path) -> Path:
+    done = CliRunner().invoke(
+        cli, ["convert", "timm:digits_resnet", "--calib", "digits", "--calib-count", "100", "--method", "svd", "--budget", "70%",
+              "--no-repair", "-o", str(tmp_path / "net")]
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    return tmp_path / "net"
+
+
+def test_what_holds_and_what_does_not(saved: Path, dense: torch.nn.Module) -> None:
+    network = sharefold.load(saved)
+    data = open_data("digits", "test", transform_cfg=network.sharefold_config.pretrained_cfg)
+    claims = {claim.name: claim for claim in verify(saved, source=dense, data=data, limit=200)}
+    assert list(claims) == ["checksum", "params", "bytes", "macs", "agreement", "top1"]
+    assert claims["params"].found == claims["params"].claimed == count_parameters(network)
+    assert claims["bytes"].found == claims["bytes"].claimed == model_bytes(network)
+    assert claims["macs"].found == claims["macs"].claimed == count_macs(network, X[:1])
+    assert claims["top1"].claimed is None and claims["top1"].found == evaluate(network, _batches(data), limit=200)["top1"]
+    assert all(claim.holds for claim in claims.values()) and mismatches(list(claims.values())) == ""
+    for change, words in (
+        (lambda c: c["metrics"]["params"].update(after=5), "params is"),
+        (lambda c: c["metrics"].update(macs={"before": 1, "after": 2}), "macs is"),
+        (lambda c: c["metrics"].update(agreement=0.1), "agreement is"),
+        (lambda c: c["metrics"].update(top1=0.2), "top1 is"),
+        (lambda c: c["plan"].update(params_after=7), "params of the plan is"),
+    ):
+        edit_config(saved, change)
+        done = CliRunner().invoke(
+            cli, ["verify", str(saved), "--source", "timm:digits_resnet", "--data", "digits", "--limit", "200", "--json"]
+        )
+        assert done.exit_code == 2 and words in done.stderr and json.loads(done.stdout)["holds"] is False
+
+
+def _batches(data: object) -> object:
+    from sharefold.data import loader
+
+    return loader(data, 250)  # type: ignore[arg-type]
+
+
+def test_damage_is_told(saved: Path) -> None:
+    assert CliRunner().invoke(cli, ["verify", str(saved)]).exit_code == 0
+    file = saved / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    done = CliRunner().invoke(cli, ["verify", str(saved)])
+    assert done.exit_code == 2 and "checksum does not hold" in done.stderr
+    done = CliRunner().invoke(cli, ["verify", str(saved), "--source", "timm:digits_resnet"])
+    assert done.exit_code == 2 and "give --data" in done.stderr
+
+
+def test_shares_hold_within_the_error_of_the_images() -> None:
+    assert Claim("top1", 0.90, 0.92, 0.03).holds and not Claim("top1", 0.90, 0.95, 0.03).holds
+    assert Claim("params", None, 5).holds and not Claim("params", 4, 5).holds
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_packed_files_keep_types_and_metrics(kind: torch.dtype, tmp_path: Path) -> None:
+    model = sharefold.open_source("timm:digits_resnet").model.to(kind)
+    convert_(model, Plan([], 198_898, 198_898, store="fp16"), calibration=X.to(kind))
+    spec = carried_spec(model)
+    assert spec is not None
+    told = {"params": {"before": 1, "after": 198_898}, "agreement": 0.987654321, "top1": 0.5, "note": "x" * 500, "steps": [1]}
+    file = sharefold.save(model, tmp_path / "net.safetensors", metrics=told)
+    bare = sharefold.save(model, tmp_path / "bare.safetensors")
+    assert file.stat().st_size == bare.stat().st_size == file_bytes(model, spec)
+    again = sharefold.load(file)
+    assert again.sharefold_config.metrics == {"params": 198_898, "agreement": 0.98765, "top1": 0.5}
+    for name, tensor in model.state_dict().items():
+        assert again.state_dict()[name].dtype == tensor.dtype and torch.equal(again.state_dict()[name], tensor), name
+    assert sharefold.load(sharefold.save(again, tmp_path / "net")).sharefold_config.metrics == again.sharefold_config.metrics
+    assert json.loads((tmp_path / "net" / CONFIG).read_text())["store"].get("dtypes", {}) == (
+        {} if kind == torch.float32 else {"": str(kind)[6:]}
+    )
+
+
+def test_room_for_metrics_is_always_the_same() -> None:
+    config = FileConfig(Plan([], 5, 5), store=1)
+    many = FileConfig(Plan([], 5, 5), store=1, metrics={f"measure{i}": i * 1.234567 for i in range(100)})
+    assert len(many.packed()) == len(config.packed())
+    read = FileConfig.from_text(many.packed(), "file")
+    assert 3 < len(read.metrics) < 100 and all(many.metrics[k] == pytest.approx(v, rel=1e-4) for k, v in read.metrics.items())
+
+
+def test_metadata(saved: Path) -> None:
+    assert json.loads(metadata_of(saved / "model.safetensors")["sharefold"])["checksum"] == "crc32"
