@@ -24,7 +24,7 @@ from sharefold.format import FileConfig, carry_config
 from sharefold.graph.preserved import restored_on_error
 from sharefold.layers import Bank, shared_layers
 from sharefold.methods import Solution, step_named
-from sharefold.methods.checks import check_layers, check_plan
+from sharefold.methods.checks import check_dense, check_layers, check_plan
 from sharefold.methods.narrowing import narrow_, narrowed
 from sharefold.methods.solved import solution_of, solutions_of
 from sharefold.options import CalibrationOptions, ConvertOptions, RefineOptions, chosen
@@ -102,13 +102,15 @@ def convert_(
         progress: called with (what, done, total).
 
     Raises:
-        SharefoldError: the plan does not fit the model, refinement is asked of a network that returns no logits, or the
-            plan's store cannot hold the network. After this or any other exception the model is what it was.
+        SharefoldError: the network is converted already, the plan does not fit the model, refinement is asked of a network
+            that returns no logits, or the plan's store cannot hold the network. After this or any other exception the model
+            is what it was.
 
     Warns:
         SharefoldWarning: refinement is asked for and nothing was shared.
     """
     wanted = chosen(options, overrides, ConvertOptions)
+    check_dense(model)
     known = CalibrationOptions(wanted.seed, outputs=wanted.outputs, criterion=wanted.criterion)
     cal = calibration_of(model, calibration, known)
     seconds: dict[str, float] = {}

@@ -26,8 +26,9 @@ from sharefold.calibration.images import input_config
 from sharefold.checkpoint import expand
 from sharefold.errors import SharefoldError
 from sharefold.files import check_output, write_file
+from sharefold.graph.preserved import preserved
 from sharefold.measure import model_bytes
-from sharefold.running import evaluating
+from sharefold.running import run_on
 
 __all__ = ["Exported", "export"]
 FORMATS = {"onnx": (".onnx",), "pt2": (".pt2",), "dense": (".safetensors", ".pt", ".pth")}
@@ -96,7 +97,7 @@ def export(
     example = example_input.detach().cpu()
     if dynamic_batch and kind != "dense" and len(example) < 2:
         example = torch.cat([example, example])  # tracing would take a batch of one for a constant
-    with evaluating(network), _calm():
+    with preserved(network), _calm():
         if kind == "dense":
             difference = _write_expanded(network, target, example, tolerance)
             names: Names = ((), ())
@@ -153,6 +154,8 @@ def _calm() -> Iterator[None]:
 def _trace(model: nn.Module, example: Tensor, dynamic: bool) -> torch.export.ExportedProgram:
     shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic else None
     try:
+        # Networks that keep something from call to call (grids, anchors) make it now, of real tensors; tracing finds it.
+        run_on(model, example)
         program = torch.export.export(model, (example,), dynamic_shapes=shapes)
     except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

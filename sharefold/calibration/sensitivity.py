@@ -39,7 +39,9 @@ def output_sensitivity(
 
     def watch(name: str, channels_last: bool) -> None:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            def add(gradient: Tensor) -> None:
+            def add(gradient: Tensor | None) -> None:
+                if gradient is None:  # what follows has no derivative (quantised layers)
+                    return
                 flat = gradient.flatten(0, -2) if channels_last else gradient.transpose(0, 1).flatten(1).T
                 found = flat.square().sum(0).detach()
                 totals[name] = totals[name] + found if name in totals else found

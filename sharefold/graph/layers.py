@@ -122,6 +122,8 @@ def _obstacle(module: nn.Module) -> str | None:
         return "its weight is not an ordinary parameter (weight norm, quantisation or a computed weight)"
     if not weight.is_floating_point():
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}: only real floating-point weights are shared"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has a forward hook, which a shared layer would not call: remove the hook first"
     if form_of(module) is None:
         return f"{type(module).__name__} has a forward of its own, which a shared layer could not stand in for"
     return None

@@ -7,7 +7,7 @@ deepcopy, ``.to()``, pickling, DDP, fx and torch.export see one parameter.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -63,6 +63,16 @@ class Bank(Keeper):
         return f"{shapes}, uses={self.uses}"
 
 
+class Shelf(nn.ModuleDict):
+    """The banks of a network, by key; called as a layer it gives back what it is given.
+
+    It is a child of the network, and ``nn.Sequential``, timm's ``features_only`` and others run all their children in turn.
+    """
+
+    def forward(self, x: Any) -> Any:
+        return x
+
+
 def bank_key(group_name: str) -> str:
     """The key of a group's bank: its name without dots, which torch reserves for module paths."""
     return group_name.replace(".", "_")
@@ -71,7 +81,7 @@ def bank_key(group_name: str) -> str:
 def add_bank(model: nn.Module, group_name: str, bank: Bank) -> Bank:
     """Registers ``bank`` on ``model`` under the group's name and returns it."""
     if not hasattr(model, ATTRIBUTE):
-        model.add_module(ATTRIBUTE, nn.ModuleDict())
+        model.add_module(ATTRIBUTE, Shelf())
     shelf = cast(nn.ModuleDict, getattr(model, ATTRIBUTE))
     key = bank_key(group_name)
     if key in shelf:

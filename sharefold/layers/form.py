@@ -140,6 +140,8 @@ def form_of(module: nn.Module) -> ConvForm | None:
         return ConvForm("linear", module.in_features, module.out_features, module_class=type(module).__name__)
     if not isinstance(module, nn.Conv2d) or isinstance(module, nn.ConvTranspose2d):
         return None
+    if type(module)._conv_forward is not nn.Conv2d._conv_forward:
+        return None  # weight standardisation, masks, fake quantisation
     padding = module.padding if isinstance(module.padding, str) else (int(module.padding[0]), int(module.padding[1]))
     form = ConvForm(
         "conv2d", module.in_channels, module.out_channels, _pair(module.kernel_size), _pair(module.stride), padding,

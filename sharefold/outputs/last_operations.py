@@ -6,7 +6,7 @@ import operator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from sharefold.outputs.leaves import walk
 
@@ -84,7 +84,7 @@ def tail_of(node: fx.Node, model: nn.Module) -> Tail:
             return _joined(node, model, tail, moved)
         elif _is_norm(node, model):
             tail.activations.append("normalize")
-        elif isinstance(module, nn.Linear) or (weight := getattr(module, "weight", None)) is not None and weight.ndim > 2:
+        elif isinstance(module, nn.Linear) or _has_kernel(module):
             tail.layer, tail.linear = str(node.target), isinstance(module, nn.Linear)
             tail.outputs = int(getattr(module, "out_features", 0) or getattr(module, "out_channels", 0))
             return tail
@@ -114,6 +114,11 @@ def _joined(node: fx.Node, model: nn.Module, tail: Tail, moved: bool) -> Tail:
         tail.parts.append((tail_of(one, model), shape[dim]))
     tail.joined = dim
     return tail
+
+
+def _has_kernel(module: nn.Module | None) -> bool:
+    weight = getattr(module, "weight", None)  # a method of layers with quantised weights
+    return isinstance(weight, Tensor) and weight.ndim > 2
 
 
 def _is_norm(node: fx.Node, model: nn.Module) -> bool:

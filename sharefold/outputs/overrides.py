@@ -67,7 +67,7 @@ def _parse(text: str) -> Override:
         elif match := re.fullmatch(r"weight=(\d*\.?\d+)", word):
             found = replace(found, weight=float(match[1]))
         else:
-            raise SharefoldError(f"--output {text!r}: {word!r} is not understood: {FORM}")
+            raise SharefoldError(f"--outputs {text!r}: {word!r} is not understood: {FORM}")
     return found
 
 
@@ -86,7 +86,7 @@ def overridden(leaves: list[Leaf], shapes: Mapping[str, tuple[int, ...]], overri
     for override in overrides:
         wanted = [name for name in shapes if override.name in ("", name)]
         if not wanted:
-            raise SharefoldError(f"--output {override.name}: there is no such output: there are {', '.join(shapes)}")
+            raise SharefoldError(f"--outputs {override.name}: there is no such output: there are {', '.join(shapes)}")
         for name in wanted:
             said[name] = [*(o for o in said.get(name, []) if o.channels and override.channels), override]
     result: list[Leaf] = []
@@ -98,26 +98,26 @@ def overridden(leaves: list[Leaf], shapes: Mapping[str, tuple[int, ...]], overri
             done.add(leaf.source)
             result += [_changed(leaf, o, shapes[leaf.source]) for o in said[leaf.source] if o.kind != "ignore"]
     if not result:
-        raise SharefoldError("--output: every output is ignored: keep one")
+        raise SharefoldError("--outputs: every output is ignored: keep one")
     return result
 
 
 def _changed(leaf: Leaf, override: Override, shape: tuple[int, ...]) -> Leaf:
     if leaf.kind == LABELS:
-        raise SharefoldError(f"--output {leaf.source}: it holds whole numbers: only ignore is possible")
+        raise SharefoldError(f"--outputs {leaf.source}: it holds whole numbers: only ignore is possible")
     axis = leaf.axis
     if override.axis is not None:
         if not -len(shape) <= override.axis < len(shape) or override.axis % len(shape) == leaf.images_axis:
-            raise SharefoldError(f"--output {leaf.source}: axis {override.axis} of {shape} holds no classes: choose another")
+            raise SharefoldError(f"--outputs {leaf.source}: axis {override.axis} of {shape} holds no classes: choose another")
         axis = _moved(override.axis % len(shape), leaf)
     if override.kind in (*CLASSES, MULTILABEL) and axis is None:
-        raise SharefoldError(f"--output {leaf.source}: {shape} has no axis for {override.kind}: say axis=N")
+        raise SharefoldError(f"--outputs {leaf.source}: {shape} has no axis for {override.kind}: say axis=N")
     name = leaf.source
     if override.channels is not None:
         first, end = override.channels
         size = 0 if axis is None else shape[_returned(axis, leaf)]
         if not 0 <= first < end <= size:
-            raise SharefoldError(f"--output {leaf.source}: channels {first}-{end} are not within the {size} of axis {axis}")
+            raise SharefoldError(f"--outputs {leaf.source}: channels {first}-{end} are not within the {size} of axis {axis}")
         name = f"{leaf.source}[{first}:{end}]"
     activated = leaf.activated if override.activated is None and override.kind == leaf.kind else bool(override.activated)
     return replace(

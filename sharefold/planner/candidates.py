@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,6 +27,7 @@ from sharefold.solvers import allocate as knapsack
 # So many mixtures of its members' own options compete with what a unit can share.
 PRICES = 40
 BEYOND = 2  # powers of ten
+REASONS = 3  # so many reasons why layers cannot be shared does a refusal name
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Candidates:
         before: parameters of the whole dense network.
         method: what was allowed, for messages.
         members: per group the names of its layers.
+        skipped: layers that cannot be shared, and why; for messages.
     """
 
     options: list[list[Option]]
@@ -54,6 +57,7 @@ class Candidates:
     before: int
     method: str
     members: list[tuple[str, ...]] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
 
     @property
     def floor(self) -> float:
@@ -74,7 +78,7 @@ class Candidates:
             raise SharefoldError(
                 f"budget {budget} ({self.cost.text(limit)}) is below what {self.method} can reach on this model: "
                 f"the floor is {self.cost.text(self.floor)} ({self.floor / self.cost.total:.1%}); raise the budget or "
-                "allow more methods"
+                f"allow more methods{left_out(self.skipped)}"
             )
         weights = [1.0] * len(self.options) if factors is None else factors
         rows = [
@@ -130,7 +134,15 @@ def find_candidates(
     found = unit_options(cal, units, methods, cost, weigh, progress)
     fixed = max(cost.total - sum(cost.dense(name) for unit in units for name in unit.members), 0)
     before = sum(p.numel() for p in model.parameters())
-    return Candidates(found, cost, fixed, before, method_text(options.method), [unit.members for unit in units])
+    return Candidates(found, cost, fixed, before, method_text(options.method), [unit.members for unit in units], graph.skipped)
+
+
+def left_out(skipped: Mapping[str, str]) -> str:
+    """The end of a refusal: how many layers cannot be shared, and the commonest reasons; "" where all can."""
+    reasons = Counter(skipped.values())
+    parts = [f"{count} x {reason}" for reason, count in reasons.most_common(REASONS)]
+    parts += ["others"] if len(reasons) > REASONS else []
+    return f". {len(skipped)} layers stay as they are: {'; '.join(parts)}" if parts else ""
 
 
 def method_text(method: str | Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from sharefold.graph.hidden_channels import hidden_spaces
 from sharefold.graph.preserved import preserved
 from sharefold.layers import form_of
 from sharefold.methods import AUTO, FOLD
+from sharefold.methods.checks import check_dense
 from sharefold.options import CalibrationOptions, PlanOptions, chosen
 from sharefold.planner.candidates import Candidates, find_candidates, method_text
 from sharefold.planner.costs import cost_of
@@ -47,9 +48,11 @@ def plan(
         A plan at or under the budget.
 
     Raises:
-        SharefoldError: unreachable budget (says the floor), unknown method or objective, bad calibration images.
+        SharefoldError: a network that is converted already, unreachable budget (says the floor and what was left out),
+            unknown method or objective, bad calibration images.
     """
     wanted = chosen(options, overrides, PlanOptions)
+    check_dense(model)
     bound = parse_budget(budget)
     known = CalibrationOptions(wanted.seed, outputs=wanted.outputs, criterion=wanted.criterion)
     cal = calibration_of(model, calibration, known)

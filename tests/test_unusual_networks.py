@@ -1,0 +1,132 @@
+"""Networks that torch accepts and that are easily lost: they convert, or one line says why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import sharefold
+from sharefold.errors import SharefoldError
+from sharefold.export import export
+
+IMAGES = torch.randn(20, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+def small(kind: type[nn.Conv2d] = nn.Conv2d) -> nn.Sequential:
+    """A stem, four convolutions of one shape and a classifier, run by ``nn.Sequential``."""
+    torch.manual_seed(0)
+    body = [part for _ in range(4) for part in (kind(8, 8, 3, padding=1), nn.ReLU())]
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)).eval()
+
+
+class Children(nn.Module):
+    """Runs its own children in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for index in range(5):
+            self.add_module(f"b{index}", nn.Conv2d(8 if index else 3, 8, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for child in self.children():
+            x = child(x).relu()
+        return x.mean((2, 3))
+
+
+class Grid(nn.Module):
+    """Keeps a grid of the size of its last image."""
+
+    size: torch.Size | None = None
+    grid = torch.empty(0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*(nn.Conv2d(8 if index else 3, 8, 3, padding=1) for index in range(4)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x).flatten(2)
+        if self.size != x.shape[-2:]:
+            self.size, self.grid = x.shape[-2:], torch.arange(y.shape[-1]) * torch.ones(1)
+        return y + self.grid
+
+
+class Masked(nn.Conv2d):
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, weight * (weight > 0), bias)
+
+
+@pytest.mark.parametrize("network", [small, Children], ids=["Sequential", "own loop"])
+def test_a_root_that_runs_all_its_children_takes_a_bank(network, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = network().eval()
+    plan = sharefold.plan(net, "60%", IMAGES, method="basis")
+    assert any(len(group.members) > 1 for group in plan.groups)
+    result = sharefold.convert_(net, plan, IMAGES)
+    expanded = sharefold.expand(net)
+    assert torch.allclose(net(IMAGES), expanded(IMAGES), atol=1e-5)
+    assert result.plan.params_after == sum(p.numel() for p in net.parameters())
+    sharefold.save(net, tmp_path / "net.safetensors")
+    loaded = sharefold.load(tmp_path / "net.safetensors", model=network()).eval()
+    assert torch.equal(loaded(IMAGES), net(IMAGES))
+
+
+def test_export_leaves_what_a_network_keeps_as_it_was(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Grid().eval()
+    before = dict(net.__dict__)
+    export(net, tmp_path / "grid.pt2", example_input=IMAGES[:2], dynamic_batch=False)
+    assert net.__dict__.keys() == before.keys()
+    assert net(IMAGES).shape == (20, 8, 144)
+
+
+@pytest.mark.parametrize("second", ["plan", "convert_"])
+def test_a_converted_network_is_not_converted_again(second: str) -> None:
+    net = small()
+    plan = sharefold.plan(net, "70%", IMAGES, method="basis")
+    sharefold.convert_(net, plan, IMAGES, repair=False)
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises(SharefoldError, match="converted already: plan and convert its original"):
+        _ = sharefold.plan(net, "60%", IMAGES) if second == "plan" else sharefold.convert_(net, plan, IMAGES)
+    assert state.keys() == net.state_dict().keys()
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+
+
+def test_layers_that_do_more_than_convolve_stay() -> None:
+    masked = sharefold.analyze(small(Masked), IMAGES[:1])
+    assert [name for name, reason in masked.skipped.items() if "forward of its own" in reason] == ["1", "3", "5", "7"]
+    hooked = small()
+    calls: list[int] = []
+    hooked[3].register_forward_hook(lambda module, inputs, output: calls.append(1))
+    sharefold.convert_(hooked, sharefold.plan(hooked, "80%", IMAGES, method="basis"), IMAGES, repair=False)
+    calls.clear()
+    hooked(IMAGES)
+    assert calls == [1]
+
+
+def test_a_refusal_says_what_cannot_be_shared() -> None:
+    torch.manual_seed(0)
+    normed = nn.Sequential(
+        nn.Conv2d(3, 8, 3), *(weight_norm(nn.Conv2d(8, 8, 3)) for _ in range(3)), nn.Flatten(), nn.Linear(128, 4)
+    )
+    with pytest.raises(SharefoldError, match="3 x its weight is parametrized"):
+        sharefold.plan(normed.eval(), "30%", IMAGES)
+    audio = nn.Sequential(nn.Conv1d(1, 8, 9, 4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
+    audio(torch.randn(2, 1, 40))
+    with pytest.raises(SharefoldError, match="Conv1d of this network are not shared"):
+        sharefold.plan(audio, "50%", torch.randn(8, 1, 40))
+
+
+def test_parameters_without_a_shape_are_refused() -> None:
+    with pytest.raises(SharefoldError, match="lazy modules without shapes: run it once first"):
+        sharefold.plan(nn.Sequential(nn.LazyConv2d(8, 3), nn.Flatten(), nn.LazyLinear(4)), "50%", IMAGES)
+
+
+def test_layers_behind_which_nothing_has_a_derivative_are_still_planned() -> None:
+    with pytest.warns((DeprecationWarning, UserWarning)):
+        net = torch.ao.quantization.quantize_dynamic(small(), {nn.Linear}, dtype=torch.qint8)
+    plan = sharefold.plan(net, "70%", IMAGES)
+    assert plan.groups and plan.params_after <= 0.7 * plan.params_before
