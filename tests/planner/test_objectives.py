@@ -10,6 +10,7 @@ from networks import BLOCKS, Boxes, Mute, images, net
 from torch import nn
 
 import sharefold
+from sharefold.calibration.calibrate import calibrate
 from sharefold.calibration.problem import problem_of
 from sharefold.calibration.statistics import statistics_of
 from sharefold.errors import SharefoldError
@@ -52,19 +53,21 @@ def test_approximations_have_about_the_error_asked_for():
 
 def test_kl_is_that_of_converting_the_layer_alone():
     model = net("residual")
-    found, errors = factors(model, "kl")
-    graph = analyze(model, CALIBRATION[:1])
+    cal = calibrate(model, CALIBRATION)
+    graph, statistics = cal.graph, cal.statistics
+    weigh = OBJECTIVES["kl"](statistics)
     for name in ("stage1.0.conv1", "stage1.1.conv2"):
         name = name if name in graph.layers else next(n for n in graph.layers if "conv" in n)
-        statistics = statistics_of(model, graph, CALIBRATION)
         problem = problem_of(model, graph, [name], statistics)
-        rank = int(torch.linalg.matrix_rank(approximation(problem, 0.1)[0], rtol=1e-4))
+        tried = approximation(problem, 0.1)
+        error, factor = float(problem.errors(tried)[0]), float(weigh(problem, [name])[0])
+        rank = int(torch.linalg.matrix_rank(tried[0], rtol=1e-4))
         group = GroupPlan(name, "svd", (name,), {"rank": rank})
         converted = copy.deepcopy(model)
         before = sum(p.numel() for p in model.parameters())
-        done = sharefold.convert_(converted, Plan([group], before, before), calibration=CALIBRATION, repair=False)
-        assert done.plan.groups[0].error == pytest.approx(errors[name], rel=1e-3)
-        assert found[name] ** 2 * errors[name] == pytest.approx(agreement(model, converted, CALIBRATION).kl, rel=0.02, abs=1e-6)
+        done = sharefold.convert_(converted, Plan([group], before, before), cal, repair=False)
+        assert done.plan.groups[0].error == pytest.approx(error, rel=1e-3)
+        assert factor**2 * error == pytest.approx(agreement(model, converted, cal.fitting).kl, rel=0.02, abs=1e-6)
 
 
 def test_kl_leaves_the_network_as_it_was():

@@ -47,7 +47,7 @@ def test_a_trial_is_the_conversion_without_repairs(kind):
     sharefold.convert_(converted, planner.candidates().plan(picks, ""), planner.cal, repair=False)
     wanted = agreement(planner.cal.original, converted, trials.comparison.images).kl
     assert wanted > 0 and trials.divergence(picks) == pytest.approx(wanted, rel=1e-3)
-    assert 24 <= len(trials.comparison.images) <= len(CALIBRATION)
+    assert 0 < len(trials.comparison.images) <= len(planner.cal.deciding) < len(CALIBRATION)
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
@@ -86,7 +86,7 @@ def test_conversion_uses_what_the_search_has_solved(monkeypatch):
     # Refitting the one changed nothing of what the next is made from.
     again = copy.deepcopy(planner.cal.original)
     second = sharefold.convert_(again, plan, planner.cal)
-    assert first.kl == second.kl
+    assert first.steps.keys() == second.steps.keys() and first.plan == second.plan
     assert all(torch.equal(t, again.state_dict()[name]) for name, t in model.state_dict().items())
 
 
