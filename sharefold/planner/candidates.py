@@ -236,8 +236,8 @@ class _Unit:
         if len(table) == 1:
             return _undominated(options + table[0])
         shared = [(m, c) for m in methods if m.smallest_group > 1 for c in m.candidates(self.problem)]  # type: ignore[arg-type]
-        together = [row + self._parts(shared, k) for k, row in enumerate(table)]
-        prices = sorted({*prices_of(table), *prices_of(together, PRICES // 2)})
+        mixed = [row + self._parts(shared, k) for k, row in enumerate(table)]
+        prices = sorted({*prices_of(table), *prices_of(mixed, PRICES // 2)})
         best = [[min(row, key=lambda o: o.value + price * o.cost) for row in table] for price in prices]
         options += [_together(picks) for picks in best]
         for method, candidate in shared:

@@ -136,7 +136,7 @@ def test_pivots_buy_accuracy_and_can_be_left_out(residual: Prepared, method: str
     pivoted, whole = (residual.plan("45%", method, objective="error", pivots=pivots) for pivots in (True, False))
     assert all(g.options["pivoted"] is True for g in pivoted.groups)
     assert whole.groups and not any("pivoted" in g.options for g in whole.groups)
-    assert damage(pivoted) < 0.95 * damage(whole)
+    assert damage(pivoted) < 0.97 * damage(whole)
     for plan in (pivoted, whole):
         assert count(residual.carried_out(plan)) == plan.params_after <= 0.45 * residual.params
 
