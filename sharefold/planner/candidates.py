@@ -75,17 +75,21 @@ class Candidates:
             SharefoldError: below the floor, which it says.
         """
         if limit < self.floor:
-            raise SharefoldError(
-                f"budget {budget} ({self.cost.text(limit)}) is below what {self.method} can reach on this model: "
-                f"the floor is {self.cost.text(self.floor)} ({self.floor / self.cost.total:.1%}); raise the budget or "
-                f"allow more methods{left_out(self.skipped)}"
-            )
+            raise self.refusal(limit, budget, self.floor)
         weights = [1.0] * len(self.options) if factors is None else factors
         rows = [
             [knapsack.Option(option.cost, option.value * weight) for option in row]
             for row, weight in zip(self.options, weights, strict=True)
         ]
         return knapsack.allocate(rows, limit - self.fixed)
+
+    def refusal(self, limit: float, budget: str, floor: float) -> SharefoldError:
+        """What to say of a budget below ``floor``."""
+        return SharefoldError(
+            f"budget {budget} ({self.cost.text(limit)}) is below what {self.method} can reach on this model: "
+            f"the floor is {self.cost.text(floor)} ({floor / self.cost.total:.1%}); raise the budget or "
+            f"allow more methods{left_out(self.skipped)}"
+        )
 
     def spent(self, picks: Sequence[int]) -> float:
         """Cost of the whole network with these options."""

@@ -19,7 +19,7 @@ from sharefold.options import ConvertOptions, PlanOptions
 from sharefold.planner.candidates import Candidates, find_candidates
 from sharefold.planner.costs import cost_of
 from sharefold.planner.fold_levels import FoldLevels
-from sharefold.plans import Plan, Progress
+from sharefold.plans import GroupPlan, Plan, Progress
 from sharefold.solvers import allocate as knapsack
 
 # Depths of folding that are compared, evenly spaced in the logarithm from nothing to the whole budget.
@@ -53,7 +53,7 @@ class Mixer:
         """The plan of least damage that costs at most ``limit``: expected, and where that hardly differs, measured.
 
         Raises:
-            SharefoldError: neither folding nor sharing nor both reach it; says the floor of sharing.
+            SharefoldError: neither folding nor sharing nor both reach it; says the floor of both.
         """
         estimates = self._estimates(limit)
         found: list[tuple[float, Plan]] = []
@@ -66,7 +66,11 @@ class Mixer:
                 tried = self._real(self._widths(best, limit), limit, budget)
                 found += [tried] if tried is not None else []
         if not found:
-            self.plain.pick(limit, budget)  # says the floor
+            deepest = self._widths(DEPTHS, self.levels.floor)
+            tried = self._real(deepest, limit, budget)
+            if tried is None:
+                raise self.plain.refusal(limit, budget, min(self.plain.floor, self._left(deepest)[1].floor))
+            found.append(tried)
         least = min(damage for damage, _ in found)
         close = [plan for damage, plan in found if damage <= CLOSE * least]
         if len(close) == 1 or not self.cal.comparable:
@@ -106,15 +110,19 @@ class Mixer:
             found[depth] = value + self.levels.damage(widths)
         return found
 
-    def _real(self, widths: Sequence[int], limit: float, budget: str) -> tuple[float, Plan] | None:
-        """Expected damage, and the plan that folds to ``widths`` and shares what is left; None below its floor."""
+    def _left(self, widths: Sequence[int]) -> tuple[list[GroupPlan], Candidates]:
+        """The groups that fold to ``widths``, and what the layers of the network that remains may become."""
         folds = self.levels.plans(widths)
         if not folds:
-            return None
+            return [], self.plain
         left = narrowed(self.cal, folds)
         cost = cost_of("parameters" if self.unit == "bytes" else self.unit, left.original, left.graph, left.example)
-        candidates = find_candidates(left, self.options, cost, self.progress)
-        if limit < candidates.floor:
+        return folds, find_candidates(left, self.options, cost, self.progress)
+
+    def _real(self, widths: Sequence[int], limit: float, budget: str) -> tuple[float, Plan] | None:
+        """Expected damage, and the plan that folds to ``widths`` and shares what is left; None below its floor."""
+        folds, candidates = self._left(widths)
+        if not folds or limit < candidates.floor:
             return None
         picks = candidates.pick(limit, budget)
         shared = candidates.plan(picks, budget)

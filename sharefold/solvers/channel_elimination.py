@@ -147,7 +147,7 @@ class _State:
         own = slice(place * b, place * b + b)
         column = self.inverse[:, own] - self.inverse_factor @ self.inverse_factor[own].T  # (N, b)
         values = self.weight[:, own] - self.weight_factor @ self.inverse_factor[own].T  # (O, b)
-        factor = torch.linalg.cholesky(column[own])
+        factor = _factor(column[own])
         u = torch.linalg.solve_triangular(factor, column.T, upper=False).T  # (N, b)
         v = torch.linalg.solve_triangular(factor, values.T, upper=False).T  # (O, b)
         along = self.weight.T @ v - self.inverse_factor @ (self.weight_factor.T @ v)  # C^T v, (N, b)
@@ -168,6 +168,20 @@ class _State:
         self._refresh()
 
 
+def _factor(matrix: Tensor) -> Tensor:
+    """Cholesky factor (n, n) of ``matrix``, which is positive definite but for rounding; of the nearest such one else.
+
+    Few images leave directions without any input: their inverse is large, and what is subtracted from it leaves rounding.
+    """
+    matrix = (matrix + matrix.T) / 2
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if not failed:
+        return factor
+    values, vectors = torch.linalg.eigh(matrix)
+    least = (values.abs().max() * 1e-9).clamp_min(1e-300)
+    return torch.linalg.cholesky(vectors * values.clamp_min(least) @ vectors.T)
+
+
 def column_index(channels: Tensor, block: int) -> Tensor:
     """Columns (len(channels) * block,) of these channels."""
     return (channels[:, None] * block + torch.arange(block, device=channels.device)).flatten()
@@ -183,7 +197,7 @@ def compensation(moment: Tensor, kept: Tensor, channels: int) -> Tensor:
     block = len(moment) // channels
     mine, others = (column_index(index, block).to(moment.device) for index in (kept, left_out(kept, channels)))
     moment = moment.double()
-    factor = torch.linalg.cholesky(moment[mine][:, mine])
+    factor = _factor(moment[mine][:, mine])
     return torch.cholesky_solve(moment[mine][:, others], factor).T
 
 

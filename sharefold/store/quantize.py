@@ -91,12 +91,19 @@ def quantize_(
             known = calibration.divergence
         images, original = _material(model, calibration, original, seed)
         dense = to_dense(model).eval()
-        with evaluating(model, *([] if original is None else [original])):
-            return _rounded(model, dense if original is None else original, dense, request, images, known, progress)
+        # Folded layers have fewer channels than the original's and nothing of it to aim at, layer by layer.
+        teacher = dense if original is None or not _same_shapes(dense, original) else original
+        with evaluating(model, teacher):
+            return _rounded(model, teacher, dense, request, images, known, progress)
     except BaseException:
         carry_spec(model, before[0])
         model.load_state_dict(before[1])
         raise
+
+
+def _same_shapes(one: nn.Module, other: nn.Module) -> bool:
+    shapes = {name: parameter.shape for name, parameter in other.named_parameters()}
+    return all(shapes.get(name) == parameter.shape for name, parameter in one.named_parameters() if name.endswith("weight"))
 
 
 def _rounded(

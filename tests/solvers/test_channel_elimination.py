@@ -104,6 +104,23 @@ def test_a_copy_of_a_channel_goes_first_and_for_nothing() -> None:
     assert float(found.errors[0, 1]) < 1e-6 * float(((reader.weight @ moment) * reader.weight).sum())
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_directions_that_no_image_reaches_do_no_harm(seed: int) -> None:
+    """A few images and a ridge near rounding: inverses of 1e13, from which 1e13 is subtracted."""
+    generator = torch.Generator().manual_seed(seed)
+    channels, block = 12, 9
+    x = torch.randn(5, channels * block, generator=generator, dtype=torch.float64)
+    x[:, : 2 * block] = 0  # dead channels
+    moment = x.T @ x / len(x) + 1e-13 * torch.eye(channels * block, dtype=torch.float64)
+    reader = Reader(torch.randn(4, channels * block, generator=generator, dtype=torch.float64), moment, torch.ones(4).double())
+    found = eliminate([reader], channels, fewest=1)
+    assert sorted(found.order.tolist()) == sorted(set(found.order.tolist())) and len(found.order) == channels - 1
+    # One channel of nine columns still says all that five images do.
+    assert float(found.errors.max()) < 1e-6 * float(((reader.weight @ moment) * reader.weight).sum())
+    mix = compensation(moment, found.kept(6), channels)
+    assert mix.shape == (54, 54) and bool(torch.isfinite(mix).all())
+
+
 def test_bad_shapes_say_so() -> None:
     reader = _reader(6, 1, 3, 6)
     with pytest.raises(SharefoldError, match="6 columns"):
