@@ -219,7 +219,8 @@ def _read(target: Path, tensors: bool = True) -> tuple[FileConfig, dict[str, Ten
     # The copy beside the weights is for people and the Hub. It may know more metrics; all else is said by the weights file,
     # whose checksum covers it.
     copy = read_config_file(side)
-    inside, beside = ({k: json.dumps(v) for k, v in c.to_dict().items() if k != "metrics"} for c in (config, copy))
+    said = (c.to_dict().items() for c in (config, copy))
+    inside, beside = ({k: json.dumps(v, sort_keys=True) for k, v in items if k != "metrics"} for items in said)
     wrong = sorted(k for k in inside.keys() | beside.keys() if inside.get(k) != beside.get(k))
     if wrong:
         raise SharefoldError(

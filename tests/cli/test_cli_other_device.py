@@ -37,9 +37,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory, grey_npz: str) -> Path:
 @pytest.mark.parametrize(
     "wish",
     [
-        ("--budget", "70% MACs"),
-        ("--budget", "100% latency"),
-        ("--budget", "150kB"),
+        ("--budget", "70% MACs", "--method", "fold"),
+        ("--budget", "100% latency", "--method", "svd"),
+        ("--budget", "150kB", "--method", "basis"),
         ("--keep-agreement", "50%", "--method", "average"),
         ("--recipe", "sharesnet"),
         ("--budget", "60%", "--method", "spatial", "--refine", "1", "--store", "int8"),
