@@ -43,7 +43,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, grey_npz: str) -> Path:
         ("--keep-agreement", "50%", "--method", "average"),
         ("--recipe", "sharesnet"),
         ("--budget", "60%", "--method", "spatial", "--refine", "1", "--store", "int8"),
-        ("--budget", "60%", "--dry-run"),
+        ("--budget", "60%", "--dry-run", "--method", "svd"),
     ],
     ids=" ".join,
 )
