@@ -226,7 +226,7 @@ def test_a_shared_network_is_not_converted_again() -> None:
     model = net()
     plan = Plan([GroupPlan("g", "basis", MEMBERS, {"rank": 4})], 0, 0)
     sharefold.convert_(model, plan, calibration=CALIBRATION, repair=False)
-    with pytest.raises(SharefoldError, match="is shared already"):
+    with pytest.raises(SharefoldError, match="is converted already"):
         sharefold.convert_(model, plan, calibration=CALIBRATION, repair=False)
 
 
