@@ -42,7 +42,7 @@ def test_table_plot_and_networks(grey_npz: str, tmp_path: Path) -> None:
 
 def test_refusals_leave_nothing(grey_npz: str, tmp_path: Path) -> None:
     base = ["sweep", "timm:digits_resnet", "--no-pretrained", "--data", grey_npz, "-o", tmp_path / "out"]
-    for more, words in ((["--budgets", "x"], "'x'"), (["--method", "magic"], "magic"), (["--budgets", "1%"], "floor")):
+    for more, words in ((["--budgets", "x"], "'x'"), (["--method", "magic"], "magic"), (["--budgets", "0.1%"], "floor")):
         result = call(*base, *more)
         assert result.exit_code == 2 and words in result.stderr
     assert not list(tmp_path.iterdir())

@@ -68,7 +68,8 @@ def test_convert_reports_exactly_the_promised_keys(shared_cifar: tuple[Path, dic
         "name", "stage", "role", "method", "members", "rank", "params_before", "params_after", "error",
     }  # fmt: skip
     assert report["params"]["before"] == 269_722 and report["params"]["after"] <= 0.6 * 269_722
-    assert 0 <= report["agreement"] <= 1 and report["peak_memory_bytes"] > 1e7 and report["seconds"]["total"] > 0
+    assert report["agreement"] is None  # of 20 images there is none
+    assert report["peak_memory_bytes"] > 1e7 and report["seconds"]["total"] > 0
     assert report["output"] == str(out)
     saved = sum(group["params_before"] - group["params_after"] for group in report["groups"])
     assert report["params"]["before"] - saved == report["params"]["after"]
