@@ -85,7 +85,7 @@ def test_folders_are_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert module._check_folder(tmp_path / "earlier", False) == tmp_path / "earlier"
     (tmp_path / "empty").mkdir()
     assert module._check_folder(tmp_path / "empty", False) == tmp_path / "empty"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(SharefoldError, match=r"scikit-learn is missing: pip install 'sharefold\[demo\]'"):
         run_demo(tmp_path / "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["earlier", "empty", "mine"]

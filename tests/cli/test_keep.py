@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from sharefold.calibration.parts import Parts
 from sharefold.errors import SharefoldError
-from sharefold.measure import Agreement
+from sharefold.outputs import Figure, parse_target
 from sharefold.outputs.intervals import wilson
 from sharefold_cli.agreement_text import agreement_text, share_text
 from sharefold_cli.keep import check_enough, held_out_for, smallest_keeping
@@ -23,6 +23,10 @@ COUNT = 10_000
 
 def call(*args: object) -> Result:
     return CliRunner().invoke(cli, [str(arg) for arg in args])
+
+
+def figure(share: float, count: int) -> Figure:
+    return Figure("logits", "logits", "agreement", share, wilson(share, count), count)
 
 
 class Attempts:
@@ -36,71 +40,73 @@ class Attempts:
         if share < self.floor:
             raise SharefoldError("below the floor")
         model.converted = share
-        there = share - self.less
-        plan = SimpleNamespace(size=share)
-        return SimpleNamespace(agreement=there, agreement_interval=wilson(there, COUNT), report_images=COUNT, plan=plan)
+        return SimpleNamespace(outputs=[figure(share - self.less, COUNT)], plan=SimpleNamespace(size=share))
 
 
-@pytest.fixture
-def shares(monkeypatch: pytest.MonkeyPatch) -> None:
+class Deciding:
     """On ``decide``, agreement is the share of the parameters."""
-    monkeypatch.setattr("sharefold.measure.agreement", lambda first, second, images: Agreement(second.converted, 0.0))
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+
+    def measure(self, model: torch.nn.Module) -> tuple[None, list[Figure]]:
+        return None, [figure(model.converted, len(self.images))]
 
 
 def calibration(decide: int = COUNT, report: int = COUNT, comparable: bool = True) -> SimpleNamespace:
     everything = torch.arange(decide + report)
     parts = Parts(everything[:0], everything[:decide], everything[decide:])
-    return SimpleNamespace(images=torch.zeros(len(everything), 1), parts=parts, original=None, comparable=comparable)
+    return SimpleNamespace(
+        images=torch.zeros(len(everything), 1), parts=parts, original=None, comparable=comparable, comparison=Deciding
+    )
 
 
-@pytest.mark.usefixtures("shares")
-@pytest.mark.parametrize(("keep", "floor", "share"), [(0.5, 0.0, 0.51), (0.2, 0.6, 0.6), (0.9, 0.1, 0.906)])
-def test_bisection_ends_just_above_the_limit(keep: float, floor: float, share: float) -> None:
-    model = torch.nn.Identity()
-    found, done = smallest_keeping(model, keep, Attempts(floor), calibration())
+@pytest.mark.parametrize(("keep", "floor", "share"), [("50%", 0.0, 0.51), ("20%", 0.6, 0.6), ("90%", 0.1, 0.906)])
+def test_bisection_ends_just_above_the_limit(keep: str, floor: float, share: float) -> None:
+    model, target = torch.nn.Identity(), parse_target(keep)
+    found, done = smallest_keeping(model, target, Attempts(floor), calibration())
     assert share <= done.plan.size <= share + 0.04 and found.converted == done.plan.size
-    assert wilson(done.plan.size, COUNT)[0] >= keep and not hasattr(model, "converted")
+    assert wilson(done.plan.size, COUNT)[0] >= target.value and not hasattr(model, "converted")
 
 
-@pytest.mark.usefixtures("shares")
 def test_the_lower_end_decides() -> None:
-    """94 % of 100 images agree at the largest size: that does not show 90 %; of 1,000 it does."""
-    with pytest.raises(SharefoldError, match=r"0.9: at 95.0% of the parameters 95.00% .* 100 held-out images agree, 88.8"):
-        smallest_keeping(torch.nn.Identity(), 0.9, Attempts(0.0), calibration(decide=100))
-    assert smallest_keeping(torch.nn.Identity(), 0.9, Attempts(0.0), calibration(decide=1000))[1].plan.size >= 0.91
+    """95 % of 100 images agree at the largest size: that does not show 90 %; of 1,000 it does."""
+    with pytest.raises(SharefoldError, match=r"90%: at 95.0% of the parameters .* 95.00% \(88.8.* on 100 held-out images"):
+        smallest_keeping(torch.nn.Identity(), parse_target("90%"), Attempts(0.0), calibration(decide=100))
+    found = smallest_keeping(torch.nn.Identity(), parse_target("90%"), Attempts(0.0), calibration(decide=1000))
+    assert found[1].plan.size >= 0.91
 
 
-@pytest.mark.usefixtures("shares")
 def test_the_report_has_the_last_word() -> None:
     """What the deciding images promise and the report does not hold is not taken: the next larger network that holds it is."""
     attempts = Attempts(0.0, less=0.1)
-    done = smallest_keeping(torch.nn.Identity(), 0.6, attempts, calibration())[1]
-    assert done.agreement_interval[0] >= 0.6 and done.plan.size > min(attempts.shares) + 0.1
+    done = smallest_keeping(torch.nn.Identity(), parse_target("60%"), attempts, calibration())[1]
+    assert done.outputs[0].interval[0] >= 0.6 and done.plan.size > min(attempts.shares) + 0.1
     larger = [share for share in attempts.shares if 0.61 < share < done.plan.size]
     assert larger and all(wilson(share - 0.1, COUNT)[0] < 0.6 for share in larger)
-    with pytest.raises(SharefoldError, match=r"at 95.0% of the parameters 85.00% of predictions on 10000 held-out"):
-        smallest_keeping(torch.nn.Identity(), 0.9, Attempts(0.0, less=0.1), calibration())
+    with pytest.raises(SharefoldError, match=r"at 95.0% of the parameters .* 85.00% .* on 10000 held-out"):
+        smallest_keeping(torch.nn.Identity(), parse_target("90%"), Attempts(0.0, less=0.1), calibration())
 
 
-@pytest.mark.usefixtures("shares")
 def test_bisection_gives_up_at_once_where_nothing_helps() -> None:
     attempts = Attempts(0.0)
-    with pytest.raises(SharefoldError, match=r"--keep-agreement 0.99: at 95.0%"):
-        smallest_keeping(torch.nn.Identity(), 0.99, attempts, calibration())
+    with pytest.raises(SharefoldError, match=r"--keep 99%: at 95.0%"):
+        smallest_keeping(torch.nn.Identity(), parse_target("99%"), attempts, calibration())
     with pytest.raises(SharefoldError, match="below the floor"):
-        smallest_keeping(torch.nn.Identity(), 0.5, Attempts(0.99), calibration())
+        smallest_keeping(torch.nn.Identity(), parse_target("50%"), Attempts(0.99), calibration())
     assert len(attempts.shares) == 1
 
 
 def test_promises_that_no_result_could_show_are_refused() -> None:
-    assert held_out_for(0.99) == 762
-    check_enough(calibration(381, 381), 0.99)
-    with pytest.raises(SharefoldError, match=r"0.99: of 761 .* 380 can be reported on, that takes 1,270 images or more"):
-        check_enough(calibration(381, 380), 0.99)
-    with pytest.raises(SharefoldError, match="no number of images shows that"):
-        check_enough(calibration(), 1.0)
-    with pytest.raises(SharefoldError, match="no logits"):
-        check_enough(calibration(comparable=False), 0.5)
+    target = parse_target("99%")
+    assert held_out_for(target) == 762 and held_out_for(parse_target("psnr 40")) == 2
+    check_enough(calibration(381, 381), target)
+    with pytest.raises(SharefoldError, match=r"99%: of 761 .* 380 can be reported on, that takes 1,270 images or more"):
+        check_enough(calibration(381, 380), target)
+    with pytest.raises(SharefoldError, match="no number of images proves 100%"):
+        parse_target("100%")
+    with pytest.raises(SharefoldError, match="nothing to compare"):
+        check_enough(calibration(comparable=False), parse_target("50%"))
 
 
 def test_agreement_in_words() -> None:
@@ -115,9 +121,9 @@ def test_agreement_in_words() -> None:
     more = "; the network knows these images from its training: of new ones expect 96.00% (91.5 to 98.2%), by mild views of them"
     assert agreement_text(done, calibration()) == told + more
     assert "on real images it may be lower" in agreement_text(done, calibration(), procedural=True)
-    nothing = SimpleNamespace(agreement=None)
+    nothing = SimpleNamespace(agreement=None, report_images=0)
     assert agreement_text(nothing, calibration(60, 4)) == "agreement not measured: only 64 images, 200 or more are needed"
-    assert "no logits" in agreement_text(nothing, calibration(comparable=False))
+    assert "nothing that the network returns" in agreement_text(nothing, calibration(comparable=False))
 
 
 NET = ["convert", "timm:digits_resnet", "--no-pretrained", "--no-repair", "--method", "svd"]
