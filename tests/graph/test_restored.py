@@ -57,18 +57,18 @@ def stopped(*_: object, **__: object) -> None:
 
 
 STOPS = {
-    "solving": lambda patch: patch.setattr(module, "solution_of", stopped),
+    "solving": lambda patch: patch.setattr(module, "solutions_of", stopped),
     "installing": lambda patch: patch.setattr(module, "_measured", stopped),
     "freezing": lambda patch: patch.setattr(module, "_freeze", stopped),
     "means": lambda patch: patch.setattr(module, "absorb_means", stopped),
     "describing": lambda patch: patch.setattr(module, "describe", stopped),
     "refit": lambda patch: patch.setattr("sharefold.repair.refit.Refit.run", stopped),
-    "within the refit": lambda patch: patch.setattr("sharefold.repair.refit.refit_rectified", stopped),
+    "within the refit": lambda patch: patch.setattr("sharefold.repair.refit._visit", stopped),
     "norms": lambda patch: patch.setattr("sharefold.repair.batchnorm_statistics.run_on", stopped),
-    "head": lambda patch: patch.setattr("sharefold.repair.classifier._moments", stopped),
+    "head": lambda patch: patch.setattr("sharefold.repair.classifier._fit", stopped),
     "refining": lambda patch: patch.setattr("sharefold.repair.refine.random_views", stopped),
     "rounding": lambda patch: patch.setattr("sharefold.store.quantize.fold_norms", stopped),
-    "comparing": lambda patch: patch.setattr(module, "agreement", stopped),
+    "comparing": lambda patch: patch.setattr(module, "_reported", stopped),
 }
 
 
@@ -101,7 +101,7 @@ def test_after_a_failure_it_converts_as_if_nothing_had_been() -> None:
     with pytest.raises(SharefoldError):
         sharefold.convert_(failed, Plan(PLAN.groups, 0, 0, store="mixed:300B"), IMAGES, config=CONFIG)
     done = [sharefold.convert_(model, PLAN, IMAGES, config=CONFIG) for model in (failed, fresh)]
-    assert done[0].kl == done[1].kl
+    assert done[0].plan == done[1].plan
     assert all(torch.equal(tensor, fresh.state_dict()[name]) for name, tensor in failed.state_dict().items())
 
 
@@ -110,7 +110,7 @@ def test_the_plan_of_a_recipe_that_reorders_channels_comes_back_too(monkeypatch:
     before = inside(model)
     plan = sharefold.build_plan("layer-reuse", model, IMAGES[:1])
     assert plan.groups
-    monkeypatch.setattr(module, "agreement", stopped)
+    monkeypatch.setattr(module, "_reported", stopped)
     with pytest.raises(KeyboardInterrupt):
         sharefold.convert_(model, plan, IMAGES, config=CONFIG)
     assert inside(model) == before
