@@ -17,7 +17,7 @@ from sharefold.data import Preprocess, calibration_images
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze, find_groups
 from sharefold.layers import Bank
-from sharefold.methods import AUTO, METHODS, RECIPE_STEPS, ConversionStep, LayerMethod, method_named, step_named
+from sharefold.methods import AUTO, FOLD, METHODS, RECIPE_STEPS, ConversionStep, LayerMethod, method_named, step_named
 
 IMAGES = images(16)
 PLAIN = (
@@ -157,8 +157,8 @@ def test_row_weights_are_those_of_the_norm_behind() -> None:
 
 
 def test_the_registry_names_every_step_once_with_its_paper() -> None:
-    steps = {**METHODS, **RECIPE_STEPS}
-    assert len(steps) == len(METHODS) + len(RECIPE_STEPS) and set(AUTO) <= set(METHODS)
+    steps = {**METHODS, FOLD.name: FOLD, **RECIPE_STEPS}
+    assert len(steps) == len(METHODS) + 1 + len(RECIPE_STEPS) and set(AUTO) <= set(METHODS)
     assert all(name == step.name for name, step in steps.items())
     assert all(step.paper.startswith("https://") for step in steps.values())
     assert all(isinstance(method, LayerMethod) for method in METHODS.values())
