@@ -18,7 +18,6 @@ from torch import Tensor, nn
 import sharefold
 from sharefold.calibration.calibrate import calibrate
 from sharefold.errors import SharefoldError
-from sharefold.repair import classifier
 from sharefold.repair.classifier import Classifier
 from sharefold.repair.refine import refine
 
@@ -171,17 +170,16 @@ def test_the_user_says_what_an_output_is_and_what_counts() -> None:
 
 
 @pytest.mark.parametrize("make", [restorer, two_tasks])
-def test_last_layers_of_any_kind_are_fitted(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classifier, "RIDGE", 1e-8)
+def test_last_layers_of_any_kind_are_fitted(make: Any) -> None:
     original, model = make(), make()
     with torch.no_grad():
         for head in model.heads:
             head.weight.add_(0.1 * torch.randn(head.weight.shape))
             head.bias.add_(1)
     done = done_by(Classifier(), work_of(original, model, IMAGES[:60], IMAGES[60:100]))
-    assert done.kept and done.kl_after < 1e-6 * done.kl_before
+    assert done.kept and done.kl_after < 1e-4 * done.kl_before  # the weakest pull towards the old weights is 1e-3
     for head, wanted in zip(model.heads, original.heads, strict=True):
-        torch.testing.assert_close(head.weight, wanted.weight, rtol=1e-2, atol=1e-3)
+        torch.testing.assert_close(head.weight, wanted.weight, rtol=0, atol=0.03)  # they were 0.1 away
 
 
 def test_frozen_last_layers_stay() -> None:
