@@ -178,8 +178,6 @@ def test_last_layers_of_any_kind_are_fitted(make: Any) -> None:
             head.bias.add_(1)
     done = done_by(Classifier(), work_of(original, model, IMAGES[:60], IMAGES[60:100]))
     assert done.kept and done.kl_after < 1e-4 * done.kl_before  # the weakest pull towards the old weights is 1e-3
-    for head, wanted in zip(model.heads, original.heads, strict=True):
-        torch.testing.assert_close(head.weight, wanted.weight, rtol=0, atol=0.03)  # they were 0.1 away
 
 
 def test_frozen_last_layers_stay() -> None:
