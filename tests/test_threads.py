@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from spine_nets import images, logits, net
+from networks import images, logits, net
 
 import sharefold
 
