@@ -25,7 +25,7 @@ def test_plan_and_logits_are_those_of_one_thread() -> None:
         torch.set_num_threads(count)
         model = copy.deepcopy(dense)
         cal = sharefold.calibrate(model, images())
-        plan = sharefold.plan(model, "60%", cal)
+        plan = sharefold.plan(model, "60%", cal, method="basis")
         sharefold.convert_(model, plan, cal)
         groups = [{k: v for k, v in group.items() if k != "error"} for group in plan.to_dict()["groups"]]
         found[count] = json.dumps(groups), [group.error for group in plan.groups], logits(model)
