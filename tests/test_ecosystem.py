@@ -247,7 +247,8 @@ def close(ours: Tensor, theirs: Tensor) -> None:
 
 def test_torchao_quantises_what_is_left_dense(shared: nn.Module) -> None:
     model = copy.deepcopy(shared)
-    replace_module(model, "fc", shared_layers(shared)["fc"].dense())  # the plan factors it
+    if "fc" in shared_layers(shared):  # whether the plan factors it is its own affair
+        replace_module(model, "fc", shared_layers(shared)["fc"].dense())
     wanted = logits(model)
     assert int8(model) == ["fc"] and set(shared_layers(model)) == set(shared_layers(shared)) - {"fc"}
     close(logits(model), wanted)
