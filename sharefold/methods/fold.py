@@ -230,13 +230,13 @@ def _make_up(model: nn.Module, name: str, owner: str, tensors: dict[str, Tensor]
     """Takes the columns out of a reader's weight, of however many rows it has by now."""
     layer = model.get_submodule(name)
     weight = cast(Tensor, layer.weight).detach()
-    flat = weight.flatten(1).double()
-    mine, gone = (index.to(weight.device) for index in _columns(kept, channels, flat.shape[1]))
+    flat = weight.flatten(1).cpu().double()
+    mine, gone = _columns(kept.cpu(), channels, flat.shape[1])
     new = flat[:, mine] + flat[:, gone] @ tensors["mix"].to(flat)
     set_columns(layer, new.reshape(len(weight), len(kept), *weight.shape[2:]).to(weight))
     if not owner:
         return
-    shift = flat[:, gone] @ tensors["lost"].to(flat)
+    shift = (flat[:, gone] @ tensors["lost"].to(flat)).to(weight)
     if owner == name:
         add_to(layer, "bias", shift)
     else:

@@ -117,12 +117,12 @@ class _State:
                 f"channel elimination: {features} columns and a moment {tuple(reader.moment.shape)} for {channels} channels"
             )
         self.block = features // channels
-        moment = reader.moment.double()
+        moment = reader.moment.cpu().double()  # some devices have no float64, and many small steps are slow on others
         factor, failed = torch.linalg.cholesky_ex(moment)
         if bool(failed):
             raise SharefoldError("channel elimination: the input moment is not positive definite")
         self.inverse = torch.cholesky_inverse(factor)
-        self.weight = reader.weight.double() * reader.rows.double().clamp_min(0).sqrt()[:, None]
+        self.weight = reader.weight.cpu().double() * reader.rows.cpu().double().clamp_min(0).sqrt()[:, None]
         self._refresh()
 
     def _refresh(self) -> None:
@@ -193,10 +193,13 @@ def compensation(moment: Tensor, kept: Tensor, channels: int) -> Tensor:
     Args:
         moment: (N, N), positive definite; N = channels * b.
         kept: sorted indices of the channels that stay.
+
+    Returns:
+        float64, on the CPU.
     """
     block = len(moment) // channels
-    mine, others = (column_index(index, block).to(moment.device) for index in (kept, left_out(kept, channels)))
-    moment = moment.double()
+    mine, others = (column_index(index.cpu(), block) for index in (kept, left_out(kept, channels)))
+    moment = moment.cpu().double()
     factor = _factor(moment[mine][:, mine])
     return torch.cholesky_solve(moment[mine][:, others], factor).T
 
@@ -211,8 +214,8 @@ def left_out(kept: Tensor, channels: int) -> Tensor:
 def error_without(reader: Reader, kept: Tensor, channels: int) -> float:
     """Squared error of the reader, in units of ``rows``, when only ``kept`` stay and make up for the others."""
     block = len(reader.moment) // channels
-    mine, others = (column_index(index, block).to(reader.moment.device) for index in (kept, left_out(kept, channels)))
-    moment = reader.moment.double()
+    mine, others = (column_index(index.cpu(), block) for index in (kept, left_out(kept, channels)))
+    moment = reader.moment.cpu().double()
     rest = moment[others][:, others] - compensation(moment, kept, channels) @ moment[mine][:, others]
-    weight = reader.weight.double()[:, others] * reader.rows.double().sqrt()[:, None]
+    weight = reader.weight.cpu().double()[:, others] * reader.rows.cpu().double().sqrt()[:, None]
     return float(((weight @ rest) * weight).sum())

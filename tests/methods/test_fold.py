@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from hidden_nets import VGG, Excited, Head
 from torch import Tensor, nn
 
 import sharefold
@@ -20,7 +21,6 @@ from sharefold.methods import FOLD
 from sharefold.methods.fold import FEWEST
 from sharefold.models.cifar_resnet import CifarResNet
 from sharefold.plans import GroupPlan, Plan
-from tests.graph.test_hidden_channels import VGG, Excited, Head
 
 
 def trained_like(model: nn.Module, size: int = 16) -> nn.Module:

@@ -11,7 +11,8 @@ from sharefold.solvers.data_norm import Problem
 from sharefold.solvers.lbfgs import minimize
 from sharefold.solvers.low_rank import spatial_solve, svd_solve
 from sharefold.solvers.variable_projection import VariableProjection, orthonormal, refine
-from tests.solvers.problems import non_increasing, problem
+
+from .problems import non_increasing, problem
 
 
 def brute_force(given: Problem, basis: torch.Tensor, own: torch.Tensor, kind: str, groups: int) -> torch.Tensor:
