@@ -20,11 +20,11 @@ from sharefold.calibration.calibrate import Calibration, calibration_of, copied
 from sharefold.calibration.images import input_config
 from sharefold.calibration.new_images import seen_before, stand_ins
 from sharefold.errors import SharefoldError, SharefoldWarning
-from sharefold.format import FileConfig, carry_config
+from sharefold.format import FileConfig, carry_config, check_dense
 from sharefold.graph.preserved import restored_on_error
 from sharefold.layers import Bank, shared_layers
 from sharefold.methods import Solution, step_named
-from sharefold.methods.checks import check_dense, check_layers, check_plan
+from sharefold.methods.checks import check_layers, check_plan
 from sharefold.methods.narrowing import narrow_, narrowed
 from sharefold.methods.solved import solution_of, solutions_of
 from sharefold.options import CalibrationOptions, ConvertOptions, RefineOptions, chosen

@@ -181,6 +181,18 @@ def carry_config(model: nn.Module, config: FileConfig | None) -> None:
         delattr(model, _ATTRIBUTE)
 
 
+def check_dense(model: nn.Module) -> None:
+    """Checks that no plan was carried out on ``model``: a file holds one plan, and loading starts from the dense network.
+
+    Raises:
+        SharefoldError: it is converted.
+    """
+    config = carried_config(model)
+    if config is not None and config.plan.groups:
+        raise SharefoldError("this network is converted already: plan and convert its original (Conversion.original, or "
+                             "sharefold.expand), with one plan for all its layers")  # fmt: skip
+
+
 def distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Every tensor once, contiguous, and alias -> name for tensors that the network itself ties."""
     tensors: dict[str, Tensor] = {}

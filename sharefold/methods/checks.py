@@ -5,24 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from sharefold.errors import SharefoldError
-from sharefold.format import carried_config
 from sharefold.graph import NetworkGraph
 from sharefold.layers import bank_key
 from sharefold.methods.narrowing import blank_narrowed
 from sharefold.methods.registry import step_named
 from sharefold.plans import NARROWING, Plan
-
-
-def check_dense(model: nn.Module) -> None:
-    """Checks that no plan was carried out on ``model``: a file holds one plan, and loading starts from the dense network.
-
-    Raises:
-        SharefoldError: it is converted.
-    """
-    config = carried_config(model)
-    if config is not None and config.plan.groups:
-        raise SharefoldError("this network is converted already: plan and convert its original (Conversion.original, or "
-                             "sharefold.expand), with one plan for all its layers")  # fmt: skip
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from sharefold.budget import Budget, parse_budget
 from sharefold.calibration.calibrate import Calibration, calibration_of
 from sharefold.calibration.statistics import is_wide
+from sharefold.format import check_dense
 from sharefold.graph.hidden_channels import hidden_spaces
 from sharefold.graph.preserved import preserved
 from sharefold.layers import form_of
 from sharefold.methods import AUTO, FOLD
-from sharefold.methods.checks import check_dense
 from sharefold.options import CalibrationOptions, PlanOptions, chosen
 from sharefold.planner.candidates import Candidates, find_candidates, method_text
 from sharefold.planner.costs import cost_of
