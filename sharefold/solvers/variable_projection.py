@@ -63,8 +63,7 @@ class VariableProjection:
         self.total = float((self.factors * self.energy).sum())
         self.mask: Tensor | None = None
         if inputs is not None and min(inputs) < self.columns:
-            place = torch.arange(self.columns, device=problem.weights.device)
-            limits = torch.as_tensor(list(inputs), device=place.device)
+            place, limits = torch.arange(self.columns), torch.tensor(list(inputs))
             self.mask = (place[None] < limits[:, None]).to(problem.weights)[:, None]
         self._mean: tuple[Tensor, Tensor] | None = None
         self._own: tuple[Tensor, Tensor] | None = None
