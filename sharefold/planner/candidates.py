@@ -85,11 +85,7 @@ class Candidates:
 
     def refusal(self, limit: float, budget: str, floor: float) -> SharefoldError:
         """What to say of a budget below ``floor``."""
-        return SharefoldError(
-            f"budget {budget} ({self.cost.text(limit)}) is below what {self.method} can reach on this model: "
-            f"the floor is {self.cost.text(floor)} ({floor / self.cost.total:.1%}); raise the budget or "
-            f"allow more methods{left_out(self.skipped)}"
-        )
+        return SharefoldError(self.cost.below(limit, budget, floor, self.method) + left_out(self.skipped))
 
     def spent(self, picks: Sequence[int]) -> float:
         """Cost of the whole network with these options."""

@@ -49,6 +49,13 @@ class Cost(ABC):
         """An amount for people."""
         return f"{amount:,.0f} {self.unit}"
 
+    def below(self, limit: float, budget: str, floor: float, method: str) -> str:
+        """What to say where ``method`` reaches no less than ``floor`` and the budget, as the user wrote it, is ``limit``."""
+        return (
+            f"budget {budget} ({self.text(limit)}) is below what {method} can reach on this model: the floor is "
+            f"{self.text(floor)} ({floor / self.total:.1%}); raise the budget or allow more methods"
+        )
+
 
 class Parameters(Cost):
     """Trainable numbers; integer codes count as their bits over 32."""

@@ -8,7 +8,6 @@ what was easy to spare, and the estimate does not know that.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from sharefold.options import ConvertOptions, PlanOptions
 from sharefold.planner.candidates import Candidates, find_candidates
 from sharefold.planner.costs import cost_of
 from sharefold.planner.fold_levels import FoldLevels
-from sharefold.plans import GroupPlan, Plan, Progress
+from sharefold.plans import Plan, Progress
 from sharefold.solvers import allocate as knapsack
 
 # Depths of folding that are compared, evenly spaced in the logarithm from nothing to the whole budget.
@@ -63,14 +62,11 @@ class Mixer:
         if estimates:
             best = min(estimates, key=lambda depth: estimates[depth])
             if best and (not found or estimates[best] < WORTH * found[0][0]):
-                tried = self._real(self._widths(best, limit), limit, budget)
-                found += [tried] if tried is not None else []
+                found += self._real(self._widths(best, limit), limit, budget)[0]
         if not found:
-            deepest = self._widths(DEPTHS, self.levels.floor)
-            tried = self._real(deepest, limit, budget)
-            if tried is None:
-                raise self.plain.refusal(limit, budget, min(self.plain.floor, self._left(deepest)[1].floor))
-            found.append(tried)
+            found, floor = self._real(self._widths(DEPTHS, self.levels.floor), limit, budget)
+            if not found:
+                raise self.plain.refusal(limit, budget, min(self.plain.floor, floor))
         least = min(damage for damage, _ in found)
         close = [plan for damage, plan in found if damage <= CLOSE * least]
         if len(close) == 1 or not self.cal.comparable:
@@ -78,11 +74,10 @@ class Mixer:
         return min(close, key=self._divergence)
 
     def _divergence(self, plan: Plan) -> float:
-        """From the original, before repairs, on the images that decide; infinite where it is not finite."""
+        """From the original, before repairs, on the images that decide."""
         trial = copied(self.cal.original)
         carry_out(trial, plan, self.cal, ConvertOptions(repair=False), {})
-        found = self.cal.decided.divergence(trial).mean
-        return found if math.isfinite(found) else math.inf
+        return self.cal.decided.divergence(trial).mean
 
     def _widths(self, depth: int, limit: float) -> list[int]:
         total = self.levels.cost.total
@@ -110,22 +105,18 @@ class Mixer:
             found[depth] = value + self.levels.damage(widths)
         return found
 
-    def _left(self, widths: Sequence[int]) -> tuple[list[GroupPlan], Candidates]:
-        """The groups that fold to ``widths``, and what the layers of the network that remains may become."""
+    def _real(self, widths: Sequence[int], limit: float, budget: str) -> tuple[list[tuple[float, Plan]], float]:
+        """Expected damage, and the plan that folds to ``widths`` and shares what is left, where there is one; and its floor."""
         folds = self.levels.plans(widths)
         if not folds:
-            return [], self.plain
+            return [], self.plain.floor
         left = narrowed(self.cal, folds)
         cost = cost_of("parameters" if self.unit == "bytes" else self.unit, left.original, left.graph, left.example)
-        return folds, find_candidates(left, self.options, cost, self.progress)
-
-    def _real(self, widths: Sequence[int], limit: float, budget: str) -> tuple[float, Plan] | None:
-        """Expected damage, and the plan that folds to ``widths`` and shares what is left; None below its floor."""
-        folds, candidates = self._left(widths)
-        if not folds or limit < candidates.floor:
-            return None
+        candidates = find_candidates(left, self.options, cost, self.progress)
+        if limit < candidates.floor:
+            return [], candidates.floor
         picks = candidates.pick(limit, budget)
         shared = candidates.plan(picks, budget)
         source = shared.source.replace(f"method {candidates.method}", f"method {candidates.method} + fold")
         plan = Plan([*folds, *shared.groups], self.plain.before, shared.params_after, source)
-        return candidates.damage(picks) + self.levels.damage(widths), plan
+        return [(candidates.damage(picks) + self.levels.damage(widths), plan)], candidates.floor
