@@ -19,15 +19,7 @@ from sharefold.layers import checked_form
 from sharefold.layers.width import add_to, give_columns, give_rows, set_columns, take_columns, take_rows
 from sharefold.methods.contract import ConversionStep, Solution
 from sharefold.plans import GroupPlan
-from sharefold.solvers.channel_elimination import (
-    Elimination,
-    Reader,
-    column_index,
-    compensation,
-    eliminate,
-    error_without,
-    left_out,
-)  # fmt: skip
+from sharefold.solvers.channel_elimination import Elimination, Reader, columns, compensation, eliminate, error_without
 from sharefold.untrusted import is_int
 
 # Fewest channels that a space keeps, and the share of them below which no curve goes.
@@ -104,7 +96,7 @@ class Fold(ConversionStep):
         if "kept" in plan.options or keep == space.channels:
             kept = _recorded(plan)
         else:
-            kept = elimination_of(model, graph, statistics, space).kept(keep)
+            kept = elimination_of(readers, space, shares_of(statistics, space, readers)).kept(keep)
         members, owners, errors = [], [], []
         for name, reader in zip(space.readers, readers, strict=True):
             mix = compensation(reader.moment, kept, space.channels)
@@ -112,11 +104,11 @@ class Fold(ConversionStep):
             owner = output_mean_owner(model, layer, graph.layers[name].norm)
             if owner is not None and statistics.centered.get(name, False):
                 mean = statistics.means[name][0].to(mix)
-                mine, gone = _columns(kept, space.channels, len(mean))
+                mine, gone = columns(kept, space.channels, len(mean))
                 tensors["lost"] = mean[gone] - mix @ mean[mine]
             owners.append("" if "lost" not in tensors else name if owner is layer else str(graph.layers[name].norm))
             members.append(tensors)
-            errors.append(error_without(reader, kept, space.channels))
+            errors.append(error_without(reader, kept, space.channels, mix))
         return Folding({}, members, torch.tensor(errors), {"kept": as_bits(kept, space.channels)}, kept, tuple(owners))
 
     @torch.no_grad()
@@ -168,24 +160,28 @@ def readers_of(model: nn.Module, graph: NetworkGraph, statistics: Statistics, sp
     readers = []
     for name in space.readers:
         problem = problem_of(model, graph, [name], statistics)
-        weight, moment, rows = problem.weights[0].double(), problem.moments[0, 0].double(), problem.row_weights[0].double()
+        # On the CPU: some devices have no float64, and on others so many small steps are slow.
+        tensors = problem.weights[0], problem.moments[0, 0], problem.row_weights[0]
+        weight, moment, rows = (tensor.cpu().double() for tensor in tensors)
         energy = ((weight @ moment) * weight).sum(1) @ rows
         readers.append(Reader(weight, moment, rows / energy.clamp_min(1e-30)))
     return readers
 
 
-def elimination_of(model: nn.Module, graph: NetworkGraph, statistics: Statistics, space: HiddenSpace) -> Elimination:
-    """In which order the space's channels go, and the relative errors of its readers.
+def elimination_of(readers: list[Reader], space: HiddenSpace, shares: list[float]) -> Elimination:
+    """In which order the space's channels go, and the relative errors of its :func:`readers <readers_of>`.
 
-    Of several readers each counts by what losing its output would cost, as :func:`sharefold.planner.objectives.fisher` has it.
+    Args:
+        shares: how much each counts, :func:`shares_of`.
     """
-    readers = readers_of(model, graph, statistics, space)
-    shares = shares_of(statistics, space, readers)
     return eliminate(readers, space.channels, max(FEWEST, int(LEAST_SHARE * space.channels)), shares)
 
 
 def shares_of(statistics: Statistics, space: HiddenSpace, readers: list[Reader]) -> list[float]:
-    """How much each reader's relative error counts; they add up to one."""
+    """How much each reader's relative error counts; they add up to one.
+
+    By what losing its output would cost, as :func:`sharefold.planner.objectives.fisher` has it.
+    """
     if len(readers) == 1:
         return [1.0]
     sensitivity = statistics.sensitivity()
@@ -221,23 +217,34 @@ def _recorded(plan: GroupPlan) -> Tensor:
     return torch.tensor(_read_bits(plan.options["kept"], f"plan: group {plan.name!r}"))
 
 
-def _columns(kept: Tensor, channels: int, features: int) -> tuple[Tensor, Tensor]:
-    """Of ``features`` columns those of the channels that stay, and the others."""
-    return column_index(kept, features // channels), column_index(left_out(kept, channels), features // channels)
-
-
 def _make_up(model: nn.Module, name: str, owner: str, tensors: dict[str, Tensor], kept: Tensor, channels: int) -> None:
     """Takes the columns out of a reader's weight, of however many rows it has by now."""
     layer = model.get_submodule(name)
     weight = cast(Tensor, layer.weight).detach()
-    flat = weight.flatten(1).cpu().double()
-    mine, gone = _columns(kept.cpu(), channels, flat.shape[1])
-    new = flat[:, mine] + flat[:, gone] @ tensors["mix"].to(flat)
+    new, shift, _ = made_up(weight, tensors, kept, channels)
     set_columns(layer, new.reshape(len(weight), len(kept), *weight.shape[2:]).to(weight))
-    if not owner:
+    if shift is None:
         return
-    shift = (flat[:, gone] @ tensors["lost"].to(flat)).to(weight)
     if owner == name:
-        add_to(layer, "bias", shift)
+        add_to(layer, "bias", shift.to(weight))
     else:
-        add_to(model.get_submodule(owner), "running_mean", -shift)
+        add_to(model.get_submodule(owner), "running_mean", -shift.to(weight))
+
+
+def made_up(
+    weight: Tensor, tensors: dict[str, Tensor], kept: Tensor, channels: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """A reader's weight on the columns that stay, changed so that they make up for the others.
+
+    Args:
+        weight: (O, I, h, w) or (O, I).
+        tensors: the reader's of a :class:`Folding`.
+
+    Returns:
+        (O, k * b) in float64 on the CPU; (O,) what the mean of the output loses all the same, None where nothing can give it
+        back; and the columns that stay.
+    """
+    flat = weight.detach().flatten(1).cpu().double()
+    mine, gone = columns(kept, channels, flat.shape[1])
+    shift = flat[:, gone] @ tensors["lost"] if "lost" in tensors else None
+    return flat[:, mine] + flat[:, gone] @ tensors["mix"], shift, mine

@@ -80,10 +80,10 @@ class FoldLevels:
     def _measure(
         self, cal: Calibration, space: HiddenSpace, objective: Objective, probe: FoldProbe | None, round_to: int
     ) -> None:
-        found = elimination_of(cal.original, cal.graph, cal.statistics, space)
-        self.eliminations.append(found)
         readers = readers_of(cal.original, cal.graph, cal.statistics, space)
         shares = shares_of(cal.statistics, space, readers)
+        found = elimination_of(readers, space, shares)
+        self.eliminations.append(found)
         errors = torch.tensor(shares, dtype=torch.float64) @ found.errors
         gone = [0] + [
             n for n in range(1, found.errors.shape[1])
@@ -171,10 +171,7 @@ class FoldLevels:
         if self.total(self.dense) <= limit:
             return self.dense
         if limit < self.floor:
-            raise SharefoldError(
-                f"budget {budget} ({self.cost.text(limit)}) is below what fold can reach on this model: the floor is "
-                f"{self.cost.text(self.floor)} ({self.floor / self.cost.total:.1%}); raise the budget or allow more methods"
-            )
+            raise SharefoldError(self.cost.below(limit, budget, self.floor, FOLD.name))
         scale = max(sum(float(v[-1]) for v in self.losses), 1e-12) / self.cost.total
         low, high = -12.0, 12.0  # in the logarithm to base 10, of prices in units of `scale`
         widths = [row[-1] for row in self.choices]

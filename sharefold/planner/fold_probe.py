@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from sharefold.calibration.calibrate import Calibration, copied
 from sharefold.graph.hidden_channels import HiddenSpace
 from sharefold.methods import FOLD
-from sharefold.methods.fold import Folding, options_for
+from sharefold.methods.fold import Folding, made_up, options_for
 from sharefold.plans import GroupPlan
-from sharefold.solvers.channel_elimination import Elimination, column_index, left_out
+from sharefold.solvers.channel_elimination import Elimination
 
 # The relative error that readers are given, and on how many images.
 ERROR, IMAGES = 0.05, 128
@@ -66,15 +66,11 @@ def folded_readers(network: nn.Module, cal: Calibration, plan: GroupPlan) -> Ite
             for name, owner, tensors in zip(plan.options["readers"], solution.owners, solution.members, strict=True):
                 layer = network.get_submodule(name)
                 weight = cast(Tensor, layer.weight)
-                flat = weight.detach().flatten(1).double()
-                block = flat.shape[1] // channels
-                mine, gone = (column_index(c, block).to(flat.device) for c in (kept, left_out(kept, channels)))
-                removed, new = flat[:, gone], flat.clone()
-                new[:, mine] += removed @ tensors["mix"].to(flat)
-                new[:, gone] = 0
+                stays, shift, mine = made_up(weight, tensors, kept, channels)
+                new = stays.new_zeros(len(weight), weight[0].numel())
+                new[:, mine] = stays
                 change(weight, new.reshape(weight.shape).to(weight))
-                if owner:
-                    shift = removed @ tensors["lost"].to(flat)
+                if shift is not None:
                     module = network.get_submodule(owner)
                     place = cast(Tensor, layer.bias if owner == name else module.running_mean)
                     change(place, place + (shift if owner == name else -shift).to(place))

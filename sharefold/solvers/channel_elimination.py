@@ -117,12 +117,12 @@ class _State:
                 f"channel elimination: {features} columns and a moment {tuple(reader.moment.shape)} for {channels} channels"
             )
         self.block = features // channels
-        moment = reader.moment.cpu().double()  # some devices have no float64, and many small steps are slow on others
+        moment = reader.moment.double()
         factor, failed = torch.linalg.cholesky_ex(moment)
         if bool(failed):
             raise SharefoldError("channel elimination: the input moment is not positive definite")
         self.inverse = torch.cholesky_inverse(factor)
-        self.weight = reader.weight.cpu().double() * reader.rows.cpu().double().clamp_min(0).sqrt()[:, None]
+        self.weight = reader.weight.double() * reader.rows.double().clamp_min(0).sqrt()[:, None]
         self._refresh()
 
     def _refresh(self) -> None:
@@ -187,19 +187,21 @@ def column_index(channels: Tensor, block: int) -> Tensor:
     return (channels[:, None] * block + torch.arange(block, device=channels.device)).flatten()
 
 
+def columns(kept: Tensor, channels: int, features: int) -> tuple[Tensor, Tensor]:
+    """Of ``features`` columns those of the channels that stay, and the others."""
+    block = features // channels
+    return column_index(kept, block), column_index(left_out(kept, channels), block)
+
+
 def compensation(moment: Tensor, kept: Tensor, channels: int) -> Tensor:
     """(R, A): the matrix S_RA S_AA^-1 by which the kept columns, multiplied from the left by W_R, make up for the others.
 
     Args:
         moment: (N, N), positive definite; N = channels * b.
         kept: sorted indices of the channels that stay.
-
-    Returns:
-        float64, on the CPU.
     """
-    block = len(moment) // channels
-    mine, others = (column_index(index.cpu(), block) for index in (kept, left_out(kept, channels)))
-    moment = moment.cpu().double()
+    mine, others = columns(kept, channels, len(moment))
+    moment = moment.double()
     factor = _factor(moment[mine][:, mine])
     return torch.cholesky_solve(moment[mine][:, others], factor).T
 
@@ -211,11 +213,14 @@ def left_out(kept: Tensor, channels: int) -> Tensor:
     return (~stays).nonzero().flatten()
 
 
-def error_without(reader: Reader, kept: Tensor, channels: int) -> float:
-    """Squared error of the reader, in units of ``rows``, when only ``kept`` stay and make up for the others."""
-    block = len(reader.moment) // channels
-    mine, others = (column_index(index.cpu(), block) for index in (kept, left_out(kept, channels)))
-    moment = reader.moment.cpu().double()
-    rest = moment[others][:, others] - compensation(moment, kept, channels) @ moment[mine][:, others]
-    weight = reader.weight.cpu().double()[:, others] * reader.rows.cpu().double().sqrt()[:, None]
+def error_without(reader: Reader, kept: Tensor, channels: int, mix: Tensor) -> float:
+    """Squared error of the reader, in units of ``rows``, when only ``kept`` stay and make up for the others by ``mix``.
+
+    Args:
+        mix: from :func:`compensation`.
+    """
+    mine, others = columns(kept, channels, len(reader.moment))
+    moment = reader.moment.double()
+    rest = moment[others][:, others] - mix @ moment[mine][:, others]
+    weight = reader.weight.double()[:, others] * reader.rows.double().sqrt()[:, None]
     return float(((weight @ rest) * weight).sum())
