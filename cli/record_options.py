@@ -27,7 +27,8 @@ def record_options(kind: type) -> Callable[[Callable[..., None]], Callable[..., 
                 option = click.option(f"--{name}/--no-{name}", spec.name, default=None, help=f"{text}  [default: {shown}]")
             else:
                 shown = "" if spec.default is None else f"  [default: {spec.default}]"
-                flag: dict[str, Any] = {} if spec.name != "refine" else {"is_flag": False, "flag_value": "auto"}
+                alone = spec.metadata["alone"]
+                flag: dict[str, Any] = {} if alone is None else {"is_flag": False, "flag_value": alone}
                 if is_int(spec.default):
                     flag["type"] = click.IntRange(min=1)
                 option = click.option(f"--{name}", spec.name, default=None, metavar=metavar, help=text + shown, **flag)

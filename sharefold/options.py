@@ -23,9 +23,9 @@ Options = TypeVar("Options")
 Outputs: TypeAlias = "str | Sequence[str] | Mapping[str, str] | None"
 
 
-def option(default: Any, text: str, metavar: str | None = None) -> Any:
-    """A field, with the text that ``--help`` prints and what stands for its value there."""
-    return field(default=default, metadata={"help": text, "metavar": metavar})
+def option(default: Any, text: str, metavar: str | None = None, alone: str | None = None) -> Any:
+    """A field, with the text that ``--help`` prints, what stands for its value there, and what the option means without one."""
+    return field(default=default, metadata={"help": text, "metavar": metavar, "alone": alone})
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,9 @@ class ConvertOptions:
     """
 
     repair: bool = option(True, "Refit coefficients, BatchNorm statistics and the classifier on the converted prefix.")
-    refine: str | int | bool | Effort | None = option(None, "Distil on the calibration images: 20 (epochs), 4m.", "EFFORT")
+    refine: str | int | bool | Effort | None = option(
+        None, "Distil on the calibration images: 20 (epochs), 4m.", "EFFORT", alone="auto"
+    )
     config: Mapping[str, Any] | None = None
     seed: int = 0
     outputs: Outputs = None

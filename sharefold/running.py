@@ -9,10 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharefold.errors import SharefoldError
+
 
 def device_of(model: nn.Module) -> torch.device:
     """Where ``model`` computes: the device of its first parameter, the CPU where it has none."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def check_shapes(model: nn.Module) -> None:
+    """Checks that every parameter and buffer has a shape.
+
+    Raises:
+        SharefoldError: lazy modules that have not run yet.
+    """
+    if any(nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        raise SharefoldError(f"model: {type(model).__name__} has lazy modules without shapes: run it once first")
 
 
 def run_on(model: nn.Module, images: Tensor) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sharefold.errors import SharefoldError
-from sharefold.running import device_of
+from sharefold.running import check_shapes, device_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,8 +41,7 @@ def plain_settings(model: Any) -> Iterator[None]:
         raise SharefoldError(f"model: {type(model).__name__} is not an nn.Module: pass the network itself")
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         raise SharefoldError("model: it is compiled: pass the network itself (model._orig_mod) and compile it once converted")
-    if any(nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
-        raise SharefoldError(f"model: {type(model).__name__} has lazy modules without shapes: run it once first")
+    check_shapes(model)
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         raise SharefoldError("model: it was made in torch.inference_mode(), which forbids changes: make or copy it outside")
     with ExitStack() as stack:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sharefold.calibration.input_matching import match_statistics
 from sharefold.data import calibration_images
 from sharefold.errors import SharefoldError
+from sharefold.graph.layers import OTHER_CONVS
 from sharefold.layers import SharedConv
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -42,8 +43,6 @@ def procedural_images(model: nn.Module, count: int | None = None, seed: int = 0)
     parameter = next(model.parameters(), made)
     return matched(model, made.to(parameter.dtype) if parameter.is_floating_point() else made, seed)
 
-_OTHER_RANKS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d)
-
 
 def default_count(height: int, width: int, procedural: bool = True) -> int:
     """Calibration images to take at this size; procedural ones have to be made and matched, a step of the network at a time."""
@@ -67,7 +66,7 @@ def calibration_or_procedural(model: nn.Module, images: Tensor | None, seed: int
         return procedural_images(model, seed=seed)
     if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
         what = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
-        others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, _OTHER_RANKS)})
+        others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, OTHER_CONVS)})
         hint = f" ({' and '.join(others)} of this network are not shared: only Conv2d and Linear are)" if others else ""
         raise SharefoldError(f"calibration: {what} is not a float tensor (n, C, H, W): pass normalised images{hint}")
     if len(images) == 0:

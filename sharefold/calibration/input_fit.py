@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sharefold.calibration.input_matching import trained_norms
 from sharefold.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from sharefold.measure import evaluating, run_on
+from sharefold.running import evaluating, run_on
 
 # Images are judged as a whole and in so many parts: what is better only in some of them is chance.
 QUARTERS = 4

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.data.views import random_views
-from sharefold.measure import evaluating, first_logits, run_on
+from sharefold.measure import first_logits
+from sharefold.running import evaluating, run_on
 
 # A quarter of the views that refinement learns from: at most 4 degrees, 5 % of size and of half a side, no mixing.
 STRENGTH = 0.25

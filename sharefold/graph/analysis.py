@@ -23,7 +23,7 @@ from sharefold.graph.roles import find_roles
 from sharefold.graph.spaces import Flow, propagate
 from sharefold.graph.stages import Size, find_stages, number_blocks
 from sharefold.graph.trace import ShapeRecorder, same_output, trace
-from sharefold.running import device_of
+from sharefold.running import check_shapes, device_of
 
 # fx patches nn.Module for the whole process while it traces.
 _TRACING = threading.RLock()
@@ -46,8 +46,7 @@ def analyze(model: nn.Module, example_input: Any, *, symbolic: bool = True) -> N
     """
     if not isinstance(model, nn.Module):
         raise SharefoldError(f"model: {type(model).__name__} is not an nn.Module: pass the network itself")
-    if any(nn.parameter.is_lazy(p) for p in model.parameters()):
-        raise SharefoldError(f"model: {type(model).__name__} has lazy modules without shapes: run it once first")
+    check_shapes(model)
     with _TRACING, preserved(model):
         layers, skipped = find_layers(model)
         run = run_with_hooks(model, _copied(example_input, device_of(model)), layers)

@@ -11,8 +11,8 @@ from torch.nn.utils import parametrize
 from sharefold.layers import form_of
 
 BATCH_NORM_KEYS = ("running_mean", "running_var")
-_OTHER_CONVS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_ALL_LAYERS = (nn.Conv2d, nn.Linear, *_OTHER_CONVS)
+OTHER_CONVS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_ALL_LAYERS = (nn.Conv2d, nn.Linear, *OTHER_CONVS)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _skip_free_weights(name: str, module: nn.Module, skipped: dict[str, str]) ->
     for key, parameter in module._parameters.items():
         if parameter is None or parameter.numel() == max(parameter.shape, default=1):
             continue
-        if isinstance(module, _OTHER_CONVS):
+        if isinstance(module, OTHER_CONVS):
             skipped[name] = f"{type(module).__name__}: only Conv2d and Linear are shared"
         elif key == "weight" and name:
             skipped[name] = f"{type(module).__name__}: its weight is not that of a plain Conv2d or Linear"

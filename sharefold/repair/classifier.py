@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sharefold.outputs import OutputReading
 from sharefold.outputs.leaves import tensors_of
 from sharefold.outputs.taps import listening
-from sharefold.repair.coefficients import Linear, best_ridge, best_step, fitted, sums_of
+from sharefold.repair.coefficients import Linear, best_ridge, best_step, fitted, halves_of, sums_of
 from sharefold.repair.work import Work
 from sharefold.running import evaluating, run_on
 
@@ -51,12 +51,11 @@ class Classifier:
 def _fit(head: Any, fit: Rows, decide: Rows) -> float | None:
     """Solves ``head`` and gives how far it went, 0 to 1; None where there is no finite solution."""
     start = Linear(head.weight.detach().cpu().double().flatten(1)[None], head.bias.detach().cpu().double()[None])
-    even = fit.image % 2 == 0
-    first, second, whole = (sums_of(*fit.at(pick)) for pick in (even, ~even, even | ~even))
-    deciding = sums_of(*decide.at(decide.image >= 0))
-    if first is None or second is None or whole is None or deciding is None:
+    even, odd, whole = halves_of(*fit.pairs, fit.image)
+    deciding = sums_of(*decide.pairs)
+    if even is None or odd is None or whole is None or deciding is None:
         return None
-    new = fitted(whole, start, best_ridge((first, second), start, True), True)
+    new = fitted(whole, start, best_ridge((even, odd), start, True), True)
     if new is None:
         return None
     step = best_step(start, new, deciding)
@@ -132,9 +131,10 @@ class Rows:
     wanted: Tensor
     image: Tensor
 
-    def at(self, pick: Tensor) -> tuple[Tensor, Tensor]:
-        """Those that are picked, as :func:`sums_of` takes them: (1, F, m) and (1, O, m)."""
-        return self.features[pick].T[None], self.wanted[pick].T[None]
+    @property
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """As :func:`sums_of` takes them: (1, F, n) and (1, O, n)."""
+        return self.features.T[None], self.wanted.T[None]
 
 
 def _rows_of(original: nn.Module, model: nn.Module, head: nn.Module, wanted_head: nn.Module, images: Tensor) -> Rows:

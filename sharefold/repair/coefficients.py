@@ -51,6 +51,23 @@ def sums_of(responses: Tensor, wanted: Tensor) -> PairSums | None:
     return pairs.result(centered=False)
 
 
+def halves_of(
+    responses: Tensor, wanted: Tensor, image: Tensor
+) -> tuple[PairSums | None, PairSums | None, PairSums | None]:
+    """As :func:`sums_of`: of the samples of even images, of those of odd ones, and of all.
+
+    Args:
+        image: (P,) the number of the image that each sample is of.
+    """
+    halves = PairMoments(), PairMoments()
+    for remainder, pairs in enumerate(halves):
+        pick = image % 2 == remainder
+        if bool(pick.any()):
+            pairs.add(responses[..., pick], wanted[..., pick])
+    first, second, whole = (pairs.result(centered=False) for pairs in (*halves, halves[0].merged(halves[1])))
+    return first, second, whole
+
+
 def fitted(sums: PairSums, start: Linear, ridge: float, free: bool) -> Linear | None:
     """The map that gives the wanted outputs best, pulled to ``start``; None if there is no finite one.
 

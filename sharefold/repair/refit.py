@@ -23,7 +23,7 @@ from sharefold.layers import (
 )
 from sharefold.methods.fold import kept_rows
 from sharefold.plans import GroupPlan
-from sharefold.repair.coefficients import RIDGES, Linear, best_ridge, best_step, fitted, sums_of
+from sharefold.repair.coefficients import RIDGES, Linear, best_ridge, best_step, fitted, halves_of, sums_of
 from sharefold.repair.lockstep import Visited, Wanted, walk
 from sharefold.repair.means import give_mean
 from sharefold.repair.own_factors import has_own_factors, own_factors
@@ -122,12 +122,9 @@ class _Task:
         weight = coefficients.detach().cpu().double().reshape(self.groups, -1, coefficients.shape[1])
         self.free = at.owner is not None
         self.map = Linear(weight, self._constant(weight))
-        even = fit.image % 2 == 0
-        folds = [sums_of(self._responses(s), self._rows(s.y)) for s in (fit.at(even), fit.at(~even))]
-        self.sums = sums_of(self._responses(fit), self._rows(fit.y))
+        even, odd, self.sums = halves_of(self._responses(fit), self._rows(fit.y), fit.image)
         self.deciding = sums_of(self._responses(decide), self._rows(decide.y))
-        known = folds[0] is not None and folds[1] is not None
-        self.ridge = best_ridge((folds[0], folds[1]), self.map, self.free) if known else RIDGES[-1]  # type: ignore[arg-type]
+        self.ridge = RIDGES[-1] if even is None or odd is None else best_ridge((even, odd), self.map, self.free)
 
     def _responses(self, samples: Samples) -> Tensor:
         return samples.x.permute(1, 2, 0) if self.flat is None else torch.einsum("pgn,mn->gmp", samples.x, self.flat)

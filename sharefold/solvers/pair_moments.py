@@ -41,6 +41,14 @@ class PairMoments:
         self._sums = found if not self._sums else [old + new for old, new in zip(self._sums, found, strict=True)]
         self.count += x.shape[2]
 
+    def merged(self, other: PairMoments) -> PairMoments:
+        """The moments of both together."""
+        both = PairMoments(self.dtype)
+        both.count = self.count + other.count
+        full = [part for part in (self._sums, other._sums) if part]
+        both._sums = full[0] if len(full) == 1 else [a + b for a, b in zip(*full, strict=True)] if full else []
+        return both
+
     def result(self, centered: bool) -> PairSums | None:
         """None when nothing was added, or something that is not finite."""
         if not self._sums or not all(bool(torch.isfinite(s).all()) for s in self._sums):

@@ -20,8 +20,9 @@ from sharefold.architectures.shapes import load_weights
 from sharefold.calibration.input_fit import Fit, fit_of
 from sharefold.data.preprocess import Preprocess
 from sharefold.errors import SharefoldError, SharefoldWarning
-from sharefold.measure import evaluating, first_logits, run_on
+from sharefold.measure import first_logits
 from sharefold.procedural import dead_leaves
+from sharefold.running import evaluating, run_on
 from sharefold.sources.preprocessing import preprocessing
 
 # Normalised images (n, C, H, W) for a configuration such as ``Source.pretrained_cfg``.

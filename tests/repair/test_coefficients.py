@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sharefold.repair import coefficients
-from sharefold.repair.coefficients import RIDGES, Linear, best_ridge, best_step, fitted, sums_of
+from sharefold.repair.coefficients import RIDGES, Linear, best_ridge, best_step, fitted, halves_of, sums_of
 from sharefold.solvers.pair_moments import PairSums
 
 GROUPS, FILTERS, OUTPUTS = 2, 5, 3
@@ -65,6 +65,19 @@ def test_no_finite_solution_and_no_samples() -> None:
     a[0, 0, 0] = float("nan")
     assert sums_of(a, y) is None
     assert sums_of(a[:, :, :0], y[:, :, :0]) is None
+
+
+@pytest.mark.parametrize("images", [4, 1], ids=["both halves", "even images alone"])
+def test_halves_are_the_sums_of_even_and_odd_images_and_of_all(images: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, y = (torch.randn(2, n, 40, generator=generator, dtype=torch.float64) for n in (3, 5))
+    image = torch.arange(40) % images
+    found = halves_of(a, y, image)
+    for half, pick in zip(found, (image % 2 == 0, image % 2 == 1, image >= 0), strict=True):
+        wanted = sums_of(a[..., pick], y[..., pick])
+        assert (half is None) == (wanted is None)
+        for key in ("gram", "mean", "cross", "mean_y", "variance") if wanted is not None else ():
+            torch.testing.assert_close(getattr(half, key), getattr(wanted, key))
 
 
 def test_errors_are_those_of_brute_force() -> None:
