@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from sharefold.plans import Progress
 
+# The C++ side logs what the user can do nothing about (NNPACK on an unknown CPU); set before anything imports torch.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 PIPE_WIDTH = 200  # columns where no terminal says otherwise: a table in a file should not be cut
 
 
@@ -48,8 +50,6 @@ class Run:
         Raises:
             SharefoldError: no such device here.
         """
-        # The C++ side logs what the user can do nothing about (NNPACK on an unknown CPU).
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         import torch
 
         if self.threads is not None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sharefold.errors import SharefoldError
 from sharefold.options import ConvertOptions, PlanOptions
 
 from .agreement_text import agreement_text
@@ -17,7 +16,7 @@ from .convert_report import Timer, group_rows, report_conversion, report_plan, w
 from .convert_request import DEFAULT_BUDGET, Request, check_request
 from .input_check import input_warning, look_at
 from .keep import check_enough, held_out_for, smallest_keeping
-from .record_options import record_options
+from .record_options import check_choices, record_options
 from .source import preprocess_options, source_options
 
 if TYPE_CHECKING:
@@ -82,9 +81,7 @@ def command(
     held_out = None if request.keep is None else held_out_for(request.keep)
     check_names(request)
     look = look_at(calib, calib_split, run.seed, resize=calib_resize, mean=mean, std=std, input_size=input_size)
-    opened = request.source.open(look)
-    if opened.shared:
-        raise SharefoldError(f"{request.source.source} is converted already: take the dense original, or expand it")
+    opened = request.source.open_dense(look)
     model = opened.model.to(device).eval()
     timer.lap("load")
     preprocess = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size, mean=mean, std=std)
@@ -177,8 +174,6 @@ def command(
 
 def check_names(request: Request) -> None:
     """Unknown methods, recipes and stored types are refused before the network is read."""
-    from sharefold.methods import check_method
-    from sharefold.planner.objectives import objective_named
     from sharefold.recipes import parse_recipe
     from sharefold.store import parse_store
 
@@ -186,6 +181,4 @@ def check_names(request: Request) -> None:
         parse_recipe(request.recipe)
     if request.store is not None:
         parse_store(request.store)
-    for name in request.methods:
-        check_method(name)
-    objective_named(request.what.objective)
+    check_choices(request.what)

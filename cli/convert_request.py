@@ -11,7 +11,7 @@ from sharefold.budget import Budget, parse_budget, parse_effort
 from sharefold.errors import SharefoldError
 from sharefold.files import check_output
 from sharefold.options import ConvertOptions, PlanOptions
-from sharefold.untrusted import read_text
+from sharefold.untrusted import exclude_pattern, read_text
 
 from .record_options import record_of
 from .source import SourceOptions
@@ -108,11 +108,7 @@ def check_request(
     sizes = [name for name in ("--budget", "--keep", "--keep-agreement") if deciders[name] is not None]
     if len(sizes) > 1:
         raise SharefoldError(f"{sizes[0]} and {sizes[1]} both decide the size: give one")
-    if what.exclude is not None:
-        try:
-            re.compile(what.exclude)
-        except re.error as error:
-            raise SharefoldError(f"--exclude {what.exclude!r} is not a regular expression: {error}") from None
+    exclude_pattern(what.exclude)
     bound = None
     if plan is None and recipe is None and keep is None and keep_agreement is None:
         bound = parse_budget(DEFAULT_BUDGET if budget is None else budget)
@@ -132,6 +128,8 @@ def check_request(
 
 def _target(keep: str | None, keep_agreement: str | None) -> Target | None:
     """``--keep`` is proven, ``--keep-agreement`` is what the images that decide show."""
+    if keep is None and keep_agreement is None:
+        return None  # before torch, which the module below needs, is imported
     from sharefold.outputs.figure import Target, parse_target
 
     if keep is not None:

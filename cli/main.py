@@ -71,12 +71,3 @@ def cli(ctx: click.Context) -> None:
     """Turn a pretrained CNN into a smaller one whose layers share parameters."""
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
-
-
-def main() -> None:
-    """Entry point of the installed script."""
-    cli(prog_name="sharefold")
-
-
-if __name__ == "__main__":
-    main()

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from sharefold.options import PlanOptions
 from sharefold.untrusted import is_int
 
 Record = TypeVar("Record")
@@ -36,6 +37,21 @@ def record_options(kind: type) -> Callable[[Callable[..., None]], Callable[..., 
         return function
 
     return decorate
+
+
+def check_choices(what: PlanOptions) -> None:
+    """Unknown methods and objectives are refused before the network is read.
+
+    Raises:
+        SharefoldError: names the nearest.
+    """
+    from sharefold.methods import check_method
+    from sharefold.planner.objectives import objective_named
+
+    for name in (what.method,) if isinstance(what.method, str) else what.method:
+        if name != "auto":
+            check_method(name)
+    objective_named(what.objective)
 
 
 def record_of(kind: type[Record], given: dict[str, Any]) -> Record:

@@ -11,7 +11,6 @@ from sharefold.errors import SharefoldError
 from sharefold.untrusted import parse_json, read_text
 
 from .common import Run, shared_options
-from .convert_request import read_plan
 
 if TYPE_CHECKING:
     from sharefold.report import Facts
@@ -95,10 +94,12 @@ def _shared_facts(path: Path, source: str | None) -> Facts:
 
 
 def _plan_facts(run: Run, path: Path, source: str | None) -> Facts:
+    from sharefold.plans import Plan
     from sharefold.report import facts_of
 
-    plan = read_plan(path)
-    data = parse_json(read_text(path, f"plan {path}"), f"plan {path}")
+    where = f"plan {path}"
+    text = read_text(path, where)
+    plan, data = Plan.from_json(text, where=where), parse_json(text, where)
     inner = data if isinstance(data, dict) and isinstance(data.get("plan"), dict) else {}
     named = str(inner.get("source") or "")
     known = ("params", "bytes", "macs", "agreement", "agreement_interval", "report_images")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sharefold.errors import SharefoldError
+
 if TYPE_CHECKING:
     from sharefold.sources import Source
     from sharefold.sources.twins import Look
@@ -45,6 +47,17 @@ class SourceOptions:
             trust_pickle=self.trust_pickle,
             look=look,
         )
+
+    def open_dense(self, look: Look | None = None) -> Source:
+        """As :meth:`open`.
+
+        Raises:
+            SharefoldError: the network is converted already.
+        """
+        opened = self.open(look)
+        if opened.shared:
+            raise SharefoldError(f"{self.source} is converted already: take the dense original, or expand it")
+        return opened
 
 
 def source_options(function: Callable[..., None]) -> Callable[..., None]:

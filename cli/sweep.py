@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sharefold.budget import parse_effort
-from sharefold.errors import SharefoldError
 from sharefold.options import ConvertOptions, PlanOptions
+from sharefold.untrusted import exclude_pattern
 
 from .agreement_text import share_text
 from .common import Run, jsonable, shared_options
 from .input_check import input_warning, look_at
-from .record_options import record_of, record_options
+from .record_options import check_choices, record_of, record_options
 from .source import SourceOptions, preprocess_options, source_options
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option("--split", default="test", show_default=True, help="Which part of DATA.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only its first N images.")
 @click.option("--calib", metavar="DATA", help="Images without labels.  [default: the training part of --data]")
-@click.option("--calib-count", type=click.IntRange(min=1), metavar="N", help="How many.  [default: by image size]")
+@click.option("--calib-count", type=click.IntRange(min=1), metavar="N", help="How many.  [default: 1000]")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the results.")
 @record_options(PlanOptions)
 @record_options(ConvertOptions)
@@ -56,41 +56,37 @@ def command(
 
     what, how = record_of(PlanOptions, records), record_of(ConvertOptions, records)
     parse_effort(how.refine)
+    exclude_pattern(what.exclude)
     target = check_output(output, force)
     device = run.setup()
     import sharefold
     from sharefold.calibration.images import default_count
     from sharefold.calibration.parts import FEWEST_IMAGES
     from sharefold.data import Preprocess, calibration_images, loader, open_data
-    from sharefold.format import carry_config, checked_pretrained_cfg, config_of
-    from sharefold.measure import evaluate
-    from sharefold.methods import method_named
+    from sharefold.measure import evaluate, model_bytes
     from sharefold.sweep import SweepOptions, parse_budgets, sweep, write_results
 
     sizes = parse_budgets(budgets)
     methods = (what.method,) if isinstance(what.method, str) else what.method
-    for name in methods:
-        if name != "auto":
-            method_named(name)
+    check_choices(what)
     start = time.perf_counter()
-    opened = source.open(look_at(calib or data, "train", run.seed, mean=mean, std=std, input_size=input_size))
-    if opened.shared:
-        raise SharefoldError(f"{source.source} is converted already: take the dense original, or expand it")
+    opened = source.open_dense(look_at(calib or data, "train", run.seed, mean=mean, std=std, input_size=input_size))
     model = opened.model.to(device).eval()
     preprocess = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size, mean=mean, std=std)
     dataset = open_data(data, split, transform_cfg=preprocess)
     count = calib_count or default_count(*preprocess.size[1:], procedural=False)
     images = calibration_images(calib or data, preprocess, count, run.seed, "train")
     warning = input_warning(model, images, preprocess, opened.pretrained_cfg)
+    config = {"base": opened.base or None, "pretrained_cfg": jsonable({**opened.pretrained_cfg, **preprocess.cfg})}
+    how = replace(how, config=config)
 
     def measure(network: nn.Module) -> dict[str, Any]:
         return evaluate(network, loader(dataset, batch_size), device, limit=limit)
 
     def fill(folder: Path) -> None:
         def keep(budget: str, network: nn.Module, metrics: dict[str, Any]) -> None:
-            cfg = checked_pretrained_cfg(jsonable({**opened.pretrained_cfg, **preprocess.cfg}), source.source)
-            carry_config(network, replace(config_of(network), base=opened.base or None, pretrained_cfg=cfg))
-            sharefold.save(network, folder / re.sub(r"[^\w.-]+", "-", budget).strip("-"), metrics=jsonable(metrics))
+            told = {**metrics, "bytes": model_bytes(network)}  # as `convert` has it: of the tensors, not of the file
+            sharefold.save(network, folder / re.sub(r"[^\w.-]+", "-", budget).strip("-"), metrics=jsonable(told))
 
         with run.progress() as progress:
             cal = sharefold.calibrate(model, images, seed=run.seed)

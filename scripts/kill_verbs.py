@@ -44,11 +44,9 @@ def whole(folder: Path, verb: str, output: str) -> str:
     path = folder / output
     if verb == "sweep":
         try:
-            names = json.loads((path / "sweep.json").read_text())["files"] if (path / "sweep.json").exists() else None
-        except (ValueError, KeyError):
-            names = []
-        if names is None:
-            return "sweep.json is gone"
+            json.loads((path / "sweep.json").read_text())
+        except (OSError, ValueError):
+            return "sweep.json is gone or damaged"
         networks = sorted(p.parent for p in path.glob("*/model.safetensors"))
         if not networks:
             return "no network in the sweep"

@@ -97,7 +97,7 @@ def test_the_command_prints_one_object(tmp_path: Path) -> None:
         "import socket, sys\n"
         "def no(*a, **k): raise OSError('no network')\n"
         "socket.socket.connect = no\n"
-        "from sharefold_cli.main import main\n"
+        "from sharefold_cli.entry import main\n"
         "sys.argv = ['sharefold', 'demo', '-o', 'out', '--epochs', '1', '--json']\n"
         "main()"
     )
