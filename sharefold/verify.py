@@ -16,6 +16,7 @@ from sharefold.data import Preprocess, loader
 from sharefold.errors import SharefoldError
 from sharefold.format import config_of
 from sharefold.measure import agreement, count_macs, count_parameters, evaluate, model_bytes
+from sharefold.untrusted import is_int
 
 _SIGMAS = 4.0
 
@@ -58,7 +59,7 @@ def verify(
 
     Returns:
         The claims, in the order checksum, params, bytes, macs, agreement, top1. Shares of images hold within four standard
-        errors of the images here: the images of the claim may have been others.
+        errors of both numbers of images: the images of the claim may have been others.
 
     Raises:
         SharefoldError: the file cannot be loaded, which is what damage leads to.
@@ -95,7 +96,9 @@ def _agreement(
     if source is None or data is None:
         return Claim("agreement", _number(told.get("agreement")), None, note="give --source and --data")
     images = _images(data, limit, batch_size).to(device)
-    return _share("agreement", told, agreement(source.to(device).eval(), network, images).top1, len(images))
+    behind = told.get("report_images")
+    found = agreement(source.to(device).eval(), network, images).top1
+    return _share("agreement", told, found, len(images), behind if is_int(behind) and behind > 0 else None)
 
 
 def _images(data: Dataset, limit: int | None, batch_size: int) -> Tensor:
@@ -109,10 +112,11 @@ def _images(data: Dataset, limit: int | None, batch_size: int) -> Tensor:
     return torch.cat(found)[:limit]
 
 
-def _share(name: str, told: dict[str, Any], found: float, count: int) -> Claim:
+def _share(name: str, told: dict[str, Any], found: float, count: int, behind: int | None = None) -> Claim:
+    """A share of ``count`` images here, and of ``behind`` images, others, in the claim; by default of as many."""
     claimed = _number(told.get(name))
     middle = min(max((found + claimed) / 2 if claimed is not None else found, 1 / count), 1 - 1 / count) if count > 1 else 0.5
-    return Claim(name, claimed, found, _SIGMAS * math.sqrt(2 * middle * (1 - middle) / count))
+    return Claim(name, claimed, found, _SIGMAS * math.sqrt(middle * (1 - middle) * (1 / count + 1 / (behind or count))))
 
 
 def _number(value: Any) -> float | int | None:

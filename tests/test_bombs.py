@@ -124,7 +124,7 @@ def test_side_streams_and_configurations_are_unfolded_within_bounds(tmp_path: Pa
 def test_a_folder_of_timms_layout_is_compared_first(tmp_path: Path, frugal: None) -> None:
     model = timm.create_model("test_resnet")
     save_file(model.state_dict(), str(tmp_path / "model.safetensors"))
-    for arguments in ({"num_classes": 16_000_000}, {"num_classes": 1 << 40}):
+    for arguments in ({"num_classes": 16_000_000}, {"num_classes": 1 << 40}, {"layers": [1 << 17] * 4}):
         (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_resnet", "model_args": arguments}))
         with pytest.raises(SharefoldError) as error:
             open_source(tmp_path)

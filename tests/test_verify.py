@@ -18,7 +18,7 @@ from sharefold.measure import count_macs, count_parameters, evaluate, model_byte
 from sharefold.plans import Plan
 from sharefold.store import file_bytes
 from sharefold.store.tensor_spec import carried_spec
-from sharefold.verify import Claim, mismatches, verify
+from sharefold.verify import Claim, _share, mismatches, verify
 from sharefold_cli.main import cli
 
 X = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -61,6 +61,12 @@ def test_what_holds_and_what_does_not(saved: Path, dense: torch.nn.Module) -> No
             cli, ["verify", str(saved), "--source", "timm:digits_resnet", "--data", "digits", "--limit", "200", "--json"]
         )
         assert done.exit_code == 2 and words in done.stderr and json.loads(done.stdout)["holds"] is False
+
+
+def test_a_claim_of_few_images_is_as_uncertain_as_they_are() -> None:
+    """148 of 150 and 96.5 % of 10,000 are the same network's; of 10,000 each they are not."""
+    few, many = (_share("agreement", {"agreement": 148 / 150}, 0.965, 10_000, behind) for behind in (150, 10_000))
+    assert few.holds and not many.holds
 
 
 def _batches(data: object) -> object:

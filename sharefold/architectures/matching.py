@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sharefold.architectures.build import build_on_meta, own_models, torchvision_urls
+from sharefold.architectures.bounded import limited_modules
+from sharefold.architectures.build import build_on_meta, make_base, own_models, torchvision_urls
 from sharefold.architectures.index import Entry, Record, read_counts
 from sharefold.architectures.index_builder import complete_index, describe
 from sharefold.architectures.shapes import Difference, Shapes, compare
@@ -108,6 +109,8 @@ def named_architecture(library: str, name: str, kwargs: dict[str, Any], shapes: 
     Raises:
         SharefoldError: it cannot be built with these arguments.
     """
+    with limited_modules(len(shapes), name):  # the arguments may be a stranger's
+        build_on_meta(make_base(library, name, kwargs))
     records = list(describe(library, name, kwargs))
     record = next((r for r in records if read_counts(r.pattern, shapes) is not None), records[-1])
     classes, channels = _counts_nearby(record, shapes)

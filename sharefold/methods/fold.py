@@ -71,7 +71,8 @@ class Fold(ConversionStep):
             for key in _NAMES
         ):
             raise SharefoldError(f"{where}: method fold needs readers, a list of layer names, and perhaps gates and through")
-        if "kept" in options and len(_read_bits(options["kept"], where)) != options["keep"]:
+        kept = _read_bits(options["kept"], where) if "kept" in options else range(options["keep"])
+        if len(kept) != options["keep"] or kept[-1] >= options["channels"]:
             raise SharefoldError(f"{where}: kept does not hold {options['keep']} channels of {options['channels']}: leave it out")
         space = space_of(plan)
         for name in space.layers:

@@ -18,7 +18,7 @@ from sharefold.graph.hidden_channels import hidden_spaces
 from sharefold.layers.width import give_columns, give_rows, take_columns, take_rows
 from sharefold.measure import agreement, count_macs, count_parameters
 from sharefold.methods import FOLD
-from sharefold.methods.fold import FEWEST
+from sharefold.methods.fold import FEWEST, as_bits
 from sharefold.models.cifar_resnet import CifarResNet
 from sharefold.plans import GroupPlan, Plan
 
@@ -189,6 +189,7 @@ def test_repairs_and_refinement_run_on_folded_networks() -> None:
         ({"readers": []}, "needs readers"),
         ({"kept": ["zz"]}, "hexadecimal"),
         ({"kept": ["ff"]}, "does not hold 30 channels"),
+        ({"kept": as_bits(torch.arange(40, 70), 70)}, "does not hold 30 channels of 64"),
     ],
 )
 def test_plans_that_do_not_fit_say_so(change: dict[str, object], message: str) -> None:
