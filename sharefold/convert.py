@@ -18,7 +18,6 @@ from sharefold.architectures.bases import base_of
 from sharefold.budget import parse_effort
 from sharefold.calibration.calibrate import Calibration, calibration_of, copied
 from sharefold.calibration.images import input_config
-from sharefold.calibration.new_images import seen_before, stand_ins
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.format import FileConfig, carry_config, check_dense
 from sharefold.graph.preserved import restored_on_error
@@ -61,7 +60,7 @@ class Conversion:
         kl: divergence from the original on them: of a classifier the mean KL(original || converted) in nats, else the sum over
             outputs of errors as a share of what the output varies by; NaN likewise, and for those that return nothing to compare.
         outputs: a figure for people an output, with a 95 % interval, on the same images; none where there are none.
-        agreement_interval: 95 % interval of the agreement on all images like these (Wilson); None where it was not measured.
+        agreement_interval: 95 % interval of the agreement on all images like these; None where it was not measured.
         report_images: how many images are behind it; 0 where nothing was measured.
         seen_before: whether the network was trained on these images, as far as its certainty tells: it then agrees with its
             conversion more often on them than on new ones.
@@ -103,8 +102,8 @@ def convert_(
 
     Raises:
         SharefoldError: the network is converted already, the plan does not fit the model, refinement is asked of a network
-            that returns no logits, or the plan's store cannot hold the network. After this or any other exception the model
-            is what it was.
+            that returns nothing to compare and no criterion is given, or the plan's store cannot hold the network. After this
+            or any other exception the model is what it was.
 
     Warns:
         SharefoldWarning: refinement is asked for and nothing was shared.
@@ -123,20 +122,18 @@ def convert_(
 
 def _reported(model: nn.Module, cal: Calibration) -> dict[str, Any]:
     """The figures of :class:`Conversion` on the part ``report`` of the images, on which nothing was fitted or decided."""
-    images = cal.reporting
-    if not cal.comparable or not len(images):
+    count = len(cal.parts.report)
+    if not cal.comparable or not count:
         return {"agreement": math.nan, "kl": math.nan}
-    found, figures = cal.comparison(images).measure(model)
-    result = {"agreement": mean_agreement(figures), "kl": found.mean, "outputs": figures, "report_images": len(images)}
+    found, figures = cal.reported.measure(model)
+    result = {"agreement": mean_agreement(figures), "kl": found.mean, "outputs": figures, "report_images": count}
     agreed = [figure for figure in figures if figure.metric == "agreement"]
     if len(agreed) == 1:
         result["agreement_interval"] = agreed[0].interval
         leaf = cal.reading.classes
         if len(cal.reading.leaves) == 1 and leaf is not None and leaf.kind == LOGITS and leaf.axis == 1:
-            views = stand_ins(images, cal.seed)
-            new = mean_agreement(cal.comparison(views).measure(model)[1])
-            result |= {"seen_before": seen_before(cal.original, images, views), "new_agreement": new,
-                       "new_agreement_interval": wilson(new, len(images))}  # fmt: skip
+            new = mean_agreement(cal.stand_ins.measure(model)[1])
+            result |= {"seen_before": cal.seen_before, "new_agreement": new, "new_agreement_interval": wilson(new, count)}
     return result
 
 

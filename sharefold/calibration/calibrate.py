@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.calibration.images import calibration_or_procedural
+from sharefold.calibration.new_images import seen_before, stand_ins
 from sharefold.calibration.parts import Parts, parts_of
 from sharefold.calibration.statistics import Statistics, batch_for, statistics_of
 from sharefold.data.views import blended
@@ -83,6 +84,21 @@ class Calibration:
         return self.comparison(self.deciding)
 
     @cached_property
+    def reported(self) -> Comparison:
+        """The comparison on the images that a finished network is reported on."""
+        return self.comparison(self.reporting)
+
+    @cached_property
+    def stand_ins(self) -> Comparison:
+        """The comparison on mild views of the images of the report, which stand for new images."""
+        return self.comparison(stand_ins(self.reporting, self.seed))
+
+    @cached_property
+    def seen_before(self) -> bool:
+        """Whether the network was trained on these images, as far as its certainty of classes tells."""
+        return seen_before(self.original, self.reporting, self.stand_ins.images, self.reading)
+
+    @cached_property
     def deciding(self) -> Tensor:
         """Images (2m, C, H, W) that decide on repairs: the part ``decide``, and each of it with another one blended in.
 
@@ -97,7 +113,7 @@ class Calibration:
         """Images (m, C, H, W) of the part ``fit``."""
         return self.images[self.parts.fit]
 
-    @cached_property
+    @property
     def refit_images(self) -> Tensor:
         """Images of both parts: those of ``fit`` that the network is least certain of, then those of ``decide``."""
         return self.images[torch.cat([self.statistics.chosen, self.parts.decide])]
@@ -105,9 +121,9 @@ class Calibration:
     @property
     def refit_parts(self) -> Parts:
         """Indices into :attr:`refit_images`."""
-        count, decide = len(self.refit_images), len(self.parts.decide)
-        index = torch.arange(count)
-        return Parts(index[: count - decide], index[count - decide :], index[:0])
+        fit, decide = len(self.statistics.chosen), len(self.parts.decide)
+        index = torch.arange(fit + decide)
+        return Parts(index[:fit], index[fit:], index[:0])
 
     @property
     def reporting(self) -> Tensor:

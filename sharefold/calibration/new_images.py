@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.data.views import random_views
-from sharefold.measure import first_logits
-from sharefold.running import evaluating, run_on
+from sharefold.outputs import OutputReading, read_outputs
+from sharefold.outputs.terms import log_shares
+from sharefold.running import evaluating
 
 # A quarter of the views that refinement learns from: at most 4 degrees, 5 % of size and of half a side, no mixing.
 STRENGTH = 0.25
@@ -29,16 +30,24 @@ def stand_ins(images: Tensor, seed: int = 0) -> Tensor:
     return torch.cat([random_views(images, generator, strength=STRENGTH, mix=0.0) for _ in range(VIEWS)])
 
 
-def doubt(model: nn.Module, images: Tensor) -> float:
-    """1 - the probability of the most probable class, mean over images (and pixels, where those are predicted)."""
+def doubt(model: nn.Module, images: Tensor, reading: OutputReading | None = None) -> float:
+    """1 - the probability of the most probable class, mean over images (and pixels, where those are predicted).
+
+    Args:
+        reading: of ``model``, which predicts classes; by default told from the images.
+    """
+    reading = read_outputs(model, images) if reading is None else reading
+    leaf = reading.classes
+    assert leaf is not None
     found = []
     with evaluating(model):
         for batch in images.split(BATCH):
-            best = first_logits(run_on(model, batch)).float().softmax(1).amax(1)
+            best = log_shares(leaf, reading.run(model, batch)[0]).exp().amax(-1)
             found.append((1 - best).reshape(len(batch), -1).mean(1).cpu())
     return float(torch.cat(found).double().mean())
 
 
-def seen_before(model: nn.Module, images: Tensor, views: Tensor) -> bool:
-    """Whether ``model`` was trained on ``images``, as far as its certainty tells: see ``SURER``."""
-    return doubt(model, views) > SURER * doubt(model, images)
+def seen_before(model: nn.Module, images: Tensor, views: Tensor, reading: OutputReading | None = None) -> bool:
+    """Whether ``model`` was trained on ``images``, as far as its certainty tells: see ``SURER`` and :func:`doubt`."""
+    reading = read_outputs(model, images) if reading is None else reading
+    return doubt(model, views, reading) > SURER * doubt(model, images, reading)

@@ -111,10 +111,14 @@ class _Same(_Count):
     def of(self, a: Tensor, b: Tensor) -> Tensor:
         first, second = self.decided(a), self.decided(b)
         self.each = max(1, first[0].numel())
-        return (first == second).reshape(len(a), -1).double().mean(1)
+        return ((first == second) & ~self.missing(b)).reshape(len(a), -1).double().mean(1)
 
     def decided(self, values: Tensor) -> Tensor:
         return values if self.leaf.kind == kinds.LABELS else rows(values, self.leaf.axis or 1).argmax(-1)
+
+    def missing(self, values: Tensor) -> Tensor:
+        """Where NaN stands in the place of a decision."""
+        return values.isnan() if self.leaf.kind == kinds.LABELS else rows(values, self.leaf.axis or 1).isnan().any(-1)
 
     def interval(self, values: Tensor) -> tuple[float, float]:
         return of_shares(values, self.each)
@@ -131,6 +135,9 @@ class _YesNo(_Same):
 
     def decided(self, values: Tensor) -> Tensor:
         return values > (0.5 if self.leaf.activated else 0.0)
+
+    def missing(self, values: Tensor) -> Tensor:
+        return values.isnan()
 
     def add(self, a: Tensor, b: Tensor) -> None:
         super().add(a, b)
@@ -160,7 +167,7 @@ class _Image(_Count):
 
     def of(self, a: Tensor, b: Tensor) -> Tensor:
         self.low, self.high = min(self.low, float(a.min())), max(self.high, float(a.max()))
-        return (as_numbers(a) - as_numbers(b)).square().flatten(1).double().mean(1)
+        return _no_nan((as_numbers(a) - as_numbers(b)).square().flatten(1).double().mean(1))
 
     def figures(self) -> list[Figure]:
         values = torch.cat(self.found)
@@ -171,7 +178,14 @@ class _Image(_Count):
         return [self.figure("psnr", numbers[0], (numbers[1], numbers[2]), len(values))]
 
 
+def _no_nan(squares: Tensor) -> Tensor:
+    """Squared errors, infinite where a network says what is no number."""
+    return squares.nan_to_num(nan=math.inf, posinf=math.inf)
+
+
 def _db(square: float, peak: float) -> float:
+    if not math.isfinite(square):
+        return -math.inf
     return MOST_DB if square <= 0 else min(MOST_DB, 10 * math.log10(peak * peak / square))
 
 
@@ -182,7 +196,8 @@ class _Embedding(_Count):
 
     def of(self, a: Tensor, b: Tensor) -> Tensor:
         axis = self.leaf.axis or 1
-        return F.cosine_similarity(a.float(), b.float(), dim=axis).reshape(len(a), -1).double().mean(1)
+        found = F.cosine_similarity(a.float(), b.float(), dim=axis).nan_to_num(nan=-1.0)
+        return found.reshape(len(a), -1).double().mean(1)
 
 
 class _Error(_Count):
@@ -193,7 +208,7 @@ class _Error(_Count):
         self.term = term
 
     def of(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.term.per_image(a, b)
+        return _no_nan(self.term.per_image(a, b))
 
     def figures(self) -> list[Figure]:
         return [error_figure(self.leaf.name, self.leaf.kind, torch.cat(self.found))]
@@ -202,7 +217,7 @@ class _Error(_Count):
 def error_figure(name: str, kind: str, squares: Tensor) -> Figure:
     """Of squared errors over the variance (n,), an image each."""
     low, high = of_mean(squares)
-    numbers = [math.sqrt(max(0.0, x)) for x in (float(squares.mean()), low, high)]
+    numbers = [math.sqrt(max(0.0, x)) if math.isfinite(x) else math.inf for x in (float(squares.mean()), low, high)]
     return Figure(name, kind, "error", numbers[0], (numbers[1], numbers[2]), len(squares))
 
 

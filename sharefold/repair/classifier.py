@@ -37,15 +37,14 @@ class Classifier:
 
     @torch.no_grad()
     def run(self, work: Work) -> Mapping[str, Any] | None:
-        cal, solved, steps = work.cal, 0, []
-        for head, wanted in _pairs(work):
-            fit = _rows_of(cal.original, work.model, head, wanted, cal.fitting)
-            decide = _rows_of(cal.original, work.model, head, wanted, cal.images[cal.parts.decide])
-            step = _fit(head, fit, decide)
-            if step is not None:
-                solved += 1
-                steps.append(round(step, 3))
-        return {"steps": steps} if solved else None
+        cal = work.cal
+        fitting, deciding = cal.fitting, cal.images[cal.parts.decide]
+        found = [
+            _fit(head, *(_rows_of(cal.original, work.model, head, wanted, images) for images in (fitting, deciding)))
+            for head, wanted in _pairs(work)
+        ]
+        steps = [round(step, 3) for step in found if step is not None]
+        return {"steps": steps} if steps else None
 
 
 def _fit(head: Any, fit: Rows, decide: Rows) -> float | None:
@@ -67,7 +66,7 @@ def _fit(head: Any, fit: Rows, decide: Rows) -> float | None:
 
 def _pairs(work: Work) -> list[tuple[Any, nn.Module]]:
     """Dense layers of the converted network whose outputs are its own, and those of the original that give the same outputs."""
-    reading, images = work.cal.reading, work.cal.fitting[:2]
+    reading, images = work.cal.reading, work.cal.images[work.cal.parts.fit[:2]]
     ours, theirs = _heads(reading, work.model, images), _heads(reading, work.cal.original, images)
     found = [(ours[name], theirs[name]) for name in ours if name in theirs]
     names = {id(module): name for name, module in work.model.named_modules()}
