@@ -29,7 +29,7 @@ from label_free import load
 from torch import nn
 
 from sharefold.calibration.problem import problem_of
-from sharefold.calibration.ragged import ragged_problem
+from sharefold.calibration.ragged import problem_for
 from sharefold.calibration.statistics import statistics_of
 from sharefold.graph import analyze
 from sharefold.solvers import low_rank, shared_basis
@@ -51,7 +51,7 @@ def problems(network: str, seed: int, count: int) -> tuple[Problem, list[Problem
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3) and layer.in_channels == layer.out_channels:
             shapes.setdefault(layer.in_channels, []).append(name)
-    everything = ragged_problem(model, graph, [name for names in shapes.values() for name in names], statistics)
+    everything = problem_for(model, graph, [name for names in shapes.values() for name in names], statistics)
     return everything.flat(), [problem_of(model, graph, names, statistics).flat() for names in shapes.values()]
 
 

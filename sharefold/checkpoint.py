@@ -274,22 +274,3 @@ def is_sharefold(path: str | Path) -> bool:
             return METADATA_KEY in (handle.metadata() or {})
     except (SafetensorError, OSError):
         return False
-
-
-def _read_tensors(file: Path, check: str) -> dict[str, Tensor]:
-    """The tensors of the file, after its checksum; ``check``: how the configuration says that it has one."""
-    try:
-        with safe_open(str(file), framework="pt") as handle:
-            metadata = handle.metadata() or {}
-            # A copy each: in the file tensors lie at odd addresses, for which some kernels round differently.
-            state = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise SharefoldError(f"{file} is damaged ({error}): download or save it again") from None
-    if not check and CHECKSUM_KEY not in metadata:
-        warnings.warn(
-            f"{file} has no checksum (an older sharefold wrote it), so that damage would not show: save it again",
-            SharefoldWarning, stacklevel=3,
-        )  # fmt: skip
-    elif checksum(metadata.get(METADATA_KEY, ""), state) != metadata.get(CHECKSUM_KEY):
-        raise SharefoldError(f"{file} is damaged: its checksum does not hold: download or save it again")
-    return state

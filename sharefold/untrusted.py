@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,15 @@ def shown(value: Any, limit: int = 80) -> str:
 def printable(text: str) -> str:
     """``text`` with every character that is no letter, sign or space written as its escape."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def exclude_pattern(text: str | None) -> re.Pattern[str] | None:
+    """What ``exclude`` asks for; None where it is not given.
+
+    Raises:
+        SharefoldError: no regular expression.
+    """
+    try:
+        return re.compile(text) if text else None
+    except re.error as error:
+        raise SharefoldError(f"--exclude {text!r} is not a regular expression: {error}") from None

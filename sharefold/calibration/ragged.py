@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sharefold.calibration.problem import GroupProblem, problem_of
 from sharefold.calibration.statistics import Statistics
 from sharefold.graph import NetworkGraph
-from sharefold.layers import ConvForm
+from sharefold.layers import ConvForm, checked_form
 from sharefold.solvers.data_norm import Problem
 
 # Elements of all layers' padded moments; beyond it layers of different widths are left to themselves.
@@ -71,11 +71,13 @@ def is_ragged(forms: Sequence[ConvForm]) -> bool:
     return len({form.weight_shape for form in forms}) > 1
 
 
-def ragged_problem(
+def problem_for(
     model: nn.Module, graph: NetworkGraph, members: Sequence[str], statistics: Statistics
-) -> RaggedProblem:
-    """The tensors of layers of different widths."""
-    return RaggedProblem([problem_of(model, graph, [name], statistics) for name in members])
+) -> GroupProblem | RaggedProblem:
+    """The tensors of layers of equal or different widths."""
+    if is_ragged([checked_form(name, model.get_submodule(name)) for name in members]):
+        return RaggedProblem([problem_of(model, graph, [name], statistics) for name in members])
+    return problem_of(model, graph, members, statistics)
 
 
 def can_share(forms: Sequence[ConvForm]) -> bool:

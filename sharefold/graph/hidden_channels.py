@@ -7,16 +7,15 @@ reason why it has to stay whole.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from sharefold.errors import SharefoldError
 from sharefold.graph.layers import is_layer_like
 from sharefold.graph.records import LayerRecord, NetworkGraph, Space
 from sharefold.layers import form_of
+from sharefold.untrusted import exclude_pattern
 
 # A reader's inverse moment has its features squared as entries: 300 MB in float64.
 MOST_FEATURES = 6144
@@ -63,10 +62,7 @@ def hidden_spaces(
     Raises:
         SharefoldError: ``exclude`` is malformed.
     """
-    try:
-        pattern = None if not exclude else re.compile(exclude)
-    except re.error as error:
-        raise SharefoldError(f"--exclude {exclude!r} is not a regular expression: {error}") from None
+    pattern = exclude_pattern(exclude)
     found: list[HiddenSpace] = []
     reasons: dict[str, str] = {}
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))

@@ -5,16 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sharefold.calibration.problem import GroupProblem
-from sharefold.calibration.ragged import RaggedProblem, is_ragged, ragged_problem
-from sharefold.calibration.statistics import Statistics
-from sharefold.graph import NetworkGraph
-from sharefold.layers import Bank, BasisConv, ConvForm, SharedConv, checked_form
+from sharefold.calibration.ragged import RaggedProblem
+from sharefold.layers import Bank, BasisConv, ConvForm, SharedConv
 from sharefold.methods.contract import Candidate, Solution, curve_effort, solve_effort
 from sharefold.methods.two_factors import TwoFactors, blank_pivots, per_layer
-from sharefold.plans import GroupPlan
 from sharefold.solvers import shared_basis
 from sharefold.solvers.interpolative import pivot
 
@@ -42,11 +39,6 @@ class Basis(TwoFactors):
             Candidate(self.options(p.rank), self.price(p.rank, rows, widest), per_layer(len(forms), flat, p.errors))
             for p in points
         ]
-
-    def fit(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, plan: GroupPlan) -> Solution:
-        if is_ragged([checked_form(name, model.get_submodule(name)) for name in plan.members]):
-            return self.solve(ragged_problem(model, graph, plan.members, statistics), plan.options)
-        return super().fit(model, graph, statistics, plan)
 
     def solve(self, problem: GroupProblem | RaggedProblem, options: dict[str, Any]) -> Solution:
         forms, flat = problem.forms, problem.flat()

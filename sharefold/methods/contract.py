@@ -1,7 +1,8 @@
 """What a method is: candidates for a group, a solution in tensors, and the layers that hold it.
 
-Two contracts: a :class:`ConversionStep` changes a group of layers or blocks as a plan says; a :class:`LayerMethod` is a step on
-single layers that the planner can choose, since it can also say what it would cost and spoil.
+A :class:`ConversionStep` changes a group of layers or blocks as a plan says. A :class:`LayerSwap` is one that puts a shared layer
+in the place of each; a :class:`LayerMethod` one of these that the planner can choose, since it can also say what it would cost
+and spoil.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from sharefold.calibration.problem import GroupProblem, problem_of
-from sharefold.calibration.ragged import can_share
+from sharefold.calibration.problem import GroupProblem
+from sharefold.calibration.ragged import can_share, problem_for
 from sharefold.calibration.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
@@ -161,13 +162,13 @@ class LayerSwap(ConversionStep):
             ) from None
 
     def fit(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, plan: GroupPlan) -> Solution:
-        problem = problem_of(model, graph, plan.members, statistics)
-        if problem.frames is not None and not self.takes_frames:
+        problem = problem_for(model, graph, plan.members, statistics)
+        if isinstance(problem, GroupProblem) and problem.frames is not None and not self.takes_frames:
             raise SharefoldError(
                 f"plan: group {plan.name!r}: {plan.members[0]} has {problem.forms[0].features:,} inputs an output, too many "
                 f"for method {self.name}: take svd"
             )
-        return self.solve(problem, plan.options)
+        return self.solve(problem, plan.options)  # type: ignore[arg-type]  # ragged ones for methods that take them alone
 
     def install(self, model: nn.Module, plan: GroupPlan, solution: Solution | None) -> None:
         layers = [model.get_submodule(name) for name in plan.members]

@@ -10,16 +10,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from scipy.interpolate import PchipInterpolator
-from torch import Tensor, nn
+from torch import Tensor
 
 from sharefold.calibration.problem import GroupProblem
-from sharefold.calibration.ragged import RaggedProblem, is_ragged, ragged_problem
-from sharefold.calibration.statistics import Statistics
-from sharefold.graph import NetworkGraph
-from sharefold.layers import Bank, BasisConv, ConvForm, HybridConv, SharedConv, checked_form
+from sharefold.calibration.ragged import RaggedProblem
+from sharefold.layers import Bank, BasisConv, ConvForm, HybridConv, SharedConv
 from sharefold.methods.contract import LARGE_FEATURES, Candidate, Solution
 from sharefold.methods.two_factors import TwoFactors, blank_pivots, per_layer
-from sharefold.plans import GroupPlan
 from sharefold.solvers import shared_and_own
 from sharefold.solvers.interpolative import pivot
 from sharefold.solvers.variable_projection import Kind, VariableProjection
@@ -110,11 +107,6 @@ class Hybrid(TwoFactors):
     def sized(self, rank: int, own: int) -> dict[str, Any]:
         options = self.options(rank)
         return {"rank": options.pop("rank"), "own": own, **options}
-
-    def fit(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, plan: GroupPlan) -> Solution:
-        if is_ragged([checked_form(name, model.get_submodule(name)) for name in plan.members]):
-            return self.solve(ragged_problem(model, graph, plan.members, statistics), plan.options)
-        return super().fit(model, graph, statistics, plan)
 
     def solve(self, problem: GroupProblem | RaggedProblem, options: dict[str, Any]) -> Solution:
         forms, flat = problem.forms, problem.flat()

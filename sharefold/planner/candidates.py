@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from sharefold.calibration.calibrate import Calibration
-from sharefold.calibration.problem import GroupProblem, problem_of
-from sharefold.calibration.ragged import RaggedProblem, can_share, is_ragged, ragged_problem
+from sharefold.calibration.problem import GroupProblem
+from sharefold.calibration.ragged import RaggedProblem, can_share, problem_for
 from sharefold.errors import SharefoldError
 from sharefold.graph import Group, NetworkGraph, find_groups
 from sharefold.layers import ConvForm, checked_form
@@ -23,6 +22,7 @@ from sharefold.planner.costs import Cost, Parameters
 from sharefold.planner.objectives import Objective, objective_named
 from sharefold.plans import GroupPlan, Plan, Progress
 from sharefold.solvers import allocate as knapsack
+from sharefold.untrusted import exclude_pattern
 
 # So many mixtures of its members' own options compete with what a unit can share.
 PRICES = 40
@@ -152,7 +152,7 @@ def method_text(method: str | Sequence[str]) -> str:
 
 def find_units(graph: NetworkGraph, exclude: str | None = None) -> list[Group]:
     """Every group of isomorphic layers, and every other convertible layer as a group of one."""
-    pattern = _compiled(exclude)
+    pattern = exclude_pattern(exclude)
     wanted = [name for name in graph.layers if pattern is None or not pattern.search(name)]
     groups = [
         replace(group, members=tuple(m for m in group.members if m in set(wanted)))
@@ -206,15 +206,13 @@ def unit_options(
 
 def _weighed(cal: Calibration, members: Sequence[str], objective: Objective) -> GroupProblem | RaggedProblem:
     """The tensors of a unit, with the objective's factors."""
-    model, graph, statistics = cal.original, cal.graph, cal.statistics
-    if not is_ragged([checked_form(name, model.get_submodule(name)) for name in members]):
-        problem = problem_of(model, graph, members, statistics)
+    problem = problem_for(cal.original, cal.graph, members, cal.statistics)
+    if isinstance(problem, GroupProblem):
         problem.importance = objective(problem, members)
         return problem
-    ragged = ragged_problem(model, graph, members, statistics)
-    for one, name in zip(ragged.alone, members, strict=True):
+    for one, name in zip(problem.alone, members, strict=True):
         one.importance = objective(one, [name])
-    return ragged
+    return problem
 
 
 class _Unit:
@@ -236,22 +234,21 @@ class _Unit:
         if len(table) == 1:
             return _undominated(options + table[0])
         shared = [(m, c) for m in methods if m.smallest_group > 1 for c in m.candidates(self.problem)]  # type: ignore[arg-type]
-        mixed = [row + self._parts(shared, k) for k, row in enumerate(table)]
+        # What every further member adds, and what each member suffers; the bank left out.
+        added = [self.cost.member(members, self.problem.forms, m, c) for m, c in shared]
+        values = [(c.errors * self.problem.importance).tolist() for _, c in shared]
+        mixed = [
+            row + [Option(cost, each[k]) for cost, each in zip(added, values, strict=True)] for k, row in enumerate(table)
+        ]
         prices = sorted({*prices_of(table), *prices_of(mixed, PRICES // 2)})
         best = [[min(row, key=lambda o: o.value + price * o.cost) for row in table] for price in prices]
         options += [_together(picks) for picks in best]
-        for method, candidate in shared:
+        for (method, candidate), cost, each in zip(shared, added, values, strict=True):
             options.append(self._shared(method, candidate, list(range(len(table)))))
-            options += self._partly_shared(method, candidate, prices, best)
+            for stay, alone in self._partings(cost, each, prices, best):
+                if method.fits([self.problem.forms[k] for k in stay], candidate.options):
+                    options.append(_together([self._shared(method, candidate, stay), *alone]))
         return _undominated(options)
-
-    def _parts(self, shared: Sequence[tuple[LayerMethod, Candidate]], member: int) -> list[Option]:
-        """What one member costs and suffers in every way of sharing, its part of the bank left out."""
-        names, forms, weights = self.group.members, self.problem.forms, self.problem.importance
-        return [
-            Option(self.cost.member(names, forms, method, candidate), float(candidate.errors[member] * weights[member]))
-            for method, candidate in shared
-        ]
 
     def _per_layer_table(self, methods: Sequence[LayerMethod]) -> list[list[Option]]:
         """For every member what it may become on its own, "keep" first."""
@@ -265,25 +262,25 @@ class _Unit:
             table.append(row)
         return table
 
-    def _partly_shared(
-        self, method: LayerMethod, candidate: Candidate, prices: list[float], best: list[list[Option]]
-    ) -> list[Option]:
-        """``candidate`` without the members that do better on their own at some price.
+    def _partings(
+        self, added: float, values: list[float], prices: list[float], best: list[list[Option]]
+    ) -> Iterator[tuple[list[int], list[Option]]]:
+        """Which members stay in a group, and what the others become, when those leave that do better on their own at some price.
 
         The others' errors are those of sharing with everybody; solved again without the leavers they can only fall.
+
+        Args:
+            added: what every member costs in the group.
+            values: (K,) what each suffers there.
         """
-        size, forms = len(self.group.members), self.problem.forms
-        own = self.cost.member(self.group.members, forms, method, candidate)
-        values = (candidate.errors * self.problem.importance).tolist()
-        seen, options = set(), []
+        size, seen = len(values), set()
         for price, alone in zip(prices, best, strict=True):
-            stay = [k for k in range(size) if values[k] + price * own <= alone[k].value + price * alone[k].cost]
-            key = (tuple(stay), tuple(id(alone[k]) for k in range(size) if k not in stay))
-            if 1 < len(stay) < size and key not in seen and method.fits([forms[k] for k in stay], candidate.options):
+            stay = [k for k in range(size) if values[k] + price * added <= alone[k].value + price * alone[k].cost]
+            others = [alone[k] for k in range(size) if k not in stay]
+            key = (tuple(stay), tuple(map(id, others)))
+            if 1 < len(stay) < size and key not in seen:
                 seen.add(key)
-                kept = self._shared(method, candidate, stay)
-                options.append(_together([kept, *(alone[k] for k in range(size) if k not in stay)]))
-        return options
+                yield stay, others
 
     def _shared(self, method: LayerMethod, candidate: Candidate, stay: list[int]) -> Option:
         unit, problem = self.group, self.problem
@@ -339,10 +336,3 @@ def _undominated(options: list[Option]) -> list[Option]:
         if not best or option.value < best[-1].value:
             best.append(option)
     return best[::-1]
-
-
-def _compiled(exclude: str | None) -> re.Pattern[str] | None:
-    try:
-        return None if not exclude else re.compile(exclude)
-    except re.error as error:
-        raise SharefoldError(f"--exclude {exclude!r} is not a regular expression: {error}") from None

@@ -9,15 +9,13 @@ from torch import Tensor, nn
 
 from sharefold.budget import Budget, parse_budget
 from sharefold.calibration.calibrate import Calibration, calibration_of
-from sharefold.calibration.statistics import is_wide
 from sharefold.format import check_dense
 from sharefold.graph.hidden_channels import hidden_spaces
 from sharefold.graph.preserved import preserved
-from sharefold.layers import form_of
 from sharefold.methods import AUTO, FOLD
 from sharefold.options import CalibrationOptions, PlanOptions, chosen
 from sharefold.planner.candidates import Candidates, find_candidates, method_text
-from sharefold.planner.costs import cost_of
+from sharefold.planner.costs import Cost, cost_of
 from sharefold.planner.file_budget import plan_bytes
 from sharefold.planner.fold_levels import FoldLevels
 from sharefold.planner.mixed import Mixer
@@ -73,6 +71,7 @@ class Planner:
     def __init__(self, cal: Calibration, options: PlanOptions | None = None, progress: Progress | None = None) -> None:
         self.cal, self.options, self.progress = cal, PlanOptions() if options is None else options, progress
         objective_named(self.options.objective)
+        self._costs: dict[str, Cost] = {}
         self._made: dict[str, Candidates] = {}
         self._levels: dict[str, FoldLevels] = {}
 
@@ -84,28 +83,35 @@ class Planner:
         """
         if unit not in self._made:
             coded = unit == "bytes"
-            cost = cost_of("parameters" if coded else unit, self.cal.original, self.cal.graph, self.cal.example)
             options = chosen(self.sharing, {"pivots": self.options.pivots and not coded}, PlanOptions)
-            self._made[unit] = find_candidates(self.cal, options, cost, self.progress)
+            self._made[unit] = find_candidates(self.cal, options, self.cost(unit), self.progress)
         return self._made[unit]
 
     def levels(self, unit: str = "parameters") -> FoldLevels:
         """What the hidden spaces lose with their channels, priced in ``unit``; bytes as parameters."""
         unit = "parameters" if unit == "bytes" else unit
         if unit not in self._levels:
-            cal, options = self.cal, self.options
-            cost = cost_of(unit, cal.original, cal.graph, cal.example)
-            spaces, _ = hidden_spaces(cal.original, cal.graph, options.exclude)
-            # Which channels a wide layer could do without its moments do not say: they are in the space of its rows.
-            spaces = [space for space in spaces if not any(_is_wide(cal.original, name) for name in space.readers)]
-            self._levels[unit] = FoldLevels(cal, spaces, cost, options, self.progress)
+            spaces, _ = hidden_spaces(self.cal.original, self.cal.graph, self.options.exclude)
+            self._levels[unit] = FoldLevels(self.cal, spaces, self.cost(unit), self.options, self.progress)
         return self._levels[unit]
+
+    def cost(self, unit: str) -> Cost:
+        """Prices in ``unit``, bytes as parameters; seconds are measured once, so that they are the same everywhere."""
+        unit = "parameters" if unit == "bytes" else unit
+        if unit not in self._costs:
+            self._costs[unit] = cost_of(unit, self.cal.original, self.cal.graph, self.cal.example)
+        return self._costs[unit]
 
     @property
     def methods(self) -> tuple[str, ...]:
         """Names of all that are allowed."""
         method = self.options.method
         return (*AUTO, FOLD.name) if method == "auto" else (method,) if isinstance(method, str) else tuple(method)
+
+    @property
+    def _folds(self) -> bool:
+        """Whether channels are folded. The joint search does not: its trials have the widths of the dense network."""
+        return FOLD.name in self.methods and (self.methods == (FOLD.name,) or self.options.objective != JOINT)
 
     @property
     def sharing(self) -> PlanOptions:
@@ -133,25 +139,22 @@ class Planner:
         if bound.unit == "bytes":
             source = f"budget {bound.text}, method {method_text(self.options.method)}"
             return plan_bytes(self.cal, bound, source, lambda limit: self._coded(limit, bound.text), self.progress)
-        cost = cost_of(bound.unit, self.cal.original, self.cal.graph, self.cal.example)
-        return self.at_most(bound.unit, bound.limit(cost.total), bound.text)
+        return self.at_most(bound.unit, bound.limit(self.cost(bound.unit).total), bound.text)
 
     def at_most(self, unit: str, limit: float, budget: str) -> Plan:
         """The plan that costs at most ``limit``; ``budget`` is what the user wrote."""
         if self.methods == (FOLD.name,):
             return self.folded(self.levels(unit), limit, budget)
         candidates = self.candidates(unit)
-        if FOLD.name not in self.methods or self.options.objective == JOINT:
-            return self.within(candidates, limit, budget)
-        levels = self.levels(unit)
-        if not levels.spaces:
+        levels = self.levels(unit) if self._folds else None
+        if levels is None or not levels.spaces:
             return self.within(candidates, limit, budget)
         options = chosen(self.sharing, {"pivots": self.options.pivots and unit != "bytes"}, PlanOptions)
         return Mixer(self.cal, candidates, levels, options, unit, self.progress).plan(limit, budget)
 
     def _coded(self, limit: int, budget: str) -> Plan | None:
         """The plan of at most so many parameters that are to be coded; None below the floor."""
-        floors = [self.levels().floor] if FOLD.name in self.methods else []
+        floors = [self.levels().floor] if self._folds else []
         if self.methods != (FOLD.name,):
             floors.append(self.candidates("bytes").floor)
         return None if limit < min(floors) else self.at_most("bytes", limit, budget)
@@ -164,8 +167,3 @@ class Planner:
             if trials.rounds:
                 picks = search(candidates, trials, limit, picks, self.progress)
         return candidates.plan(picks, budget)
-
-
-def _is_wide(model: nn.Module, name: str) -> bool:
-    form = form_of(model.get_submodule(name))
-    return form is not None and is_wide(form)

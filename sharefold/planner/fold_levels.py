@@ -20,7 +20,7 @@ from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.graph.hidden_channels import HiddenSpace
 from sharefold.methods import FOLD
-from sharefold.methods.fold import FEWEST, elimination_of, options_for, readers_of, shares_of
+from sharefold.methods.fold import elimination_of, options_for, readers_of, shares_of
 from sharefold.options import PlanOptions
 from sharefold.planner.costs import Cost, Parameters
 from sharefold.planner.fold_probe import FoldProbe
@@ -66,6 +66,7 @@ class FoldLevels:
         self.before = int(parameters.total)
         self.fixed = cost.total - sum(item.amount for item in self.items)
         self.choices: list[list[int]] = []  # widths, from the dense one down
+        self._widths: list[Tensor] = []  # the same
         self.damages: list[Tensor] = []  # of these, by the objective
         self.losses: list[Tensor] = []  # of these, nats by the probe: what widths are chosen by
         self.errors: list[Tensor] = []
@@ -85,11 +86,9 @@ class FoldLevels:
         found = elimination_of(readers, space, shares)
         self.eliminations.append(found)
         errors = torch.tensor(shares, dtype=torch.float64) @ found.errors
-        gone = [0] + [
-            n for n in range(1, found.errors.shape[1])
-            if (space.channels - n) % round_to == 0 and space.channels - n >= FEWEST
-        ]  # fmt: skip
+        gone = [0] + [n for n in range(1, found.errors.shape[1]) if (space.channels - n) % round_to == 0]
         self.choices.append([space.channels - n for n in gone])
+        self._widths.append(torch.tensor(self.choices[-1], dtype=torch.float64))
         problems = [problem_of(cal.original, cal.graph, [name], cal.statistics) for name in space.readers]
         factors = [float(objective(problem, [name])[0]) for problem, name in zip(problems, space.readers, strict=True)]
         self.damages.append((torch.tensor(factors, dtype=torch.float64) @ found.errors)[gone])
@@ -151,8 +150,8 @@ class FoldLevels:
         for _ in range(SWEEPS):
             slopes = self.slopes(widths)
             found = [
-                row[int((values + price * slope * torch.tensor(row, dtype=torch.float64)).argmin())]
-                for row, values, slope in zip(self.choices, self.losses, slopes, strict=True)
+                row[int((values + price * slope * widths_of_row).argmin())]
+                for row, widths_of_row, values, slope in zip(self.choices, self._widths, self.losses, slopes, strict=True)
             ]
             if found == widths:
                 break

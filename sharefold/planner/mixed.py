@@ -111,7 +111,7 @@ class Mixer:
         if not folds:
             return [], self.plain.floor
         left = narrowed(self.cal, folds)
-        cost = cost_of("parameters" if self.unit == "bytes" else self.unit, left.original, left.graph, left.example)
+        cost = cost_of(self.unit, left.original, left.graph, left.example)
         candidates = find_candidates(left, self.options, cost, self.progress)
         if limit < candidates.floor:
             return [], candidates.floor

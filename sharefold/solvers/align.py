@@ -44,11 +44,6 @@ class Alignment:
     history: list[float] = field(default_factory=list)
 
 
-def permute_rows(values: Tensor, permutation: Tensor) -> Tensor:
-    """Reorder the first dimension of one block's tensor (weights, biases, BatchNorm vectors)."""
-    return values[permutation]
-
-
 def column_index(permutation: Tensor, taps: int) -> Tensor:
     """Column order (C * taps,) that a channel permutation (C,) means for an im2col matrix."""
     return (permutation.unsqueeze(1) * taps + torch.arange(taps, device=permutation.device)).flatten()

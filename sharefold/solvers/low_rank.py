@@ -231,11 +231,6 @@ class _Spatial:
         )
 
 
-def spatial_start(problem: Problem, rank: int, ridge: float = RIDGE) -> Tensor:
-    """Vertical filters (K, rank, I * h) of the unfolded SVD, orthonormal: where :func:`spatial_solve` starts."""
-    return _Spatial(problem.working(), ridge).start(rank)
-
-
 def _orthonormal_rows(matrix: Tensor) -> Tensor:
     return torch.linalg.qr(matrix.transpose(-1, -2)).Q.transpose(-1, -2)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import sharefold
 from sharefold.calibration import ragged as module
 from sharefold.calibration.problem import problem_of
-from sharefold.calibration.ragged import can_share, ragged_problem
+from sharefold.calibration.ragged import can_share, problem_for
 from sharefold.calibration.statistics import statistics_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
@@ -71,7 +71,7 @@ def test_errors_are_those_of_every_layer_by_itself() -> None:
     model = dense()
     graph = analyze(model, CALIBRATION[:1])
     statistics = statistics_of(model, graph, CALIBRATION)
-    problem = ragged_problem(model, graph, NAMES, statistics)
+    problem = problem_for(model, graph, NAMES, statistics)
     flat = problem.flat()
     assert flat.weights.shape == (4, 4, 20 * 9) and flat.kernel == (3, 3)
     found = shared_basis.solve(flat, 5)
