@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @record_options(PlanOptions)
 @click.option("--plan", type=click.Path(path_type=Path), help="A plan written by --dry-run --json, perhaps edited.")
 @click.option("--calib", metavar="DATA", help="Images without labels.  [default: procedural images]")
-@click.option("--calib-count", type=click.IntRange(min=1), metavar="N", help="How many.  [default: by image size]")
+@click.option("--calib-count", type=click.IntRange(min=1), metavar="N", help="How many.  [default: 1000; 64 large made ones]")
 @click.option("--calib-split", default="train", show_default=True, help="Which part of the data.")
 @click.option("--calib-resize", is_flag=True, help="Resize stored images of another size.")
 @click.option("--recipe", metavar="NAME[:k=v,...]", help="A published system, such as sharesnet.")

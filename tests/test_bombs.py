@@ -53,7 +53,7 @@ def squeezed(head: bytes, megabytes: int = 256) -> bytes:
 
 @pytest.fixture
 def frugal() -> Iterator[None]:
-    """No use of 200 MB or ten seconds more."""
+    """No use of 200 MB or 15 seconds more."""
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     yield
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000

@@ -78,7 +78,7 @@ def write_zip(path: Path, body: bytes, **records: bytes) -> Path:
 
 @pytest.fixture(autouse=True)
 def frugal() -> Iterator[None]:
-    """No test here may take a GB or ten seconds."""
+    """No test here may take 300 MB or ten seconds."""
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     yield
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
