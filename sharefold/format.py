@@ -36,6 +36,11 @@ WEIGHTS_NAME, CARD_NAME, METADATA_KEY = "model.safetensors", "README.md", "share
 CHECKSUM_KEY = "crc32"
 # Those that packed files keep first, and characters for all that they keep.
 PACKED_METRICS, _METRICS_ROOM = ("agreement", "bytes", "macs", "params", "top1"), 96
+# Metrics that were measured of a network's answers.
+FIGURES = (
+    "agreement", "agreement_interval", "report_images", "seen_before", "new_agreement", "new_agreement_interval", "kl", "outputs",
+    "top1", "top5", "loss",
+)  # fmt: skip
 PACKED = "zlib85:"  # before a configuration that is compressed and in base 85
 _ATTRIBUTE = "sharefold_config"
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -191,6 +196,11 @@ def check_dense(model: nn.Module) -> None:
     if config is not None and config.plan.groups:
         raise SharefoldError("this network is converted already: plan and convert its original (Conversion.original, or "
                              "sharefold.expand), with one plan for all its layers")  # fmt: skip
+
+
+def without_figures(config: FileConfig) -> FileConfig:
+    """``config`` without what was measured of the network's answers, which training changes."""
+    return replace(config, metrics={key: value for key, value in config.metrics.items() if key not in FIGURES})
 
 
 def distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

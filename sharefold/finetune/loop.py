@@ -27,6 +27,7 @@ from sharefold.finetune.run_state import check_same_run, read_state, write_state
 from sharefold.finetune.schedule import Schedule, build_optimizer
 from sharefold.finetune.step import Updater, freeze_norms
 from sharefold.finetune.whole import whole_factors
+from sharefold.format import carry_config, config_of, without_figures
 from sharefold.state_dicts import load_tensors
 
 STATE_FILE = "state.pt"
@@ -114,6 +115,7 @@ def finetune(
         if out is not None and where.first:
             top1 = {} if report.top1_after is None else {"top1": report.top1_after}
             told = {**(metrics or {}), **top1, "finetune": _card(report, config, batches)}
+            carry_config(model, without_figures(config_of(model)))
             save(model, out, metrics=told, force=force or resume)
             report.output = str(out)
         run.tell(report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,7 @@ import sharefold
 from sharefold.finetune.loop import finetune
 from sharefold.finetune.losses import collect_bases
 from sharefold.finetune.whole import whole_factors
+from sharefold.format import carry_config, config_of
 from sharefold.layers import banks, shared_layers
 from sharefold.methods import method_named
 
@@ -87,11 +89,16 @@ def test_a_trained_network_is_saved_as_small_as_it_came(tmp_path) -> None:
     model = converted("basis")
     size, start = sum(p.numel() for p in model.parameters()), copy.deepcopy(model)
     x, y = images(16), torch.arange(16) % 5
+    told = {"agreement": 0.99, "report_images": 150, "kl": 0.01, "outputs": [], "top1": 0.1, "params": size}
+    carry_config(model, dataclasses.replace(config_of(model), metrics=told))
     report = finetune(
         model, (x, y), (x, y), out=tmp_path / "net", epochs=2, batch_size=8, device="cpu", quiet=True, optimizer="momentum",
         lr=0.01, augment="none", mixup=0.0,
     )  # fmt: skip
     again = sharefold.load(tmp_path / "net", model=net("residual", seed=3))
     assert sum(p.numel() for p in again.parameters()) == size and report.updates == 4
+    # Figures of the network before are none of this one.
+    metrics = config_of(again).metrics
+    assert metrics.keys() == {"params", "top1", "finetune"} and metrics["top1"] == report.top1_after
     torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(logits(again), logits(start), rtol=1e-2, atol=1e-2)
