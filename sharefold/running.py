@@ -53,3 +53,8 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def evenly(count: int, most: int) -> Tensor:
+    """Indices of at most ``most`` of ``count`` things, evenly spaced from the first to the last."""
+    return torch.linspace(0, count - 1, min(most, count)).long()

@@ -21,3 +21,8 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: boo
     state: Any = OrderedDict(tensors)
     state._metadata = getattr(model.state_dict(), "_metadata", {})
     model.load_state_dict(state, strict=strict, assign=assign)
+
+
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all parameters and buffers that a file would hold, for :func:`load_tensors` to bring back."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

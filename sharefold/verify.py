@@ -96,7 +96,7 @@ def _agreement(
     if source is None or data is None:
         return Claim("agreement", _number(told.get("agreement")), None, note="give --source and --data")
     images = _images(data, limit, batch_size).to(device)
-    behind = told.get("report_images")
+    behind: Any = told.get("report_images")
     found = agreement(source.to(device).eval(), network, images).top1
     return _share("agreement", told, found, len(images), behind if is_int(behind) and behind > 0 else None)
 

@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from sharefold.calibration.input_matching import match_statistics
 from sharefold.data import calibration_images
+from sharefold.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from sharefold.errors import SharefoldError
 from sharefold.graph.layers import OTHER_CONVS
 from sharefold.layers import SharedConv
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 # Enough for every moment of a CIFAR network, and to report agreement within a few points; of large procedural images, fewer.
 COUNT, LARGE_COUNT = 1000, 64
 SMALL_PIXELS = 64 * 64

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sharefold.calibration.input_matching import trained_norms
 from sharefold.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from sharefold.running import evaluating, run_on
+from sharefold.running import evaluating, evenly, run_on
 
 # Images are judged as a whole and in so many parts: what is better only in some of them is chance.
 QUARTERS = 4
@@ -223,8 +223,7 @@ def better_setting(
 def sample(images: Tensor) -> Tensor:
     """At most as many images as settings are compared on, evenly spaced."""
     most = sample_size(images.shape[-2], images.shape[-1])
-    index = torch.linspace(0, len(images) - 1, min(most, len(images))).long()
-    return images[index]
+    return images[evenly(len(images), most)]
 
 
 def sample_size(height: int, width: int) -> int:

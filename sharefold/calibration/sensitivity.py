@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
 from sharefold.outputs import Divergence, divergence_of
-from sharefold.running import device_of, evaluating
+from sharefold.running import device_of, evaluating, evenly
 
 IMAGES = 256
 
@@ -32,7 +32,7 @@ def output_sensitivity(
     Returns:
         An empty dictionary when the network's output cannot be differentiated (detection heads, for example).
     """
-    index = torch.linspace(0, len(images) - 1, min(IMAGES, len(images))).long()
+    index = evenly(len(images), IMAGES)
     generator = torch.Generator().manual_seed(seed)
     totals: dict[str, Tensor] = {}
     handles = []

@@ -15,7 +15,7 @@ from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.layers import ConvForm, form_of, target_weight
 from sharefold.outputs import Divergence, divergence_of
-from sharefold.running import device_of, evaluating, has_doubles
+from sharefold.running import device_of, evaluating, evenly, has_doubles
 from sharefold.solvers.data_norm import Moments, sample_patches
 
 # Samples a layer needs for its N x N moment: this many a row, and never fewer than the floor.
@@ -96,8 +96,7 @@ class Statistics:
 
     def sample(self, count: int) -> Tensor:
         """At most ``count`` of the chosen images, evenly spaced."""
-        index = torch.linspace(0, len(self.chosen) - 1, min(count, len(self.chosen))).long()
-        return self.images[self.chosen[index]]
+        return self.images[self.chosen[evenly(len(self.chosen), count)]]
 
     def bytes_of(self, names: Iterable[str]) -> int:
         """Memory that the moments of these layers take."""

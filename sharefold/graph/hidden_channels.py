@@ -42,9 +42,14 @@ class HiddenSpace:
     role: str
 
     @property
+    def carriers(self) -> tuple[str, ...]:
+        """Modules with a row or an entry for each channel."""
+        return self.writer, *self.gates, *self.through
+
+    @property
     def layers(self) -> tuple[str, ...]:
         """Every module that gets smaller with them."""
-        return tuple(dict.fromkeys((self.writer, *self.gates, *self.through, *self.readers)))
+        return tuple(dict.fromkeys((*self.carriers, *self.readers)))
 
 
 def hidden_spaces(

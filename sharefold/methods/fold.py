@@ -121,13 +121,13 @@ class Fold(ConversionStep):
                 take_columns(model.get_submodule(name), kept)
             else:
                 _make_up(model, name, cast(Folding, solution).owners[index], solution.members[index], kept, space.channels)
-        for name in (space.writer, *space.gates, *space.through):
+        for name in space.carriers:
             take_rows(model.get_submodule(name), kept, space.channels)
 
     @torch.no_grad()
     def expand(self, model: nn.Module, plan: GroupPlan) -> None:
         space, kept = space_of(plan), _recorded(plan)
-        for name in (space.writer, *space.gates, *space.through):
+        for name in space.carriers:
             give_rows(model.get_submodule(name), kept, space.channels)
         for name in space.readers:
             give_columns(model.get_submodule(name), kept, space.channels)
@@ -138,7 +138,7 @@ def kept_rows(groups: Sequence[GroupPlan]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for group in groups:
         space = space_of(group)
-        found |= dict.fromkeys((space.writer, *space.gates, *space.through), _recorded(group))
+        found |= dict.fromkeys(space.carriers, _recorded(group))
     return found
 
 

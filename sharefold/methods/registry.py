@@ -44,6 +44,8 @@ RECIPE_STEPS: dict[str, ConversionStep] = {
         Grouped(),  # grouped pointwise pair: https://doi.org/10.13164/mendel.2022.1.023
     )
 }
+# All that a group of a plan may name.
+STEPS: dict[str, ConversionStep] = {**METHODS, FOLD.name: FOLD, **RECIPE_STEPS}
 # What `--method auto` lets compete; the others were never chosen or never better at any budget measured (docs/methods).
 AUTO = ("basis", "hybrid", "svd", "spatial")
 ALIASES = {"cluster": "cluster-filter"}
@@ -80,10 +82,6 @@ def step_named(name: str) -> ConversionStep:
         SharefoldError: there is none; names the nearest.
     """
     name = ALIASES.get(name, name)
-    if name in RECIPE_STEPS:
-        return RECIPE_STEPS[name]
-    if name == FOLD.name:
-        return FOLD
-    if name not in METHODS:
-        raise unknown("method", name, [*METHODS, FOLD.name, *RECIPE_STEPS])
-    return METHODS[name]
+    if name not in STEPS:
+        raise unknown("method", name, STEPS)
+    return STEPS[name]

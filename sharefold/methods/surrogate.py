@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sharefold.state_dicts import saved_tensors
+
 STEPS = 200
 BATCH = 256
 RATE = 0.01
@@ -34,7 +36,7 @@ def descend(
         goal = target(samples)
         spread = goal.var().clamp_min(1e-12)
         start = float((module(samples) - goal).square().mean() / spread)
-    saved = {key: value.clone() for key, value in module.state_dict().items()}
+    saved = saved_tensors(module)
     parameters = [p.requires_grad_(True) for p in module.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

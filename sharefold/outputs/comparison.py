@@ -16,7 +16,6 @@ from sharefold.graph import NetworkGraph
 from sharefold.outputs.divergence import Divergence
 from sharefold.outputs.figures import Figure, Figures, figure_of_criterion
 from sharefold.outputs.found_again import figure_of_detections
-from sharefold.outputs.intervals import standard_error
 from sharefold.outputs.reading import OutputReading, read_outputs
 from sharefold.running import evaluating, run_on
 
@@ -47,11 +46,6 @@ class Divergences:
     def mean(self) -> float:
         """Nats for a classifier, else in units of what the outputs vary by."""
         return float(self.per_image.mean())
-
-    @property
-    def standard_error(self) -> float:
-        """Of :attr:`mean`."""
-        return standard_error(self.per_image)
 
 
 class Comparison:

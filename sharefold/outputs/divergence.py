@@ -14,7 +14,7 @@ from sharefold.graph import NetworkGraph
 from sharefold.outputs.leaf import CLASSES, LABELS, LOGITS, Leaf, rows
 from sharefold.outputs.reading import OutputReading, read_outputs
 from sharefold.outputs.terms import Categorical, Measuring, Numbers, Term, as_numbers, is_categorical, over_axis
-from sharefold.running import evaluating
+from sharefold.running import evaluating, evenly
 
 # Whose answers show how much outputs vary.
 IMAGES = 256
@@ -50,7 +50,7 @@ class Divergence:
         """Measured on what ``model`` says on ``images`` (n, C, H, W), of which some, evenly spaced, are run."""
         if not any(Measuring(leaf, reading.classes is not None).varies for leaf in reading.leaves):
             return cls(reading, [])
-        index = torch.linspace(0, len(images) - 1, min(IMAGES, len(images))).long()
+        index = evenly(len(images), IMAGES)
         with evaluating(model):
             return cls(reading, (reading.run(model, batch) for batch in images[index].split(batch_size)))
 

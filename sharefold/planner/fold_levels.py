@@ -231,7 +231,7 @@ def _items(model: nn.Module, graph: NetworkGraph, spaces: Sequence[HiddenSpace],
     written: dict[str, int] = {}
     read: dict[str, int] = {}
     for index, space in enumerate(spaces):
-        written.update(dict.fromkeys((space.writer, *space.gates, *space.through), index))
+        written.update(dict.fromkeys(space.carriers, index))
         read.update(dict.fromkeys(space.readers, index))
     items = []
     for name in {**written, **read}:

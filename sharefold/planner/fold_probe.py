@@ -14,6 +14,7 @@ from sharefold.graph.hidden_channels import HiddenSpace
 from sharefold.methods import FOLD
 from sharefold.methods.fold import Folding, made_up, options_for
 from sharefold.plans import GroupPlan
+from sharefold.running import evenly
 from sharefold.solvers.channel_elimination import Elimination
 
 # The relative error that readers are given, and on how many images.
@@ -33,8 +34,7 @@ class FoldProbe:
     def __init__(self, cal: Calibration) -> None:
         self.cal, self.network = cal, copied(cal.original)
         images = cal.deciding
-        index = torch.linspace(0, len(images) - 1, min(IMAGES, len(images))).long()
-        self.comparison = cal.comparison(images[index], max(1, cal.statistics.batch_size))
+        self.comparison = cal.comparison(images[evenly(len(images), IMAGES)], max(1, cal.statistics.batch_size))
 
     def __call__(self, space: HiddenSpace, found: Elimination, shares: Sequence[float]) -> float:
         """KL per unit of the readers' errors, each times its share."""

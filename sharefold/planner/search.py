@@ -6,8 +6,6 @@ import copy
 import math
 from collections.abc import Sequence
 
-import torch
-
 from sharefold.calibration.calibrate import Calibration
 from sharefold.layers.norm_fusion import norms_folded
 from sharefold.methods import step_named
@@ -15,6 +13,7 @@ from sharefold.methods.solved import key_of, solution_of
 from sharefold.planner.candidates import Candidates
 from sharefold.plans import GroupPlan, Progress
 from sharefold.repair.means import absorb_means
+from sharefold.running import evenly
 
 # All trials together cost about so many passes over the images that are fitted to: few images a trial for many groups.
 PASSES = 16
@@ -43,8 +42,8 @@ class Trials:
         images, deciding = len(cal.statistics.chosen), cal.deciding
         self.rounds = min(ROUNDS, int(WORK / max(self._work(), 1)))
         groups = sum(len(row) > 1 for row in candidates.options)
-        count = min(IMAGES, len(deciding), max(FEWEST, PASSES * images // max(ROUNDS * groups, 1)))
-        sample = deciding[torch.linspace(0, len(deciding) - 1, count).long()]
+        count = min(IMAGES, max(FEWEST, PASSES * images // max(ROUNDS * groups, 1)))
+        sample = deciding[evenly(len(deciding), count)]
         self.comparison = cal.comparison(sample, cal.statistics.batch_size)
         self.norms = {name: record.norm for name, record in cal.graph.layers.items()}
         self.known: dict[tuple[int, ...], float] = {}

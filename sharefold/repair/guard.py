@@ -11,7 +11,7 @@ from torch import nn
 
 from sharefold.outputs import Comparison
 from sharefold.repair.partial import Partial, best_start
-from sharefold.state_dicts import load_tensors
+from sharefold.state_dicts import load_tensors, saved_tensors
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Guard:
         """
         start = time.perf_counter()
         before = self.current(model)
-        saved = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+        saved = saved_tensors(model)
         kept = False
         try:
             done = change()

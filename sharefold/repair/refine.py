@@ -33,7 +33,7 @@ from sharefold.plans import Progress
 from sharefold.repair.guard import Guard, StepRecord
 from sharefold.repair.lockstep import largest_map
 from sharefold.running import evaluating, run_on
-from sharefold.state_dicts import load_tensors
+from sharefold.state_dicts import load_tensors, saved_tensors
 
 # Wall-clock budget when neither epochs nor seconds are given: inside of four minutes with start and end included.
 DEFAULT_SECONDS = 210.0
@@ -129,7 +129,7 @@ class _Checks:
     def __init__(self, guard: Guard, model: nn.Module) -> None:
         self.guard, self.model = guard, model
         self.before = self.best = guard.current(model)
-        self.saved = self.start = _snapshot(model)
+        self.saved = self.start = saved_tensors(model)
         self.history: list[float] = []
         self._next = 1 / CHECKS
 
@@ -143,7 +143,7 @@ class _Checks:
         if share >= 1 and math.isfinite(found):
             self.best, self.saved = self.before, self.start
         if self.guard.better(found, self.best):
-            self.best, self.saved = found, _snapshot(self.model)
+            self.best, self.saved = found, saved_tensors(self.model)
         return math.isfinite(found)
 
     @property
@@ -298,7 +298,3 @@ def _training(original: nn.Module, model: nn.Module) -> Iterator[list[nn.Paramet
         for parameter, flag, grad in flags:
             parameter.requires_grad_(flag)
             parameter.grad = grad
-
-
-def _snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

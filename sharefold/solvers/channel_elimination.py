@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sharefold.errors import SharefoldError
+from sharefold.solvers.align import column_index
 
 # Share of the columns that is eliminated between two updates of the whole matrices, and the fewest: until then they are kept as
 # factors.
@@ -58,10 +59,7 @@ class Elimination:
 
     def kept(self, count: int) -> Tensor:
         """The ``count`` channels that stay, sorted."""
-        gone = self.order[: self.channels - count]
-        stays = torch.ones(self.channels, dtype=torch.bool)
-        stays[gone] = False
-        return stays.nonzero().flatten()
+        return left_out(self.order[: self.channels - count], self.channels)
 
 
 def eliminate(
@@ -95,9 +93,7 @@ def eliminate(
             state.leave_out(place)
         width = max(state.block for state in states)
         if len(pending) * width >= max(PANEL, PANEL_SHARE * len(alive) * width):
-            stays = torch.ones(len(alive), dtype=torch.bool)
-            stays[pending] = False
-            left = stays.nonzero().flatten()
+            left = left_out(torch.tensor(pending), len(alive))
             for state in states:
                 state.compact(left)
             alive, pending = alive[left], []
@@ -180,11 +176,6 @@ def _factor(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     least = (values.abs().max() * 1e-9).clamp_min(1e-300)
     return torch.linalg.cholesky(vectors * values.clamp_min(least) @ vectors.T)
-
-
-def column_index(channels: Tensor, block: int) -> Tensor:
-    """Columns (len(channels) * block,) of these channels."""
-    return (channels[:, None] * block + torch.arange(block, device=channels.device)).flatten()
 
 
 def columns(kept: Tensor, channels: int, features: int) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from typing import IO, Any, ClassVar, NoReturn
 # Elements of a tensor beyond those of its storage (torch keeps strides of 0, as `expand` makes them).
 _EXPANDED = 1 << 20
 _KEY_PARTS = 64
-_LEGACY_PICKLES = 5
+LEGACY_PICKLES = 5  # magic number, protocol, system information, the object, storage keys
 _ENCODINGS = ("latin1", "latin-1", "utf-8", "utf8", "ascii", "bytes")
 
 
@@ -64,7 +64,7 @@ def check_pickle(stream: IO[bytes], size: int) -> None:
     """
     bounded = _Bounded(stream, size)
     try:
-        for _ in range(_LEGACY_PICKLES):
+        for _ in range(LEGACY_PICKLES):
             _Replay(bounded, size).load()
     except TooLarge:
         raise

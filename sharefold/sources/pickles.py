@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from sharefold.sources.pickle_sizes import check_pickle
+from sharefold.sources.pickle_sizes import LEGACY_PICKLES, check_pickle
 
 _TENSOR_PARTS = frozenset(
     {"collections.OrderedDict", "collections.Counter", "torch.Size", "torch.device", "torch.Tensor", "_codecs.encode"}
@@ -28,7 +28,6 @@ _TENSOR_PARTS = frozenset(
     | {"builtins.set", "builtins.bytearray", "builtins.complex"}
     | {"__builtin__.set", "__builtin__.bytearray", "__builtin__.complex"}
 )
-_LEGACY_PICKLES = 5  # magic number, protocol, system information, the object, storage keys
 _STRING_OPS = frozenset(
     {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE", "STRING", "BINSTRING", "SHORT_BINSTRING"}
 )
@@ -109,7 +108,7 @@ def _pickle_streams(path: Path) -> list[IO[bytes]]:
 
 def _collect(stream: IO[bytes], found: set[str]) -> None:
     try:
-        for _ in range(_LEGACY_PICKLES):
+        for _ in range(LEGACY_PICKLES):
             _collect_one(stream, found)
     except Exception:
         # Whatever follows the damage (or, in the older format, raw tensor bytes) is no pickle.

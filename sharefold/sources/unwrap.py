@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sharefold.checksum import not_finite
 from sharefold.errors import SharefoldError
 
 # Where weights are looked for, in this order; averaged copies (EMA) come after the plain ones and are reported.
@@ -73,14 +74,11 @@ def check_finite(state: Mapping[str, Tensor], where: str) -> None:
             raise SharefoldError(
                 f"empty tensor: {name} in {where} has shape {tuple(tensor.shape)}: save the checkpoint again"
             )
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            continue
-        values = tensor.float() if tensor.element_size() == 1 else tensor  # 8-bit floats have few operators
-        bad = ~torch.isfinite(values)
-        if bad.any():
-            what = "NaN" if torch.isnan(values).any() else "infinity"
+        if what := not_finite(tensor):
+            values = tensor.float() if tensor.element_size() == 1 else tensor  # 8-bit floats have few operators
+            bad = int((~torch.isfinite(values)).sum())
             raise SharefoldError(
-                f"weights hold {what}: {name} ({int(bad.sum())} of {tensor.numel()} values) in {where}: "
+                f"weights hold {what}: {name} ({bad} of {tensor.numel()} values) in {where}: "
                 "use a checkpoint from before training diverged"
             )
 

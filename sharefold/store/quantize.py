@@ -10,7 +10,6 @@ from functools import cache
 from typing import cast
 
 import torch
-from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from sharefold.calibration.calibrate import Calibration
@@ -18,6 +17,7 @@ from sharefold.calibration.images import calibration_or_procedural
 from sharefold.errors import SharefoldError
 from sharefold.format import config_of
 from sharefold.graph import NetworkGraph, analyze
+from sharefold.graph.preserved import restored_on_error
 from sharefold.layers import BasisConv, HybridConv, SharedConv, SpatialConv, to_dense
 from sharefold.outputs import Divergence
 from sharefold.plans import Progress
@@ -34,7 +34,7 @@ from sharefold.store.prepare import Prepared, free_metric, matrices, plan_of, pr
 from sharefold.store.rans import LARGEST
 from sharefold.store.rounding import round_matrix
 from sharefold.store.size import file_bytes, size_predictor
-from sharefold.store.tensor_spec import StoreRequest, StoreSpec, TensorSpec, carried_spec, carry_spec, parse_store, scaled
+from sharefold.store.tensor_spec import StoreRequest, StoreSpec, TensorSpec, carry_spec, parse_store, scaled
 
 # Pull of the refit towards the weights so far, as a share of the mean diagonal of the moments.
 PULL = 1e-2
@@ -79,8 +79,7 @@ def quantize_(
     """
     request = parse_store(spec)
     config_of(model)
-    before = carried_spec(model), copy.deepcopy(model.state_dict())
-    try:
+    with restored_on_error(model):
         carry_spec(model, None)
         if request.kind == "fp16":
             found = _halves(model)
@@ -95,10 +94,6 @@ def quantize_(
         teacher = dense if original is None or not _same_shapes(dense, original) else original
         with evaluating(model, teacher):
             return _rounded(model, teacher, dense, request, images, known, progress)
-    except BaseException:
-        carry_spec(model, before[0])
-        model.load_state_dict(before[1])
-        raise
 
 
 def _same_shapes(one: nn.Module, other: nn.Module) -> bool:
@@ -237,6 +232,8 @@ def _nearest(model: nn.Module, prepared: Prepared, step: float) -> StoreSpec:
 
 def _step_for(model: nn.Module, prepared: Prepared, request: StoreRequest) -> StoreRequest:
     """About the smallest step at which rounding to the nearest gives a file of the budget."""
+    from scipy.optimize import brentq  # a third of a second that loading a file does not need
+
     budget = request.budget
     assert budget is not None
     predicted = size_predictor(model)

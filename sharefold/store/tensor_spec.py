@@ -125,13 +125,12 @@ class TensorSpec:
         return self.values(self.codes(matrix)).reshape(tensor.shape).to(tensor)
 
 
-def scaled(kind: str, scales: Tensor, bits: int = 0, levels: Tensor | None = None) -> TensorSpec:
+def scaled(kind: str, scales: Tensor, bits: int = 0) -> TensorSpec:
     """A spec whose row scales are those nearest on the grid to ``scales`` (O,)."""
     scales = scales.detach().double().cpu()
     top = float(scales.max().float())
     codes = (OCTAVE * torch.log2(top / scales)).round().clamp(0, 255).long()
-    found = [] if levels is None else levels.half().float().tolist()
-    return TensorSpec(kind, bits, top, codes.tolist(), found)
+    return TensorSpec(kind, bits, top, codes.tolist())
 
 
 @dataclass
