@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from sharefold.calibration.images import input_config
 from sharefold.checkpoint import expand
 from sharefold.errors import SharefoldError
-from sharefold.files import check_output, write_file
+from sharefold.files import check_output, write_buffered, write_file
 from sharefold.graph.preserved import preserved
 from sharefold.measure import model_bytes
 from sharefold.running import run_on
@@ -333,9 +333,7 @@ def write_dense(dense: nn.Module, target: Path) -> None:
     if target.suffix == ".safetensors":
         write_file(target, lambda temporary: save_file(state, str(temporary), {"format": "pt"}))
     else:
-        memory = io.BytesIO()
-        torch.save(state, memory)
-        write_file(target, lambda temporary: temporary.write_bytes(memory.getbuffer()))
+        write_buffered(target, lambda memory: torch.save(state, memory))
 
 
 def _write_expanded(model: nn.Module, target: Path, example: Tensor, tolerance: float) -> float:

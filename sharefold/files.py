@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import itertools
 import os
 import platform
@@ -16,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -57,6 +58,13 @@ def check_output(path: str | Path, force: bool = False) -> Path:
         if target.is_dir() and any(target.iterdir()) and not any((target / mark).exists() for mark in _MARKS):
             raise SharefoldError(f"output {target} is a folder that sharefold did not write: choose another name")
     return target
+
+
+def write_buffered(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """As :func:`write_file`, of what ``write`` puts into memory: when the disk is full, torch's own writer ends the process."""
+    memory = io.BytesIO()
+    write(memory)
+    write_file(path, lambda temporary: temporary.write_bytes(memory.getbuffer()))
 
 
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:

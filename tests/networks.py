@@ -193,6 +193,18 @@ def net(kind: str = "residual", seed: int = 0, **options: int) -> Net:
 
 
 @torch.no_grad()
+def trained_like(model: nn.Module, size: int, count: int) -> nn.Module:
+    """Norms with scales and statistics as training on ``count`` images leaves them, by torch's own generator."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+    with torch.no_grad():
+        model.train()(torch.randn(count, 3, size, size))
+    return model.eval()
+
+
 def logits(model: nn.Module, seed: int = 2) -> Tensor:
     """(8, 5) on fixed images."""
     return model.eval()(images(8, seed))

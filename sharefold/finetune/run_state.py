@@ -7,7 +7,6 @@ are functions of that number and the seed (:mod:`.seeds`), so they need no state
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from sharefold.checksum import check_finite
 from sharefold.errors import SharefoldError
-from sharefold.files import write_file
+from sharefold.files import write_buffered
 from sharefold.finetune.config import FinetuneConfig
 from sharefold.sources.pickles import check_sizes
 from sharefold.sources.read import check_archive
@@ -39,9 +38,7 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SharefoldError(f"{path}: cannot be written ({error.strerror}): choose another place") from error
-    memory = io.BytesIO()  # not straight to the disk: when that is full, torch's writer may end the process
-    torch.save({"version": STATE_VERSION, **state}, memory)
-    write_file(path, lambda temporary: temporary.write_bytes(memory.getbuffer()))
+    write_buffered(path, lambda memory: torch.save({"version": STATE_VERSION, **state}, memory))
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
 from sharefold.layers.bank import Bank
+from sharefold.layers.batchnorm import affine
 from sharefold.layers.form import ConvForm
 from sharefold.layers.pivots import with_pivots
 from sharefold.layers.shared_conv import SharedConv
@@ -69,21 +68,15 @@ class BasisConv(SharedConv):
     def compose(self) -> Tensor:
         coefficients: Tensor = self.coefficients
         if self.norm is not None:
-            coefficients = coefficients * self._norm_scale()
+            coefficients = coefficients * affine(self.norm)[0]
         return (coefficients @ self.filters().flatten(1)).view(self.form.weight_shape)
 
     @property
     def bias(self) -> Tensor | None:
         if self.norm is None:
             return self.own_bias
-        norm = self.norm
-        shift = norm.bias - cast(Tensor, norm.running_mean) * self._norm_scale()
-        through = self.coefficients @ shift
+        through = self.coefficients @ affine(self.norm)[1]
         return through if self.own_bias is None else through + self.own_bias
-
-    def _norm_scale(self) -> Tensor:
-        norm = cast(nn.BatchNorm2d, self.norm)
-        return norm.weight * torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps)
 
     def runs_factored(self) -> bool:
         if self.norm is not None and self.training:
@@ -112,7 +105,7 @@ class BasisConv(SharedConv):
             return None
         filters = self.filters()
         if self.norm is not None:
-            filters = filters * self._norm_scale()[:, None, None, None]
+            filters = filters * affine(self.norm)[0][:, None, None, None]
         return filters, self.coefficients
 
     def set_linear_part(self, coefficients: Tensor) -> None:

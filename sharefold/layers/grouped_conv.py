@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharefold.layers.batchnorm import affine
 from sharefold.layers.form import ConvForm
 
 
@@ -99,11 +100,6 @@ def _affine_norm(norm: nn.Module | None, channels: int) -> tuple[Tensor, Tensor]
     """Scale and shift of a norm in eval mode, or None when it is not affine."""
     if not plain_norm(norm):
         return None
-    variance = getattr(norm, "running_var", None)
-    if variance is None:
+    if getattr(norm, "running_var", None) is None:
         return torch.ones(channels), torch.zeros(channels)
-    scale = torch.rsqrt(variance + norm.eps)  # type: ignore[union-attr,operator]
-    if getattr(norm, "weight", None) is not None:
-        scale = scale * norm.weight  # type: ignore[union-attr,operator]
-    shift = -norm.running_mean * scale  # type: ignore[union-attr,operator]
-    return scale, shift if getattr(norm, "bias", None) is None else shift + norm.bias  # type: ignore[union-attr,operator]
+    return affine(norm)

@@ -9,9 +9,8 @@ from torch import nn
 
 from sharefold.budget import Budget
 from sharefold.calibration.calibrate import Calibration
-from sharefold.convert import carry_out, describe
+from sharefold.convert import carry_out
 from sharefold.errors import SharefoldError
-from sharefold.format import carry_config
 from sharefold.measure import count_parameters, model_bytes
 from sharefold.options import ConvertOptions
 from sharefold.plans import Plan, Progress
@@ -70,10 +69,7 @@ def plan_bytes(
         if plan is None:
             break
         trial = copy.deepcopy(model)
-        if plan.groups:
-            carry_out(trial, plan, cal, ConvertOptions(repair=False), {})
-        else:
-            carry_config(trial, describe(trial, plan))
+        carry_out(trial, plan, cal, ConvertOptions(repair=False), {})
         try:
             quantize_(trial, f"mixed:{limit}B", rounding, model)
         except SharefoldError as error:  # too small for so many parameters

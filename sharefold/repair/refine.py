@@ -207,12 +207,12 @@ class _Wishes:
         with torch.no_grad():
             raw, wanted = reading.run_raw(self.original, batch)
         raw_found, found = reading.run_raw(model, batch)
-        losses = self.divergence.losses(found, wanted, self.spreads)
         if self.criterion is not None:
             value = self.criterion(raw, raw_found).float().mean()
             if value.requires_grad:
                 self.scale = self.scale or max(float(value.detach().abs()), 1e-12)
                 return [value / self.scale]
+        losses = self.divergence.losses(found, wanted, self.spreads)
         if not losses:
             raise SharefoldError("refine: no output of this network has a gradient to learn from: convert without it")
         return losses

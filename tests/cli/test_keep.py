@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command_line import call
 
 from sharefold.calibration.parts import Parts
 from sharefold.errors import SharefoldError
@@ -16,13 +16,8 @@ from sharefold.outputs import Figure, parse_target
 from sharefold.outputs.intervals import wilson
 from sharefold_cli.agreement_text import agreement_text, share_text
 from sharefold_cli.keep import check_enough, held_out_for, smallest_keeping
-from sharefold_cli.main import cli
 
 COUNT = 10_000
-
-
-def call(*args: object) -> Result:
-    return CliRunner().invoke(cli, [str(arg) for arg in args])
 
 
 def figure(share: float, count: int) -> Figure:

@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 from pathlib import Path
 
+import networks
 import pytest
 import timm
 import torch
@@ -24,16 +25,8 @@ from sharefold.plans import GroupPlan, Plan
 
 
 def trained_like(model: nn.Module, size: int = 16) -> nn.Module:
-    """Norms with scales and statistics as training leaves them."""
     torch.manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.3)
-    with torch.no_grad():
-        model.train()(torch.randn(32, 3, size, size))
-    return model.eval()
+    return networks.trained_like(model, size, 32)
 
 
 def images(size: int = 16, count: int = 40) -> Tensor:

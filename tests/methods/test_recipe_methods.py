@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
+import networks
 import pytest
 import torch
 from torch import nn
@@ -37,14 +38,7 @@ class Separable(nn.Module):
 
 
 def trained_like(model: nn.Module, size: int = 8) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.3)
-    with torch.no_grad():
-        model.train()(torch.randn(64, 3, size, size))
-    return model.eval()
+    return networks.trained_like(model, size, 64)
 
 
 @torch.no_grad()
