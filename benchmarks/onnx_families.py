@@ -28,9 +28,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sharefold.architectures.build import build_base, make_base
-from sharefold.export import TOLERANCE, export
+from sharefold.export import export
 from sharefold.graph import analyze
 from sharefold.layers import shared_layers
+from sharefold.options import ExportOptions
 
 RESULTS = Path(__file__).parent / "results" / "onnx.csv"
 COVERAGE = RESULTS.with_name("coverage.csv")
@@ -112,7 +113,7 @@ def _export(row: Export, model: nn.Module, folder: Path, limit: int) -> None:
         settle(model, images)
     row.largest = round(max(float(t.abs().max()) for t in outputs(model, images[:2])), 4)
     assert row.largest < float("inf"), "the outputs are not finite"
-    tolerance = TOLERANCE * max(1.0, row.largest)
+    tolerance = ExportOptions.tolerance * max(1.0, row.largest)
     done = export(model, folder / "net.onnx", example_input=images[:2], tolerance=tolerance)
     row.difference = float(f"{done.max_difference:.3g}")
     plain = folder / "plain.safetensors"

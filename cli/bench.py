@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -99,7 +99,7 @@ def _rival(run: Run, source: SourceOptions, opened: Source, against: str | None)
     from sharefold.sources import build_base, open_source
 
     if against is not None:
-        other = open_source(against, pretrained=source.pretrained, trust_pickle=source.trust_pickle)
+        other = open_source(against, replace(source.options, arch=None, num_classes=None, in_chans=None))
         return other.model, against
     if not opened.shared:
         return None, None

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from sharefold.errors import SharefoldError
+from sharefold.options import ExportOptions
 
 from .common import Run, shared_options
 from .source import SourceOptions, preprocess_options, source_options
@@ -32,7 +33,9 @@ def batch_of(text: str) -> int | None:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file.")
 @click.option("--format", "kind", type=click.Choice(FORMATS), help="What to write.  [default: by the file's suffix]")
 @click.option("--batch", default="dynamic", show_default=True, metavar="N", help="dynamic, or a fixed batch size.")
-@click.option("--tolerance", type=click.FloatRange(min=0), default=1e-4, show_default=True, help="Largest difference.")
+@click.option(
+    "--tolerance", type=click.FloatRange(min=0), default=ExportOptions.tolerance, show_default=True, help="Largest difference."
+)
 @click.option("--force", is_flag=True, help="Replace what is there.")
 @preprocess_options
 @shared_options
@@ -62,9 +65,7 @@ def command(
     opened = source.open()
     size = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size, mean=mean, std=std).size
     example = torch.randn(fixed or 2, *size, generator=torch.Generator().manual_seed(run.seed))
-    done = export(
-        opened.model, output, kind, example, dynamic_batch=fixed is None, tolerance=tolerance, force=force
-    )  # fmt: skip
+    done = export(opened.model, output, kind, example, ExportOptions(fixed is None, tolerance, force))
     batches = "any batch size" if done.dynamic_batch else f"batches of {fixed}"
     run.table(
         ["file", "format", "MB", "tensors MB", "largest difference", "takes"],

@@ -13,6 +13,7 @@ import click
 
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.finetune.config import FinetuneConfig
+from sharefold.options import OpenOptions, RunOptions
 
 from .common import Run, jsonable, shared_options
 from .source import Numbers, SourceOptions, source_options
@@ -137,15 +138,15 @@ def command(
         reinitialize(model, run.seed, joint=config.orthogonality_joint)
     guide = None
     if teacher:
-        guide = SourceOptions(teacher, arch=teacher_arch, trust_pickle=source.trust_pickle).open().model
+        guide = SourceOptions(teacher, OpenOptions(teacher_arch, trust_pickle=source.options.trust_pickle)).open().model
     train = open_data(data, "train", transform_cfg=preprocess)
     checks = None if no_val else open_data(val or data, "test", transform_cfg=preprocess)
     train = limited(train, limit) if limit else train
     checks = limited(checks, val_limit) if val_limit and checks is not None else checks
     try:
         report = finetune(
-            model, train, checks, teacher=guide, config=config, out=output, run_dir=run_dir, resume=resume, force=force,
-            quiet=run.quiet,
+            model, train, checks, teacher=guide, config=config,
+            run=RunOptions(output, run_dir, resume, force, run.quiet),
         )  # fmt: skip
     except Interrupted as stopped:
         click.echo(str(stopped), err=True)

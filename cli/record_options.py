@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import click
 
 from sharefold.options import PlanOptions
-from sharefold.untrusted import is_int
 
 Record = TypeVar("Record")
 
@@ -30,7 +29,7 @@ def record_options(kind: type) -> Callable[[Callable[..., None]], Callable[..., 
                 shown = "" if spec.default is None else f"  [default: {spec.default}]"
                 alone = spec.metadata["alone"]
                 flag: dict[str, Any] = {} if alone is None else {"is_flag": False, "flag_value": alone}
-                if is_int(spec.default):
+                if metavar == "N":
                     flag["type"] = click.IntRange(min=1)
                 option = click.option(f"--{name}", spec.name, default=None, metavar=metavar, help=text + shown, **flag)
             function = option(function)

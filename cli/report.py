@@ -14,6 +14,7 @@ from .common import Run, shared_options
 
 if TYPE_CHECKING:
     from sharefold.report import Facts
+    from sharefold.report.facts import Weights
     from sharefold.sources import Source
 
 
@@ -79,18 +80,16 @@ def _shared_facts(path: Path, source: str | None) -> Facts:
 
     opened = open_source(path)
     config = config_of(opened.model)
-    weights, original = True, source is not None
+    weights: Weights = "shared" if source is None else "original"
     if source is not None:
         dense = _dense(source).model
     else:
         try:
             dense = sharefold.expand(opened.model)
         except SharefoldError:  # a method without a dense twin: the map is still that of the architecture
-            dense, weights = build_base(opened.base), False
+            dense, weights = build_base(opened.base), "none"
     title = f"{opened.name}, shared"
-    return facts_of(
-        title, config.plan, config.metrics, dense, _example(opened.pretrained_cfg), weights=weights, original=original
-    )  # fmt: skip
+    return facts_of(title, config.plan, config.metrics, dense, _example(opened.pretrained_cfg), weights=weights)
 
 
 def _plan_facts(run: Run, path: Path, source: str | None) -> Facts:
@@ -115,7 +114,7 @@ def _plan_facts(run: Run, path: Path, source: str | None) -> Facts:
     if opened is None:
         return facts_of(title, plan, metrics)
     example = _example(opened.pretrained_cfg)
-    return facts_of(title, plan, metrics, opened.model, example, weights=source is not None)
+    return facts_of(title, plan, metrics, opened.model, example, weights="none" if source is None else "original")
 
 
 def _dense(source: str, pretrained: bool = True) -> Source:

@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sharefold.errors import SharefoldError
+from sharefold.options import OpenOptions
+
+from .record_options import record_of, record_options
 
 if TYPE_CHECKING:
     from sharefold.sources import Source
@@ -21,11 +24,7 @@ class SourceOptions:
     """What the user said about the network."""
 
     source: str
-    arch: str | None = None
-    pretrained: bool = True
-    num_classes: int | None = None
-    in_chans: int | None = None
-    trust_pickle: bool = False
+    options: OpenOptions = OpenOptions()
 
     def open(self, look: Look | None = None) -> Source:
         """The network in eval mode, ready to be used.
@@ -38,15 +37,7 @@ class SourceOptions:
         """
         from sharefold.sources import open_source
 
-        return open_source(
-            self.source,
-            arch=self.arch,
-            pretrained=self.pretrained,
-            num_classes=self.num_classes,
-            in_chans=self.in_chans,
-            trust_pickle=self.trust_pickle,
-            look=look,
-        )
+        return open_source(self.source, self.options, look=look)
 
     def open_dense(self, look: Look | None = None) -> Source:
         """As :meth:`open`.
@@ -64,23 +55,11 @@ def source_options(function: Callable[..., None]) -> Callable[..., None]:
     """Adds the SOURCE argument and its options; the function gets ``source: SourceOptions``."""
 
     @click.argument("source")
-    @click.option("--arch", help="Architecture of a bare state dict (timm:NAME or tv:NAME).  [default: matched]")
-    @click.option("--pretrained/--no-pretrained", default=True, show_default=True, help="Weights of a named source.")
-    @click.option("--num-classes", type=click.IntRange(min=1), help="Classes of the last layer.")
-    @click.option("--in-chans", type=click.IntRange(min=1), help="Channels of the input, for a named source.")
-    @click.option("--trust-pickle", is_flag=True, help="Run the code in a pickled checkpoint.")
+    @record_options(OpenOptions)
     @functools.wraps(function)
-    def wrapper(
-        *args: Any,
-        source: str,
-        arch: str | None,
-        pretrained: bool,
-        num_classes: int | None,
-        in_chans: int | None,
-        trust_pickle: bool,
-        **kwargs: Any,
-    ) -> None:
-        function(*args, source=SourceOptions(source, arch, pretrained, num_classes, in_chans, trust_pickle), **kwargs)
+    def wrapper(*args: Any, source: str, **kwargs: Any) -> None:
+        options = record_of(OpenOptions, kwargs)
+        function(*args, source=SourceOptions(source, options), **kwargs)
 
     return wrapper
 

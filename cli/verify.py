@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from sharefold.errors import SharefoldError
+from sharefold.options import OpenOptions, VerifyOptions
 
 from .common import Run, shared_options
 from .source import SourceOptions
@@ -40,8 +41,8 @@ def command(
 
     config = read_config(path)
     dataset = None if data is None else open_data(data, split, transform_cfg=config.pretrained_cfg)
-    original = None if source is None else SourceOptions(source, arch=arch).open().model
-    claims = verify(path, source=original, data=dataset, limit=limit, batch_size=batch_size, device=device)
+    original = None if source is None else SourceOptions(source, OpenOptions(arch=arch)).open().model
+    claims = verify(path, source=original, data=dataset, options=VerifyOptions(limit, batch_size, device))
 
     def cell(value: object) -> str:
         return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -28,11 +28,11 @@ from sharefold.errors import SharefoldError
 from sharefold.files import check_output, write_buffered, write_file
 from sharefold.graph.preserved import preserved
 from sharefold.measure import model_bytes
+from sharefold.options import ExportOptions, chosen
 from sharefold.running import run_on
 
 __all__ = ["Exported", "export"]
 FORMATS = {"onnx": (".onnx",), "pt2": (".pt2",), "dense": (".safetensors", ".pt", ".pth")}
-TOLERANCE = 1e-4
 # Elements. Shapes and axes are folded into the ONNX graph; a weight that is put together from shared tensors is not,
 # or every layer would get a copy of what it shares.
 FOLDED_ELEMENTS = 64
@@ -67,8 +67,8 @@ class Exported:
 
 
 def export(
-    model: nn.Module, path: str | Path, format: str | None = None, example_input: Tensor | None = None, *,
-    dynamic_batch: bool = True, tolerance: float = TOLERANCE, force: bool = False,
+    model: nn.Module, path: str | Path, format: str | None = None, example_input: Tensor | None = None,
+    options: ExportOptions | None = None, **settings: Any,
 ) -> Exported:  # fmt: skip
     """Writes ``model`` for use without sharefold, and checks that what was written computes the same.
 
@@ -78,16 +78,16 @@ def export(
         format: ``onnx``, ``pt2`` (read by :func:`torch.export.load`) or ``dense`` (state dict of the stock
             architecture); by default what the suffix of ``path`` says.
         example_input: (B, C, H, W), normalised; by default random, of the size in the model's configuration.
-        dynamic_batch: let the graph take any batch size; otherwise that of ``example_input``.
-        tolerance: largest absolute difference of the outputs that passes.
-        force: replace what is there.
+        options: what else may be chosen; ``settings`` are single fields of it (``dynamic_batch=False``).
 
     Raises:
         SharefoldError: unknown format, a package is missing, the network cannot be traced, the outputs differ by more
             than ``tolerance``; nothing is written then.
     """
+    options = chosen(options, settings, ExportOptions)
+    dynamic_batch, tolerance = options.dynamic_batch, options.tolerance
     kind = format_of(path, format)
-    target = check_output(path, force)
+    target = check_output(path, options.force)
     if target.is_dir():
         raise SharefoldError(f"output {target} is a folder: name a file ending in {' or '.join(FORMATS[kind])}")
     network = model if all(p.device.type == "cpu" for p in model.parameters()) else copy.deepcopy(model).cpu()

@@ -6,14 +6,16 @@ Every public verb takes one of these, or its fields by keyword: ``plan(model, "5
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from sharefold.budget import Effort
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 DEFAULT_OBJECTIVE = "fisher"
@@ -24,7 +26,8 @@ Outputs: TypeAlias = "str | Sequence[str] | Mapping[str, str] | None"
 
 
 def option(default: Any, text: str, metavar: str | None = None, alone: str | None = None) -> Any:
-    """A field, with the text that ``--help`` prints, what stands for its value there, and what the option means without one."""
+    """A field, with the text that ``--help`` prints, what stands for its value there (N for a number from 1 on), and what the
+    option means without one."""
     return field(default=default, metadata={"help": text, "metavar": metavar, "alone": alone})
 
 
@@ -116,6 +119,102 @@ class RefineOptions:
     blocks: tuple[str, ...] | None = None
     step: float = 0.004
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class GroupOptions:
+    """Which layers count as isomorphic.
+
+    Attributes:
+        by_role: also tell roles apart (conv1 from conv2, expand from project).
+        first_block: what becomes of the first block of a stage. "shape": nothing is left out, strides may differ; "stride":
+            layers of different stride do not share; "skip": its layers are left out.
+        min_members: smallest group to report.
+        roles: only layers with one of these roles.
+        kernel: only layers of this kernel size.
+        include, exclude: regular expressions searched in layer names; a layer needs a match of ``include`` (if given) and
+            none of ``exclude``.
+    """
+
+    by_role: bool = False
+    first_block: str = "shape"
+    min_members: int = 2
+    roles: Collection[str] | None = None
+    kernel: int | tuple[int, int] | None = None
+    include: str | Iterable[str] | None = None
+    exclude: str | Iterable[str] | None = None
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """What is known of a network beside its name or file.
+
+    Attributes:
+        arch: architecture of a checkpoint, ``NAME``, ``timm:NAME:k=v`` or ``tv:NAME:k=v``; found by names and shapes when
+            left out.
+        pretrained: published weights for named models; files are read in any case.
+        num_classes: for named models, outputs of the classifier; for checkpoints with another count, the classifier is made
+            anew and a warning says so.
+        in_chans: channels of the input, for named models.
+        trust_pickle: allow a checkpoint to run code.
+    """
+
+    arch: str | None = option(None, "Architecture of a bare state dict: timm:NAME, tv:NAME.  [default: matched]", "TEXT")
+    pretrained: bool = option(True, "Weights of a named source.")
+    num_classes: int | None = option(None, "Classes of the last layer.", "N")
+    in_chans: int | None = option(None, "Channels of the input, for a named source.", "N")
+    trust_pickle: bool = option(False, "Run the code in a pickled checkpoint.")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a network is exported.
+
+    Attributes:
+        dynamic_batch: let the graph take any batch size; otherwise that of the example input.
+        tolerance: largest absolute difference of the outputs that passes.
+        force: replace what is there.
+    """
+
+    dynamic_batch: bool = True
+    tolerance: float = 1e-4
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a fine-tuning run is kept.
+
+    Attributes:
+        out: where to save the result with :func:`sharefold.save`; None saves nothing.
+        run_dir: folder for the run's state, log and curve; default ``<out>.run``. None without ``out``: no files.
+        resume: go on with the run in ``run_dir``; begins a new one if there is none yet.
+        force: overwrite ``out`` and a run left in ``run_dir``.
+        quiet: show no progress.
+        metrics: further entries for the saved model's card.
+    """
+
+    out: str | Path | None = None
+    run_dir: str | Path | None = None
+    resume: bool = False
+    force: bool = False
+    quiet: bool = False
+    metrics: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """How a file's claims are checked.
+
+    Attributes:
+        limit: so many of the images.
+        batch_size: images at a time.
+        device: where the networks run.
+    """
+
+    limit: int | None = None
+    batch_size: int = 250
+    device: str | torch.device = "cpu"
 
 
 def chosen(options: Options | None, overrides: Mapping[str, Any], kind: type[Options]) -> Options:

@@ -16,6 +16,7 @@ from sharefold.data import Preprocess, loader
 from sharefold.errors import SharefoldError
 from sharefold.format import config_of
 from sharefold.measure import agreement, count_macs, count_parameters, evaluate, model_bytes
+from sharefold.options import VerifyOptions, chosen
 from sharefold.untrusted import is_int
 
 _SIGMAS = 4.0
@@ -45,8 +46,8 @@ class Claim:
 
 
 def verify(
-    path: str | Path, *, source: nn.Module | None = None, data: Dataset | None = None, limit: int | None = None,
-    batch_size: int = 250, device: str | torch.device = "cpu", model: nn.Module | None = None,
+    path: str | Path, *, source: nn.Module | None = None, data: Dataset | None = None, model: nn.Module | None = None,
+    options: VerifyOptions | None = None, **settings: Any,
 ) -> list[Claim]:  # fmt: skip
     """Recomputes what the file at ``path`` claims.
 
@@ -54,8 +55,8 @@ def verify(
         path: a directory or file that ``save`` wrote. Its checksum is checked by reading it.
         source: the original network, for the agreement of both.
         data: labelled images as :func:`sharefold.data.open_data` gives them, for accuracy and agreement.
-        limit: of the images.
         model: the dense module of a network of the user's own, as for :func:`sharefold.load`.
+        options: how it is checked; ``settings`` are single fields of it (``limit=1000``).
 
     Returns:
         The claims, in the order checksum, params, bytes, macs, agreement, top1. Shares of images hold within four standard
@@ -64,7 +65,8 @@ def verify(
     Raises:
         SharefoldError: the file cannot be loaded, which is what damage leads to.
     """
-    network = load(path, model=model, device=device)
+    options = chosen(options, settings, VerifyOptions)
+    network = load(path, model=model, device=options.device)
     config = config_of(network)
     told = config.metrics
     claims = [Claim("checksum", config.checksum or None, config.checksum or None, note="" if config.checksum else "an old file")]
@@ -74,12 +76,12 @@ def verify(
         claims.append(Claim("params of the plan", config.plan.params_after, params))
     claims.append(Claim("bytes", _number(told.get("bytes")), model_bytes(network)))
     size = Preprocess.from_cfg(config.pretrained_cfg).size
-    claims.append(Claim("macs", _number(told.get("macs")), count_macs(network, torch.zeros(1, *size, device=device))))
-    claims.append(_agreement(network, source, data, told, limit, batch_size, device))
+    claims.append(Claim("macs", _number(told.get("macs")), count_macs(network, torch.zeros(1, *size, device=options.device))))
+    claims.append(_agreement(network, source, data, told, options))
     if data is None:
         claims.append(Claim("top1", _number(told.get("top1")), None, note="give --data"))
     else:
-        found = evaluate(network, loader(data, batch_size), device, limit=limit)
+        found = evaluate(network, loader(data, options.batch_size), options.device, limit=options.limit)
         claims.append(_share("top1", told, float(found["top1"]), int(found["images"])))
     return claims
 
@@ -90,14 +92,13 @@ def mismatches(claims: list[Claim]) -> str:
 
 
 def _agreement(
-    network: nn.Module, source: nn.Module | None, data: Dataset | None, told: dict[str, Any], limit: int | None,
-    batch_size: int, device: str | torch.device,
-) -> Claim:  # fmt: skip
+    network: nn.Module, source: nn.Module | None, data: Dataset | None, told: dict[str, Any], options: VerifyOptions
+) -> Claim:
     if source is None or data is None:
         return Claim("agreement", _number(told.get("agreement")), None, note="give --source and --data")
-    images = _images(data, limit, batch_size).to(device)
+    images = _images(data, options.limit, options.batch_size).to(options.device)
     behind: Any = told.get("report_images")
-    found = agreement(source.to(device).eval(), network, images).top1
+    found = agreement(source.to(options.device).eval(), network, images).top1
     return _share("agreement", told, found, len(images), behind if is_int(behind) and behind > 0 else None)
 
 

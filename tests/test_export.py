@@ -18,8 +18,9 @@ from torch import Tensor, nn
 import sharefold
 import sharefold.models
 from sharefold.errors import SharefoldError
-from sharefold.export import TOLERANCE, export
+from sharefold.export import export
 from sharefold.layers import shared_layers
+from sharefold.options import ExportOptions
 
 IMAGES = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -70,7 +71,7 @@ def onnx_file(shared: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Pa
     done = export(shared, path)
     assert done.format == "onnx" and done.path == path and done.bytes == path.stat().st_size
     assert done.inputs == ("images",) and done.outputs == ("logits",) and done.dynamic_batch
-    assert done.max_difference < TOLERANCE
+    assert done.max_difference < ExportOptions.tolerance
     return path
 
 
@@ -128,7 +129,7 @@ assert not any(name.partition(".")[0] in ("sharefold", "timm") for name in sys.m
 
 def test_an_archive_runs_where_sharefold_is_not_installed(shared: nn.Module, tmp_path: Path) -> None:
     done = export(shared, tmp_path / "net.pt2")
-    assert done.format == "pt2" and done.dynamic_batch and done.max_difference < TOLERANCE
+    assert done.format == "pt2" and done.dynamic_batch and done.max_difference < ExportOptions.tolerance
     torch.save(IMAGES, tmp_path / "images.pt")
     files = [str(tmp_path / name) for name in ("net.pt2", "images.pt", "out.pt")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -143,7 +144,7 @@ def test_an_archive_runs_where_sharefold_is_not_installed(shared: nn.Module, tmp
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_dense_is_a_stock_state_dict(shared: nn.Module, tmp_path: Path, suffix: str) -> None:
     done = export(shared, tmp_path / f"net{suffix}")
-    assert done.format == "dense" and done.max_difference < TOLERANCE
+    assert done.format == "dense" and done.max_difference < ExportOptions.tolerance
     state = load_file(done.path) if suffix == ".safetensors" else torch.load(done.path, weights_only=True)
     dense = stock()
     dense.load_state_dict(state)
@@ -199,7 +200,7 @@ class WindowAttention(nn.Module):
 def test_attention_over_windows_goes_through_onnx(tmp_path: Path) -> None:
     model, images = WindowAttention().eval(), torch.randn(3, 3, 8, 8)
     done = export(model, tmp_path / "windows.onnx", example_input=images[:2])
-    assert done.max_difference < TOLERANCE and done.dynamic_batch
+    assert done.max_difference < ExportOptions.tolerance and done.dynamic_batch
     assert torch.allclose(run_onnx(done.path, images), logits(model, images), atol=1e-5)
 
 

@@ -50,10 +50,15 @@ def test_the_device_refuses_tensors_of_the_cpu() -> None:
         assert model(IMAGES.to(device)).device == device
 
 
-@pytest.mark.parametrize("kind", ["residual", "grouped", "depthwise", "convnext", "std"])
-def test_planning_repairs_and_refinement(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("residual", "auto"), ("residual", "fold"), ("grouped", "basis"), ("depthwise", "fold"), ("convnext", "svd"),
+     ("std", "spatial"), ("residual", "hybrid")],
+)  # fmt: skip
+def test_planning_repairs_and_refinement(kind: str, method: str) -> None:
+    """``auto`` once: it is one method after another, and this device is slow."""
     def run(model: nn.Module) -> Conversion:
-        plan = sharefold.plan(model, budget="70%", calibration=IMAGES)
+        plan = sharefold.plan(model, budget="70%", calibration=IMAGES, method=method)
         assert plan.groups
         return sharefold.convert_(model, plan, calibration=IMAGES, refine=1, config={"base": None})
 
@@ -72,7 +77,7 @@ def test_methods_that_auto_does_not_try(method: str) -> None:
 @pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "fisher"])
 def test_every_objective(objective: str) -> None:
     def run(model: nn.Module) -> Conversion:
-        plan = sharefold.plan(model, budget="60%", calibration=IMAGES, objective=objective)
+        plan = sharefold.plan(model, budget="60%", calibration=IMAGES, objective=objective, method=("basis", "svd"))
         return sharefold.convert_(model, plan, calibration=IMAGES, repair=False, config={"base": None})
 
     compared("residual", run)
@@ -95,7 +100,7 @@ def test_images_made_for_the_network() -> None:
 
 def test_budgets_in_bytes() -> None:
     def run(model: nn.Module) -> Conversion:
-        plan = sharefold.plan(model, budget="12kB", calibration=IMAGES)
+        plan = sharefold.plan(model, budget="12kB", calibration=IMAGES, method="basis")
         return sharefold.convert_(model, plan, calibration=IMAGES, config={"base": None})
 
     compared("residual", run)

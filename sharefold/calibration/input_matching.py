@@ -7,7 +7,7 @@ DeepInversion", CVPR 2020, https://arxiv.org/abs/1912.08795, its feature term al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -21,7 +21,6 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 def match_statistics(
     model: nn.Module, images: Tensor, steps: int = 10, *, rate: float = 0.05, batch_size: int = 100, seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """Images moved so that the batch statistics at every BatchNorm of ``model`` approach its running statistics.
 
@@ -42,7 +41,7 @@ def match_statistics(
     batches = order.tensor_split(max(1, round(len(images) / batch_size)))
     device = device_of(model)
     with _watched(model, norms) as errors:
-        for number, index in enumerate(batches):
+        for index in batches:
             pixels = images[index].to(device).requires_grad_(True)
             optimizer = torch.optim.Adam([pixels], lr=rate)
             for done in range(steps):
@@ -55,8 +54,6 @@ def match_statistics(
                 with torch.no_grad():
                     pixels.clamp_(low.to(device), high.to(device))
             result[index] = pixels.detach().to(result)
-            if progress:
-                progress("matching", number + 1, len(batches))
     return result
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from sharefold.calibration.statistics import SAMPLES_FLOOR, SAMPLES_PER_FEATURE, patches_of
 from sharefold.layers import ConvForm
 from sharefold.solvers.data_norm import sample_patches
-from sharefold.solvers.pair_moments import PairMoments, PairSums
+from sharefold.solvers.moments import Moments, PairSums
 
 
 class Gatherer:
@@ -26,7 +26,7 @@ class Gatherer:
         wanted = max(SAMPLES_PER_FEATURE * form.features, SAMPLES_FLOOR)
         self.positions = max(1, -(-wanted // images)) if positions is None else positions
         self._seed = seed
-        self._sums = PairMoments(torch.float32)
+        self._sums = Moments(torch.float32, "cpu")
 
     @torch.no_grad()
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
@@ -42,4 +42,4 @@ class Gatherer:
 
     def result(self, centered: bool) -> PairSums | None:
         """None when nothing was added, or something that is not finite."""
-        return self._sums.result(centered)
+        return self._sums.pairs(centered)

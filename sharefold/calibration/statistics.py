@@ -16,7 +16,8 @@ from sharefold.graph import NetworkGraph
 from sharefold.layers import ConvForm, form_of, target_weight
 from sharefold.outputs import Divergence, divergence_of
 from sharefold.running import device_of, evaluating, evenly, has_doubles
-from sharefold.solvers.data_norm import Moments, sample_patches
+from sharefold.solvers.data_norm import sample_patches
+from sharefold.solvers.moments import Moments
 
 # Samples a layer needs for its N x N moment: this many a row, and never fewer than the floor.
 SAMPLES_PER_FEATURE = 16
@@ -128,10 +129,7 @@ class Statistics:
             if is_wide(form) and name not in self.frames:
                 rows = target_weight(self.model.get_submodule(name), form).float()
                 self.frames[name] = torch.linalg.qr(rows.T).Q
-        sums = {
-            name: Moments(self.frames[name].shape[1] if name in self.frames else form.features, form.groups, device=device)
-            for name, form in forms.items()
-        }
+        sums = {name: Moments(torch.float32) for name in forms}
         # A layer's positions do not depend on which others are collected with it.
         drawn = {name: torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode())) for name in names}
         waiting: set[str] = set()
@@ -149,7 +147,7 @@ class Statistics:
                 patches = patches @ self.frames[name] if name in self.frames else patches
                 if self.centered.get(name, False):  # about the first batch's mean: the rest is small, and so is its rounding
                     patches = patches - shifts.setdefault(name, patches.mean(0))
-                sums[name].update(patches)
+                sums[name].add(patches.permute(1, 2, 0))
                 waiting.discard(name)
                 if not waiting:
                     raise _Done
@@ -167,14 +165,14 @@ class Statistics:
             for handle in handles:
                 handle.remove()
         for name in names:
-            if float(sums[name].count) == 0:
+            if not sums[name].count:
                 raise SharefoldError(f"layer {name} was not reached by the calibration images: exclude it")
             moment = sums[name].covariance(self.centered.get(name, False))
             if not bool(torch.isfinite(moment).all()):
                 raise SharefoldError(f"layer {name} gets NaN or infinite inputs on the calibration images: "
                                      "check the weights and the images' normalisation")
             self.cache[name] = shrunk(moment, sums[name].noise())
-            mean = sums[name].mean + shifts.get(name, 0)
+            mean = sums[name].mean.float() + shifts.get(name, 0)
             self.means[name] = mean @ self.frames[name].to(mean).T if name in self.frames else mean
 
     def _evict(self, keep: set[str]) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from sharefold.finetune.schedule import Schedule, build_optimizer
 from sharefold.finetune.step import Updater, freeze_norms
 from sharefold.finetune.whole import whole_factors
 from sharefold.format import carry_config, config_of, without_figures
+from sharefold.options import RunOptions, chosen
 from sharefold.state_dicts import load_tensors
 
 STATE_FILE = "state.pt"
@@ -66,9 +67,7 @@ class FinetuneReport:
 
 def finetune(
     model: nn.Module, train: Data, val: Data | None = None, *, teacher: nn.Module | None = None,
-    config: FinetuneConfig | None = None, out: str | Path | None = None, run_dir: str | Path | None = None,
-    resume: bool = False, force: bool = False, quiet: bool = False, metrics: Mapping[str, Any] | None = None,
-    **overrides: Any,
+    config: FinetuneConfig | None = None, run: RunOptions | None = None, **settings: Any,
 ) -> FinetuneReport:  # fmt: skip
     """Trains ``model`` in place, by labels, by a teacher, or by both.
 
@@ -78,13 +77,8 @@ def finetune(
             normalised float, (N, C, H, W) or (N, H, W, C).
         val: the same, or None.
         teacher: a network of the same classes; it is put in eval mode and moved to the device.
-        config: settings; ``overrides`` are single fields of it (``epochs=4, lr=1e-3``).
-        out: where to save the result with :func:`sharefold.save`; None saves nothing.
-        run_dir: folder for the run's state, log and curve; default ``<out>.run``. None without ``out``: no files.
-        resume: go on with the run in ``run_dir``; begins a new one if there is none yet.
-        force: overwrite ``out`` and a run left in ``run_dir``.
-        quiet: show no progress.
-        metrics: further entries for the saved model's card.
+        config: how it trains.
+        run: where the run is kept. ``settings`` are single fields of both (``epochs=4, lr=1e-3, out="tuned"``).
 
     Under torchrun or ``accelerate launch`` every process calls this with the same arguments.
 
@@ -93,32 +87,32 @@ def finetune(
             memory exhausted.
         Interrupted: a KeyboardInterrupt, after SIGINT or SIGTERM: the step is finished and the run saved.
     """
-    config = FinetuneConfig.build(config, **overrides)
+    kept = {name: settings.pop(name) for name in [spec.name for spec in fields(RunOptions)] if name in settings}
+    config, run = FinetuneConfig.build(config, **settings), chosen(run, kept, RunOptions)
     if teacher is model:
         raise SharefoldError("finetune: teacher is the model itself: pass the original network")
     if teacher is None and not config.labels:
         raise SharefoldError("finetune: without labels there must be a teacher: pass one")
-    out = Path(out) if out is not None else None
-    if run_dir is None and out is not None:
-        run_dir = out.with_name(out.name + ".run")
-    folder = Path(run_dir) if run_dir is not None else None
+    out = None if run.out is None else Path(run.out)
+    run_dir = out.with_name(out.name + ".run") if run.run_dir is None and out is not None else run.run_dir
+    folder = None if run_dir is None else Path(run_dir)
     with world(config.device) as where, seeds.restored(), _memory_hint(config, where):
-        if where.first and not (force or resume):
+        if where.first and not (run.force or run.resume):
             _refuse_overwriting(out, folder)
         if teacher is not None and where.first:
             warn_about_teacher(model, teacher, config)
         batches = training_batches(train, model, config, where)
         checks = None if val is None else validation_batches(val, model, config, where)
         with whole_factors(model):
-            run = _Run(model, teacher, batches, checks, config, where, folder, quiet)
-            report = run.go(resume)
+            loop = _Run(model, teacher, batches, checks, config, where, folder, run.quiet)
+            report = loop.go(run.resume)
         if out is not None and where.first:
             top1 = {} if report.top1_after is None else {"top1": report.top1_after}
-            told = {**(metrics or {}), **top1, "finetune": _card(report, config, batches)}
+            told = {**(run.metrics or {}), **top1, "finetune": _card(report, config, batches)}
             carry_config(model, without_figures(config_of(model)))
-            save(model, out, metrics=told, force=force or resume)
+            save(model, out, metrics=told, force=run.force or run.resume)
             report.output = str(out)
-        run.tell(report)
+        loop.tell(report)
         where.wait()
     return report
 

@@ -14,11 +14,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sharefold.layers import Bank, BasisConv, HybridConv, SharedConv, SpatialConv, banks, shared_layers, with_pivots
+from sharefold.layers import Bank, SharedConv, banks, shared_layers, with_pivots
 from sharefold.solvers.interpolative import pivot
 from sharefold.store.tensor_spec import carried_spec
-
-FACTORS = ("basis", "unique", "vertical")
 
 
 @contextmanager
@@ -55,7 +53,24 @@ def _readers(model: nn.Module, owner: Bank | SharedConv) -> list[SharedConv]:
 
 
 def _factor(owner: Bank | SharedConv) -> tuple[str, nn.Parameter]:
-    return next((name, p) for name in FACTORS if (p := getattr(owner, name, None)) is not None)
+    name = owner.pivoted
+    assert name is not None
+    return name, cast(nn.Parameter, getattr(owner, name))
+
+
+def _row_shape(owner: Bank | SharedConv, readers: list[SharedConv]) -> tuple[int, ...]:
+    """The shape of a whole row of the factor; a bank is as wide as the widest layer that reads it."""
+    if isinstance(owner, SharedConv):
+        return owner.pivoted_shape()
+    return max((layer.form for layer in readers), key=lambda form: form.features).weight_shape[1:]
+
+
+def _mix(owner: Bank | SharedConv, readers: list[SharedConv], matrix: Tensor) -> None:
+    for layer in readers:
+        if owner is layer:
+            layer.mix_own(matrix)
+        else:
+            layer.mix_shared(matrix)
 
 
 # Both on the CPU, in float64: not every device has it, and the matrices are few and small.
@@ -66,12 +81,9 @@ def _make_whole(owner: Bank | SharedConv, readers: list[SharedConv]) -> None:
     pivots = _pivots(owner)
     assert pivots is not None
     found = torch.linalg.qr(with_pivots(free.cpu(), pivots.cpu()).double().T)
-    widest = max(readers, key=lambda layer: layer.form.features).form
-    shape = (*widest.weight_shape[1:3], 1) if name == "vertical" else widest.weight_shape[1:]
-    _set(owner, name, found.Q.T.reshape(-1, *shape), free)
+    _set(owner, name, found.Q.T.reshape(-1, *_row_shape(owner, readers)), free)
     owner.pivots = None
-    for layer in readers:
-        _mix(layer, owner, found.R.T)
+    _mix(owner, readers, found.R.T)
 
 
 def _make_pivoted(owner: Bank | SharedConv, readers: list[SharedConv]) -> None:
@@ -88,24 +100,8 @@ def _make_pivoted(owner: Bank | SharedConv, readers: list[SharedConv]) -> None:
         mix = torch.full((count, count), float("nan"), dtype=rows.dtype)
     _set(owner, name, free, whole)
     owner.pivots = pivots.int().to(whole.device)
-    for layer in readers:
-        _mix(layer, owner, mix)
+    _mix(owner, readers, mix)
 
 
 def _set(owner: nn.Module, name: str, value: Tensor, like: nn.Parameter) -> None:
     setattr(owner, name, nn.Parameter(value.to(like).contiguous(), requires_grad=like.requires_grad))
-
-
-def _mix(layer: SharedConv, owner: Bank | SharedConv, matrix: Tensor) -> None:
-    """Multiplies the coefficients of ``owner``'s factor by ``matrix``."""
-    if isinstance(layer, SpatialConv):
-        mixed = torch.einsum("orxb,rs->osxb", layer.horizontal.cpu().double(), matrix)
-        layer.horizontal.copy_(mixed)
-    elif isinstance(layer, BasisConv):
-        own = owner is layer
-        part = layer.coefficients[:, : layer.own_columns] if own else layer.coefficients[:, layer.own_columns :]
-        if own and isinstance(layer, HybridConv):
-            mixed = torch.einsum("orb,rs->osb", part.unflatten(1, (len(matrix), -1)).cpu().double(), matrix).flatten(1)
-        else:
-            mixed = part.cpu().double() @ matrix
-        part.copy_(mixed)

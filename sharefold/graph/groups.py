@@ -7,52 +7,40 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 from sharefold.errors import SharefoldError
 from sharefold.graph.records import Group, LayerRecord, NetworkGraph
+from sharefold.options import GroupOptions, chosen
 
 FIRST_BLOCK = ("shape", "stride", "skip")
 
 
-def find_groups(
-    graph: NetworkGraph,
-    *,
-    by_role: bool = False,
-    first_block: str = "shape",
-    min_members: int = 2,
-    roles: Collection[str] | None = None,
-    kernel: int | tuple[int, int] | None = None,
-    include: str | Iterable[str] | None = None,
-    exclude: str | Iterable[str] | None = None,
-) -> list[Group]:
+def find_groups(graph: NetworkGraph, options: GroupOptions | None = None, **settings: Any) -> list[Group]:
     """Groups of layers that agree in stage, kind, kernel size, channels and conv groups, in forward order.
 
     Layers on pooled vectors never join layers on maps. Padding and dilation do not matter: they are no part of the
     weight.
 
     Args:
-        by_role: also tell roles apart (conv1 from conv2, expand from project).
-        first_block: what becomes of the first block of a stage. "shape": nothing is left out, strides may differ;
-            "stride": layers of different stride do not share; "skip": its layers are left out.
-        min_members: smallest group to report.
-        roles: only layers with one of these roles.
-        kernel: only layers of this kernel size.
-        include, exclude: regular expressions searched in layer names; a layer needs a match of ``include`` (if
-            given) and none of ``exclude``.
+        options: which layers count; ``settings`` are single fields of it (``by_role=True``).
 
     Raises:
         SharefoldError: unknown ``first_block``, or an expression that does not compile.
     """
-    if first_block not in FIRST_BLOCK:
-        raise SharefoldError(f"first_block={first_block!r}: unknown policy: choose one of {', '.join(FIRST_BLOCK)}")
-    wanted, unwanted = _patterns("include", include), _patterns("exclude", exclude)
-    size = (kernel, kernel) if isinstance(kernel, int) else kernel
+    options = chosen(options, settings, GroupOptions)
+    if options.first_block not in FIRST_BLOCK:
+        raise SharefoldError(
+            f"first_block={options.first_block!r}: unknown policy: choose one of {', '.join(FIRST_BLOCK)}"
+        )
+    wanted, unwanted = _patterns("include", options.include), _patterns("exclude", options.exclude)
+    size = (options.kernel, options.kernel) if isinstance(options.kernel, int) else options.kernel
     found: dict[str, list[LayerRecord]] = {}
     for record in graph.layers.values():
-        if first_block == "skip" and record.block_index == 0:
+        if options.first_block == "skip" and record.block_index == 0:
             continue
-        if roles is not None and record.role not in roles:
+        if options.roles is not None and record.role not in options.roles:
             continue
         if size is not None and record.weight_shape[2:] != size:
             continue
@@ -60,8 +48,8 @@ def find_groups(
             continue
         if any(p.search(record.name) for p in unwanted):
             continue
-        found.setdefault(_name(record, by_role, first_block == "stride"), []).append(record)
-    return [_group(name, members) for name, members in found.items() if len(members) >= max(1, min_members)]
+        found.setdefault(_name(record, options.by_role, options.first_block == "stride"), []).append(record)
+    return [_group(name, members) for name, members in found.items() if len(members) >= max(1, options.min_members)]
 
 
 def _group(name: str, members: list[LayerRecord]) -> Group:

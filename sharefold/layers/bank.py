@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
-from sharefold.layers.pivots import with_pivots
+from sharefold.layers.pivots import whole_factor
 from sharefold.layers.weight_cache import Keeper, Kept
 
 ATTRIBUTE = "sharefold_banks"
@@ -45,14 +45,12 @@ class Bank(Keeper):
 
     def filters(self, kernel_size: tuple[int, int], x: Tensor | None = None) -> Tensor:
         """The basis (R, I/groups, h, w); for an input ``x`` kept from run to run where it has to be put together."""
-        basis, pivots = cast(Tensor, self.basis), self.pivots
-        if pivots is None:
-            return basis
+        return whole_factor(cast(Tensor, self.basis), self.pivots, (-1, *kernel_size), self._kept, x)
 
-        def make() -> Tensor:
-            return with_pivots(basis, pivots).unflatten(1, (-1, *kernel_size))
-
-        return self._kept.get(x, (basis, pivots), make)
+    @property
+    def pivoted(self) -> str | None:
+        """The name of the factor that may be kept without its pivots."""
+        return "basis" if hasattr(self, "basis") else None
 
     def pointers(self) -> dict[str, int]:
         """As :meth:`SharedConv.pointers`."""

@@ -8,9 +8,14 @@ from torch import Tensor, nn
 from sharefold.layers.bank import Bank
 from sharefold.layers.batchnorm import affine
 from sharefold.layers.form import ConvForm
-from sharefold.layers.pivots import with_pivots
+from sharefold.layers.pivots import free_moments, whole_factor
 from sharefold.layers.shared_conv import SharedConv
 from sharefold.layers.weight_cache import Kept
+
+
+def mixed(coefficients: Tensor, matrix: Tensor) -> Tensor:
+    """(..., S): coefficients (..., R) times ``matrix`` (R, S), in float64 on the CPU, which every device can hand over to."""
+    return (coefficients.cpu().double() @ matrix.cpu().double()).to(coefficients)
 
 
 class BasisConv(SharedConv):
@@ -55,15 +60,8 @@ class BasisConv(SharedConv):
             parts.append(self.bank.filters(self.form.kernel_size, x)[:, : self.form.weight_shape[1]])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _own(self, unique: Tensor, x: Tensor | None) -> Tensor:
-        pivots = self.pivots
-        if pivots is None:
-            return unique
-
-        def make() -> Tensor:
-            return with_pivots(unique, pivots).reshape(-1, *self.form.weight_shape[1:])
-
-        return self._kept_filters.get(x, (unique, pivots), make)
+    def _own(self, factor: Tensor, x: Tensor | None) -> Tensor:
+        return whole_factor(factor, self.pivots, self.pivoted_shape(), self._kept_filters, x)
 
     def compose(self) -> Tensor:
         coefficients: Tensor = self.coefficients
@@ -111,6 +109,27 @@ class BasisConv(SharedConv):
     def set_linear_part(self, coefficients: Tensor) -> None:
         with torch.no_grad():
             self.coefficients.copy_(coefficients)
+
+    @property
+    def pivoted(self) -> str | None:
+        return None if self.unique is None else "unique"
+
+    def pivoted_shape(self) -> tuple[int, ...]:
+        return self.form.weight_shape[1:]
+
+    def own_moments(self, moments: Tensor) -> Tensor:
+        return free_moments(moments, self.pivots)
+
+    def own_power(self, power: Tensor) -> Tensor:
+        return power[: self.own_columns]
+
+    @torch.no_grad()
+    def mix_own(self, matrix: Tensor) -> None:
+        self.coefficients[:, : self.own_columns] = mixed(self.coefficients[:, : self.own_columns], matrix)
+
+    @torch.no_grad()
+    def mix_shared(self, matrix: Tensor) -> None:
+        self.coefficients[:, self.own_columns :] = mixed(self.coefficients[:, self.own_columns :], matrix)
 
     def pointers(self) -> dict[str, int]:
         return {} if self.pivots is None or self.unique is None else {"pivots": sum(self.unique.shape)}

@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sharefold.layers.bank import Bank
-from sharefold.layers.basis_conv import BasisConv
+from sharefold.layers.basis_conv import BasisConv, mixed
+from sharefold.layers.column_filters import by_columns, column_moments, compose_columns, in_every_column, splits
 from sharefold.layers.form import ConvForm
-from sharefold.layers.pivots import with_pivots
-from sharefold.layers.spatial_conv import in_every_column
 
 
 class HybridConv(BasisConv):
@@ -35,14 +34,7 @@ class HybridConv(BasisConv):
 
     def columns(self, x: Tensor | None = None) -> Tensor:
         """The column filters (r, I/groups, h, 1); for an input ``x`` as :meth:`Bank.filters` does."""
-        vertical, pivots = self.vertical, self.pivots
-        if pivots is None:
-            return vertical
-
-        def make() -> Tensor:
-            return with_pivots(vertical, pivots).reshape(self.verticals, *self.form.weight_shape[1:3], 1)
-
-        return self._kept_filters.get(x, (vertical, pivots), make)
+        return self._own(self.vertical, x)
 
     def shared(self, x: Tensor | None = None) -> Tensor:
         """The bank's filters (R, I/groups, h, w), likewise."""
@@ -60,12 +52,11 @@ class HybridConv(BasisConv):
 
     def compose(self) -> Tensor:
         horizontal, mix = self._mixes()
-        own = torch.einsum("orb,ria->oiab", horizontal[:, :, 0], self.columns()[..., 0])
-        return own + (mix @ self.shared().flatten(1)).view(self.form.weight_shape)
+        return compose_columns(self.columns(), horizontal) + (mix @ self.shared().flatten(1)).view(self.form.weight_shape)
 
     def factored_share(self) -> float:
         form = self.form
-        if form.same_pad or form.padding_mode != "zeros" or isinstance(form.padding, str):
+        if not splits(form):
             return float("inf")
         width = form.kernel_size[1]
         rows, shared = form.out_channels // form.groups, self.rank - self.own_columns
@@ -75,15 +66,31 @@ class HybridConv(BasisConv):
 
     def factored(self, x: Tensor) -> Tensor:
         form, cached = self.form, None if self.training else x
-        pad, stride, dilation = form.padding, form.stride, form.dilation
-        assert not isinstance(pad, str)
         columns, shared = self.columns(cached), self.shared(cached)
         if form.groups > 1:
             columns, shared = columns.repeat(form.groups, 1, 1, 1), shared.repeat(form.groups, 1, 1, 1)
         horizontal, mix = self._mixes()
-        own = F.conv2d(x, columns, None, (stride[0], 1), (pad[0], 0), (dilation[0], 1), form.groups)
-        own = F.conv2d(own, horizontal, self.own_bias, (1, stride[1]), (0, pad[1]), (1, dilation[1]), form.groups)
+        own = by_columns(form, x, columns, horizontal, self.own_bias)
         return own + F.conv2d(form.apply(x, shared, None), mix[:, :, None, None], groups=form.groups)
+
+    @property
+    def pivoted(self) -> str | None:
+        return "vertical"
+
+    def pivoted_shape(self) -> tuple[int, ...]:
+        return (*self.form.weight_shape[1:3], 1)
+
+    def own_moments(self, moments: Tensor) -> Tensor:
+        return super().own_moments(column_moments(moments, self.form))
+
+    def own_power(self, power: Tensor) -> Tensor:
+        return super().own_power(power).reshape(self.verticals, -1).sum(1)
+
+    @torch.no_grad()
+    def mix_own(self, matrix: Tensor) -> None:
+        own = self.coefficients[:, : self.own_columns]
+        by_column = own.unflatten(1, (self.verticals, -1)).transpose(1, 2)
+        own.copy_(mixed(by_column, matrix).transpose(1, 2).flatten(1))
 
     def pointers(self) -> dict[str, int]:
         return {} if self.pivots is None else {"pivots": sum(self.vertical.shape)}

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sharefold.layers.weight_cache import Kept
+
 
 def with_pivots(free: Tensor, pivots: Tensor) -> Tensor:
     """The matrix (R, N) whose columns ``pivots`` (R,) are the identity's, in their order, and the others ``free``.
@@ -25,6 +27,30 @@ def with_pivots(free: Tensor, pivots: Tensor) -> Tensor:
     place = torch.arange(size, device=free.device) + count - taken.cumsum(0)
     place = place.scatter(0, pivots, own)
     return torch.cat([torch.eye(count, dtype=free.dtype, device=free.device), free], 1).index_select(1, place)
+
+
+def whole_factor(
+    free: Tensor, pivots: Tensor | None, row: tuple[int, ...], kept: Kept | None = None, x: Tensor | None = None
+) -> Tensor:
+    """A factor whose rows have the shape ``row`` (one size may be -1).
+
+    For an input ``x`` it is kept in ``kept`` from run to run where it has to be put together.
+    """
+    if pivots is None:
+        return free
+
+    def make() -> Tensor:
+        return with_pivots(free, pivots).unflatten(1, row)
+
+    return make() if kept is None else kept.get(x, (free, pivots), make)
+
+
+def free_moments(moments: Tensor, pivots: Tensor | None) -> Tensor:
+    """(..., M, M): of moments (..., N, N), those of the columns that a factor with ``pivots`` keeps."""
+    if pivots is None:
+        return moments
+    free = free_columns(pivots, moments.shape[-1]).to(moments.device)
+    return moments[..., free, :][..., free]
 
 
 def free_columns(pivots: Tensor, size: int) -> Tensor:

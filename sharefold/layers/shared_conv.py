@@ -69,6 +69,34 @@ class SharedConv(Keeper):
         """Takes new coefficients (O, M) for the filters of :meth:`linear_part`."""
         raise NotImplementedError
 
+    # The name of the tensor that holds the coefficients of :meth:`linear_part`.
+    coefficients_name = "coefficients"
+
+    @property
+    def pivoted(self) -> str | None:
+        """The name of the layer's own factor, which is a part of the filters and may be kept without its pivots, or None."""
+        return None
+
+    def pivoted_shape(self) -> tuple[int, ...]:
+        """The shape of one row of that factor when whole."""
+        raise NotImplementedError
+
+    def own_moments(self, moments: Tensor) -> Tensor:
+        """(1, M, M) moments of what the own factor's columns are multiplied by, of those (1, N, N) of the layer's patches."""
+        raise NotImplementedError
+
+    def own_power(self, power: Tensor) -> Tensor:
+        """(R,) what each row of the own factor carries, of what each filter of :meth:`linear_part` does, (M,)."""
+        raise NotImplementedError
+
+    def mix_own(self, matrix: Tensor) -> None:
+        """Multiplies the coefficients of the own factor by ``matrix`` (R, S) from the right; without a gradient."""
+        raise NotImplementedError
+
+    def mix_shared(self, matrix: Tensor) -> None:
+        """Multiplies the coefficients of the bank's basis by ``matrix`` (R, S) from the right; without a gradient."""
+        raise NotImplementedError
+
     def pointers(self) -> dict[str, int]:
         """Integer buffers, and how many things each of their entries may point to."""
         return {}

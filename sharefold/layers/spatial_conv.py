@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sharefold.layers.basis_conv import mixed
+from sharefold.layers.column_filters import by_columns, column_moments, compose_columns, in_every_column, splits
 from sharefold.layers.form import ConvForm
-from sharefold.layers.pivots import with_pivots
+from sharefold.layers.pivots import free_moments, whole_factor
 from sharefold.layers.shared_conv import SharedConv
 from sharefold.layers.weight_cache import Kept
 
@@ -22,6 +23,7 @@ class SpatialConv(SharedConv):
     """
 
     pivots: Tensor | None
+    coefficients_name = "horizontal"
 
     def __init__(
         self, form: ConvForm, vertical: Tensor, horizontal: Tensor, bias: Tensor | None = None,
@@ -36,21 +38,14 @@ class SpatialConv(SharedConv):
 
     def columns(self, x: Tensor | None = None) -> Tensor:
         """The column filters (R, I, h, 1); for an input ``x`` as :meth:`Bank.filters` does."""
-        vertical, pivots = self.vertical, self.pivots
-        if pivots is None:
-            return vertical
-
-        def make() -> Tensor:
-            return with_pivots(vertical, pivots).reshape(self.rank, self.form.in_channels, self.form.kernel_size[0], 1)
-
-        return self._kept_columns.get(x, (vertical, pivots), make)
+        return whole_factor(self.vertical, self.pivots, self.pivoted_shape(), self._kept_columns, x)
 
     def compose(self) -> Tensor:
-        return torch.einsum("orb,ria->oiab", self.horizontal[:, :, 0], self.columns()[..., 0])
+        return compose_columns(self.columns(), self.horizontal)
 
     def factored_share(self) -> float:
         form = self.form
-        if form.same_pad or form.padding_mode != "zeros" or isinstance(form.padding, str):
+        if not splits(form):
             return float("inf")
         height, width = form.kernel_size
         # The vertical pass runs at full width: its stride applies to one axis only.
@@ -58,12 +53,7 @@ class SpatialConv(SharedConv):
         return (vertical + form.out_channels * self.rank * width) / (form.out_channels * form.features)
 
     def factored(self, x: Tensor) -> Tensor:
-        form = self.form
-        pad, stride, dilation = form.padding, form.stride, form.dilation
-        assert not isinstance(pad, str)
-        columns = self.columns(None if self.training else x)
-        x = F.conv2d(x, columns, None, (stride[0], 1), (pad[0], 0), (dilation[0], 1))
-        return F.conv2d(x, self.horizontal, self.own_bias, (1, stride[1]), (0, pad[1]), (1, dilation[1]))
+        return by_columns(self.form, x, self.columns(None if self.training else x), self.horizontal, self.own_bias)
 
     def linear_part(self) -> tuple[Tensor, Tensor] | None:
         if self.form.standardize is not None:
@@ -74,11 +64,22 @@ class SpatialConv(SharedConv):
         with torch.no_grad():
             self.horizontal.copy_(coefficients.view_as(self.horizontal))
 
+    @property
+    def pivoted(self) -> str | None:
+        return "vertical"
+
+    def pivoted_shape(self) -> tuple[int, ...]:
+        return (*self.form.weight_shape[1:3], 1)
+
+    def own_moments(self, moments: Tensor) -> Tensor:
+        return free_moments(column_moments(moments, self.form), self.pivots)
+
+    def own_power(self, power: Tensor) -> Tensor:
+        return power.reshape(self.rank, -1).sum(1)
+
+    @torch.no_grad()
+    def mix_own(self, matrix: Tensor) -> None:
+        self.horizontal.copy_(mixed(self.horizontal.transpose(1, 3), matrix).transpose(1, 3))
+
     def pointers(self) -> dict[str, int]:
         return {} if self.pivots is None else {"pivots": sum(self.vertical.shape)}
-
-
-def in_every_column(vertical: Tensor, width: int) -> Tensor:
-    """Filters (R * w, I, h, w) of column filters (R, I, h, 1): filter r * w + b is the r-th in column b of the window."""
-    eye = torch.eye(width, dtype=vertical.dtype, device=vertical.device)
-    return torch.einsum("ria,bc->rbiac", vertical[..., 0], eye).flatten(0, 1)

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from sharefold.budget import Budget, parse_budget
 from sharefold.calibration.calibrate import Calibration, calibration_of
+from sharefold.calibration.statistics import is_wide
 from sharefold.format import check_dense
 from sharefold.graph.hidden_channels import hidden_spaces
 from sharefold.graph.preserved import preserved
+from sharefold.layers import form_of
 from sharefold.methods import AUTO, FOLD
 from sharefold.options import CalibrationOptions, PlanOptions, chosen
 from sharefold.planner.candidates import Candidates, find_candidates, method_text
@@ -92,6 +94,8 @@ class Planner:
         unit = "parameters" if unit == "bytes" else unit
         if unit not in self._levels:
             spaces, _ = hidden_spaces(self.cal.original, self.cal.graph, self.options.exclude)
+            # Which channels a wide layer could do without its moments do not say: they are in the space of its rows.
+            spaces = [space for space in spaces if not any(_is_wide(self.cal.original, name) for name in space.readers)]
             self._levels[unit] = FoldLevels(self.cal, spaces, self.cost(unit), self.options, self.progress)
         return self._levels[unit]
 
@@ -167,3 +171,8 @@ class Planner:
             if trials.rounds:
                 picks = search(candidates, trials, limit, picks, self.progress)
         return candidates.plan(picks, budget)
+
+
+def _is_wide(model: nn.Module, name: str) -> bool:
+    form = form_of(model.get_submodule(name))
+    return form is not None and is_wide(form)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sharefold.solvers.least_squares import PulledLeastSquares
-from sharefold.solvers.pair_moments import PairMoments, PairSums
+from sharefold.solvers.moments import Moments, PairSums
 
 # Pulls that compete, as shares of the mean diagonal of the normal equations (https://doi.org/10.1080/00401706.1979.10489751).
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -46,9 +46,9 @@ def sums_of(responses: Tensor, wanted: Tensor) -> PairSums | None:
     """Moments, not centred, of responses (G, M, P) and wanted outputs (G, O/G, P); None without any."""
     if not responses.shape[2]:
         return None
-    pairs = PairMoments()
-    pairs.add(responses, wanted)
-    return pairs.result(centered=False)
+    moments = Moments(device="cpu")
+    moments.add(responses, wanted)
+    return moments.pairs(centered=False)
 
 
 def halves_of(
@@ -59,12 +59,12 @@ def halves_of(
     Args:
         image: (P,) the number of the image that each sample is of.
     """
-    halves = PairMoments(), PairMoments()
-    for remainder, pairs in enumerate(halves):
+    halves = Moments(device="cpu"), Moments(device="cpu")
+    for remainder, moments in enumerate(halves):
         pick = image % 2 == remainder
         if bool(pick.any()):
-            pairs.add(responses[..., pick], wanted[..., pick])
-    first, second, whole = (pairs.result(centered=False) for pairs in (*halves, halves[0].merged(halves[1])))
+            moments.add(responses[..., pick], wanted[..., pick])
+    first, second, whole = (moments.pairs(centered=False) for moments in (*halves, halves[0].merged(halves[1])))
     return first, second, whole
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -69,17 +69,20 @@ class Facts:
         return COLOURS[names.index(group) % len(COLOURS)]
 
 
+Weights = Literal["original", "shared", "none"]
+
+
 def facts_of(
     title: str, plan: Plan, metrics: Mapping[str, Any] | None = None, dense: nn.Module | None = None,
-    example_input: Tensor | None = None, *, weights: bool = True, original: bool = True,
+    example_input: Tensor | None = None, *, weights: Weights = "original",
 ) -> Facts:  # fmt: skip
     """Reads the map and the spectra off the dense network.
 
     Args:
         dense: the network that the plan was made for; without it there is neither map nor spectrum.
         example_input: (B, C, H, W), for tracing.
-        weights: whether the tensors of ``dense`` mean something; otherwise there are no spectra.
-        original: whether they are those before sharing.
+        weights: which ones ``dense`` has: those before sharing, what sharing made of them, or none that mean something;
+            then there are no spectra.
     """
     if dense is None or example_input is None:
         return Facts(title, plan, metrics or {})
@@ -93,13 +96,13 @@ def facts_of(
         for name, record in graph.layers.items()
     ]
     spectra, ranks = {}, {}
-    if weights:
+    if weights != "none":
         for group in plan.groups:
             matrices = [_matrix(dense, name, group.method) for name in members[group.name]]
             if matrices and len({m.shape[1] for m in matrices}) == 1:
                 spectra[group.name] = spectrum(matrices)
                 ranks.update(_rank(group, matrices))
-    return Facts(title, plan, metrics or {}, layers, spectra, ranks, original)
+    return Facts(title, plan, metrics or {}, layers, spectra, ranks, weights == "original")
 
 
 def _matrix(model: nn.Module, name: str, method: str) -> Tensor:

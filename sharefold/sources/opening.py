@@ -19,6 +19,7 @@ from sharefold.architectures.shapes import check_fit, load_weights, shapes_of
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.format import checked_pretrained_cfg, config_of
 from sharefold.hub import shared_folder
+from sharefold.options import OpenOptions, chosen
 from sharefold.sources.hub_models import open_hub, open_timm, open_torchvision
 from sharefold.sources.preprocessing import preprocessing
 from sharefold.sources.read import check_file, read_state_dict
@@ -58,14 +59,7 @@ class Source:
 
 
 def open_source(
-    source: str | Path,
-    *,
-    arch: str | None = None,
-    pretrained: bool = True,
-    num_classes: int | None = None,
-    trust_pickle: bool = False,
-    in_chans: int | None = None,
-    look: Look | None = None,
+    source: str | Path, options: OpenOptions | None = None, *, look: Look | None = None, **settings: Any
 ) -> Source:
     """Opens a network.
 
@@ -73,13 +67,7 @@ def open_source(
         source: ``timm:NAME``, ``tv:NAME`` (both with ``:key=value,...`` for the builder), ``hf-hub:OWNER/NAME[@REVISION]``
             (a repository of timm, or one that :func:`sharefold.hub.push_to_hub` wrote), a sharefold directory or file,
             or a checkpoint file.
-        arch: architecture of a checkpoint, ``NAME``, ``timm:NAME:k=v`` or ``tv:NAME:k=v``; found by names and shapes
-            when left out.
-        pretrained: published weights for named models; files are read in any case.
-        num_classes: for named models, outputs of the classifier; for checkpoints with another count, the classifier
-            is made anew and a warning says so.
-        trust_pickle: allow a checkpoint to run code.
-        in_chans: channels of the input, for named models.
+        options: what is known beside; ``settings`` are single fields of it (``arch="timm:resnet50"``).
         look: gives normalised images (n, C, H, W), no labels, for a configuration such as ``pretrained_cfg``. Where several
             architectures have the tensors of a file, they tell by its BatchNorms which one it was trained with; by default
             procedural images have to.
@@ -90,18 +78,19 @@ def open_source(
     Warns:
         SharefoldWarning: several architectures fit a file, and its BatchNorms do not tell which one it is.
     """
-    if num_classes is not None and num_classes < 1:
-        raise SharefoldError(f"num_classes={num_classes}: a classifier needs at least one class")
-    if in_chans is not None and in_chans < 1:
-        raise SharefoldError(f"in_chans={in_chans}: an input needs at least one channel")
+    options = chosen(options, settings, OpenOptions)
+    if options.num_classes is not None and options.num_classes < 1:
+        raise SharefoldError(f"num_classes={options.num_classes}: a classifier needs at least one class")
+    if options.in_chans is not None and options.in_chans < 1:
+        raise SharefoldError(f"in_chans={options.in_chans}: an input needs at least one channel")
     text = str(source)
     kind, rest = _split(text)
     if kind is None:
-        return _open_path(Path(text).expanduser(), arch, num_classes, in_chans, trust_pickle, look)
-    if arch is not None:
+        return _open_path(Path(text).expanduser(), options, look)
+    if options.arch is not None:
         raise SharefoldError(f"--arch is for checkpoint files, and {text} names its architecture: leave --arch out")
     name, kwargs = _name_and_options(rest, text) if kind != "hf-hub" else (rest, {})
-    for key, value in (("num_classes", num_classes), ("in_chans", in_chans)):
+    for key, value in (("num_classes", options.num_classes), ("in_chans", options.in_chans)):
         if value is not None:
             kwargs[key] = value
     opener = {"timm": open_timm, "torchvision": open_torchvision, "hf-hub": open_hub}[kind]
@@ -110,9 +99,9 @@ def open_source(
     if kind == "hf-hub":
         folder = shared_folder(name)
         if folder is not None:
-            _refuse_options(text, num_classes=num_classes, in_chans=in_chans)
+            _refuse_options(text, replace(options, arch=None))
             return replace(_open_sharefold(folder), kind=kind)
-    model, base = opener(name, kwargs, pretrained)
+    model, base = opener(name, kwargs, options.pretrained)
     return Source(note_base(model, base), base, preprocessing(model, base), base["name"], kind)
 
 
@@ -136,18 +125,17 @@ def _name_and_options(rest: str, where: str) -> tuple[str, dict[str, Any]]:
     return name.strip(), kwargs
 
 
-def _open_path(
-    path: Path, arch: str | None, num_classes: int | None, in_chans: int | None, trust_pickle: bool, look: Look | None
-) -> Source:
+def _open_path(path: Path, options: OpenOptions, look: Look | None) -> Source:
+    arch = options.arch
     if checkpoint.is_sharefold(path):
-        _refuse_options(path, arch=arch, num_classes=num_classes, in_chans=in_chans)
+        _refuse_options(path, options)
         return _open_sharefold(path)
     hub: dict[str, Any] = {}
     if path.is_dir():
         path, hub = _hub_layout(path)
     elif not path.exists():
         _refuse_missing(path)
-    state, notes = read_state_dict(path, trust_pickle)
+    state, notes = read_state_dict(path, options.trust_pickle)
     module = notes.pop("module", None)
     own = module is not None and type(module).__module__.partition(".")[0] not in ("timm", "torchvision", "sharefold")
     if own and arch is None:
@@ -159,19 +147,13 @@ def _open_path(
             raise
         return _open_module(module, path, notes)
     match = settled(match, state, str(path), look)
-    return _fill(state, match, notes, path, num_classes, in_chans, hub)
+    return _fill(state, match, notes, path, options, hub)
 
 
 def _fill(
-    state: dict[str, Tensor],
-    match: Match,
-    notes: dict[str, Any],
-    path: Path,
-    num_classes: int | None,
-    in_chans: int | None,
-    hub: dict[str, Any],
+    state: dict[str, Tensor], match: Match, notes: dict[str, Any], path: Path, options: OpenOptions, hub: dict[str, Any]
 ) -> Source:
-    base, fresh = match.base, frozenset[str]()
+    base, fresh, num_classes = match.base, frozenset[str](), options.num_classes
     kwargs = base["kwargs"]
     if num_classes is not None and num_classes != kwargs.get("num_classes"):
         warnings.warn(
@@ -188,8 +170,8 @@ def _fill(
     config = preprocessing(model, base, path)
     config.update({key: value for key, value in hub.get("pretrained_cfg", {}).items() if key in config})
     channels = config["input_size"][0]
-    if in_chans not in (None, channels):
-        raise SharefoldError(f"{path} takes {channels} input channels, not {in_chans}: leave the channel count out")
+    if options.in_chans not in (None, channels):
+        raise SharefoldError(f"{path} takes {channels} input channels, not {options.in_chans}: leave the channel count out")
     notes["absent"] = load_weights(model, state, str(path), base["name"], skip=fresh)
     notes.update(others=list(match.others), rule=match.rule)
     config["num_classes"] = base["kwargs"].get("num_classes", config["num_classes"])
@@ -234,9 +216,9 @@ def _parse_arch(arch: str) -> tuple[str, str, dict[str, Any]]:
     return kind, name, kwargs
 
 
-def _refuse_options(source: str | Path, **options: Any) -> None:
-    for name, value in options.items():
-        if value is not None:
+def _refuse_options(source: str | Path, options: OpenOptions) -> None:
+    for name in ("arch", "num_classes", "in_chans"):
+        if getattr(options, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise SharefoldError(f"{source} is a converted network and knows its architecture: leave {option} out")
 

@@ -14,12 +14,12 @@ from sharefold.calibration.sensitivity import output_sensitivity
 from sharefold.calibration.statistics import WIDE
 from sharefold.format import carried_config
 from sharefold.graph import NetworkGraph
-from sharefold.layers import BasisConv, ConvForm, HybridConv, SharedConv, SpatialConv, TiedConv, banks, form_of, free_columns
+from sharefold.layers import BasisConv, ConvForm, SharedConv, banks, form_of, free_moments
 from sharefold.outputs import Divergence, divergence_of
 from sharefold.plans import Plan
-from sharefold.solvers.pair_moments import PairSums
+from sharefold.solvers.moments import PairSums
 from sharefold.solvers.tucker_als import lift
-from sharefold.store.moments import gather, runs
+from sharefold.store.gathering import gather, runs
 from sharefold.store.rounding import unabsorbed
 
 # Tensors smaller than this are kept as halves.
@@ -151,40 +151,11 @@ def _measure(
     filters, coefficients = (t.detach().cpu().double() for t in part)
     flat = filters.flatten(1)
     gram = flat @ inputs.gram.double() @ flat.T
-    leaf = "horizontal" if isinstance(layer, SpatialConv) else "coefficients"
-    plan.rows[f"{name}.{leaf}"] = (per_group * unabsorbed(gram).unsqueeze(1)).flatten()
-    metric = inputs.gram.double().mean(0, keepdim=True)
-    weight = (coefficients.square() * rows.unsqueeze(1)).sum(0)  # (M,)
-    if isinstance(layer, SpatialConv | HybridConv):
-        metric, weight = vertical_metric(metric, layer), _vertical_weight(weight, layer)
-        plan.rows[f"{name}.vertical"] = weight * unabsorbed(metric)
-    elif isinstance(layer, BasisConv) and layer.unique is not None:
-        metric = free_metric(metric, layer.pivots)
-        plan.rows[f"{name}.unique"] = weight[: len(cast(Tensor, layer.unique))] * unabsorbed(metric)
-
-
-def free_metric(metric: Tensor, pivots: Tensor | None) -> Tensor:
-    """(1, M, M): of moments (1, N, N), those of the columns that a factor with ``pivots`` keeps."""
-    if pivots is None:
-        return metric
-    free = free_columns(pivots, metric.shape[1]).to(metric.device)
-    return metric[:, free][:, :, free]
-
-
-def _vertical_weight(weight: Tensor, layer: SpatialConv | HybridConv) -> Tensor:
-    """(R,) of the weights (M,) of a layer's filters, those of its column filters, wherever they stand in the window."""
-    if isinstance(layer, HybridConv):
-        return weight[: layer.own_columns].reshape(layer.verticals, -1).sum(1)
-    return weight.reshape(layer.rank, -1).sum(1)
-
-
-def vertical_metric(metric: Tensor, layer: SpatialConv | HybridConv) -> Tensor:
-    """(1, I*h, I*h): moments of the column filters' inputs, mean over the columns of the window; of a pivoted filter bank
-    those of the inputs that are not its pivots."""
-    channels, height, width = layer.form.weight_shape[1:]
-    cells = metric.reshape(channels, height, width, channels, height, width)
-    moments = torch.einsum("iawjbw->iajb", cells).reshape(1, channels * height, channels * height) / width
-    return free_metric(moments, layer.pivots)
+    plan.rows[f"{name}.{layer.coefficients_name}"] = (per_group * unabsorbed(gram).unsqueeze(1)).flatten()
+    if layer.pivoted is not None:
+        power = (coefficients.square() * rows.unsqueeze(1)).sum(0)  # (M,)
+        metric = layer.own_moments(inputs.gram.double().mean(0, keepdim=True))
+        plan.rows[f"{name}.{layer.pivoted}"] = layer.own_power(power) * unabsorbed(metric)
 
 
 def _shared(
@@ -193,25 +164,25 @@ def _shared(
 ) -> None:  # fmt: skip
     for bank_name, names in members.items():
         found = gather(model, {name: plan.forms[name] for name in names}, plan.centered, images)
-        layers = {name: model.get_submodule(name) for name in found}
         rows = {
             name: _row_importance(model, graph.layers[name].norm, inputs, sensitivity.get(name))
             for name, inputs in found.items()
         }
-        if layers and all(isinstance(layer, BasisConv) for layer in layers.values()):
+        bank = model.get_submodule(bank_name)
+        if found and hasattr(bank, "basis"):
             _basis_metric(model, plan, bank_name, found, rows)
-        elif layers and all(isinstance(layer, TiedConv) for layer in layers.values()):
-            _tied_metric(model, plan, bank_name, found, rows)
+        elif found and hasattr(bank, "weight"):
+            _kernel_metric(model, plan, bank_name, found, rows)
         for name, inputs in found.items():
             _measure(model, graph, plan, name, inputs, sensitivity.get(name))
 
 
-def _tied_metric(
+def _kernel_metric(
     model: nn.Module, plan: Prepared, bank_name: str, found: dict[str, PairSums], rows: dict[str, Tensor]
 ) -> None:
     weights = {}
     for name, value in rows.items():
-        scale = cast("Tensor | None", model.get_submodule(name).scale)
+        scale = cast("Tensor | None", getattr(model.get_submodule(name), "scale", None))
         weights[name] = value if scale is None else value * scale.detach().cpu().double().square()
     total = sum(found[name].gram.double() * float(weights[name].sum()) for name in found)
     metric = total / sum(float(w.sum()) for w in weights.values())
@@ -245,7 +216,7 @@ def _basis_metric(
     simple = pivots is None and all(layer.norm is None and not layer.own_columns for layer in layers.values())
     if simple and len(layers) == bank.uses:
         _turn(basis, layers, metric, rows)
-    metric = free_metric(metric.unsqueeze(0), pivots)
+    metric = free_moments(metric.unsqueeze(0), pivots)
     count = len(basis)
     power = torch.zeros(count, dtype=torch.float64)
     for name, layer in layers.items():

@@ -18,7 +18,7 @@ from sharefold.errors import SharefoldError
 from sharefold.format import config_of
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.graph.preserved import restored_on_error
-from sharefold.layers import BasisConv, HybridConv, SharedConv, SpatialConv, to_dense
+from sharefold.layers import SharedConv, to_dense
 from sharefold.outputs import Divergence
 from sharefold.plans import Progress
 from sharefold.repair.lockstep import Visited, Wanted, walk
@@ -27,10 +27,10 @@ from sharefold.running import evaluating
 from sharefold.settings import with_plain_settings
 from sharefold.solvers.grid import kmeans_codebook, search_scale
 from sharefold.solvers.least_squares import PulledLeastSquares
-from sharefold.solvers.pair_moments import PairMoments, PairSums
-from sharefold.store.moments import gather, runs
+from sharefold.solvers.moments import Moments, PairSums
+from sharefold.store.gathering import gather, runs
 from sharefold.store.norm_folding import fold_norms
-from sharefold.store.prepare import Prepared, free_metric, matrices, plan_of, prepare, vertical_metric
+from sharefold.store.prepare import Prepared, matrices, plan_of, prepare
 from sharefold.store.rans import LARGEST
 from sharefold.store.rounding import round_matrix
 from sharefold.store.size import file_bytes, size_predictor
@@ -45,6 +45,7 @@ SMALLEST_STEP, LARGEST_STEP = 1e-5, 0.3
 STEP_TOLERANCE = 0.02
 # A file this much below its budget is close enough.
 _SLACK = 0.01
+_SAME, _BEYOND = 0.01, 0.5  # octaves: steps so close are the same one; so far past all that were too small goes the next
 
 
 @dataclass
@@ -126,6 +127,11 @@ def _rounded(
                 break
         tried.append((request.step, size))
         step = _next_step(tried, (1 - _SLACK) * budget, sum(t.numel() for t in matrices(model).values()))
+        if any(abs(math.log2(step / before)) < _SAME for before, _ in tried):
+            if best is not None:
+                break
+            # Of few weights the size does not always fall with the step: beyond the largest one it has to.
+            step = max(before for before, _ in tried) * 2**_BEYOND
         request = StoreRequest("coded", step=step, budget=budget)
         model.load_state_dict(start)
     if best is None:
@@ -302,9 +308,9 @@ def _sequential(
     if graph.fx_graph is None or len(prepared.forms) < len(graph.layers):
         return False
     def visit(at: Visited) -> None:
-        pairs = PairMoments(torch.float32)
+        pairs = Moments(torch.float32, "cpu")
         pairs.add(at.samples.x.permute(1, 2, 0), at.samples.y.reshape(*at.samples.x.shape[:2], -1).permute(1, 2, 0))
-        layer(at.name, pairs.result(prepared.centered[at.name]))
+        layer(at.name, pairs.pairs(prepared.centered[at.name]))
 
     wanted = {name: Wanted(form) for name, form in prepared.forms.items()}
     walk(graph.fx_graph, teacher, model, images, wanted, visit)
@@ -332,20 +338,17 @@ def _round_factors(
     module: SharedConv, name: str, inputs: PairSums, wanted: dict[str, nn.Parameter],
     settle: Callable[[str, Tensor | None], None],
 ) -> None:  # fmt: skip
-    leaf = "horizontal" if isinstance(module, SpatialConv) else "coefficients"
-    metric = inputs.gram.double().mean(0, keepdim=True)
-    if isinstance(module, SpatialConv | HybridConv) and f"{name}.vertical" in wanted:
-        settle(f"{name}.vertical", vertical_metric(metric, module))
-    elif isinstance(module, BasisConv) and f"{name}.unique" in wanted:
-        settle(f"{name}.unique", free_metric(metric, module.pivots))
+    if module.pivoted is not None and f"{name}.{module.pivoted}" in wanted:
+        settle(f"{name}.{module.pivoted}", module.own_moments(inputs.gram.double().mean(0, keepdim=True)))
     part = module.linear_part()
     assert part is not None
     flat = part[0].detach().cpu().double().flatten(1)
     gram = flat @ inputs.gram.double() @ flat.T
     cross = inputs.cross.double() @ flat.T
     module.set_linear_part(_refitted(part[1], gram, cross).to(part[1]))
-    if f"{name}.{leaf}" in wanted:
-        settle(f"{name}.{leaf}", gram)
+    coefficients = f"{name}.{module.coefficients_name}"
+    if coefficients in wanted:
+        settle(coefficients, gram)
 
 
 def _refitted(matrix: Tensor, gram: Tensor, cross: Tensor) -> Tensor:

@@ -87,9 +87,3 @@ def test_norms_that_saw_no_data_are_not_matched() -> None:
     assert torch.equal(match_statistics(model, images, 5), images)
     model[3].running_mean.fill_(0.5)
     assert not torch.equal(match_statistics(model, images, 5), images)
-
-
-def test_progress_counts_batches(trained: nn.Module) -> None:
-    calls: list[tuple[str, int, int]] = []
-    match_statistics(trained, torch.randn(25, 3, 12, 12), 1, batch_size=10, progress=lambda *a: calls.append(a))
-    assert calls == [("matching", 1, 2), ("matching", 2, 2)]

@@ -11,7 +11,7 @@ from sharefold.calibration import statistics as module
 from sharefold.calibration.statistics import Statistics, shrunk, statistics_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
-from sharefold.solvers.data_norm import Moments
+from sharefold.solvers.moments import Moments
 
 IMAGES = images(10)
 
@@ -94,15 +94,15 @@ def test_noise_is_what_moments_of_other_images_differ_by() -> None:
     root = torch.randn(6, 6, generator=generator)
     truth, distances, noises = (root @ root.T)[None], [], []
     for _ in range(200):
-        moments = Moments(6)
+        moments = Moments()
         for _ in range(12):
             alike = torch.randn(3, 6, generator=generator).repeat_interleave(5, 0)  # fifteen patches of three images
-            moments.update(alike @ root.T)
+            moments.add((alike @ root.T).T[None])
         distances.append(float((moments.covariance() - truth).square().sum()))
         noises.append(float(moments.noise()))
     assert sum(noises) == pytest.approx(sum(distances), rel=0.15)
-    single = Moments(6)
-    single.update(torch.randn(4, 6, generator=generator))
+    single = Moments()
+    single.add(torch.randn(1, 6, 4, generator=generator))
     assert bool(torch.isinf(single.noise()).all())
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sharefold.repair import coefficients
 from sharefold.repair.coefficients import RIDGES, Linear, best_ridge, best_step, fitted, halves_of, sums_of
-from sharefold.solvers.pair_moments import PairSums
+from sharefold.solvers.moments import PairSums
 
 GROUPS, FILTERS, OUTPUTS = 2, 5, 3
 

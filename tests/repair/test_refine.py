@@ -21,6 +21,7 @@ from sharefold.outputs import Comparison
 from sharefold.repair import refine as module
 from sharefold.repair.guard import Guard, StepRecord
 from sharefold.repair.refine import centred, refine, relative_errors
+from sharefold.state_dicts import saved_tensors
 
 
 def converted(teacher: Small, rank: int = 7) -> Small:
@@ -94,7 +95,7 @@ def test_the_end_counts_and_not_the_states_on_the_way(monkeypatch, divergences, 
         with torch.no_grad():
             model.weight.fill_(value)
             if value == 0.0:
-                checks.saved = checks.start = module._snapshot(model)
+                checks.saved = checks.start = saved_tensors(model)
         assert checks.passes(share) == (value < 2.0 or math.isfinite(divergences[1]))
     assert float(checks.saved["weight"]) == remains
     assert checks.best == {2.0: divergences[1], 1.0: divergences[0], 0.0: 1.0}[remains]

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from sharefold.errors import SharefoldError
 from sharefold.solvers.data_norm import (
-    Moments,
     Problem,
     eigen_psd,
     inv_sqrt_psd,
@@ -89,54 +88,6 @@ def test_bad_geometry_is_refused() -> None:
         sample_patches(torch.randn(1, 2, 2, 2), 3)
     with pytest.raises(SharefoldError, match="padding"):
         sample_patches(torch.randn(1, 2, 4, 4), 3, padding="full")
-
-
-def test_moments_stream_and_merge() -> None:
-    patches = torch.randn(50, 2, 6, dtype=torch.float64) + 1
-    whole = Moments(6, 2, torch.float64)
-    whole.update(patches)
-    first, second = Moments(6, 2, torch.float64), Moments(6, 2, torch.float64)
-    first.update(patches[:20])
-    second.update(patches[20:])
-    first.merge(second)
-    for centered in (False, True):
-        torch.testing.assert_close(first.covariance(centered), whole.covariance(centered))
-    expected = torch.stack([torch.cov(patches[:, g].T, correction=0) for g in range(2)])
-    torch.testing.assert_close(whole.covariance(centered=True), expected)
-    torch.testing.assert_close(whole.mean, patches.mean(0))
-
-
-@pytest.mark.parametrize("spread", [0.0, 1e-5, 1e-2, 1.0])
-def test_the_covariance_of_nearly_constant_inputs_stays_positive(spread: float) -> None:
-    """Far from zero and hardly varying: float32 sums leave a difference of rounding errors (efficientvit_m0)."""
-    torch.manual_seed(0)
-    noise = torch.randn(4000, 12)
-    taken = Moments(12)
-    for part in (3 + spread * noise).split(100):
-        taken.update(part)
-    found = taken.covariance(centered=True)[0]
-    assert float(torch.linalg.eigvalsh(found.double()).min()) > 0
-    if spread >= 1e-2:
-        exact = (spread * noise.double()).T.cov(correction=0)
-        assert float((found - exact).norm() / exact.norm()) < (0.02 if spread == 1 else 0.5)
-
-
-@pytest.mark.parametrize("features", [192, 768])
-def test_few_nearly_constant_inputs_of_many_features(features: int) -> None:
-    """Errors of all entries add up: where a map is pooled to one position, a handful of patches is all there is."""
-    torch.manual_seed(0)
-    center = torch.randn(features)
-    taken = Moments(features)
-    for scale in torch.linspace(1, 1 + 1e-5, 6):
-        taken.update((scale * center + 1e-4 * torch.randn(features))[None])
-    assert float(torch.linalg.eigvalsh(taken.covariance(centered=True)[0].double()).min()) > 0
-
-
-def test_moments_refuse_wrong_shapes_and_emptiness() -> None:
-    with pytest.raises(SharefoldError, match="no patch"):
-        Moments(4).covariance()
-    with pytest.raises(SharefoldError, match="expected"):
-        Moments(4).update(torch.randn(3, 5))
 
 
 def test_errors_are_relative_output_errors() -> None:

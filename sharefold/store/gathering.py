@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from sharefold.calibration.pairs import Gatherer
 from sharefold.layers import ConvForm
 from sharefold.running import run_on
-from sharefold.solvers.pair_moments import PairSums
+from sharefold.solvers.moments import PairSums
 
 CACHE_BYTES = 1 << 30
 
