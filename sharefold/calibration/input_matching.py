@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from sharefold.running import device_of, evaluating, run_on
+from sharefold.running import device_of, evaluating
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -55,14 +55,6 @@ def match_statistics(
                     pixels.clamp_(low.to(device), high.to(device))
             result[index] = pixels.detach().to(result)
     return result
-
-
-@torch.no_grad()
-def mismatch(model: nn.Module, images: Tensor) -> float:
-    """How far the statistics of ``images``, as one batch, are from the running ones: mean over BatchNorms."""
-    with _watched(model, trained_norms(model)) as errors:
-        run_on(model, images)
-        return float(torch.stack(errors).mean()) if errors else 0.0
 
 
 def trained_norms(model: nn.Module) -> list[nn.Module]:

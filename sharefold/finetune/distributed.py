@@ -98,10 +98,3 @@ def world(device: str = "auto") -> Iterator[World]:
             yield World(rank, size, where)
         finally:
             dist.destroy_process_group()
-
-
-def all_reduce_sum_(*tensors: Tensor) -> None:
-    """Adds tensors up over processes in place; does nothing when there is one process (calibration statistics)."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)

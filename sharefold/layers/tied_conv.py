@@ -1,4 +1,4 @@
-"""A layer that uses the group's one kernel as it is, or with a scale per output channel and a small correction."""
+"""A layer that uses the group's one kernel as it is, or with a scale per output channel."""
 
 from __future__ import annotations
 
@@ -12,36 +12,26 @@ from sharefold.layers.shared_conv import SharedConv
 
 
 class TiedConv(SharedConv):
-    """What = diag(scale) W (+ left right): the bank's kernel W (O, I/groups, h, w), shared by all members.
+    """What = diag(scale) W: the bank's kernel W (O, I/groups, h, w), shared by all members.
 
     Args:
         form: the replaced layer's form.
         bank: holds ``weight`` (O, I/groups, h, w), and ``bias`` (O,) when the members share that too.
         scale: (O,) per output channel, or None.
-        left, right: (O, r) and (r, N) of a per-layer low-rank correction, or None.
     """
 
     bank: Bank
     scale: nn.Parameter | None
-    left: nn.Parameter | None
-    right: nn.Parameter | None
 
     def __init__(
-        self, form: ConvForm, bank: Bank, scale: Tensor | None = None, left: Tensor | None = None,
-        right: Tensor | None = None, bias: Tensor | None = None, gain: Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self, form: ConvForm, bank: Bank, scale: Tensor | None = None, bias: Tensor | None = None, gain: Tensor | None = None
+    ) -> None:
         super().__init__(form, bank, bias, gain)
         self.register_parameter("scale", None if scale is None else nn.Parameter(scale))
-        self.register_parameter("left", None if left is None else nn.Parameter(left))
-        self.register_parameter("right", None if right is None else nn.Parameter(right))
 
     def compose(self) -> Tensor:
         weight = cast(Tensor, self.bank.weight)
-        if self.scale is not None:
-            weight = weight * self.scale[:, None, None, None]
-        if self.left is not None and self.right is not None:
-            weight = weight + (self.left @ self.right).view_as(weight)
-        return weight
+        return weight if self.scale is None else weight * self.scale[:, None, None, None]
 
     @property
     def bias(self) -> Tensor | None:

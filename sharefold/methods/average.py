@@ -1,4 +1,4 @@
-"""One kernel for the whole group: the plain mean, or the data-norm optimum with scales and a correction."""
+"""One kernel for the whole group: the plain mean, or the data-norm optimum with scales."""
 
 from __future__ import annotations
 

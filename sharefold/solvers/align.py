@@ -69,8 +69,6 @@ class _State:
     def __init__(self, side: Side) -> None:
         self.axis = side.axis
         self.problem = side.problem.working()
-        if self.problem.left is not None:
-            raise SharefoldError("align: a full output metric is not supported: pass row weights")
         self.factors = self.problem.objective_weights
         self.taps = self.problem.taps
         members = self.problem.members

@@ -80,10 +80,7 @@ def nested_errors(problem: Problem, filters: Tensor, ridge: float) -> Tensor:
             factor, info = torch.linalg.cholesky_ex(gram + jitter * eye)
         cross = (problem.weighted[k] + floors[k] * problem.weights[k]) @ rows.T
         scores = torch.linalg.solve_triangular(factor, cross.T, upper=False)
-        if problem.left is not None:
-            gains = ((problem.left[k] @ scores.T) * scores.T).sum(dim=0)
-        else:
-            gains = (scores.square() * problem.row_metric[k]).sum(dim=1)
+        gains = (scores.square() * problem.row_metric[k]).sum(dim=1)
         energy = problem.energy[k].clamp_min(torch.finfo(gains.dtype).tiny)
         result.append((1 - gains.cumsum(dim=0) / energy).clamp_min(0))
     return torch.stack(result)

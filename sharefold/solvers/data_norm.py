@@ -144,18 +144,6 @@ def eigen_psd(matrix: Tensor, floor: float = 1e-10) -> tuple[Tensor, Tensor]:
     return torch.maximum(values, lowest * top), vectors
 
 
-def sqrt_psd(matrix: Tensor, floor: float = 1e-10) -> Tensor:
-    """Symmetric square root (..., N, N) of a positive semi-definite matrix, eigenvalues floored."""
-    values, vectors = eigen_psd(matrix, floor)
-    return (vectors * values.sqrt().unsqueeze(-2)) @ vectors.transpose(-1, -2)
-
-
-def inv_sqrt_psd(matrix: Tensor, floor: float = 1e-10) -> Tensor:
-    """Symmetric inverse square root (..., N, N) of a positive semi-definite matrix, eigenvalues floored."""
-    values, vectors = eigen_psd(matrix, floor)
-    return (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.transpose(-1, -2)
-
-
 def solve_psd(matrix: Tensor, rhs: Tensor, ridge: float = 0.0) -> Tensor:
     """Solve ``matrix @ X = rhs`` for symmetric positive semi-definite (..., n, n), robust to rank deficiency.
 
@@ -184,7 +172,6 @@ class Problem:
         row_weights: squared output scales ``D^2`` (K, O); None means ones.
         kernel: (h, w).
         layer_weights: (K,) factors of the layers in the summed error; None means 1 / energy (relative errors).
-        left: optional full output metric (K, O, O) used in place of ``row_weights``.
     """
 
     weights: Tensor
@@ -192,7 +179,6 @@ class Problem:
     row_weights: Tensor | None = None
     kernel: tuple[int, int] = (1, 1)
     layer_weights: Tensor | None = None
-    left: Tensor | None = None
     _energy: Tensor | None = field(default=None, repr=False, compare=False)
     _weighted: Tensor | None = field(default=None, repr=False, compare=False)
 
@@ -207,7 +193,6 @@ class Problem:
             ("moments", self.moments, (members, columns, columns)),
             ("row weights", self.row_weights, (members, rows)),
             ("layer weights", self.layer_weights, (members,)),
-            ("left metric", self.left, (members, rows, rows)),
         ):
             if value is not None and tuple(value.shape) != shape:
                 raise SharefoldError(f"problem: {label} have shape {tuple(value.shape)}: expected {shape}")
@@ -251,9 +236,7 @@ class Problem:
         return self._weighted
 
     def apply_left(self, value: Tensor) -> Tensor:
-        """Multiply (K, O, ...) by the output metric from the left."""
-        if self.left is not None:
-            return self.left @ value
+        """``D_k^2`` times (K, O, M)."""
         return self.row_metric.unsqueeze(2) * value
 
     def _norm(self, value: Tensor, image: Tensor) -> Tensor:
@@ -295,24 +278,18 @@ class Problem:
 
     def to(self, dtype: torch.dtype) -> Problem:
         """The same problem with every tensor in ``dtype``; itself when nothing changes."""
-        tensors = (self.weights, self.second, self.row_metric, self.layer_weights, self.left)
+        tensors = (self.weights, self.second, self.row_metric, self.layer_weights)
         if all(t is None or t.dtype == dtype for t in tensors):
             return self
-        weights, moments, row_weights, layer_weights, left = (None if t is None else t.to(dtype) for t in tensors)
+        weights, moments, row_weights, layer_weights = (None if t is None else t.to(dtype) for t in tensors)
         assert weights is not None
-        return Problem(weights, moments, row_weights, self.kernel, layer_weights, left)
+        return Problem(weights, moments, row_weights, self.kernel, layer_weights)
 
     def select(self, index: Sequence[int] | Tensor) -> Problem:
         """The problem restricted to some of its layers."""
         index = torch.as_tensor(index, device=self.weights.device)
-        return Problem(
-            self.weights[index],
-            self.second[index],
-            self.row_metric[index],
-            self.kernel,
-            None if self.layer_weights is None else self.layer_weights[index],
-            None if self.left is None else self.left[index],
-        )
+        factors = None if self.layer_weights is None else self.layer_weights[index]
+        return Problem(self.weights[index], self.second[index], self.row_metric[index], self.kernel, factors)
 
 
 def moment_floors(problem: Problem, ridge: float) -> Tensor:

@@ -105,10 +105,8 @@ def solve(
         generator: seeds k-means++; None seeds with 0.
 
     Raises:
-        SharefoldError: unknown grain, a cluster count that does not fit, or a full output metric.
+        SharefoldError: unknown grain, or a cluster count that does not fit.
     """
-    if problem.left is not None:
-        raise SharefoldError("cluster: a full output metric is not supported: pass row weights")
     members, rows, columns = problem.weights.shape
     things = {"layer": members, "filter": members * rows, "kernel": members * rows * (columns // problem.taps)}
     if grain not in things:

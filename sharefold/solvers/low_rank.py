@@ -48,11 +48,7 @@ def max_rank(problem: Problem) -> int:
 
 
 def output_roots(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Square root of the output metric and its inverse, (K, O, O), or their diagonals (K, O, 1)."""
-    if problem.left is not None:
-        values, vectors = eigen_psd(problem.left)
-        root = values.sqrt().unsqueeze(1)
-        return (vectors * root) @ vectors.transpose(1, 2), (vectors / root) @ vectors.transpose(1, 2)
+    """Output scales ``D`` and their inverses, (K, O, 1)."""
     weights = problem.row_metric
     top = weights.amax(dim=1, keepdim=True)
     # Rows that a zero BatchNorm scale silences still get a direction, only a very light one.
@@ -60,13 +56,9 @@ def output_roots(problem: Problem) -> tuple[Tensor, Tensor]:
     return root, 1 / root
 
 
-def _mix(root: Tensor, value: Tensor) -> Tensor:
-    return root * value if root.shape[-1] == 1 else root @ value
-
-
 def _output_spectrum(matrices: Tensor, images: Tensor, problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     root, inverse = output_roots(problem)
-    gram = _mix(root, matrices) @ _mix(root, images).transpose(1, 2)
+    gram = (root * matrices) @ (root * images).transpose(1, 2)
     values, vectors = torch.linalg.eigh((gram + gram.transpose(1, 2)) / 2)
     return values.flip(-1).clamp_min(0), vectors.flip(-1), root, inverse
 
@@ -75,7 +67,7 @@ def whitened_factors(matrices: Tensor, images: Tensor, problem: Problem, rank: i
     """Best rank-``rank`` factors (K, O, R), (K, R, N) of ``matrices``; ``images`` is ``matrices_k @ S_k``."""
     _, vectors, root, inverse = _output_spectrum(matrices, images, problem)
     top = vectors[..., :rank]
-    return _mix(inverse, top), top.transpose(1, 2) @ _mix(root, matrices)
+    return inverse * top, top.transpose(1, 2) @ (root * matrices)
 
 
 def svd_curve(problem: Problem, ranks: Sequence[int] | None = None) -> list[CurvePoint]:

@@ -1,4 +1,4 @@
-"""One kernel for a whole group, ``W_k ~ diag(s_k) W``, optionally with a low-rank residual of every layer's own.
+"""One kernel for a whole group, ``W_k ~ diag(s_k) W``.
 
 Sharing whole kernels is the form of ShaResNet (arXiv 1702.08782) and LruNet; averaging under the input statistics
 is RegMean (arXiv 2212.09849), here with output weights and per-channel scales.
@@ -14,43 +14,37 @@ from torch import Tensor
 from sharefold.errors import SharefoldError
 from sharefold.solvers.cg import conjugate_gradient
 from sharefold.solvers.data_norm import Problem, eigen_psd, moment_floors
-from sharefold.solvers.low_rank import whitened_factors
 
 RIDGE = 1e-6
 
 
 @dataclass
 class TieSolution:
-    """``W_k ~ scale_k[:, None] * weight + left_k @ right_k``.
+    """``W_k ~ scale_k[:, None] * weight``.
 
     Attributes:
         weight: the shared matrix (O, N).
         scale: per-layer, per-channel scales (K, O), or None for all ones.
         errors: relative data-norm errors (K,).
         history: the objective at the start and after every step; non-increasing.
-        left, right: residual factors (K, O, R) and (K, R, N), or None.
     """
 
     weight: Tensor
     scale: Tensor | None
     errors: Tensor
     history: list[float] = field(default_factory=list)
-    left: Tensor | None = None
-    right: Tensor | None = None
 
     @property
     def approximation(self) -> Tensor:
         """The composed matrices (K, O, N)."""
         if self.scale is None:
-            value = self.weight.expand(self.errors.shape[0], *self.weight.shape)
-        else:
-            value = self.scale.unsqueeze(2) * self.weight
-        return value if self.left is None or self.right is None else value + self.left @ self.right
+            return self.weight.expand(self.errors.shape[0], *self.weight.shape)
+        return self.scale.unsqueeze(2) * self.weight
 
 
-def cost(members: int, rows: int, columns: int, scale: bool = True, residual_rank: int = 0) -> int:
-    """Parameters of the shared matrix, the scales and the residual factors of the group."""
-    return rows * columns + members * (rows * int(scale) + residual_rank * (rows + columns))
+def cost(members: int, rows: int, columns: int, scale: bool = True) -> int:
+    """Parameters of the shared matrix and the scales of the group."""
+    return rows * columns + members * rows * int(scale)
 
 
 class RowSolver:
@@ -118,7 +112,6 @@ def solve(
     how: str = "data",
     scale: bool = True,
     *,
-    residual_rank: int = 0,
     rounds: int = 10,
     tol: float = 1e-5,
     ridge: float = RIDGE,
@@ -128,7 +121,6 @@ def solve(
     Args:
         how: "mean" averages the matrices (scales, if any, are still fitted); "data" minimises the data-norm error.
         scale: fit a scale per layer and output channel.
-        residual_rank: rank of a per-layer correction, fitted in alternation with the shared part.
         rounds: most alternations.
         tol: stop when a round lowers the objective by less than this fraction.
         ridge: floor of the moments, relative to their mean diagonal.
@@ -137,16 +129,10 @@ def solve(
         A solution in the dtype of ``problem.weights``; errors are measured without the ridge.
 
     Raises:
-        SharefoldError: an unknown ``how``, a residual rank that does not fit, or a full output metric.
+        SharefoldError: an unknown ``how``.
     """
     if how not in ("mean", "data"):
         raise SharefoldError(f"tie: how={how!r}: expected 'mean' or 'data'")
-    if problem.left is not None:
-        raise SharefoldError("tie: a full output metric is not supported: pass row weights")
-    if not 0 <= residual_rank <= min(problem.rows, problem.columns):
-        raise SharefoldError(
-            f"tie: residual rank {residual_rank}: these layers allow 0 to {min(problem.rows, problem.columns)}"
-        )
     dtype = problem.weights.dtype
     problem = problem.working()
     members, rows, _ = problem.weights.shape
@@ -154,24 +140,17 @@ def solve(
     factors = problem.objective_weights[:, None] * problem.row_metric
     target_image = solver.times_moment(problem.weights)
     ones = problem.weights.new_ones(members, rows)
-    left: Tensor | None = None
-    right: Tensor | None = None
-
-    def residual() -> Tensor:
-        return problem.weights if left is None or right is None else problem.weights - left @ right
 
     def per_row(weight: Tensor, scales: Tensor) -> Tensor:
-        gap = residual() - scales.unsqueeze(2) * weight
+        gap = problem.weights - scales.unsqueeze(2) * weight
         return (factors * (gap * solver.times_moment(gap)).sum(dim=2)).sum(dim=0)
 
     def fit_rows(weight: Tensor, scales: Tensor) -> Tensor:
-        image = target_image if left is None else solver.times_moment(residual())
-        rhs = ((factors * scales).unsqueeze(2) * image).sum(dim=0)
+        rhs = ((factors * scales).unsqueeze(2) * target_image).sum(dim=0)
         return solver.solve(factors * scales.square(), rhs, weight)
 
     def fit_scales(weight: Tensor, scales: Tensor) -> Tensor:
-        image = target_image if left is None else solver.times_moment(residual())
-        return best_scales(image, weight, solver.times_moment(weight), scales)
+        return best_scales(target_image, weight, solver.times_moment(weight), scales)
 
     weight = problem.weights.mean(dim=0)
     scales = ones
@@ -187,20 +166,13 @@ def solve(
             weight = torch.where(better[:, None], other, weight)
             scales = torch.where(better, other_scales, scales)
     history = [float(per_row(weight, scales).sum())]
-    for _ in range(rounds):
-        if not residual_rank and (how == "mean" or not scale):
-            break
-        before = (weight, scales, left, right)
-        if residual_rank:
-            gap = problem.weights - scales.unsqueeze(2) * weight
-            left, right = whitened_factors(gap, solver.times_moment(gap), problem, residual_rank)
-        if how == "data":
-            weight = fit_rows(weight, scales)
-        if scale:
-            scales = fit_scales(weight, scales)
+    for _ in range(rounds if scale and how == "data" else 0):
+        before = (weight, scales)
+        weight = fit_rows(weight, scales)
+        scales = fit_scales(weight, scales)
         value = float(per_row(weight, scales).sum())
         if not value <= history[-1]:
-            weight, scales, left, right = before
+            weight, scales = before
             break
         history.append(value)
         if history[-2] - value <= tol * history[-2]:
@@ -210,15 +182,5 @@ def solve(
         size = scales.mean(dim=0)
         size = torch.where(size.abs() > 1e-3 * scales.abs().amax(dim=0).clamp_min(1e-30), size, torch.ones_like(size))
         weight, scales = weight * size[:, None], scales / size
-    approx = scales.unsqueeze(2) * weight
-    if left is not None and right is not None:
-        approx = approx + left @ right
-    errors = problem.errors(approx)
-    return TieSolution(
-        weight.to(dtype),
-        scales.to(dtype) if scale else None,
-        errors.to(dtype),
-        history,
-        None if left is None else left.to(dtype),
-        None if right is None else right.to(dtype),
-    )
+    errors = problem.errors(scales.unsqueeze(2) * weight)
+    return TieSolution(weight.to(dtype), scales.to(dtype) if scale else None, errors.to(dtype), history)

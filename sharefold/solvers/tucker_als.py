@@ -78,9 +78,7 @@ class _Tucker:
         moments.diagonal(dim1=1, dim2=2).add_(floors[:, None])
         self.factors = problem.objective_weights
         # Orthonormal projections keep the floor of the moments, so it is added once, here.
-        self.problem = Problem(
-            problem.weights, moments, problem.row_weights, problem.kernel, self.factors, problem.left
-        )
+        self.problem = Problem(problem.weights, moments, problem.row_weights, problem.kernel, self.factors)
         self.taps = problem.taps
         self.members, self.rows, columns = problem.weights.shape
         self.inputs = columns // self.taps
@@ -108,7 +106,7 @@ class _Tucker:
         moments = inner @ (self.problem.second @ inner.T).reshape(self.members, columns, width)
         target = self.problem.weighted @ inner.T
         weights = solve_psd(moments, target.transpose(1, 2)).transpose(1, 2)
-        return Problem(weights, moments, self.problem.row_weights, self.problem.kernel, self.factors, self.problem.left)
+        return Problem(weights, moments, self.problem.row_weights, self.problem.kernel, self.factors)
 
     def fit_projection(self, basis: Tensor, coefficients: Tensor, projection: Tensor, steps: int) -> Tensor:
         filters = coefficients @ basis

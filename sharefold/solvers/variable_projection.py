@@ -144,9 +144,7 @@ class VariableProjection:
         if found is None:
             raise SharefoldError("the filters of a group are not finite: check its weights and the calibration images")
         mixed = found[1].transpose(1, 2)
-        if self.root.shape[-1] == 1:
-            return mixed / self.root
-        return torch.linalg.solve(self.root, mixed)
+        return mixed / self.root
 
     def errors(self, basis: Tensor, own: Tensor) -> Tensor:
         """Relative errors (E,) with the best coefficients, without the ridge's help."""
@@ -207,7 +205,7 @@ class VariableProjection:
 
     def _scaled(self, matrices: Tensor) -> Tensor:
         """``D`` times (E, O, N)."""
-        return self.root * matrices if self.root.shape[-1] == 1 else self.root @ matrices
+        return self.root * matrices
 
 
 class _Scaled:

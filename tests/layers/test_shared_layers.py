@@ -216,7 +216,7 @@ class Net(nn.Module):
         for i in range(2):
             replace_module(self, f"body.{i}", BasisConv(form, torch.randn(8, 6), shared, bias=torch.randn(8)))
         replace_module(self, "body.2", TiedConv(form, tied, scale=torch.rand(8)))
-        replace_module(self, "body.3", TiedConv(form, tied, left=torch.randn(8, 2), right=torch.randn(2, 72)))
+        replace_module(self, "body.3", TiedConv(form, tied))
         codes = torch.randint(0, 16, (8, 8), dtype=torch.uint8)
         replace_module(self, "body.4", CodebookConv(form, book, codes, scale=torch.rand(8)))
 

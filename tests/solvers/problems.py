@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from sharefold.solvers.data_norm import Problem
+from sharefold.solvers.data_norm import Problem, eigen_psd
 
 
 def moments(members: int, columns: int, deficient: bool = False, seed: int = 0) -> Tensor:
@@ -38,6 +38,12 @@ def problem(
     weights = common + 0.7 * own
     row_weights = torch.rand(members, rows, generator=generator, dtype=torch.float64) + 0.2
     return Problem(weights, moments(members, columns, deficient, seed), row_weights, kernel).to(dtype)
+
+
+def sqrt_psd(matrix: Tensor) -> Tensor:
+    """Symmetric square root (..., N, N) of a positive semi-definite matrix, eigenvalues floored."""
+    values, vectors = eigen_psd(matrix)
+    return (vectors * values.sqrt().unsqueeze(-2)) @ vectors.transpose(-1, -2)
 
 
 def non_increasing(history: list[float], slack: float = 1e-9) -> bool:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from sharefold.errors import SharefoldError
 from sharefold.solvers import shared_basis
 from sharefold.solvers.curves import nested_errors
-from sharefold.solvers.data_norm import Problem, sqrt_psd
+from sharefold.solvers.data_norm import Problem
 
-from .problems import non_increasing, problem
+from .problems import non_increasing, problem, sqrt_psd
 
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
@@ -102,12 +102,6 @@ def test_float32_agrees_with_float64() -> None:
     group = problem(members=4, rows=8, columns=18)
     single = shared_basis.solve(group.to(torch.float32), 6, rounds=3)
     torch.testing.assert_close(single.errors.double(), shared_basis.solve(group, 6, rounds=3).errors, rtol=1e-3, atol=1e-6)
-
-
-def test_full_output_metric() -> None:
-    group = problem()
-    full = Problem(group.weights, group.moments, left=torch.diag_embed(group.row_metric))
-    torch.testing.assert_close(shared_basis.solve(full, 4).errors, shared_basis.solve(group, 4).errors, rtol=1e-6, atol=1e-9)
 
 
 def test_curve_points_equal_solving_at_their_start() -> None:

@@ -19,7 +19,6 @@ SOLVERS: dict[str, Callable[[Problem], object]] = {
     "svd": lambda p: low_rank.svd_solve(p, 4),
     "spatial": lambda p: low_rank.spatial_solve(p, 4),
     "tie": lambda p: tie.solve(p),
-    "tie with residual": lambda p: tie.solve(p, residual_rank=2),
     "tucker": lambda p: tucker_als.solve(p, 8, 3),
     "layers": lambda p: kmeans.solve(p, 2, "layer"),
     "filters": lambda p: kmeans.solve(p, 8, "filter"),

@@ -38,12 +38,11 @@ def test_data_optimum_solves_the_normal_equations_of_every_row() -> None:
 
 
 @pytest.mark.parametrize("deficient", [False, True])
-@pytest.mark.parametrize("residual", [0, 2])
-def test_order_of_quality_and_descent(deficient: bool, residual: int) -> None:
+def test_order_of_quality_and_descent(deficient: bool) -> None:
     group = problem(deficient=deficient)
     mean = tie.solve(group, "mean", scale=False)
-    data = tie.solve(group, "data", scale=False, residual_rank=residual)
-    scaled = tie.solve(group, "data", scale=True, residual_rank=residual)
+    data = tie.solve(group, "data", scale=False)
+    scaled = tie.solve(group, "data", scale=True)
     sums = [group.error_sum(s.approximation) for s in (mean, data, scaled)]
     assert sums[0] >= sums[1] >= sums[2]
     for solution in (data, scaled):
@@ -60,11 +59,6 @@ def test_scales_find_layers_of_opposite_sign() -> None:
     assert float(solution.errors.max()) < 1e-6
 
 
-def test_residual_at_full_rank_is_exact() -> None:
-    solution = tie.solve(problem(), "data", residual_rank=6)
-    assert float(solution.errors.max()) < 1e-10
-
-
 def test_float32() -> None:
     group = problem()
     single = tie.solve(group.to(torch.float32))
@@ -74,8 +68,6 @@ def test_float32() -> None:
 
 def test_cost_and_refusals() -> None:
     assert tie.cost(3, 6, 12) == 72 + 18
-    assert tie.cost(3, 6, 12, scale=False, residual_rank=2) == 72 + 3 * 2 * 18
+    assert tie.cost(3, 6, 12, scale=False) == 72
     with pytest.raises(SharefoldError, match="how"):
         tie.solve(problem(), "median")
-    with pytest.raises(SharefoldError, match="residual rank"):
-        tie.solve(problem(), residual_rank=7)
