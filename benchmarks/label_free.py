@@ -13,7 +13,8 @@ those.
     spatial         column and row filters per layer, as AIMET's spatial SVD (arXiv:1405.3866)
     average         the mean kernel of each group
     pruning         magnitude channel pruning by torch-pruning, where it is installed and runs
-    quantize-B      round to nearest at B bits, a scale per row, dense network; its size is in bytes
+    quantize-B      round to nearest at B bits, a scale per row (of least squared error, not sharefold's files), dense network;
+                    its size is in bytes
 
 Writes results/label_free.json, .csv and .png; rows of earlier runs stay unless they are measured again.
 """
@@ -41,7 +42,7 @@ from sharefold.budget import parse_budget, parse_effort
 from sharefold.calibration.images import procedural_images
 from sharefold.data import Preprocess
 from sharefold.measure import count_parameters, model_bytes
-from sharefold.solvers.grid import round_to_grid
+from sharefold.solvers.grid import search_scale
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("original", "auto", "basis", "svd", "spatial", "average", "pruning", "quantize-4", "quantize-3")
@@ -50,13 +51,20 @@ SIZES = {
 }  # fmt: skip
 
 
+def rounded(matrix: torch.Tensor, bits: int) -> torch.Tensor:
+    """The nearest values (O, N) of symmetric integers times the row scale of least squared error."""
+    exact, top = matrix.double(), 2 ** (bits - 1) - 1
+    scale = search_scale(exact, bits).unsqueeze(1)
+    return scale.float() * (exact / scale).round().clamp(-top, top).float()
+
+
 def quantized(model: nn.Module, bits: int) -> dict[str, Any]:
     """Rounds every convolution and Linear of ``model`` in place; bytes are codes, 2 a row scale, 4 anything else."""
     size = float(model_bytes(model))
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             weight = module.weight.data
-            weight.copy_(round_to_grid(weight.flatten(1), bits, method="nearest").weight.view_as(weight))
+            weight.copy_(rounded(weight.flatten(1), bits).view_as(weight))
             size += weight.numel() * (bits / 8 - 4) + 2 * len(weight)
     return {"bytes": int(size)}
 

@@ -21,10 +21,7 @@ from sharefold.methods.hybrid import Hybrid
 from sharefold.plans import GroupPlan
 from sharefold.repair.lockstep import Visited
 from sharefold.repair.samples import Samples
-from sharefold.solvers.least_squares import PulledLeastSquares
-
-# Pull towards the original weight, as a share of the mean diagonal of the inputs' moment.
-RIDGE = 1e-3
+from sharefold.solvers.least_squares import FACTORS_PULL, PulledLeastSquares
 
 
 def has_own_factors(layer: nn.Module, plan: GroupPlan) -> bool:
@@ -38,7 +35,7 @@ def has_own_factors(layer: nn.Module, plan: GroupPlan) -> bool:
 
 
 @torch.no_grad()
-def own_factors(at: Visited, fit: Samples, plan: GroupPlan, ridge: float = RIDGE) -> None:
+def own_factors(at: Visited, fit: Samples, plan: GroupPlan, ridge: float = FACTORS_PULL) -> None:
     """Puts the factors of min E |y - What x~|^2 into the converted network's layer.
 
     With S = E[x~ x~^T] and Y = E[y x~^T] the best dense weight is (Y + rho W)(S + rho I)^-1, W the original's; its

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from sharefold.errors import SharefoldError
 from sharefold.solvers.cg import conjugate_gradient
-from sharefold.solvers.data_norm import Problem, eigen_psd, moment_floors, solve_psd
-
-RIDGE = 1e-6
+from sharefold.solvers.data_norm import RIDGE, Problem, eigen_psd, moment_floors, solve_psd
 
 
 @dataclass

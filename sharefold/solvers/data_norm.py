@@ -21,6 +21,8 @@ from sharefold.errors import SharefoldError
 
 Pair = int | Sequence[int]
 FLOAT64_LIMIT = 1024
+# Floor that solvers add to moments, relative to their mean diagonal.
+RIDGE = 1e-6
 PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
 

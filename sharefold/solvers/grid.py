@@ -1,34 +1,13 @@
-"""Rounding of weights to small integers or codebooks, and packing of the codes into bytes.
-
-Error-compensated rounding pushes the error of every rounded column onto the columns still to come, through the
-inverse of the input moments: Optimal Brain Surgeon as organised by GPTQ (arXiv 2210.17323).
-"""
+"""Scales and levels for rounding weights to small integers or codebooks, and packing of the codes into bytes."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sharefold.errors import SharefoldError
-from sharefold.solvers.data_norm import eigen_psd, working_dtype
 
-BLOCK = 128
 CLIPS = 32
-
-
-@dataclass
-class Rounded:
-    """``weights ~ scale[:, None] * codes``: codes (O, N) int8 in -(2^(b-1) - 1) .. 2^(b-1) - 1, scale (O,)."""
-
-    codes: Tensor
-    scale: Tensor
-
-    @property
-    def weight(self) -> Tensor:
-        """The dequantised matrix (O, N)."""
-        return self.scale.unsqueeze(1) * self.codes.to(self.scale.dtype)
 
 
 def _levels(bits: int) -> int:
@@ -60,78 +39,6 @@ def search_scale(weights: Tensor, bits: int, importance: Tensor | None = None) -
         best = torch.where(better, error, best)
         scale = torch.where(better, candidate, scale)
     return scale
-
-
-def round_to_grid(
-    weights: Tensor,
-    bits: int,
-    moments: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    method: str = "compensated",
-    *,
-    ridge: float = 1e-2,
-) -> Rounded:
-    """Round a matrix (O, N) to symmetric integers with one scale per row.
-
-    Args:
-        bits: 2 to 8.
-        moments: ``E[x x^T]`` (N, N) of the matrix's inputs; None rounds to the nearest level.
-        row_scale: (O,) scales to use; None searches them.
-        method: "nearest", or "compensated" under the data norm.
-        ridge: added to the moments, relative to their mean diagonal.
-
-    Raises:
-        SharefoldError: bits or method out of range, or shapes that do not match.
-    """
-    if method not in ("nearest", "compensated"):
-        raise SharefoldError(f"quantize: method {method!r}: expected 'nearest' or 'compensated'")
-    top = _levels(bits)
-    rows, columns = weights.shape
-    if moments is not None and tuple(moments.shape) != (columns, columns):
-        raise SharefoldError(f"quantize: moments have shape {tuple(moments.shape)}: expected ({columns}, {columns})")
-    if row_scale is not None and tuple(row_scale.shape) != (rows,):
-        raise SharefoldError(f"quantize: row scales have shape {tuple(row_scale.shape)}: expected ({rows},)")
-    dtype = weights.dtype
-    work = weights.to(working_dtype(columns, dtype))
-    metric = None if moments is None else moments.to(work)
-    importance = None if metric is None else metric.diagonal().clamp_min(0)
-    if importance is not None and not bool(importance.any()):
-        metric = importance = None
-    scale = search_scale(work, bits, importance) if row_scale is None else row_scale.to(work)
-    if metric is None or method == "nearest":
-        codes = _nearest(work, scale, top)
-    else:
-        codes = _compensated(work, scale, top, metric, ridge)
-    return Rounded(codes.to(torch.int8), scale.to(dtype))
-
-
-def _compensated(weights: Tensor, scale: Tensor, top: int, moments: Tensor, ridge: float) -> Tensor:
-    # Heavy columns first: their error can still be absorbed by all the others.
-    order = moments.diagonal().argsort(descending=True)
-    metric = moments[order][:, order]
-    columns = metric.shape[0]
-    metric = metric + ridge * metric.diagonal().mean() * torch.eye(columns, dtype=metric.dtype, device=metric.device)
-    factor, info = torch.linalg.cholesky_ex(metric)
-    if bool(info):
-        values, vectors = eigen_psd(metric)
-        inverse = (vectors / values) @ vectors.T
-    else:
-        inverse = torch.cholesky_inverse(factor)
-    # Row j of the upper factor holds what column j passes on to the columns after it.
-    upper = torch.linalg.cholesky(inverse, upper=True)
-    work = weights[:, order].clone()
-    codes = torch.empty_like(work)
-    for first in range(0, columns, BLOCK):
-        last = min(first + BLOCK, columns)
-        errors = torch.empty_like(work[:, first:last])
-        for j in range(first, last):
-            codes[:, j] = _nearest(work[:, j : j + 1], scale, top)[:, 0]
-            errors[:, j - first] = (work[:, j] - scale * codes[:, j]) / upper[j, j]
-            work[:, j + 1 : last] -= errors[:, j - first, None] * upper[j, j + 1 : last]
-        work[:, last:] -= errors @ upper[first:last, last:]
-    result = torch.empty_like(codes)
-    result[:, order] = codes
-    return result
 
 
 def kmeans_codebook(

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from sharefold.errors import SharefoldError
 from sharefold.solvers.cg import conjugate_gradient
-from sharefold.solvers.data_norm import Problem, eigen_psd, moment_floors
+from sharefold.solvers.data_norm import RIDGE, Problem, eigen_psd, moment_floors
 from sharefold.solvers.tie import RowSolver, best_scales
 
-RIDGE = 1e-6
 SEED_SLICES = 50_000
 CHUNK = 2**24
 

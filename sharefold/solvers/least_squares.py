@@ -13,6 +13,10 @@ from torch import Tensor
 from sharefold.solvers.data_norm import solve_psd
 
 SMALLEST = 1e-12
+# Pulls rho, as a share of the mean diagonal of S: of a layer whose factors are solved again towards the original's weight, and
+# of coefficients that are refitted during rounding towards those so far.
+FACTORS_PULL = 1e-3
+ROUNDING_PULL = 1e-2
 
 
 class PulledLeastSquares:

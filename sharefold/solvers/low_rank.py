@@ -19,9 +19,8 @@ from torch import Tensor
 from sharefold.errors import SharefoldError
 from sharefold.solvers.cg import conjugate_gradient
 from sharefold.solvers.curves import CurvePoint, correct_curve, default_ranks, nested_errors
-from sharefold.solvers.data_norm import Problem, eigen_psd, moment_floors, solve_psd
-
-RIDGE = 1e-6
+from sharefold.solvers.data_norm import RIDGE, Problem, eigen_psd, moment_floors, solve_psd
+from sharefold.solvers.directions import leading
 
 
 @dataclass
@@ -177,10 +176,7 @@ class _Spatial:
         split = weights.reshape(members, rows, -1, self.wide)
         left = self.problem.apply_left(weights).reshape_as(split)
         gram = torch.einsum("kojx,komx->kjm", left, split)
-        root = self.values.sqrt()
-        inner = root.unsqueeze(2) * (self.vectors.transpose(1, 2) @ gram @ self.vectors) * root.unsqueeze(1)
-        top = eigen_psd(inner)[1].flip(-1)[..., :rank]
-        return _orthonormal_rows((self.vectors @ (top / root.unsqueeze(2))).transpose(1, 2))
+        return leading(gram, self.values, self.vectors, rank)
 
     def spread(self, vertical: Tensor) -> Tensor:
         """Matrices (K, R*w, N) that take a patch to the vertical filters' answers in every kernel column."""
@@ -221,10 +217,6 @@ class _Spatial:
             steps=steps,
             independent=1,
         )
-
-
-def _orthonormal_rows(matrix: Tensor) -> Tensor:
-    return torch.linalg.qr(matrix.transpose(-1, -2)).Q.transpose(-1, -2)
 
 
 def spatial_solve(

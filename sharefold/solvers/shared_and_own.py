@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from sharefold.errors import SharefoldError
-from sharefold.solvers.data_norm import Problem
-from sharefold.solvers.variable_projection import RIDGE, Kind, VariableProjection, orthonormal, refine
+from sharefold.solvers.data_norm import RIDGE, Problem
+from sharefold.solvers.directions import orthonormal
+from sharefold.solvers.variable_projection import Kind, VariableProjection, refine
 
 
 @dataclass

@@ -17,10 +17,10 @@ from torch import Tensor
 from sharefold.errors import SharefoldError
 from sharefold.solvers.cg import conjugate_gradient
 from sharefold.solvers.curves import CurvePoint, correct_curve, default_ranks, nested_errors
-from sharefold.solvers.data_norm import Problem, eigen_psd, moment_floors, solve_psd
+from sharefold.solvers.data_norm import RIDGE, Problem, eigen_psd, moment_floors, solve_psd
+from sharefold.solvers.directions import leading_whitened, orthonormal
 from sharefold.solvers.low_rank import whitened_factors
 
-RIDGE = 1e-6
 CHUNK_BYTES = 256 * 2**20
 STRETCHES = (2.0, 4.0, 8.0)
 STRETCH_BYTES = 2**30
@@ -177,11 +177,6 @@ def _unique_step(work: _Workspace, residual: Tensor, count: int) -> Tensor:
     return whitened_factors(residual, image, work.problem, count)[1]
 
 
-def _orthonormal(filters: Tensor) -> Tensor:
-    """Orthonormal rows spanning the same space, (..., R, N)."""
-    return torch.linalg.qr(filters.transpose(-1, -2)).Q.transpose(-1, -2)
-
-
 def spectrum(problem: Problem, rank: int, ridge: float = RIDGE) -> Tensor:
     """One-shot basis: ordered filters (rank, N) from the whitened SVD of the stacked layers.
 
@@ -196,11 +191,7 @@ def _spectrum(work: _Workspace, rank: int) -> Tensor:
     values, vectors = work.mean_eigen
     metric = problem.apply_left(problem.weights) * work.factors[:, None, None]
     stacked = torch.einsum("kon,kom->nm", metric, problem.weights)
-    rotated = vectors.T @ stacked @ vectors
-    root = values.sqrt()
-    _, right = eigen_psd(root[:, None] * rotated * root[None, :])
-    top = right.flip(-1)[:, :rank]
-    return (top / root[:, None]).T @ vectors.T
+    return leading_whitened(stacked, values, vectors, rank).T @ vectors.T
 
 
 def curve(
@@ -237,7 +228,7 @@ def curve(
         errors = [solve(problem, r, rounds=rounds, unique=unique, ridge=ridge).errors for r in ranks]
         return [CurvePoint(r, c, e) for r, c, e in zip(ranks, costs, errors, strict=True)]
     filters = spectrum(problem, ranks[-1], ridge)
-    table = nested_errors(problem, _orthonormal(filters), ridge)
+    table = nested_errors(problem, orthonormal(filters), ridge)
     points = [CurvePoint(r, c, table[:, r - 1]) for r, c in zip(ranks, costs, strict=True)]
     if als_rounds and members > 1:
         points = correct_curve(
@@ -289,7 +280,7 @@ def solve(
     basis = _spectrum(work, rank) if init is None else init.to(exact.weights)
     if basis.shape != (rank, exact.columns):
         raise SharefoldError(f"basis: init has shape {tuple(basis.shape)}: expected ({rank}, {exact.columns})")
-    basis = _orthonormal(basis)
+    basis = orthonormal(basis)
     own: Tensor | None = None
     own_image: Tensor | None = None
     members = exact.members
@@ -305,7 +296,7 @@ def solve(
         offset = None
         if unique:
             shared = coefficients[..., -rank:]
-            own = _orthonormal(_unique_step(work, exact.weights - shared @ basis, unique))
+            own = orthonormal(_unique_step(work, exact.weights - shared @ basis, unique))
             own_image = work.times_moments(own)
             coefficients, value = fit(basis, image, None)
             offset = coefficients[..., :unique] @ own

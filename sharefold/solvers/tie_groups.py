@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sharefold.solvers.data_norm import solve_psd
+from sharefold.solvers.data_norm import RIDGE, solve_psd
 
-RIDGE = 1e-6
 TINY = 1e-30
 
 

@@ -21,9 +21,9 @@ from sharefold.errors import SharefoldError
 from sharefold.solvers import shared_basis as filter_basis
 from sharefold.solvers.cg import conjugate_gradient
 from sharefold.solvers.curves import CurvePoint, correct_curve
-from sharefold.solvers.data_norm import Problem, eigen_psd, moment_floors, solve_psd
+from sharefold.solvers.data_norm import RIDGE, Problem, eigen_psd, moment_floors, solve_psd
+from sharefold.solvers.directions import leading
 
-RIDGE = 1e-6
 WIDTHS = (0.85, 0.7, 0.5, 0.35)
 
 
@@ -93,10 +93,7 @@ class _Tucker:
         """Leading input channels directions of the stacked layers, whitened by the channels' moments; (J, I)."""
         weighted = self.problem.apply_left(self.problem.weights) * self.factors[:, None, None]
         gram = torch.einsum("koit,kojt->ij", self.split(weighted), self.split(self.problem.weights))
-        root = self.values.sqrt()
-        inner = root[:, None] * (self.vectors.T @ gram @ self.vectors) * root
-        top = eigen_psd(inner)[1].flip(-1)[:, :width]
-        return torch.linalg.qr(self.vectors @ (top / root[:, None])).Q.T
+        return leading(gram, self.values, self.vectors, width)
 
     def reduced(self, projection: Tensor) -> Problem:
         """The filter-basis problem in the projected channels; its errors miss what the projection lost."""

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from sharefold.errors import SharefoldError
 from sharefold.solvers import low_rank
-from sharefold.solvers.data_norm import Problem, eigen_psd, moment_floors
+from sharefold.solvers.data_norm import RIDGE, Problem, eigen_psd, moment_floors
+from sharefold.solvers.directions import leading, orthonormal
 from sharefold.solvers.lbfgs import minimize
 
-RIDGE = 1e-6
 # Directions that matter less than this, against the most important one, are not stretched further.
 SCALE_FLOOR = 1e-5
 
@@ -187,7 +187,7 @@ class VariableProjection:
             return none
         # Every row of every column of the kernel is a row of the unfolded weights.
         rows = self._scaled(self._rest(basis, none)).reshape(self.layers, self.groups, -1, self.columns, self.wide)
-        found = _leading(torch.einsum("lgojb,lgomb->ljm", rows, rows), *self.own_eigen, count)
+        found = leading(torch.einsum("lgojb,lgomb->ljm", rows, rows), *self.own_eigen, count)
         return found if self.mask is None else orthonormal(found * self.mask)
 
     def _start_shared(self, rank: int, own: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ class VariableProjection:
         if not rank:
             return none
         rows = self._scaled(self._rest(none, own)) * self.factors.sqrt()[:, None, None]
-        return _leading(torch.einsum("eon,eom->nm", rows, rows), *self.mean_eigen, rank)
+        return leading(torch.einsum("eon,eom->nm", rows, rows), *self.mean_eigen, rank)
 
     def _rest(self, basis: Tensor, own: Tensor) -> Tensor:
         """What the filters leave of the weights (E, O, N)."""
@@ -253,15 +253,6 @@ def _roots(gram: Tensor, values: Tensor, vectors: Tensor) -> tuple[tuple[Tensor,
     return result[0], result[1]
 
 
-def _leading(gram: Tensor, values: Tensor, vectors: Tensor, count: int) -> Tensor:
-    """Orthonormal rows (..., count, N): leading whitened directions of rows with products ``gram`` (..., N, N), for inputs
-    whose moments have these eigenvalues and vectors."""
-    root = values.sqrt()
-    inner = root.unsqueeze(-1) * (vectors.transpose(-1, -2) @ gram @ vectors) * root.unsqueeze(-2)
-    top = torch.linalg.eigh((inner + inner.transpose(-1, -2)) / 2).eigenvectors.flip(-1)[..., :count]
-    return orthonormal((vectors @ (top / root.unsqueeze(-1))).transpose(-1, -2))
-
-
 def refine(
     work: VariableProjection, basis: Tensor, own: Tensor, *, iterations: int = 40, tol: float = 1e-4, fixed: bool = False
 ) -> tuple[Tensor, Tensor, list[float]]:
@@ -298,8 +289,3 @@ def refine(
 def _scaled_value(work: VariableProjection, scaled: _Scaled, fixed: bool, point: Tensor) -> tuple[float, Tensor]:
     value, slope, own_slope = work.evaluate(*scaled.unpack(point))
     return value, scaled.slope(torch.zeros_like(slope) if fixed else slope, own_slope)
-
-
-def orthonormal(rows: Tensor) -> Tensor:
-    """Orthonormal rows that span the same, (..., R, N)."""
-    return torch.linalg.qr(rows.transpose(-1, -2)).Q.transpose(-1, -2) if rows.shape[-2] else rows

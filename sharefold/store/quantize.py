@@ -26,7 +26,7 @@ from sharefold.repair.means import give_mean
 from sharefold.running import evaluating
 from sharefold.settings import with_plain_settings
 from sharefold.solvers.grid import kmeans_codebook, search_scale
-from sharefold.solvers.least_squares import PulledLeastSquares
+from sharefold.solvers.least_squares import ROUNDING_PULL, PulledLeastSquares
 from sharefold.solvers.moments import Moments, PairSums
 from sharefold.store.gathering import gather, runs
 from sharefold.store.norm_folding import fold_norms
@@ -36,8 +36,6 @@ from sharefold.store.rounding import round_matrix
 from sharefold.store.size import file_bytes, size_predictor
 from sharefold.store.tensor_spec import StoreRequest, StoreSpec, TensorSpec, carry_spec, parse_store, scaled
 
-# Pull of the refit towards the weights so far, as a share of the mean diagonal of the moments.
-PULL = 1e-2
 _ROUNDS, _MOST_ROUNDS = 4, 10  # as many to come near the budget, and to get below it
 MOST_OCTAVES = 3.0  # that the step changes by at once
 # Steps of "coded" that are looked at, and how near, in the logarithm, the one that fits is found: 2 % are .03 bits a weight.
@@ -354,7 +352,7 @@ def _round_factors(
 def _refitted(matrix: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
     """The matrix (O, N) that best gives the wanted outputs, pulled towards what it is."""
     old = matrix.detach().cpu().double().reshape(len(gram), -1, gram.shape[1])
-    solved = PulledLeastSquares(gram.double(), PULL).solve(cross.double(), old)
+    solved = PulledLeastSquares(gram.double(), ROUNDING_PULL).solve(cross.double(), old)
     return (old if solved is None else solved).reshape(matrix.shape)
 
 

@@ -6,55 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharefold.errors import SharefoldError
-from sharefold.solvers.data_norm import Problem
-from sharefold.solvers.grid import kmeans_codebook, pack, round_to_grid, search_scale, unpack
-
-from .problems import moments
-
-
-def error(weights: torch.Tensor, approx: torch.Tensor, second: torch.Tensor) -> float:
-    return float(Problem(weights[None], second[None]).errors(approx[None]))
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("deficient", [False, True])
-def test_compensation_beats_nearest(bits: int, deficient: bool) -> None:
-    nearest, compensated = 0.0, 0.0
-    for seed in range(5):
-        weights = torch.randn(16, 150, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        second = moments(1, 150, deficient, seed)[0]
-        for method in ("nearest", "compensated"):
-            rounded = round_to_grid(weights, bits, second, method=method)
-            top = 2 ** (bits - 1) - 1
-            assert rounded.codes.dtype == torch.int8 and int(rounded.codes.abs().max()) <= top
-            value = error(weights, rounded.weight, second)
-            nearest, compensated = nearest + value * (method == "nearest"), compensated + value * (method != "nearest")
-    assert compensated < 0.8 * nearest
-
-
-def test_compensation_with_identity_moments_is_nearest() -> None:
-    weights = torch.randn(8, 20, dtype=torch.float64)
-    identity = torch.eye(20, dtype=torch.float64)
-    assert torch.equal(round_to_grid(weights, 4, identity).codes, round_to_grid(weights, 4).codes)
-
-
-def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights, second = torch.randn(4, 40, dtype=torch.float64), moments(1, 40)[0]
-    whole = round_to_grid(weights, 4, second).codes
-    monkeypatch.setattr("sharefold.solvers.grid.BLOCK", 7)
-    assert torch.equal(round_to_grid(weights, 4, second).codes, whole)
-
-
-def test_grid_points_are_kept_and_dead_inputs_are_harmless() -> None:
-    codes = torch.randint(-7, 8, (5, 12))
-    codes[:, 0] = 7
-    scale = torch.rand(5) + 0.5
-    weights = scale[:, None] * codes
-    assert torch.equal(round_to_grid(weights, 4, row_scale=scale).codes, codes.to(torch.int8))
-    assert torch.equal(round_to_grid(weights, 4, moments(1, 12)[0].float(), scale).codes, codes.to(torch.int8))
-    dead = round_to_grid(weights, 4, torch.zeros(12, 12))
-    assert torch.isfinite(dead.weight).all()
-    assert torch.equal(round_to_grid(torch.zeros(2, 3), 4).weight, torch.zeros(2, 3))
+from sharefold.solvers.grid import kmeans_codebook, pack, search_scale, unpack
 
 
 def test_scale_search_beats_the_peak() -> None:
@@ -93,8 +45,4 @@ def test_refusals() -> None:
     with pytest.raises(SharefoldError, match="cannot hold"):
         unpack(torch.zeros(2, dtype=torch.uint8), 5, 4)
     with pytest.raises(SharefoldError, match="2 to 8"):
-        round_to_grid(torch.randn(2, 3), 1)
-    with pytest.raises(SharefoldError, match="method"):
-        round_to_grid(torch.randn(2, 3), 4, method="stochastic")
-    with pytest.raises(SharefoldError, match="moments"):
-        round_to_grid(torch.randn(2, 3), 4, torch.eye(4))
+        search_scale(torch.randn(2, 3), 1)

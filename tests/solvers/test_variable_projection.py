@@ -8,9 +8,10 @@ import torch
 from sharefold.errors import SharefoldError
 from sharefold.solvers import shared_and_own, shared_basis
 from sharefold.solvers.data_norm import Problem
+from sharefold.solvers.directions import orthonormal
 from sharefold.solvers.lbfgs import minimize
 from sharefold.solvers.low_rank import spatial_solve, svd_solve
-from sharefold.solvers.variable_projection import VariableProjection, orthonormal, refine
+from sharefold.solvers.variable_projection import VariableProjection, refine
 
 from .problems import non_increasing, problem
 
