@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sharefold.calibration.statistics import SAMPLES_FLOOR, SAMPLES_PER_FEATURE, patches_of
 from sharefold.layers import ConvForm
-from sharefold.solvers.data_norm import sample_patches
+from sharefold.solvers.data_norm import Window, sample_patches
 from sharefold.solvers.moments import Moments, PairSums
 
 
@@ -35,8 +35,8 @@ class Gatherer:
         generator.manual_seed(self._seed)
         x = patches_of(self.form, inputs, self.positions, generator).float()  # (P, G, N)
         generator.manual_seed(self._seed)
-        kernel = None if self.form.kind == "linear" else (1, 1)
-        y = sample_patches(outputs, kernel, positions=self.positions, generator=generator).float()
+        window = None if self.form.kind == "linear" else Window(1)
+        y = sample_patches(outputs, window, self.positions, generator).float()
         self._seed += 1
         self._sums.add(x.permute(1, 2, 0), y.reshape(len(y), self.form.groups, -1).permute(1, 2, 0))
 

@@ -16,7 +16,7 @@ from sharefold.graph import NetworkGraph
 from sharefold.layers import ConvForm, form_of, target_weight
 from sharefold.outputs import Divergence, divergence_of
 from sharefold.running import device_of, evaluating, evenly, has_doubles
-from sharefold.solvers.data_norm import sample_patches
+from sharefold.solvers.data_norm import Window, sample_patches
 from sharefold.solvers.moments import Moments
 
 # Samples a layer needs for its N x N moment: this many a row, and never fewer than the floor.
@@ -228,12 +228,11 @@ def is_wide(form: ConvForm) -> bool:
 def patches_of(form: ConvForm, x: Tensor, positions: int | None, generator: torch.Generator) -> Tensor:
     """Input patches (P, G, N) of a layer of this form at sampled positions."""
     if form.kind == "linear":
-        return sample_patches(x.detach(), None, positions=positions, generator=generator)
+        return sample_patches(x.detach(), None, positions, generator)
     border = form.border(x.shape[-2], x.shape[-1])
-    return sample_patches(
-        x.detach(), form.kernel_size, form.stride, border, form.dilation, form.groups, positions, generator,
-        "zeros" if form.same_pad else form.padding_mode,
-    )  # fmt: skip
+    mode = "zeros" if form.same_pad else form.padding_mode
+    window = Window(form.kernel_size, form.stride, border, form.dilation, form.groups, mode)
+    return sample_patches(x.detach(), window, positions, generator)
 
 
 def shrunk(moment: Tensor, noise: Tensor) -> Tensor:

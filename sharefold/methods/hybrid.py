@@ -112,10 +112,8 @@ class Hybrid(TwoFactors):
         forms, flat = problem.forms, problem.flat()
         widest = max(forms, key=lambda form: form.features)
         effort: dict[str, Any] = {} if widest.features <= LARGE_FEATURES else {"iterations": 15}
-        result = shared_and_own.solve(
-            flat, int(options["rank"]), int(options["own"]), kind_of(forms[0]), groups=forms[0].groups,
-            inputs=own_inputs(forms), **effort,
-        )  # fmt: skip
+        work = VariableProjection(flat, kind_of(forms[0]), groups=forms[0].groups, inputs=own_inputs(forms))
+        result = shared_and_own.solve(work, int(options["rank"]), int(options["own"]), **effort)
         coefficients = result.coefficients.reshape(len(forms), -1, result.coefficients.shape[-1])
         bank = {"basis": result.basis.reshape(-1, *widest.weight_shape[1:]).float()}
         if options.get("pivoted"):

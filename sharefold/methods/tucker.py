@@ -38,7 +38,7 @@ class Tucker(LayerMethod):
     def solve(self, problem: GroupProblem, options: dict[str, Any]) -> Solution:
         form = problem.forms[0]
         rank, width = int(options["rank"]), int(options["width"])
-        result = tucker_als.solve(problem.flat(), rank, width, ROUNDS)
+        result = tucker_als.solve(problem.flat(), rank, width, rounds=ROUNDS)
         return Solution(
             {"projection": result.projection.float(), "basis": result.basis.reshape(rank, width, *form.kernel_size).float()},
             [{"coefficients": c.float()} for c in result.coefficients],

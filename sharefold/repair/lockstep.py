@@ -22,6 +22,7 @@ from sharefold.repair.rectifier import Rectifier, rectifier_behind
 from sharefold.repair.samples import Collector, Samples
 from sharefold.running import device_of, evaluating, run_on
 
+# Bytes that values between two layers may take.
 MEMORY_BYTES = 4 << 30
 # Elements of the largest map of a batch.
 BATCH_ELEMENTS = 1 << 24
@@ -78,9 +79,8 @@ Visit = Callable[[Visited], None]
 
 @torch.no_grad()
 def walk(
-    graph: fx.Graph, teacher: nn.Module, student: nn.Module, images: Tensor, wanted: dict[str, Wanted], visit: Visit,
-    memory: int = MEMORY_BYTES,
-) -> None:  # fmt: skip
+    graph: fx.Graph, teacher: nn.Module, student: nn.Module, images: Tensor, wanted: dict[str, Wanted], visit: Visit
+) -> None:
     """Walks ``graph`` once; before the student runs a layer of ``wanted``, calls ``visit`` with what was seen of it.
 
     ``visit`` may change the student's layer and the norm behind it.
@@ -88,17 +88,16 @@ def walk(
     Args:
         teacher, student: both on one device.
         images: (n, C, H, W).
-        memory: bytes that values between two layers may take.
     """
     with evaluating(teacher, student):
-        _Walk(graph, teacher, student, images, memory).run(wanted, visit)
+        _Walk(graph, teacher, student, images).run(wanted, visit)
 
 
 class _Walk:
-    def __init__(self, graph: fx.Graph, teacher: nn.Module, student: nn.Module, images: Tensor, memory: int) -> None:
+    def __init__(self, graph: fx.Graph, teacher: nn.Module, student: nn.Module, images: Tensor) -> None:
         self.nodes = [node for node in graph.nodes if node.op != "output"]
         self.place = {node: index for index, node in enumerate(self.nodes)}
-        self.teacher, self.student, self.memory = teacher, student, memory
+        self.teacher, self.student = teacher, student
         self.device = device_of(teacher)
         last: dict[fx.Node, int] = {}
         for node in graph.nodes:
@@ -122,7 +121,7 @@ class _Walk:
         for stop in stops:
             node = self.nodes[stop]
             cut = min(range(previous, stop + 1), key=lambda index: (self.live[index], -index))
-            made, _ = shelf_for(self.live[cut], self.count, self.memory)
+            made, _ = shelf_for(self.live[cut], self.count, MEMORY_BYTES)
             target = made() if made is not None and cut > 0 and cut > start else None
             name = str(node.target)
             found = self._collect(node, wanted[name], shelf, start, target, cut)

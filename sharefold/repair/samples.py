@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sharefold.calibration.statistics import SAMPLES_FLOOR, SAMPLES_PER_FEATURE, patches_of
 from sharefold.layers import ConvForm
-from sharefold.solvers.data_norm import sample_patches
+from sharefold.solvers.data_norm import Window, sample_patches
 
 # Bytes that the samples of one layer may take.
 MEMORY_BYTES = 1 << 28
@@ -103,8 +103,8 @@ class Collector:
         return values if len(values) % images else values.reshape(images, -1, values.shape[-1])
 
     def _rows(self, y: Tensor, positions: int) -> Tensor:
-        kernel = None if self.form.kind == "linear" else (1, 1)
-        found = sample_patches(y.detach(), kernel, positions=positions, generator=self._generator())
+        window = None if self.form.kind == "linear" else Window(1)
+        found = sample_patches(y.detach(), window, positions, self._generator())
         return found.flatten(1).float()
 
     def _generator(self) -> torch.Generator:

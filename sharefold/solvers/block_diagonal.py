@@ -9,14 +9,29 @@ modelled: the fit is a start for calibration and fine-tuning.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from sharefold.errors import SharefoldError
-from sharefold.solvers.cg import conjugate_gradient
-from sharefold.solvers.data_norm import RIDGE, Problem, eigen_psd, moment_floors, solve_psd
+from sharefold.options import chosen
+from sharefold.solvers.cg import LinearSystem, conjugate_gradient
+from sharefold.solvers.data_norm import Problem, eigen_psd, moment_floors, solve_psd
+from sharefold.solvers.solve_options import SolveOptions
+
+
+@dataclass(frozen=True)
+class PairOptions(SolveOptions):
+    """Alternations of the two factors.
+
+    Attributes:
+        cg_steps: conjugate-gradient steps of every update of the first.
+    """
+
+    rounds: int = 20
+    cg_steps: int = 10
 
 
 @dataclass
@@ -150,36 +165,33 @@ class _Pair:
             inner = left.transpose(2, 3) @ _by_group(residual, self.groups) @ right
             return (left @ (inner / scale) @ right.transpose(2, 3)).flatten(1, 2)
 
-        return conjugate_gradient(
-            lambda value: adjoint(self.image(compose(value, second, self.groups))),
-            adjoint(self.image(self.problem.weights)),
-            first,
-            precondition,
-            steps=steps,
-            independent=1,
-        )
+        def apply(value: Tensor) -> Tensor:
+            return adjoint(self.image(compose(value, second, self.groups)))
+
+        target = adjoint(self.image(self.problem.weights))
+        return conjugate_gradient(LinearSystem(apply, target, precondition, 1), first, steps=steps)
 
 
 def _solve(
-    problem: Problem, groups: int, second: bool, rounds: int, tol: float, steps: int, ridge: float
+    problem: Problem, groups: int, second: bool, options: PairOptions
 ) -> tuple[Tensor, Tensor | None, list[float]]:
-    work = _Pair(problem, groups, ridge)
+    work = _Pair(problem, groups, options.ridge)
     if not second:
         first = work.regress(problem.weights[:, work.inverse])
         return first, None, [work.objective(compose(first, None, groups))]
     first = work.regress(problem.weights)
     later = first.new_zeros(problem.members, problem.rows, problem.rows // groups)
     history = [work.objective(compose(first, later, groups))]
-    for _ in range(rounds):
+    for _ in range(options.rounds):
         before = (first, later)
         later = work.fit_second(first, later)
-        first = work.fit_first(first, later, steps)
+        first = work.fit_first(first, later, options.cg_steps)
         value = work.objective(compose(first, later, groups))
         if not value <= history[-1]:
             first, later = before
             break
         history.append(value)
-        if history[-2] - value <= tol * history[-2]:
+        if history[-2] - value <= options.tol * history[-2]:
             break
     return first, later, history
 
@@ -218,10 +230,8 @@ def solve(
     second: bool | None = None,
     free_inputs: bool = False,
     free_outputs: bool = False,
-    rounds: int = 20,
-    tol: float = 1e-4,
-    cg_steps: int = 10,
-    ridge: float = RIDGE,
+    options: PairOptions | None = None,
+    **settings: Any,
 ) -> GroupedSolution:
     """Fit the grouped pair to dense 1x1 layers.
 
@@ -231,10 +241,12 @@ def solve(
         second: whether the second grouped convolution and the sum are there; None follows C >= F.
         free_inputs, free_outputs: the caller can reorder those channels, so an order that keeps more of the layer's
             energy inside the groups may be chosen; the orders come back in the solution.
+        options, settings: a record, or its fields by keyword.
 
     Raises:
         SharefoldError: not a 1x1 layer, or g does not divide the channels.
     """
+    options = chosen(options, settings, PairOptions)
     if problem.taps != 1:
         raise SharefoldError(f"grouped: kernel {problem.kernel}: only 1x1 layers have a grouped pointwise form")
     if groups < 1 or problem.rows % groups or problem.columns % groups:
@@ -245,7 +257,7 @@ def solve(
         second = problem.columns >= problem.rows
     dtype, device = problem.weights.dtype, problem.weights.device
     problem = problem.working()
-    first, later, history = _solve(problem, groups, second, rounds, tol, cg_steps, ridge)
+    first, later, history = _solve(problem, groups, second, options)
     errors = problem.errors(compose(first, later, groups))
     inputs = torch.arange(problem.columns, device=device).expand(problem.members, -1).clone()
     outputs = torch.arange(problem.rows, device=device).expand(problem.members, -1).clone()
@@ -264,7 +276,7 @@ def solve(
                 problem.row_metric[k][rows].unsqueeze(0),
                 layer_weights=problem.objective_weights[k : k + 1],
             )
-            trial, trial_later, _ = _solve(one, groups, second, rounds, tol, cg_steps, ridge)
+            trial, trial_later, _ = _solve(one, groups, second, options)
             error = one.errors(compose(trial, trial_later, groups))[0]
             if error < errors[k]:
                 first[k], errors[k], inputs[k], outputs[k] = trial[0], error, order, rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,34 +11,41 @@ from torch import Tensor
 LinearMap = Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class LinearSystem:
+    """``apply(X) = rhs`` with a symmetric positive semi-definite map.
+
+    Attributes:
+        apply: the linear map; takes and returns a tensor of the shape of ``rhs``.
+        rhs: of any shape.
+        precondition: an approximate inverse of ``apply`` (symmetric positive definite), or None.
+        independent: number of leading dimensions that index separate systems, with their own step lengths.
+    """
+
+    apply: LinearMap
+    rhs: Tensor
+    precondition: LinearMap | None = None
+    independent: int = 0
+
+
 def conjugate_gradient(
-    apply: LinearMap,
-    rhs: Tensor,
-    start: Tensor,
-    precondition: LinearMap | None = None,
-    *,
-    steps: int = 15,
-    tol: float = 1e-8,
-    independent: int = 0,
-    start_image: Tensor | None = None,
+    system: LinearSystem, start: Tensor, *, steps: int = 15, tol: float = 1e-8, start_image: Tensor | None = None
 ) -> Tensor:
-    """Solve ``apply(X) = rhs`` for a symmetric positive semi-definite map on tensors shaped like ``rhs``.
+    """Solve the system from ``start`` on.
 
     Every step lowers the quadratic ``<X, apply(X)> / 2 - <X, rhs>``, so stopping early still never does worse than
-    ``start``. The first ``independent`` dimensions are treated as separate systems with their own step lengths.
+    ``start``.
 
     Args:
-        apply: the linear map; takes and returns a tensor of the shape of ``rhs``.
-        precondition: an approximate inverse of ``apply`` (symmetric positive definite), or None.
         steps: most iterations to take.
         tol: stop once the residual norm of every system falls below ``tol`` times its right-hand side.
-        independent: number of leading dimensions that index separate systems.
         start_image: ``apply(start)``, where the caller has it already.
 
     Returns:
-        The solution, shaped like ``rhs``.
+        The solution, shaped like the right-hand side.
     """
-    dims = tuple(range(independent, rhs.dim()))
+    apply, rhs, precondition = system.apply, system.rhs, system.precondition
+    dims = tuple(range(system.independent, rhs.dim()))
 
     def dot(a: Tensor, b: Tensor) -> Tensor:
         return (a * b).sum(dim=dims, keepdim=True)

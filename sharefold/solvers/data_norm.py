@@ -71,26 +71,32 @@ def _random_positions(images: int, length: int, positions: int, generator: torch
     return scores.topk(positions, dim=1).indices
 
 
+@dataclass(frozen=True)
+class Window:
+    """How a convolution walks over its input, everything as for ``torch.nn.Conv2d``.
+
+    Attributes:
+        padding: an int, a pair (vertical, horizontal), "same", "valid", or four ints (left, right, top, bottom).
+    """
+
+    kernel_size: Pair
+    stride: Pair = 1
+    padding: Pair | str = 0
+    dilation: Pair = 1
+    groups: int = 1
+    padding_mode: str = "zeros"
+
+
 def sample_patches(
-    x: Tensor,
-    kernel_size: Pair | None,
-    stride: Pair = 1,
-    padding: Pair | str = 0,
-    dilation: Pair = 1,
-    groups: int = 1,
-    positions: int | None = None,
-    generator: torch.Generator | None = None,
-    padding_mode: str = "zeros",
+    x: Tensor, window: Window | None, positions: int | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
     """im2col patches of a convolution's input at randomly chosen output positions.
 
     Only the sampled positions are gathered, so memory is B * positions * C * h * w and not that of a full unfold.
 
     Args:
-        x: input map (B, C, H, W); with ``kernel_size=None`` the input (B, ..., C) of a Linear layer.
-        padding: an int, a pair (vertical, horizontal), "same", "valid", or four ints (left, right, top, bottom).
+        x: input map (B, C, H, W); without a ``window`` the input (B, ..., C) of a Linear layer.
         positions: output positions per image, drawn without replacement; None or too many takes all of them.
-        padding_mode: as for ``torch.nn.Conv2d``.
 
     Returns:
         (P, groups, C / groups * h * w), ordered as ``F.unfold`` orders them (channel, then kernel row and column).
@@ -98,14 +104,14 @@ def sample_patches(
     Raises:
         SharefoldError: the kernel does not fit the padded input, or an unknown padding.
     """
-    if kernel_size is None:
+    if window is None:
         return sample_rows(x, positions, generator)
-    kernel, step, spread = _pair(kernel_size), _pair(stride), _pair(dilation)
-    pads = pad_amounts(padding, kernel, spread)
+    kernel, step, spread = _pair(window.kernel_size), _pair(window.stride), _pair(window.dilation)
+    pads = pad_amounts(window.padding, kernel, spread)
     if any(pads):
-        if padding_mode not in PAD_MODES:
-            raise SharefoldError(f"padding mode: {padding_mode!r}: expected one of {', '.join(PAD_MODES)}")
-        x = F.pad(x, pads, mode=PAD_MODES[padding_mode])
+        if window.padding_mode not in PAD_MODES:
+            raise SharefoldError(f"padding mode: {window.padding_mode!r}: expected one of {', '.join(PAD_MODES)}")
+        x = F.pad(x, pads, mode=PAD_MODES[window.padding_mode])
     images, channels, height, width = x.shape
     out_h = (height - spread[0] * (kernel[0] - 1) - 1) // step[0] + 1
     out_w = (width - spread[1] * (kernel[1] - 1) - 1) // step[1] + 1
@@ -124,7 +130,7 @@ def sample_patches(
     taps = offsets.numel()
     flat = (corner.unsqueeze(2) + offsets).reshape(images, 1, -1).expand(-1, channels, -1)
     picked = x.flatten(2).gather(2, flat).reshape(images, channels, -1, taps)
-    return picked.transpose(1, 2).reshape(-1, groups, channels // groups * taps)
+    return picked.transpose(1, 2).reshape(-1, window.groups, channels // window.groups * taps)
 
 
 def working_dtype(columns: int, dtype: torch.dtype) -> torch.dtype:

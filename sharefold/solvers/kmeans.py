@@ -12,17 +12,32 @@ time), codebooks exact weighted least squares given the assignments, so the obje
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharefold.errors import SharefoldError
-from sharefold.solvers.cg import conjugate_gradient
-from sharefold.solvers.data_norm import RIDGE, Problem, eigen_psd, moment_floors
+from sharefold.options import chosen
+from sharefold.solvers.cg import LinearSystem, conjugate_gradient
+from sharefold.solvers.data_norm import Problem, eigen_psd, moment_floors
+from sharefold.solvers.solve_options import SolveOptions
 from sharefold.solvers.tie import RowSolver, best_scales
 
 SEED_SLICES = 50_000
 CHUNK = 2**24
+
+
+@dataclass(frozen=True)
+class ClusterOptions(SolveOptions):
+    """Alternations of assignments and codebooks.
+
+    Attributes:
+        restarts: seedings to try, the best is kept; None takes 5 for whole layers, which are few, and 1 otherwise.
+    """
+
+    rounds: int = 15
+    restarts: int | None = None
 
 
 @dataclass
@@ -87,11 +102,9 @@ def solve(
     grain: str = "filter",
     *,
     scale: bool = True,
-    rounds: int = 15,
-    tol: float = 1e-4,
-    restarts: int | None = None,
     generator: torch.Generator | None = None,
-    ridge: float = RIDGE,
+    options: ClusterOptions | None = None,
+    **settings: Any,
 ) -> ClusterSolution:
     """Cluster a group at one grain.
 
@@ -99,13 +112,13 @@ def solve(
         clusters: codebook entries, 1 .. the number of things clustered.
         grain: "layer", "filter" or "kernel".
         scale: one scale per layer and output channel.
-        rounds: most alternations; tol: stop when a round gains less than this fraction.
-        restarts: seedings to try, the best is kept; None takes 5 for whole layers, which are few, and 1 otherwise.
         generator: seeds k-means++; None seeds with 0.
+        options, settings: a record, or its fields by keyword.
 
     Raises:
         SharefoldError: unknown grain, or a cluster count that does not fit.
     """
+    options = chosen(options, settings, ClusterOptions)
     members, rows, columns = problem.weights.shape
     things = {"layer": members, "filter": members * rows, "kernel": members * rows * (columns // problem.taps)}
     if grain not in things:
@@ -115,11 +128,12 @@ def solve(
     generator = generator if generator is not None else torch.Generator().manual_seed(0)
     dtype = problem.weights.dtype
     problem = problem.working()
-    work = _Slices(problem, ridge) if grain == "kernel" else _Rows(problem, ridge, grain)
+    work = _Slices(problem, options.ridge) if grain == "kernel" else _Rows(problem, options.ridge, grain)
+    restarts = options.restarts
     if restarts is None:
         restarts = 5 if grain == "layer" and 1 < clusters < members else 1
     codes, codebook, scales, history = min(
-        (work.run(clusters, scale, rounds, tol, generator) for _ in range(max(1, restarts))),
+        (work.run(clusters, scale, options.rounds, options.tol, generator) for _ in range(max(1, restarts))),
         key=lambda run: run[3][-1],
     )
     solution = ClusterSolution(grain, codes, codebook.to(dtype), scales.to(dtype) if scale else None, codebook, history)
@@ -328,13 +342,10 @@ class _Slices:
         def precondition(residual: Tensor) -> Tensor:
             return (vectors @ ((vectors.transpose(1, 2) @ residual.unsqueeze(2)) / values.unsqueeze(2))).squeeze(2)
 
-        return conjugate_gradient(
-            lambda entries: gather(self.times_moment(self.compose(entries, codes, scales))),
-            gather(self.target),
-            codebook,
-            precondition,
-            steps=steps,
-        )
+        def apply(entries: Tensor) -> Tensor:
+            return gather(self.times_moment(self.compose(entries, codes, scales)))
+
+        return conjugate_gradient(LinearSystem(apply, gather(self.target), precondition), codebook, steps=steps)
 
     def run(
         self, clusters: int, scale: bool, rounds: int, tol: float, generator: torch.Generator

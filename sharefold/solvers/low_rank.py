@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sharefold.errors import SharefoldError
-from sharefold.solvers.cg import conjugate_gradient
+from sharefold.solvers.cg import LinearSystem, conjugate_gradient
 from sharefold.solvers.curves import CurvePoint, correct_curve, default_ranks, nested_errors
 from sharefold.solvers.data_norm import RIDGE, Problem, eigen_psd, moment_floors, solve_psd
 from sharefold.solvers.directions import leading
@@ -209,14 +209,10 @@ class _Spatial:
             inner = vectors.transpose(1, 2) @ residual @ self.vectors
             return vectors @ (inner / scale) @ self.vectors.transpose(1, 2)
 
-        return conjugate_gradient(
-            lambda rows: adjoint(self.image(self.compose(horizontal, rows))),
-            adjoint(self.target),
-            vertical,
-            precondition,
-            steps=steps,
-            independent=1,
-        )
+        def apply(rows: Tensor) -> Tensor:
+            return adjoint(self.image(self.compose(horizontal, rows)))
+
+        return conjugate_gradient(LinearSystem(apply, adjoint(self.target), precondition, 1), vertical, steps=steps)
 
 
 def spatial_solve(

@@ -38,27 +38,23 @@ class HybridSolution:
     history: list[float] = field(default_factory=list)
 
 
-def solve(
-    problem: Problem, rank: int, own: int, kind: Kind = "columns", *, groups: int = 1, inputs: Sequence[int] | None = None,
-    iterations: int = 100, tol: float = 2e-4, ridge: float = RIDGE,
-) -> HybridSolution:  # fmt: skip
+def solve(work: VariableProjection, rank: int, own: int, *, iterations: int = 100, tol: float = 2e-4) -> HybridSolution:
     """Fits ``rank`` shared and ``own`` own filters to all entries together.
 
     Args:
-        kind, groups, inputs, ridge: as :class:`VariableProjection` takes them.
+        work: the problem, and which own filters there are.
         iterations, tol: of :func:`sharefold.solvers.variable_projection.refine`.
 
     Returns:
-        A solution in the dtype of ``problem.weights``; errors are measured without the ridge.
+        A solution in the dtype of the problem's weights; errors are measured without the ridge.
 
     Raises:
         SharefoldError: the numbers do not fit the group.
     """
-    dtype = problem.weights.dtype
-    work = VariableProjection(problem, kind, groups=groups, inputs=inputs, ridge=ridge)
-    if not (1 <= rank <= problem.columns and 0 <= own <= work.columns):
+    dtype, columns = work.dtype, work.problem.columns
+    if not (1 <= rank <= columns and 0 <= own <= work.columns):
         raise SharefoldError(
-            f"hybrid: {rank} shared and {own} own filters: this group allows 1 to {problem.columns} and 0 to {work.columns}"
+            f"hybrid: {rank} shared and {own} own filters: this group allows 1 to {columns} and 0 to {work.columns}"
         )
     basis, private, history = refine(work, *work.start(rank, own), iterations=iterations, tol=tol)
     coefficients = work.coefficients(basis, private)

@@ -10,20 +10,37 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharefold.errors import SharefoldError
-from sharefold.solvers.cg import conjugate_gradient
+from sharefold.options import chosen
+from sharefold.solvers.cg import LinearSystem, conjugate_gradient
 from sharefold.solvers.curves import CurvePoint, correct_curve, default_ranks, nested_errors
 from sharefold.solvers.data_norm import RIDGE, Problem, eigen_psd, moment_floors, solve_psd
 from sharefold.solvers.directions import leading_whitened, orthonormal
 from sharefold.solvers.low_rank import whitened_factors
+from sharefold.solvers.solve_options import SolveOptions
 
 CHUNK_BYTES = 256 * 2**20
 STRETCHES = (2.0, 4.0, 8.0)
 STRETCH_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class BasisOptions(SolveOptions):
+    """With ``rounds=0`` the starting basis is kept and the coefficients are fitted.
+
+    Attributes:
+        cg_steps: conjugate-gradient steps of every basis update.
+    """
+
+    rounds: int = 12
+    tol: float = 5e-4
+    cg_steps: int = 3
 
 
 @dataclass
@@ -160,15 +177,8 @@ def _basis_step(
     def precondition(residual: Tensor) -> Tensor:
         return left_vectors @ ((left_vectors.T @ residual @ right) / scale) @ right.T
 
-    return conjugate_gradient(
-        lambda rows: work.gram_sum(grams, rows),
-        rhs,
-        basis,
-        precondition,
-        steps=steps,
-        tol=1e-7,
-        start_image=_gram_times(grams, image),
-    )
+    system = LinearSystem(partial(work.gram_sum, grams), rhs, precondition)
+    return conjugate_gradient(system, basis, steps=steps, tol=1e-7, start_image=_gram_times(grams, image))
 
 
 def _unique_step(work: _Workspace, residual: Tensor, count: int) -> Tensor:
@@ -242,24 +252,19 @@ def curve(
 def solve(
     problem: Problem,
     rank: int,
-    rounds: int = 12,
-    tol: float = 5e-4,
     init: Tensor | None = None,
     *,
     unique: int = 0,
-    cg_steps: int = 3,
-    ridge: float = RIDGE,
+    options: BasisOptions | None = None,
+    **settings: Any,
 ) -> BasisSolution:
     """Fit ``W_k ~ C_k [U_k; B]`` by alternating least squares under the data norm.
 
     Args:
         rank: shared filters R, 1 .. min(N, K * O).
-        rounds: most alternations; 0 keeps the starting basis and fits the coefficients.
-        tol: stop when a round lowers the objective by less than this fraction.
         init: starting filters (R, N); None takes the one-shot spectrum.
         unique: own filters U per layer.
-        cg_steps: conjugate-gradient steps of every basis update.
-        ridge: floor of the moments, relative to their mean diagonal.
+        options, settings: a record, or its fields by keyword.
 
     Returns:
         A solution in the dtype of ``problem.weights``; errors are measured without the ridge.
@@ -267,6 +272,7 @@ def solve(
     Raises:
         SharefoldError: the rank or the number of own filters does not fit the group.
     """
+    options = chosen(options, settings, BasisOptions)
     limit = max_rank(problem)
     if not 1 <= rank <= limit:
         raise SharefoldError(f"basis: rank {rank}: this group allows 1 to {limit}")
@@ -276,7 +282,7 @@ def solve(
         )
     dtype = problem.weights.dtype
     exact = problem.working()
-    work = _Workspace(exact, ridge)
+    work = _Workspace(exact, options.ridge)
     basis = _spectrum(work, rank) if init is None else init.to(exact.weights)
     if basis.shape != (rank, exact.columns):
         raise SharefoldError(f"basis: init has shape {tuple(basis.shape)}: expected ({rank}, {exact.columns})")
@@ -292,7 +298,7 @@ def solve(
 
     coefficients, value = fit(basis, image, None)
     history: list[float] = [] if unique else [value]
-    for step in range(max(rounds, 1 if unique else 0)):
+    for step in range(max(options.rounds, 1 if unique else 0)):
         offset = None
         if unique:
             shared = coefficients[..., -rank:]
@@ -302,10 +308,10 @@ def solve(
             offset = coefficients[..., :unique] @ own
             if step == 0:
                 history.append(value)
-                if rounds == 0:
+                if options.rounds == 0:
                     break
         previous = (basis, coefficients)
-        moved = _basis_step(work, basis, image, coefficients[..., -rank:], offset, cg_steps)
+        moved = _basis_step(work, basis, image, coefficients[..., -rank:], offset, options.cg_steps)
         moved_image = work.times_moments(moved)
         coefficients, value = fit(moved, moved_image, coefficients)
         best, best_image = moved, moved_image
@@ -326,7 +332,7 @@ def solve(
         image = torch.linalg.solve_triangular(factored.R.T, best_image, upper=False)
         coefficients = torch.cat([coefficients[..., :unique], coefficients[..., -rank:] @ factored.R.T], dim=2)
         history.append(value)
-        if history[-2] - value <= tol * history[-2]:
+        if history[-2] - value <= options.tol * history[-2]:
             break
     errors = exact.errors(coefficients @ stack_filters(basis, own, members))
     return BasisSolution(

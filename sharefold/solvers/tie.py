@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sharefold.errors import SharefoldError
-from sharefold.solvers.cg import conjugate_gradient
+from sharefold.solvers.cg import LinearSystem, conjugate_gradient
 from sharefold.solvers.data_norm import RIDGE, Problem, eigen_psd, moment_floors
 
 
@@ -85,7 +85,7 @@ class RowSolver:
         def precondition(residual: Tensor) -> Tensor:
             return ((residual @ self.vectors) / scale) @ self.vectors.T
 
-        return conjugate_gradient(apply, rhs, start, precondition, steps=steps, tol=tol, independent=1)
+        return conjugate_gradient(LinearSystem(apply, rhs, precondition, 1), start, steps=steps, tol=tol)
 
 
 def best_scales(target_image: Tensor, rows: Tensor, rows_image: Tensor, default: Tensor) -> Tensor:

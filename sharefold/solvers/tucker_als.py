@@ -13,18 +13,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharefold.errors import SharefoldError
+from sharefold.options import chosen
 from sharefold.solvers import shared_basis as filter_basis
-from sharefold.solvers.cg import conjugate_gradient
+from sharefold.solvers.cg import LinearSystem, conjugate_gradient
 from sharefold.solvers.curves import CurvePoint, correct_curve
 from sharefold.solvers.data_norm import RIDGE, Problem, eigen_psd, moment_floors, solve_psd
 from sharefold.solvers.directions import leading
+from sharefold.solvers.solve_options import SolveOptions
 
 WIDTHS = (0.85, 0.7, 0.5, 0.35)
+
+
+@dataclass(frozen=True)
+class TuckerOptions(SolveOptions):
+    """At least one round is done.
+
+    Attributes:
+        inner_rounds: filter-basis rounds in each alternation.
+        cg_steps: conjugate-gradient steps of every update.
+    """
+
+    rounds: int = 8
+    inner_rounds: int = 2
+    cg_steps: int = 3
 
 
 @dataclass
@@ -119,13 +136,11 @@ class _Tucker:
         def precondition(residual: Tensor) -> Tensor:
             return left @ ((left.T @ residual @ self.vectors) / scale) @ self.vectors.T
 
-        return conjugate_gradient(
-            lambda rows: adjoint(lift(filters, rows) @ self.problem.second),
-            adjoint(self.problem.weighted),
-            projection,
-            precondition,
-            steps=steps,
-        )
+        def apply(rows: Tensor) -> Tensor:
+            return adjoint(lift(filters, rows) @ self.problem.second)
+
+        system = LinearSystem(apply, adjoint(self.problem.weighted), precondition)
+        return conjugate_gradient(system, projection, steps=steps)
 
 
 def _check(problem: Problem, rank: int, width: int) -> None:
@@ -138,24 +153,14 @@ def _check(problem: Problem, rank: int, width: int) -> None:
 
 
 def solve(
-    problem: Problem,
-    rank: int,
-    width: int,
-    rounds: int = 8,
-    tol: float = 1e-4,
-    *,
-    inner_rounds: int = 2,
-    cg_steps: int = 3,
-    ridge: float = RIDGE,
+    problem: Problem, rank: int, width: int, options: TuckerOptions | None = None, **settings: Any
 ) -> TuckerSolution:
     """Fit the form by alternating least squares under the data norm.
 
     Args:
         rank: shared filters R, 1 .. min(J * h * w, K * O).
         width: projected channels J, 1 .. I.
-        rounds: most alternations (at least one is done); tol: stop when a round gains less than this fraction.
-        inner_rounds: filter-basis rounds in each alternation.
-        ridge: floor of the moments, relative to their mean diagonal.
+        options, settings: a record, or its fields by keyword.
 
     Returns:
         A solution in the dtype of ``problem.weights``; errors are measured without the ridge.
@@ -163,16 +168,18 @@ def solve(
     Raises:
         SharefoldError: rank or width do not fit the group.
     """
+    options = chosen(options, settings, TuckerOptions)
     _check(problem, rank, width)
     dtype = problem.weights.dtype
-    work = _Tucker(problem, ridge)
+    inner = filter_basis.BasisOptions(rounds=options.inner_rounds, tol=0.0, ridge=0.0, cg_steps=options.cg_steps)
+    work = _Tucker(problem, options.ridge)
     projection = work.start(width)
     basis: Tensor | None = None
     history: list[float] = []
     best: tuple[Tensor, Tensor, Tensor] | None = None
-    for _ in range(max(1, rounds)):
-        fit = filter_basis.solve(work.reduced(projection), rank, inner_rounds, 0.0, basis, cg_steps=cg_steps, ridge=0.0)
-        moved = work.fit_projection(fit.basis, fit.coefficients, projection, cg_steps)
+    for _ in range(max(1, options.rounds)):
+        fit = filter_basis.solve(work.reduced(projection), rank, basis, options=inner)
+        moved = work.fit_projection(fit.basis, fit.coefficients, projection, options.cg_steps)
         factored = torch.linalg.qr(moved.T)
         projection = factored.Q.T
         basis = torch.einsum("rjt,lj->rlt", fit.basis.reshape(rank, width, -1), factored.R).flatten(1)
@@ -181,7 +188,7 @@ def solve(
             break
         best = (projection, basis, fit.coefficients)
         history.append(value)
-        if len(history) > 1 and history[-2] - value <= tol * history[-2]:
+        if len(history) > 1 and history[-2] - value <= options.tol * history[-2]:
             break
     assert best is not None
     projection, basis, coefficients = best
@@ -190,7 +197,7 @@ def solve(
 
 
 def _solved_errors(problem: Problem, rank: int, width: int, rounds: int, ridge: float) -> Tensor:
-    return solve(problem, rank, width, rounds, ridge=ridge).errors
+    return solve(problem, rank, width, rounds=rounds, ridge=ridge).errors
 
 
 def curve(

@@ -47,6 +47,7 @@ class VariableProjection:
         self, problem: Problem, kind: Kind = "columns", *, groups: int = 1, inputs: Sequence[int] | None = None,
         ridge: float = RIDGE,
     ) -> None:  # fmt: skip
+        self.dtype = problem.weights.dtype
         self.problem = problem = problem.working()
         self.kind, self.groups = kind, groups
         self.layers = problem.members // groups

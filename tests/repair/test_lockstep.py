@@ -93,7 +93,9 @@ def compared(teacher: nn.Module, student: nn.Module, names: list[str], memory: i
     graph = fx.symbolic_trace(teacher).graph
     given = IMAGES.clone()
     before = copy.deepcopy(teacher.state_dict())
-    walk(graph, teacher, student, given, {name: Wanted(form(teacher, name)) for name in names}, visit, memory)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(lockstep, "MEMORY_BYTES", memory)
+        walk(graph, teacher, student, given, {name: Wanted(form(teacher, name)) for name in names}, visit)
     assert torch.equal(given, IMAGES)
     assert all(torch.equal(tensor, before[key]) for key, tensor in teacher.state_dict().items())
     return visited
@@ -211,11 +213,11 @@ def test_values_are_dropped_when_nothing_needs_them(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(lockstep._Walk, "__init__", made)
     monkeypatch.setattr(lockstep, "_run", run)
     walk(fx.symbolic_trace(teacher).graph, teacher, changed(teacher, RESIDUAL), IMAGES,
-         {name: Wanted(form(teacher, name)) for name in RESIDUAL}, lambda _: None, 10**9)  # fmt: skip
+         {name: Wanted(form(teacher, name)) for name in RESIDUAL}, lambda _: None)  # fmt: skip
     assert max(most) == 2  # a block's input and what its layers make of it
 
 
-def test_what_is_not_finite_is_not_visited() -> None:
+def test_what_is_not_finite_is_not_visited(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = net(blocks=2)
     student = copy.deepcopy(teacher)
     with torch.no_grad():
@@ -225,8 +227,9 @@ def test_what_is_not_finite_is_not_visited() -> None:
     graph = fx.symbolic_trace(teacher).graph
     for memory in MEMORY.values():
         seen.clear()
+        monkeypatch.setattr(lockstep, "MEMORY_BYTES", memory)
         walk(graph, teacher, student, IMAGES, {name: Wanted(form(teacher, name)) for name in names},
-             lambda at: seen.append(at.name), memory)  # fmt: skip
+             lambda at: seen.append(at.name))  # fmt: skip
         assert seen == names[:1]
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sharefold.errors import SharefoldError
-from sharefold.solvers.data_norm import Problem, eigen_psd, sample_patches, solve_psd
+from sharefold.solvers.data_norm import Problem, Window, eigen_psd, sample_patches, solve_psd
 
 from .problems import moments, problem, sqrt_psd
 
@@ -29,14 +29,14 @@ def unfolded(x: torch.Tensor, kernel, stride, padding, dilation, groups: int) ->
 def test_all_positions_equal_unfold(kernel, stride, padding, dilation, groups) -> None:
     x = torch.randn(2, 4, 7, 9)
     expected = unfolded(x, kernel, stride, padding, dilation, groups)
-    got = sample_patches(x, kernel, stride, padding, dilation, groups)
+    got = sample_patches(x, Window(kernel, stride, padding, dilation, groups))
     assert torch.equal(got.reshape(expected.shape), expected)
 
 
 def test_sampled_patches_are_distinct_patches_of_their_image() -> None:
     x = torch.randn(3, 4, 8, 8)
     full = unfolded(x, 3, 2, 1, 1, 2)
-    got = sample_patches(x, 3, 2, 1, 1, 2, positions=5, generator=torch.Generator().manual_seed(3))
+    got = sample_patches(x, Window(3, 2, 1, 1, 2), positions=5, generator=torch.Generator().manual_seed(3))
     got = got.reshape(3, 5, 2, -1)
     for image in range(3):
         hits = [int((full[image] == patch).all(-1).all(-1).nonzero()[0, 0]) for patch in got[image]]
@@ -45,7 +45,7 @@ def test_sampled_patches_are_distinct_patches_of_their_image() -> None:
 
 def test_sampling_is_repeatable() -> None:
     x = torch.randn(2, 3, 8, 8)
-    draws = [sample_patches(x, 3, positions=4, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    draws = [sample_patches(x, Window(3), positions=4, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
     assert torch.equal(*draws)
 
 
@@ -56,7 +56,7 @@ def test_same_padding_and_four_amounts(kernel: int) -> None:
     total = kernel - 1
     amounts = (total // 2, total - total // 2, total // 2, total - total // 2)
     for padding in ("same", amounts):
-        got = sample_patches(x, kernel, padding=padding).squeeze(1) @ weight.flatten(1).T
+        got = sample_patches(x, Window(kernel, padding=padding)).squeeze(1) @ weight.flatten(1).T
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -64,7 +64,7 @@ def test_same_padding_and_four_amounts(kernel: int) -> None:
 def test_padding_modes_match_conv(mode: str) -> None:
     conv = torch.nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode, bias=False)
     x = torch.randn(2, 3, 5, 5)
-    got = sample_patches(x, 3, padding=1, padding_mode=mode).squeeze(1) @ conv.weight.flatten(1).T
+    got = sample_patches(x, Window(3, padding=1, padding_mode=mode)).squeeze(1) @ conv.weight.flatten(1).T
     expected = conv(x).flatten(2).transpose(1, 2).reshape(-1, 4)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -78,9 +78,9 @@ def test_linear_rows() -> None:
 
 def test_bad_geometry_is_refused() -> None:
     with pytest.raises(SharefoldError, match="does not fit"):
-        sample_patches(torch.randn(1, 2, 2, 2), 3)
+        sample_patches(torch.randn(1, 2, 2, 2), Window(3))
     with pytest.raises(SharefoldError, match="padding"):
-        sample_patches(torch.randn(1, 2, 4, 4), 3, padding="full")
+        sample_patches(torch.randn(1, 2, 4, 4), Window(3, padding="full"))
 
 
 def test_errors_are_relative_output_errors() -> None:

@@ -112,7 +112,7 @@ def test_one_part_alone_is_no_worse_than_its_own_solver() -> None:
 def test_both_parts_beat_either_at_the_same_size() -> None:
     given = problem(5, 12, 36, kernel=(3, 3))
     # 3 shared and 3 own filters cost 3 * (36 + 60) + 5 * 3 * (12 + 36) = 1,008, as 10.5 shared or 4.2 own ones do.
-    both = shared_and_own.solve(given, 3, 3)
+    both = shared_and_own.solve(VariableProjection(given), 3, 3)
     assert both.errors.mean() < shared_basis.solve(given, 10, rounds=40).errors.mean()
     assert both.errors.mean() < spatial_solve(given, 4, rounds=40).errors.mean()
 
@@ -123,7 +123,7 @@ def test_narrow_layers_own_filters_stay_within_their_inputs() -> None:
     given.second[1, 9:] = 0
     given.second[1, :, 9:] = 0
     given = Problem(given.weights, given.moments, given.row_weights, given.kernel)
-    found = shared_and_own.solve(given, 2, 2, inputs=[6, 3, 6])
+    found = shared_and_own.solve(VariableProjection(given, inputs=[6, 3, 6]), 2, 2)
     assert not found.own[1, :, 3:].any() and found.own[0, :, 3:].any()
     assert float(found.errors.max()) < 1
 
@@ -140,7 +140,7 @@ def test_own_filters_for_shared_ones_that_stay() -> None:
 
 def test_numbers_that_do_not_fit() -> None:
     with pytest.raises(SharefoldError, match="1 to 12 and 0 to 6"):
-        shared_and_own.solve(problem(kernel=(2, 2)), 13, 1)
+        shared_and_own.solve(VariableProjection(problem(kernel=(2, 2))), 13, 1)
 
 
 def test_lbfgs_solves_a_quadratic_and_says_how_it_went() -> None:
