@@ -33,6 +33,10 @@ class TiedConv(SharedConv):
         weight = cast(Tensor, self.bank.weight)
         return weight if self.scale is None else weight * self.scale[:, None, None, None]
 
+    def bank_power(self, rows: Tensor) -> Tensor:
+        rows = rows.cpu().double()
+        return rows if self.scale is None else rows * self.scale.detach().cpu().double().square()
+
     @property
     def bias(self) -> Tensor | None:
         shared = getattr(self.bank, "bias", None)
