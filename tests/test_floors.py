@@ -175,3 +175,39 @@ def test_components_finds_circles() -> None:
 def test_file_names_occur_once() -> None:
     stems = Counter(file.stem for name, file in modules().items() if name.startswith("sharefold") and file.stem != "__init__")
     assert [stem for stem, count in stems.items() if count > 1] == []
+
+
+MOST_PARAMETERS = 6
+# Constructors that read worse with a record.
+MORE_PARAMETERS = {
+    "sharefold.calibration.statistics.Statistics.__init__": "made in one place, from CalibrationOptions and its choices",
+    "sharefold.outputs.comparison.Comparison.__init__": "each stands for a step that is done here where it is not given",
+    "sharefold.models.preact_resnet.PreActResNet.__init__": "the names by which timm makes a network",
+}
+
+
+def long_signatures() -> Iterator[str]:
+    """Public functions, methods and constructors with more parameters than a reader keeps in mind; layers' constructors take
+    their tensors, one a parameter."""
+
+    def visit(node: ast.AST, scope: str) -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef):
+                if not child.name.startswith("_"):
+                    yield from visit(child, f"{scope}.{child.name}")
+            elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                given = child.args.posonlyargs + child.args.args + child.args.kwonlyargs
+                count = sum(argument.arg not in ("self", "cls") for argument in given) + (child.args.vararg is not None)
+                public = child.name == "__init__" or not child.name.startswith("_")
+                if public and count > MOST_PARAMETERS and not (child.name == "__init__" and "sharefold.layers." in scope):
+                    yield f"{scope}.{child.name}"
+            elif isinstance(child, (ast.If, ast.Try, ast.With)):
+                yield from visit(child, scope)
+
+    for name, file in modules().items():
+        if name.split(".")[0] == "sharefold":
+            yield from visit(ast.parse(file.read_text()), name)
+
+
+def test_public_functions_take_few_parameters() -> None:
+    assert sorted(long_signatures()) == sorted(MORE_PARAMETERS), "put the rest into an option record"
