@@ -2,7 +2,7 @@
 
 A file is one ``.safetensors`` whose metadata holds the configuration as JSON text; a directory holds the same text once
 more as ``sharefold_config.json``, for people and for the Hub. Everything here may come from a stranger, so every field
-is checked when it is read, and no text is unfolded beyond ``JSON_LIMIT``.
+is checked when it is read, and no text is inflated beyond ``JSON_LIMIT``.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class FileConfig:
         )
 
     def typed(self, template: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors that packed weights unfold to, in the types that they had: ``template`` without aliases."""
+        """The tensors that packed weights are unpacked to, in the types that they had: ``template`` without aliases."""
         return {
             name: like.to(_DTYPES[self.dtypes.get(name, self.dtypes.get("", "float32"))])
             if like.is_floating_point() and self.dtypes else like

@@ -11,7 +11,7 @@ from sharefold.calibration.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.graph.repeats import structure
-from sharefold.layers import ConvForm, RepeatedBlock, fold, fold_scale, replace_module, shared_parameters
+from sharefold.layers import ConvForm, RepeatedBlock, absorb_scale, repeat_blocks, replace_module, shared_parameters
 from sharefold.methods.alignment import align_groups
 from sharefold.methods.contract import ConversionStep, Solution
 from sharefold.methods.tied_kernels import TiedFit, fit_members
@@ -34,7 +34,7 @@ class Reuse(ConversionStep):
                 raise SharefoldError(f"plan: group {plan.name!r}: block {name} is repeated already: leave it out")
             if structure(block) != structure(blocks[0]):
                 raise SharefoldError(f"plan: group {plan.name!r}: blocks {plan.members[0]} and {name} differ in structure: "
-                                     "only equal blocks fold into one")
+                                     "only equal blocks become one that is repeated")
 
     def layers(self, graph: NetworkGraph, plan: GroupPlan) -> tuple[str, ...]:
         return tuple(name for names in inner_groups(graph, plan.members) for name in names)
@@ -65,7 +65,7 @@ class Reuse(ConversionStep):
                 for block, own in zip(blocks, solution.members, strict=True):
                     _copy(block, own)
                 _copy(blocks[0], solution.bank)
-        for name, part in zip(plan.members, fold(blocks), strict=True):
+        for name, part in zip(plan.members, repeat_blocks(blocks), strict=True):
             replace_module(model, name, part)
 
     def expand(self, model: nn.Module, plan: GroupPlan) -> None:
@@ -81,7 +81,7 @@ def inner_groups(graph: NetworkGraph, blocks: tuple[str, ...]) -> list[list[str]
     return [names for names in groups if all(name in graph.layers for name in names)]
 
 
-def folded_size(block: nn.Module, count: int) -> tuple[int, int]:
+def repeated_size(block: nn.Module, count: int) -> tuple[int, int]:
     """Parameters of ``count`` such blocks apart, and of one block run ``count`` times."""
     total = sum(p.numel() for p in block.parameters())
     shared = sum(dict(block.named_parameters())[name].numel() for name in shared_parameters(block))
@@ -120,7 +120,7 @@ def _into_norms(
         shift = torch.einsum("gon,gn->go", change.reshape(len(mean), -1, mean.shape[1]), mean).reshape(-1)
         cast(Tensor, norm.running_mean).sub_(shift)
         if fit.scales is not None:
-            fold_scale(norm, fit.scales[index])
+            absorb_scale(norm, fit.scales[index])
         leaf = norm_name.removeprefix(f"{block}.")
         for key in ("weight", "running_mean", "running_var"):
             value = getattr(norm, key)

@@ -29,7 +29,7 @@ from sharefold.solvers.grid import kmeans_codebook, search_scale
 from sharefold.solvers.least_squares import PulledLeastSquares
 from sharefold.solvers.moments import Moments, PairSums
 from sharefold.store.gathering import gather, runs
-from sharefold.store.norm_folding import fold_norms
+from sharefold.store.norm_absorption import absorb_statistics
 from sharefold.store.prepare import Prepared, matrices, plan_of, prepare
 from sharefold.store.rans import LARGEST
 from sharefold.store.rounding import round_matrix
@@ -294,7 +294,7 @@ def _round_all(
         if name not in spec.tensors:
             settle(name, None)
     if request.kind != "grid" or request.bits < 8:
-        fold_norms(model)
+        absorb_statistics(model)
     halves = _halves(model)
     found = StoreSpec({**halves.tensors, **spec.tensors})
     snap_(model, found)
