@@ -53,7 +53,7 @@ def _readers(model: nn.Module, owner: Bank | SharedConv) -> list[SharedConv]:
 
 
 def _factor(owner: Bank | SharedConv) -> tuple[str, nn.Parameter]:
-    name = owner.pivoted
+    name = owner.pivoted_name
     assert name is not None
     return name, cast(nn.Parameter, getattr(owner, name))
 

@@ -338,8 +338,8 @@ def _round_factors(
     module: SharedConv, name: str, inputs: PairSums, wanted: dict[str, nn.Parameter],
     settle: Callable[[str, Tensor | None], None],
 ) -> None:  # fmt: skip
-    if module.pivoted is not None and f"{name}.{module.pivoted}" in wanted:
-        settle(f"{name}.{module.pivoted}", module.own_moments(inputs.gram.double().mean(0, keepdim=True)))
+    if module.pivoted_name is not None and f"{name}.{module.pivoted_name}" in wanted:
+        settle(f"{name}.{module.pivoted_name}", module.own_moments(inputs.gram.double().mean(0, keepdim=True)))
     part = module.linear_part()
     assert part is not None
     flat = part[0].detach().cpu().double().flatten(1)
