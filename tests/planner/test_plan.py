@@ -241,7 +241,8 @@ def test_unknown_methods_name_the_nearest(residual: Prepared) -> None:
 
 
 def test_prices_are_where_the_best_option_changes() -> None:
-    row = [PricedPlans(10, 0.0), PricedPlans(6, 4e-9), PricedPlans(5, 9e-9), PricedPlans(4, 10e-9), PricedPlans(1, 40e-9)]  # 5 is above the hull
+    points = [(10, 0.0), (6, 4e-9), (5, 9e-9), (4, 10e-9), (1, 40e-9)]  # 5 is above the hull
+    row = [PricedPlans(*point) for point in points]
     slopes = [1e-9, 3e-9, 1e-8]  # 4e-9 / 4, 6e-9 / 2, 30e-9 / 3
     prices = prices_of([row])
     best = [min(row, key=lambda o: o.value + price * o.cost).cost for price in prices]
