@@ -38,7 +38,7 @@ class CalibrationOptions:
     Attributes:
         seed: of everything random, from the parts of the images to the sampled positions.
         example_input: (B, C, H, W) for tracing and for latency, by default one image of the calibration images.
-        outputs: the kinds of the network's outputs, where sharefold reads them wrongly: ``"logits:axis=1"``, ``{"boxes": "regression"}``.
+        outputs: kinds of the network's outputs that would be read wrongly: ``"logits:axis=1"``, ``{"boxes": "regression"}``.
         criterion: (original's outputs, outputs) of a batch -> (n,), 0 where both say the same: compares whole networks.
         held_out: how many of the images should decide, and be reported on, each; by default about 15 %, and at most 30 %
             (:mod:`sharefold.calibration.parts`).

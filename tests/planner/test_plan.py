@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import BLOCKS, Mute, images, net
+from networks import BLOCKS, Mute, count, images, net
 from torch import nn
 
 import sharefold
@@ -56,10 +56,6 @@ class Prepared:
         model = copy.deepcopy(self.model)
         sharefold.convert_(model, plan, self.cal, repair=False)
         return model
-
-
-def count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 @pytest.fixture(scope="module", params=list(BLOCKS))

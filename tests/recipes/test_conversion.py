@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import CASES, close, converted, count, narrow_cifar_resnet, randomise, small_converted
+from nets import CASES, close, converted, narrow_cifar_resnet, randomise, small_converted
+from networks import count
 from torch import fx, nn
 
 from sharefold.checkpoint import expand, load, save
