@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sharefold.files import WEIGHTS_NAME
+
 from .common import Run
 from .convert_request import Request
 
@@ -35,7 +37,7 @@ class Timer:
 
 def weight_file_bytes(output: Path) -> int:
     """Size of the file that holds the tensors."""
-    return (output / "model.safetensors" if output.is_dir() else output).stat().st_size
+    return (output / WEIGHTS_NAME if output.is_dir() else output).stat().st_size
 
 
 def group_rows(plan: Plan) -> list[dict[str, Any]]:

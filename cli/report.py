@@ -93,13 +93,13 @@ def _shared_facts(path: Path, source: str | None) -> Facts:
 
 
 def _plan_facts(run: Run, path: Path, source: str | None) -> Facts:
-    from sharefold.plans import Plan
+    from sharefold.plans import Plan, unwrapped
     from sharefold.report import facts_of
 
     where = f"plan {path}"
-    text = read_text(path, where)
-    plan, data = Plan.from_json(text, where=where), parse_json(text, where)
-    inner = data if isinstance(data, dict) and isinstance(data.get("plan"), dict) else {}
+    data = parse_json(read_text(path, where), where)
+    plan = Plan.from_dict(data, where)
+    inner = {} if unwrapped(data) is data else data
     named = str(inner.get("source") or "")
     known = ("params", "bytes", "macs", "agreement", "agreement_interval", "report_images")
     metrics = {key: inner[key] for key in known if inner.get(key) is not None}

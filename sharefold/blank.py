@@ -16,7 +16,7 @@ from sharefold.methods.narrowing import install_blank
 from sharefold.plans import Plan
 
 # Packed weights of few bytes may stand for many: entropy coding goes down to hundredths of a bit. Beyond this no network does.
-_UNFOLDED, _FREE_BYTES = 1000, 1 << 26
+_INFLATED, _FREE_BYTES = 1000, 1 << 26
 
 
 def shape_of_network(config: FileConfig, state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
@@ -38,7 +38,7 @@ def shape_of_network(config: FileConfig, state: Mapping[str, Tensor], where: str
     if config.store is None:
         check_shapes(template, state, config.aliases, where)
     declared = sum(t.numel() * t.element_size() for t in template.values())
-    if max(declared, unfiled_bytes(model)) > _UNFOLDED * held + _FREE_BYTES:
+    if max(declared, unfiled_bytes(model)) > _INFLATED * held + _FREE_BYTES:
         raise SharefoldError(f"{where}: its network has {declared:,} bytes, far more than its {held:,} explain: it is damaged")
     return template
 

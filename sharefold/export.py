@@ -33,9 +33,9 @@ from sharefold.running import run_on
 
 __all__ = ["Exported", "export"]
 FORMATS = {"onnx": (".onnx",), "pt2": (".pt2",), "dense": (".safetensors", ".pt", ".pth")}
-# Elements. Shapes and axes are folded into the ONNX graph; a weight that is put together from shared tensors is not,
+# Elements. Shapes and axes are computed into the ONNX graph; a weight that is put together from shared tensors is not,
 # or every layer would get a copy of what it shares.
-FOLDED_ELEMENTS = 64
+CONSTANT_ELEMENTS = 64
 PROTOBUF_LIMIT = 2**31 - 2**20
 Names = tuple[tuple[str, ...], tuple[str, ...]]
 # What tracing notes at every node: source lines of this machine, which nobody needs to run the graph.
@@ -256,7 +256,7 @@ def _translate(program: torch.export.ExportedProgram, example: Tensor, names: li
 
 
 def _simplify(graph: Any) -> None:
-    """Inlines and folds shapes, but nothing that would copy a shared tensor: no BatchNorm fusion, no composed weight.
+    """Inlines and computes shapes, but nothing that would copy a shared tensor: no BatchNorm fusion, no composed weight.
 
     onnxruntime does both in memory when it loads the file.
     """
@@ -265,12 +265,12 @@ def _simplify(graph: Any) -> None:
 
     def small(node: Any) -> bool | None:
         values = [value.const_value for value in node.inputs if value is not None and value.const_value is not None]
-        return False if any(value.size > FOLDED_ELEMENTS for value in values) else None
+        return False if any(value.size > CONSTANT_ELEMENTS for value in values) else None
 
     passes.InlinePass()(graph)
     for _ in range(2):
         optimizer.fold_constants_ir(
-            graph, onnx_shape_inference=True, output_size_limit=FOLDED_ELEMENTS, should_fold=small
+            graph, onnx_shape_inference=True, output_size_limit=CONSTANT_ELEMENTS, should_fold=small
         )  # fmt: skip
         for step in (passes.IdentityEliminationPass, passes.RemoveUnusedNodesPass, passes.RemoveUnusedFunctionsPass):
             step()(graph)
@@ -291,7 +291,7 @@ def _simplify(graph: Any) -> None:
 
 
 def _make_contiguous(graph: Any) -> None:
-    """Copies folded constants that are views of others; the pass that finds equal ones reads their bytes in place."""
+    """Copies computed constants that are views of others; the pass that finds equal ones reads their bytes in place."""
     tensor = importlib.import_module("onnx_ir").tensor
     for value in graph.initializers.values():
         array = value.const_value.numpy()

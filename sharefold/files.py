@@ -25,9 +25,10 @@ from sharefold.errors import SharefoldError
 from sharefold.exchange import exchange
 
 CONFIG_NAME = "sharefold_config.json"  # what tells a directory of sharefold from a user's own
+WEIGHTS_NAME, CARD_NAME = "model.safetensors", "README.md"
 # What sharefold writes into its directories: networks, and sweeps with networks inside.
 OWN_NAMES = frozenset(
-    {CONFIG_NAME, "model.safetensors", "README.md", "sweep.csv", "sweep.json", "sweep.svg", "sweep.png"}
+    {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, "sweep.csv", "sweep.json", "sweep.svg", "sweep.png"}
 )
 _MARKS = (CONFIG_NAME, "sweep.json")
 _HOST = re.sub(r"[^A-Za-z0-9]", "", platform.node())[:16]

@@ -2,7 +2,7 @@
 
 A file is one ``.safetensors`` whose metadata holds the configuration as JSON text; a directory holds the same text once
 more as ``sharefold_config.json``, for people and for the Hub. Everything here may come from a stranger, so every field
-is checked when it is read, and no text is unfolded beyond ``JSON_LIMIT``.
+is checked when it is read, and no text is inflated beyond ``JSON_LIMIT``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sharefold.checksum import ALGORITHM
 from sharefold.errors import SharefoldError, SharefoldWarning
-from sharefold.files import CONFIG_NAME
+from sharefold.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from sharefold.plans import Plan
 from sharefold.untrusted import JSON_LIMIT, is_int, is_number, parse_json, read_text, shown
 from sharefold.version import __version__
@@ -32,7 +32,7 @@ from sharefold.version import __version__
 __all__ = ["CARD_NAME", "CONFIG_NAME", "FORMAT_VERSION", "METADATA_KEY", "WEIGHTS_NAME", "FileConfig"]
 
 FORMAT_VERSION = 1
-WEIGHTS_NAME, CARD_NAME, METADATA_KEY = "model.safetensors", "README.md", "sharefold"
+METADATA_KEY = "sharefold"
 CHECKSUM_KEY = "crc32"
 # Those that packed files keep first, and characters for all that they keep.
 PACKED_METRICS, _METRICS_ROOM = ("agreement", "bytes", "macs", "params", "top1"), 96
@@ -110,7 +110,7 @@ class FileConfig:
         )
 
     def typed(self, template: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors that packed weights unfold to, in the types that they had: ``template`` without aliases."""
+        """The tensors that packed weights are unpacked to, in the types that they had: ``template`` without aliases."""
         return {
             name: like.to(_DTYPES[self.dtypes.get(name, self.dtypes.get("", "float32"))])
             if like.is_floating_point() and self.dtypes else like

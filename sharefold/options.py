@@ -52,7 +52,7 @@ class CalibrationOptions:
     Attributes:
         seed: of everything random, from the parts of the images to the sampled positions.
         example_input: (B, C, H, W) for tracing and for latency, by default one image of the calibration images.
-        outputs: what the network's outputs are, where it is told wrongly: ``"logits:axis=1"``, ``{"boxes": "regression"}``.
+        outputs: kinds of the network's outputs that would be read wrongly: ``"logits:axis=1"``, ``{"boxes": "regression"}``.
         criterion: (original's outputs, outputs) of a batch -> (n,), 0 where both say the same: compares whole networks.
         held_out: how many of the images should decide, and be reported on, each; by default about 15 %, and at most 30 %
             (:mod:`sharefold.calibration.parts`).
@@ -95,15 +95,15 @@ class ConvertOptions:
     """What happens beside the plan itself.
 
     Attributes:
-        repair: coefficients, BatchNorm statistics and the classifier are fitted again on the converted prefix; each is kept
-            only where the divergence from the original falls on images that the fit did not see.
+        repair: refit layer after layer, BatchNorm statistics, last layers; each repair is kept only where the divergence from
+            the original falls on images that it did not see.
         refine: label-free distillation on the calibration images: epochs, a time such as ``"4m"``, or ``"auto"``.
         config: entries of the saved configuration (``base``, ``pretrained_cfg``) that are known better than can be told from
             the network.
         seed, outputs, criterion: of a calibration that is made here.
     """
 
-    repair: bool = option(True, "Refit coefficients, BatchNorm statistics and the classifier on the converted prefix.")
+    repair: bool = option(True, "Repairs without labels: layer-by-layer refit, BatchNorm statistics, last layers.")
     refine: str | int | bool | Effort | None = option(
         None, "Distil on the calibration images: 20 (epochs), 4m.", "EFFORT", alone="auto"
     )

@@ -103,8 +103,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "plan") -> Plan:
-        if isinstance(data, dict) and isinstance(data.get("plan"), dict):
-            data = data["plan"]
+        data = unwrapped(data)
         if not isinstance(data, dict) or not isinstance(data.get("groups"), list):
             raise SharefoldError(
                 f"{where} holds no list of groups: write one with `sharefold convert ... --dry-run --json`"
@@ -162,6 +161,11 @@ class Plan:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         total = f"{self.params_before:,} -> {self.params_after:,} parameters ({self.size:.1%} kept)"
         return "\n".join([*lines, total, *([f"stored as {self.store}"] if self.store else [])])
+
+
+def unwrapped(data: Any) -> Any:
+    """The plan's own object in what ``convert --dry-run --json`` prints around it; anything else as it is."""
+    return data["plan"] if isinstance(data, dict) and isinstance(data.get("plan"), dict) else data
 
 
 def _is_expression(text: str) -> bool:

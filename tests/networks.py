@@ -14,6 +14,10 @@ import torch
 from timm.layers import StdConv2d
 from torch import Tensor, nn
 
+from sharefold.calibration.problem import GroupProblem, problem_of
+from sharefold.calibration.statistics import statistics_of
+from sharefold.graph import analyze
+
 SIZE = 12
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -205,6 +209,17 @@ def trained_like(model: nn.Module, size: int, count: int) -> nn.Module:
     return model.eval()
 
 
+def count(model: nn.Module) -> int:
+    """Parameters, shared ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def answers(model: nn.Module, batch: Tensor) -> Tensor:
+    """What ``model`` says of ``batch`` in eval mode, without gradients."""
+    with torch.no_grad():
+        return model.eval()(batch)
+
+
 def logits(model: nn.Module, seed: int = 2) -> Tensor:
     """(8, 5) on fixed images."""
     return model.eval()(images(8, seed))
@@ -218,3 +233,33 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     """Whether two state dicts have the same keys and bits."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@made_once
+def stage2_problem(kind: str, role: str = "conv", number: int = 16) -> GroupProblem:
+    """The layers of ``net(kind)``'s second stage whose name holds ``role``, measured on so many images."""
+    model, given = net(kind), images(number)
+    graph = analyze(model, given[:1])
+    names = [n for n in graph.layers if n.startswith("stage2") and role in n.rpartition(".")[2]]
+    return problem_of(model, graph, names, statistics_of(model, graph, given))
+
+
+class Chain(nn.Module):
+    """3x3 convolutions of 8 channels, each with norm and ReLU, then pooling and five classes; every second has ``stride``."""
+
+    def __init__(self, layers: int, stride: int = 1, padding: int = 1) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Conv2d(3 if k == 0 else 8, 8, 3, stride=stride if k % 2 else 1, padding=padding) for k in range(layers)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(layers))
+        self.head = nn.Linear(8, 5)
+
+    def before(self, x: Tensor) -> Tensor:
+        """What happens to the input of every convolution."""
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = norm(conv(self.before(x))).relu()
+        return self.head(x.mean((2, 3)))

@@ -85,7 +85,7 @@ def test_architectures_that_the_file_does_not_explain(file: Path, kind: str, fru
     assert "\n" not in str(error.value)
 
 
-def test_packed_weights_that_unfold_to_far_more(tmp_path: Path, frugal: None) -> None:
+def test_packed_weights_that_unpack_to_far_more(tmp_path: Path, frugal: None) -> None:
     model = sharefold.open_source("timm:digits_resnet").model
     convert_(model, Plan([], 1, 1, store="fp16"), calibration=X)
     file = sharefold.save(model, tmp_path / "net.safetensors")
@@ -96,7 +96,7 @@ def test_packed_weights_that_unfold_to_far_more(tmp_path: Path, frugal: None) ->
         sharefold.load(file)
 
 
-def test_side_streams_and_configurations_are_unfolded_within_bounds(tmp_path: Path, file: Path, frugal: None) -> None:
+def test_side_streams_and_configurations_are_unpacked_within_bounds(tmp_path: Path, file: Path, frugal: None) -> None:
     bomb = squeezed(b'{"plan": ')
     reseal(file, text="zlib85:" + base64.b85encode(bomb).decode())
     with pytest.raises(SharefoldError, match="its configuration is damaged"):

@@ -31,11 +31,15 @@ def pixels(count: int = 6, size: int = 8, channels: int = 3) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, size, size, channels), dtype=np.uint8)
 
 
+def npz_of(folder: Path, **arrays: np.ndarray) -> str:
+    """What ``--data`` is given for a file of these arrays."""
+    np.savez(folder / "set.npz", **arrays)
+    return f"npz:{folder / 'set.npz'}"
+
+
 @pytest.fixture
 def npz(tmp_path: Path) -> str:
-    path = tmp_path / "set.npz"
-    np.savez(path, train_x=pixels(20), train_y=np.arange(20), test_x=pixels(6), test_y=np.arange(6))
-    return f"npz:{path}"
+    return npz_of(tmp_path, train_x=pixels(20), train_y=np.arange(20), test_x=pixels(6), test_y=np.arange(6))
 
 
 def normalised(images: np.ndarray) -> torch.Tensor:
@@ -66,16 +70,11 @@ def test_overrides_beat_the_configuration(npz: str) -> None:
 
 
 def test_unsplit_npz_serves_every_split(tmp_path: Path) -> None:
-    np.savez(tmp_path / "x.npz", x=pixels(5))
+    spec = npz_of(tmp_path, x=pixels(5))
     for split in ("train", "test"):
-        data = open_data(f"npz:{tmp_path / 'x.npz'}", split, transform_cfg=CFG)
+        data = open_data(spec, split, transform_cfg=CFG)
         assert len(data) == 5 and not data.labelled and data[0][1] == -1
-    assert calibration_images(f"npz:{tmp_path / 'x.npz'}", CFG).shape == (5, 3, 8, 8)
-
-
-def bad_npz(tmp_path: Path, **arrays: np.ndarray) -> str:
-    np.savez(tmp_path / "bad.npz", **arrays)
-    return f"npz:{tmp_path / 'bad.npz'}"
+    assert calibration_images(spec, CFG).shape == (5, 3, 8, 8)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +93,7 @@ def bad_npz(tmp_path: Path, **arrays: np.ndarray) -> str:
 )
 def test_npz_that_cannot_serve_is_refused_in_one_line(tmp_path: Path, arrays: dict, words: str) -> None:
     with pytest.raises(SharefoldError, match=words) as caught:
-        open_data(bad_npz(tmp_path, **arrays), "test", transform_cfg=CFG)
+        open_data(npz_of(tmp_path, **arrays), "test", transform_cfg=CFG)
     assert "\n" not in str(caught.value)
 
 
@@ -105,7 +104,7 @@ def test_npz_with_a_pickle_inside_runs_nothing(tmp_path: Path) -> None:
         def __reduce__(self):
             return (Path.touch, (marker,))
 
-    spec = bad_npz(tmp_path, test_x=np.array([Evil()], dtype=object))
+    spec = npz_of(tmp_path, test_x=np.array([Evil()], dtype=object))
     with pytest.raises(SharefoldError):
         open_data(spec, "test", transform_cfg=CFG)
     assert not marker.exists()
@@ -344,13 +343,12 @@ def test_calibration_refusals(source: object, words: str) -> None:
 
 
 def test_calibration_arrays_of_another_size(tmp_path: Path) -> None:
-    np.savez(tmp_path / "big.npz", train_x=pixels(3, size=12))
-    spec = f"npz:{tmp_path / 'big.npz'}"
+    spec = npz_of(tmp_path, train_x=pixels(3, size=12))
     with pytest.raises(SharefoldError, match="are 3x12x12, the model wants 3x8x8"):
         calibration_images(spec, CFG)
     assert calibration_images(spec, CFG, resize=True).shape == (3, 3, 8, 8)
-    np.savez(tmp_path / "grey.npz", train_x=pixels(3, channels=1))
-    with pytest.raises(SharefoldError, match="are 1x8x8, the model wants 3x8x8"):
-        calibration_images(f"npz:{tmp_path / 'grey.npz'}", CFG, resize=True)
     with pytest.raises(SharefoldError, match="at least 1"):
         calibration_images(spec, CFG, count=0)
+    grey = npz_of(tmp_path, train_x=pixels(3, channels=1))
+    with pytest.raises(SharefoldError, match="are 1x8x8, the model wants 3x8x8"):
+        calibration_images(grey, CFG, resize=True)

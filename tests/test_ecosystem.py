@@ -15,6 +15,7 @@ import timm
 import torch
 from command_line import call
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+from networks import answers
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -27,11 +28,6 @@ from sharefold.hub import load_from_hub, push_to_hub
 from sharefold.layers import replace_module, shared_layers
 
 IMAGES = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(2))
-
-
-def logits(model: nn.Module, images: Tensor = IMAGES) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(images)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +103,7 @@ def test_push_and_load(shared: nn.Module, saved: Path, tmp_path: Path, monkeypat
     assert sorted(path.name for path in (tmp_path / "hub" / "me" / "net").iterdir()) == [
         "README.md", "model.safetensors", "sharefold_config.json",
     ]  # fmt: skip
-    assert torch.equal(logits(load_from_hub("me/net")), logits(shared))
+    assert torch.equal(answers(load_from_hub("me/net"), IMAGES), answers(shared, IMAGES))
     push_to_hub(local, "me/net", create=False)
     assert [name for name, _ in hub.calls] == ["create", "upload", "download", "upload"]
     with pytest.raises(SharefoldError, match=r"me/nothing could not be read: 404"):
@@ -123,7 +119,7 @@ def test_a_pushed_network_is_a_source(
     assert opened.shared and opened.kind == "hf-hub" and opened.name == "digits_resnet"
     assert hub.calls[-2:] == [("file", "v1"), ("download", "v1")]
     assert opened.base == shared.sharefold_config.base and opened.pretrained_cfg["input_size"] == (1, 8, 8)
-    assert torch.equal(logits(opened.model), logits(shared))
+    assert torch.equal(answers(opened.model, IMAGES), answers(shared, IMAGES))
     with pytest.raises(SharefoldError, match=r"hf-hub:me/net is a converted network .*: leave --num-classes out"):
         sharefold.open_source("hf-hub:me/net", num_classes=3)
 
@@ -136,7 +132,7 @@ def test_a_pushed_network_is_a_source(
     assert result.exit_code == 0, result.output
     again = sharefold.load(tuned)
     assert shared_layers(again).keys() == shared_layers(shared).keys()
-    assert not torch.equal(logits(again), logits(shared))
+    assert not torch.equal(answers(again, IMAGES), answers(shared, IMAGES))
 
 
 def test_a_repository_of_timm_is_still_timms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,13 +178,13 @@ def test_what_cannot_be_pushed(shared: nn.Module, tmp_path: Path, monkeypatch: p
 def test_timm_reads_the_expanded_network(shared: nn.Module, tmp_path: Path) -> None:
     done = export(shared, tmp_path / "dense.safetensors")
     stock = timm.create_model("digits_resnet", checkpoint_path=str(done.path))
-    assert not shared_layers(stock) and torch.allclose(logits(stock), logits(shared), atol=1e-4)
+    assert not shared_layers(stock) and torch.allclose(answers(stock, IMAGES), answers(shared, IMAGES), atol=1e-4)
 
 
 def test_evaluation_as_timm_validates(shared: nn.Module) -> None:
     config = timm.data.resolve_data_config({}, model=shared)
     assert config["input_size"] == (1, 8, 8)
-    labels = logits(shared).argmax(1)
+    labels = answers(shared, IMAGES).argmax(1)
     meter = timm.utils.AverageMeter()
     for images, target in DataLoader(TensorDataset(IMAGES, labels), batch_size=4):
         with torch.inference_mode(), torch.autocast("cpu", enabled=False):
@@ -205,7 +201,7 @@ def test_torch_compile(shared: nn.Module, runtime: str) -> None:
         layer.runtime = runtime
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert torch.allclose(logits(compiled), logits(model), atol=1e-5)
+    assert torch.allclose(answers(compiled, IMAGES), answers(model, IMAGES), atol=1e-5)
     model.train()
     gradients = []
     for network in (compiled, model):
@@ -223,7 +219,7 @@ def test_torch_compile_to_machine_code(shared: nn.Module) -> None:
         pytest.skip("inductor needs a C++ compiler")
     torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(shared), fullgraph=True)
-    assert torch.allclose(logits(compiled), logits(shared), atol=1e-4)
+    assert torch.allclose(answers(compiled, IMAGES), answers(shared, IMAGES), atol=1e-4)
 
 
 def int8(model: nn.Module) -> list[str]:
@@ -249,9 +245,9 @@ def test_torchao_quantises_what_is_left_dense(shared: nn.Module) -> None:
     model = copy.deepcopy(shared)
     if "fc" in shared_layers(shared):  # whether the plan factors it is its own affair
         replace_module(model, "fc", shared_layers(shared)["fc"].dense())
-    wanted = logits(model)
+    wanted = answers(model, IMAGES)
     assert int8(model) == ["fc"] and set(shared_layers(model)) == set(shared_layers(shared)) - {"fc"}
-    close(logits(model), wanted)
+    close(answers(model, IMAGES), wanted)
 
 
 def test_torchao_quantises_the_expanded_network() -> None:
@@ -262,6 +258,6 @@ def test_torchao_quantises_the_expanded_network() -> None:
     sharefold.convert_(model, plan, calibration=images, repair=False)
     assert shared_layers(model)
     dense = sharefold.expand(model)
-    wanted = logits(dense, images)
+    wanted = answers(dense, images)
     assert len(int8(dense)) == 11  # two Linears a block, and the classifier
-    close(logits(dense, images), wanted)
+    close(answers(dense, images), wanted)

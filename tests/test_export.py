@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from networks import answers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -40,11 +41,6 @@ def converted(method: str, budget: str = "60%") -> nn.Module:
 def run_onnx(path: Path, images: Tensor) -> Tensor:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-
-
-def logits(model: nn.Module, images: Tensor = IMAGES) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(images)
 
 
 def stored_once(path: Path, model: nn.Module) -> None:
@@ -77,7 +73,7 @@ def onnx_file(shared: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 def test_onnx_computes_the_same_at_any_batch_size(shared: nn.Module, onnx_file: Path) -> None:
     for count in (1, 2, 5):
-        assert torch.allclose(run_onnx(onnx_file, IMAGES[:count]), logits(shared, IMAGES[:count]), atol=1e-4)
+        assert torch.allclose(run_onnx(onnx_file, IMAGES[:count]), answers(shared, IMAGES[:count]), atol=1e-4)
     batch = onnx.load(onnx_file).graph.input[0].type.tensor_type.shape.dim[0]
     assert batch.dim_param == "batch"
 
@@ -99,7 +95,7 @@ def test_onnx_holds_the_bank_once_and_composes_in_the_graph(shared: nn.Module, o
 def test_onnx_of_other_methods(method: str, tmp_path: Path) -> None:
     model = converted(method, "75%")
     export(model, tmp_path / "net.onnx")
-    assert torch.allclose(run_onnx(tmp_path / "net.onnx", IMAGES), logits(model), atol=1e-4)
+    assert torch.allclose(run_onnx(tmp_path / "net.onnx", IMAGES), answers(model, IMAGES), atol=1e-4)
     stored_once(tmp_path / "net.onnx", model)
 
 
@@ -135,8 +131,8 @@ def test_an_archive_runs_where_sharefold_is_not_installed(shared: nn.Module, tmp
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", ALONE, *files], check=True, cwd=tmp_path, env=environment, timeout=120)
     result = torch.load(tmp_path / "out.pt", weights_only=True)
-    assert torch.allclose(result["logits"], logits(shared), atol=1e-5)
-    assert torch.allclose(result["one"], logits(shared, IMAGES[:1]), atol=1e-5)
+    assert torch.allclose(result["logits"], answers(shared, IMAGES), atol=1e-5)
+    assert torch.allclose(result["one"], answers(shared, IMAGES[:1]), atol=1e-5)
     stored = torch.export.load(tmp_path / "net.pt2").state_dict
     assert sum(t.numel() for t in stored.values()) <= sum(t.numel() for t in shared.state_dict().values())
 
@@ -148,17 +144,17 @@ def test_dense_is_a_stock_state_dict(shared: nn.Module, tmp_path: Path, suffix: 
     state = load_file(done.path) if suffix == ".safetensors" else torch.load(done.path, weights_only=True)
     dense = stock()
     dense.load_state_dict(state)
-    assert torch.allclose(logits(dense), logits(shared), atol=1e-4)
+    assert torch.allclose(answers(dense, IMAGES), answers(shared, IMAGES), atol=1e-4)
 
 
 def test_modes_caches_and_results_stay(shared: nn.Module, tmp_path: Path) -> None:
-    before = logits(shared)
+    before = answers(shared, IMAGES)
     shared.train()
     shared.layer1.eval()
     modes = {name: module.training for name, module in shared.named_modules()}
     export(shared, tmp_path / "net.pt2")
     assert {name: module.training for name, module in shared.named_modules()} == modes
-    assert torch.equal(logits(shared), before)
+    assert torch.equal(answers(shared, IMAGES), before)
 
 
 def test_a_difference_is_refused_and_leaves_nothing(shared: nn.Module, tmp_path: Path) -> None:
@@ -201,7 +197,7 @@ def test_attention_over_windows_goes_through_onnx(tmp_path: Path) -> None:
     model, images = WindowAttention().eval(), torch.randn(3, 3, 8, 8)
     done = export(model, tmp_path / "windows.onnx", example_input=images[:2])
     assert done.max_difference < ExportOptions.tolerance and done.dynamic_batch
-    assert torch.allclose(run_onnx(done.path, images), logits(model, images), atol=1e-5)
+    assert torch.allclose(run_onnx(done.path, images), answers(model, images), atol=1e-5)
 
 
 def test_several_outputs(tmp_path: Path) -> None:

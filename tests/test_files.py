@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import call
 
 import sharefold
 from sharefold import checkpoint, files
@@ -24,7 +24,6 @@ from sharefold.finetune.run_state import write_state
 from sharefold.format import FileConfig, carry_config
 from sharefold.plans import Plan
 from sharefold.sources import build_base
-from sharefold_cli.main import cli
 
 BASE = {"library": "timm", "name": "digits_resnet", "kwargs": {}}
 
@@ -213,7 +212,7 @@ def test_verbs_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, v
     (tmp_path / "plan.json").write_text(Plan([], 0, 0).to_json())
     before = names(tmp_path)
     with full_disk(100_000):
-        done = CliRunner().invoke(cli, verb)
+        done = call(*verb)
     assert done.exit_code == 2, done.output
     assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: ")
     assert names(tmp_path) == before

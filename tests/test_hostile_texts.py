@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import call
 from file_tools import CONFIG, edit_config
 from PIL import EpsImagePlugin, Image
 
@@ -31,7 +31,6 @@ from sharefold.format import FileConfig, carry_config, checked_pretrained_cfg
 from sharefold.plans import GroupPlan, Plan
 from sharefold.sources import build_base
 from sharefold.untrusted import printable, read_text, shown
-from sharefold_cli.main import cli
 
 BASE = {"library": "timm", "name": "digits_resnet", "kwargs": {}}
 ESCAPE = "\x1b]0;owned\x07\x1b[31m\n\r\x9b"
@@ -66,7 +65,7 @@ def saved(tmp_path: Path) -> Path:
 )  # fmt: skip
 def test_fields_of_wrong_types_are_bad_input(saved: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     edit_config(saved, change)
-    done = CliRunner().invoke(cli, ["expand", str(saved), "-o", str(saved.parent / "out.safetensors")])
+    done = call("expand", saved, "-o", saved.parent / "out.safetensors")
     assert done.exit_code == 2, done.output
     assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1
     assert not (saved.parent / "out.safetensors").exists()
@@ -82,7 +81,7 @@ def test_texts_that_are_none(saved: Path, data: bytes) -> None:
     assert "\n" not in str(error.value)
     plan = saved.parent / "plan.json"
     plan.write_bytes(data)
-    done = CliRunner().invoke(cli, ["convert", "timm:digits_resnet", "--plan", str(plan), "-o", str(saved.parent / "o")])
+    done = call("convert", "timm:digits_resnet", "--plan", plan, "-o", saved.parent / "o")
     assert done.exit_code == 2 and len(done.stderr.strip().splitlines()) == 1
 
 
@@ -97,11 +96,11 @@ def test_escapes_are_shown_and_not_obeyed(tmp_path: Path, saved: Path) -> None:
     assert len(shown("x" * 500)) == 83
     names = (f"timm:{ESCAPE}", str(tmp_path / ESCAPE.replace("\n", "")), f"hf-hub:{ESCAPE}/x")
     for name in names[:2]:
-        done = CliRunner().invoke(cli, ["inspect", name])
+        done = call("inspect", name)
         assert done.exit_code == 2 and not set("\x1b\x07\x9b\r") & set(done.stderr), repr(done.stderr)
         assert len(done.stderr.strip().splitlines()) == 1
     edit_config(saved, lambda config: config.update({ESCAPE: 1}))
-    done = CliRunner().invoke(cli, ["expand", str(saved), "-o", str(tmp_path / "out.safetensors")])
+    done = call("expand", saved, "-o", tmp_path / "out.safetensors")
     assert done.exit_code == 0 and "unknown keys" in done.stderr and "\x1b" not in done.stderr
 
 

@@ -23,7 +23,7 @@ import sharefold
 from sharefold.errors import SharefoldError
 from sharefold.finetune import finetune
 from sharefold.graph import analyze
-from sharefold.layers import fold, shared_layers
+from sharefold.layers import repeat_blocks, shared_layers
 from sharefold.measure import agreement
 from sharefold.plans import GroupPlan, Plan
 from sharefold.repair import batchnorm_statistics
@@ -372,7 +372,7 @@ def test_group_names_that_differ_in_dots_alone() -> None:
 
 
 def repeat(model: nn.Module) -> None:
-    for index, part in enumerate(fold(list(model.stage1))):
+    for index, part in enumerate(repeat_blocks(list(model.stage1))):
         model.stage1[index] = part
 
 

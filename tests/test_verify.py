@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import call
 from file_tools import CONFIG, edit_config, metadata_of
 
 import sharefold
@@ -19,7 +19,6 @@ from sharefold.plans import Plan
 from sharefold.store import file_bytes
 from sharefold.store.tensor_spec import carried_spec
 from sharefold.verify import Claim, _share, mismatches, verify
-from sharefold_cli.main import cli
 
 X = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -31,9 +30,9 @@ def dense() -> torch.nn.Module:
 
 @pytest.fixture
 def saved(dense: torch.nn.Module, tmp_path: Path) -> Path:
-    done = CliRunner().invoke(
-        cli, ["convert", "timm:digits_resnet", "--calib", "digits", "--calib-count", "100", "--method", "svd", "--budget", "70%",
-              "--no-repair", "-o", str(tmp_path / "net")]
+    done = call(
+        "convert", "timm:digits_resnet", "--calib", "digits", "--calib-count", 100, "--method", "svd", "--budget", "70%",
+        "--no-repair", "-o", tmp_path / "net",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     return tmp_path / "net"
@@ -57,9 +56,7 @@ def test_what_holds_and_what_does_not(saved: Path, dense: torch.nn.Module) -> No
         (lambda c: c["plan"].update(params_after=7), "params of the plan is"),
     ):
         edit_config(saved, change)
-        done = CliRunner().invoke(
-            cli, ["verify", str(saved), "--source", "timm:digits_resnet", "--data", "digits", "--limit", "200", "--json"]
-        )
+        done = call("verify", saved, "--source", "timm:digits_resnet", "--data", "digits", "--limit", 200, "--json")
         assert done.exit_code == 2 and words in done.stderr and json.loads(done.stdout)["holds"] is False
 
 
@@ -76,14 +73,14 @@ def _batches(data: object) -> object:
 
 
 def test_damage_is_told(saved: Path) -> None:
-    assert CliRunner().invoke(cli, ["verify", str(saved)]).exit_code == 0
+    assert call("verify", saved).exit_code == 0
     file = saved / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-5] ^= 1
     file.write_bytes(data)
-    done = CliRunner().invoke(cli, ["verify", str(saved)])
+    done = call("verify", saved)
     assert done.exit_code == 2 and "checksum does not hold" in done.stderr
-    done = CliRunner().invoke(cli, ["verify", str(saved), "--source", "timm:digits_resnet"])
+    done = call("verify", saved, "--source", "timm:digits_resnet")
     assert done.exit_code == 2 and "give --data" in done.stderr
 
 

@@ -18,7 +18,7 @@ from sharefold.errors import SharefoldError
 _TRIED = 12  # near misses that are built and compared tensor by tensor
 _NAMED = 3  # of which the report names so many
 
-Option = tuple[Entry, dict[str, Any], frozenset[str]]
+_Fit = tuple[Entry, dict[str, Any], frozenset[str]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def exact_match(shapes: Shapes, file: str, hints: Mapping[str, Any] | None = Non
         hints: what the checkpoint stores beside its weights; a text ``arch`` is used.
     """
     index = complete_index()
-    options: list[Option] = []
+    options: list[_Fit] = []
     for record, classes, channels in index.find(shapes):
         head = frozenset(rule[0] for rule in record.pattern.classes)
         options += [(entry, entry.base(classes, channels), head) for entry in record.entries]
@@ -142,7 +142,7 @@ def _fits(shapes: Shapes, base: dict[str, Any]) -> bool:
         return False
 
 
-def _order(options: list[Option], file: str, hints: Mapping[str, Any]) -> tuple[list[Option], str]:
+def _order(options: list[_Fit], file: str, hints: Mapping[str, Any]) -> tuple[list[_Fit], str]:
     """Options by the rules of :func:`exact_match`, and the rule that put the first one first."""
     if len(options) < 2:
         return options, "only match"

@@ -13,8 +13,8 @@ from numpy.lib import format as npy
 
 from sharefold.errors import SharefoldError
 
-# Images compress a few times; what unfolds further than this is no image data.
-_UNFOLDED, _FREE_BYTES = 100, 1 << 27
+# Images compress a few times; what inflates further than this is no image data.
+_INFLATED, _FREE_BYTES = 100, 1 << 27
 
 
 class NpzFile:
@@ -35,9 +35,9 @@ class NpzFile:
     def read(self, name: str) -> np.ndarray:
         """The array of plain numbers called ``name``."""
         entry = self.entries[name]
-        if entry.file_size > _UNFOLDED * entry.compress_size + _FREE_BYTES:
+        if entry.file_size > _INFLATED * entry.compress_size + _FREE_BYTES:
             raise SharefoldError(
-                f"{self.where}: {name} would unfold from {entry.compress_size:,} to {entry.file_size:,} bytes: it holds no images"
+                f"{self.where}: {name} would inflate from {entry.compress_size:,} to {entry.file_size:,} bytes: no images"
             )
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(entry) as stream:

@@ -21,7 +21,7 @@ from sharefold.data import calibration_images, loader, open_data
 from sharefold.demo.picture import draw
 from sharefold.demo.results import Demo, DemoOptions, Row
 from sharefold.errors import SharefoldError
-from sharefold.files import check_output, write_folder
+from sharefold.files import WEIGHTS_NAME, check_output, write_folder
 from sharefold.finetune.loop import finetune
 from sharefold.measure import agreement, count_parameters, evaluate, model_bytes
 from sharefold.options import chosen
@@ -113,7 +113,7 @@ def run_demo(
 
     def fill(folder: Path) -> None:
         saved = save(tiny, folder / SAVED, metrics={"top1": demo.rows[-1].top1})
-        demo.file_bytes = (saved / "model.safetensors").stat().st_size
+        demo.file_bytes = (saved / WEIGHTS_NAME).stat().st_size
         again = load(saved)
         logits = logits_of(tiny, probe)
         demo.identical = torch.equal(logits, logits_of(again, probe))

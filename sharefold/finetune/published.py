@@ -11,6 +11,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
+from sharefold.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from sharefold.errors import SharefoldError
 from sharefold.finetune.config import FinetuneConfig
 
@@ -18,7 +19,7 @@ _SCRATCH: dict[str, Any] = {
     "distill": 0.0, "block_match": 0.0, "orthogonality": 0.0, "ema": 0.0, "decay": "all", "bank_step": "1.0",
     "warmup_epochs": 0.0, "momentum": 0.9, "optimizer": "momentum", "lr": 0.1,
 }  # fmt: skip
-_IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+_IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 _RMSPROP = {"optimizer": "rmsprop", "weight_decay": 0.0, "eps": 1e-7, "momentum": 0.0, "batch_size": 64}
 
 

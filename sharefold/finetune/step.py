@@ -21,7 +21,7 @@ from sharefold.finetune.losses import block_error, collect_bases, distillation, 
 from sharefold.finetune.mixing import Mixing
 from sharefold.graph import analyze
 from sharefold.layers import running
-from sharefold.layers.norm_fusion import norms_folded
+from sharefold.layers.norm_fusion import norms_fused
 
 
 def autocast_for(config: FinetuneConfig, device: torch.device) -> tuple[torch.dtype | None, Any]:
@@ -122,11 +122,11 @@ class Updater:
         with ExitStack() as stack:
             stack.enter_context(running(self.model, "composed"))
             if self.teacher is not None:
-                stack.enter_context(norms_folded(self.teacher, self.norms))
+                stack.enter_context(norms_fused(self.teacher, self.norms))
                 # One class wires its layers in one way, whatever they share.
                 if self.config.freeze_norm and type(self.model) is type(self.teacher):
                     freeze_norms(self.model)
-                    stack.enter_context(norms_folded(self.model, self.norms))
+                    stack.enter_context(norms_fused(self.model, self.norms))
             networks = [m for m in (self.model, self.teacher) if m is not None]
             self._taps = [stack.enter_context(Taps(network, self.blocks)) for network in networks]
             yield

@@ -1,8 +1,8 @@
 """Pivoted factors are trained whole and orthonormal, and pivoted again afterwards.
 
-Both forms hold the same networks, and the pivoted one fewer numbers; but a step along the gradient depends on the numbers that
-one steps in. With orthonormal rows a step of the coefficients moves the weight as far as it moves them, and the orthogonality
-term keeps it so; from pivoted factors plain SGD learns markedly less (docs/fine-tuning.md).
+Both forms hold the same networks, and the pivoted one fewer numbers, but a gradient step in one form is another step than in
+the other. With orthonormal rows a step of the coefficients moves the weight as far as it moves them, and the orthogonality term
+keeps it so; from pivoted factors plain SGD learns markedly less (docs/fine-tuning.md).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _readers(model: nn.Module, owner: Bank | SharedConv) -> list[SharedConv]:
 
 
 def _factor(owner: Bank | SharedConv) -> tuple[str, nn.Parameter]:
-    name = owner.pivoted
+    name = owner.pivoted_name
     assert name is not None
     return name, cast(nn.Parameter, getattr(owner, name))
 

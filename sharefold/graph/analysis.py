@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from sharefold.errors import SharefoldError
 from sharefold.graph.blocks import ancestors, find_blocks
 from sharefold.graph.execution import LayerRun, ModuleRun, Run, run_with_hooks
 from sharefold.graph.flow_roles import roles_from_flow, roles_from_run
-from sharefold.graph.layers import LayerForm, find_layers
+from sharefold.graph.layers import find_layers
 from sharefold.graph.preserved import preserved
 from sharefold.graph.records import LayerRecord, NetworkGraph, Space
 from sharefold.graph.repeats import find_repeats
@@ -23,6 +22,7 @@ from sharefold.graph.roles import find_roles
 from sharefold.graph.spaces import Flow, propagate
 from sharefold.graph.stages import Size, find_stages, number_blocks
 from sharefold.graph.trace import ShapeRecorder, same_output, trace
+from sharefold.layers import ConvForm
 from sharefold.running import check_shapes, device_of
 
 # fx patches nn.Module for the whole process while it traces.
@@ -123,13 +123,13 @@ def _trace(model: nn.Module, example: Any, run: Run, unshared: set[str]) -> tupl
     return None, reason
 
 
-def _borrowed(graph: fx.Graph, layers: Mapping[str, LayerForm]) -> list[str]:
+def _borrowed(graph: fx.Graph, layers: Mapping[str, ConvForm]) -> list[str]:
     """Layers whose weight some other code reads."""
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     return [name for name in layers if f"{name}.weight" in read]
 
 
-def _assemble(model: nn.Module, layers: dict[str, LayerForm], run: Run, flow: Flow | None) -> dict[str, LayerRecord]:
+def _assemble(model: nn.Module, layers: dict[str, ConvForm], run: Run, flow: Flow | None) -> dict[str, LayerRecord]:
     runs = {name: layer_run for name, layer_run in run.layers.items() if name in layers}
     order = list(runs)
     sizes = _sizes(runs, layers)
@@ -155,7 +155,7 @@ def _assemble(model: nn.Module, layers: dict[str, LayerForm], run: Run, flow: Fl
     return {
         name: LayerRecord(
             name=name,
-            **_form_fields(layers[name]),
+            **_form_fields(layers[name], model.get_submodule(name)),
             input_size=sizes[name][0],
             output_size=sizes[name][1],
             stage=stages[name],
@@ -170,8 +170,12 @@ def _assemble(model: nn.Module, layers: dict[str, LayerForm], run: Run, flow: Fl
     }
 
 
-def _form_fields(form: LayerForm) -> dict[str, Any]:
-    return asdict(form)
+def _form_fields(form: ConvForm, module: nn.Module) -> dict[str, Any]:
+    return {
+        "kind": form.kind, "module_class": form.module_class, "weight_shape": form.weight_shape, "groups": form.groups,
+        "stride": form.stride, "padding": "same" if form.same_pad else form.padding, "dilation": form.dilation,
+        "padding_mode": form.padding_mode, "bias": module.bias is not None,
+    }  # fmt: skip
 
 
 def _space(flow: Flow | None, name: str, side: str) -> int:
@@ -191,7 +195,7 @@ def _ends(read: int, written: int, spaces: Mapping[int, Space]) -> dict[str, Any
     }
 
 
-def _sizes(runs: Mapping[str, LayerRun], layers: Mapping[str, LayerForm]) -> dict[str, tuple[Size, Size]]:
+def _sizes(runs: Mapping[str, LayerRun], layers: Mapping[str, ConvForm]) -> dict[str, tuple[Size, Size]]:
     """Input and output size of every layer; tokens get the size of the last map with as many pixels."""
     maps: dict[int, Size] = {}
     sizes: dict[str, tuple[Size, Size]] = {}
@@ -219,14 +223,14 @@ def _token_size(axes: tuple[int, ...], maps: Mapping[int, Size]) -> Size:
 
 
 def _pooled(
-    order: list[str], sizes: Mapping[str, tuple[Size, Size]], layers: Mapping[str, LayerForm], flow: Flow | None
+    order: list[str], sizes: Mapping[str, tuple[Size, Size]], layers: Mapping[str, ConvForm], flow: Flow | None
 ) -> set[str]:
     """Layers whose input is a vector that a global pooling made, not a map that happens to be 1 x 1."""
     found: set[str] = set()
     area = 0
     for name in order:
         (before, after), chan = sizes[name], flow.inputs.get(name) if flow else None
-        vector = before == after == (1, 1) and layers[name].kernel == (1, 1)
+        vector = before == after == (1, 1) and layers[name].kernel_size == (1, 1)
         if vector and (chan.pooled if chan is not None else layers[name].kind == "linear" or area > 1):
             found.add(name)
         else:

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
-from sharefold.graph.layers import LayerForm, is_batch_norm
+from sharefold.graph.layers import is_batch_norm
+from sharefold.layers import ConvForm
 
 Shape = tuple[int, ...]
 
@@ -54,7 +55,7 @@ def call(model: nn.Module, example: Any) -> Any:
     return model(example)
 
 
-def run_with_hooks(model: nn.Module, example: Any, layers: Mapping[str, LayerForm]) -> Run:
+def run_with_hooks(model: nn.Module, example: Any, layers: Mapping[str, ConvForm]) -> Run:
     """Runs the network once.
 
     Raises:

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from torch import fx
 
 from sharefold.graph.execution import LayerRun, ModuleRun
-from sharefold.graph.layers import LayerForm
 from sharefold.graph.space_set import Chan
 from sharefold.graph.spaces import Flow
+from sharefold.layers import ConvForm
 
 
 def roles_from_flow(
-    flow: Flow, layers: Mapping[str, LayerForm], blocks: Mapping[str, str], whole: set[str]
+    flow: Flow, layers: Mapping[str, ConvForm], blocks: Mapping[str, str], whole: set[str]
 ) -> dict[str, str]:
     """The roles "downsample", "se_reduce" and "se_expand", for the layers that have them.
 
@@ -65,7 +65,7 @@ def _layers_before(start: fx.Node, block: str, layers: set[str]) -> set[str]:
     return found
 
 
-def _gate_layers(gate: fx.Node, flow: Flow, layers: Mapping[str, LayerForm]) -> list[str]:
+def _gate_layers(gate: fx.Node, flow: Flow, layers: Mapping[str, ConvForm]) -> list[str]:
     """Layers between a global pooling and the gate, in forward order; empty when the gate is not made from one."""
     found: list[str] = []
     stack, seen = [gate], {gate}
@@ -84,7 +84,7 @@ def _gate_layers(gate: fx.Node, flow: Flow, layers: Mapping[str, LayerForm]) -> 
 
 
 def roles_from_run(
-    runs: Mapping[str, LayerRun], modules: Mapping[str, ModuleRun], layers: Mapping[str, LayerForm],
+    runs: Mapping[str, LayerRun], modules: Mapping[str, ModuleRun], layers: Mapping[str, ConvForm],
     blocks: Mapping[str, str], pooled: set[str],
 ) -> dict[str, str]:  # fmt: skip
     """The same roles without a graph.
@@ -99,7 +99,7 @@ def roles_from_run(
         readers = [name for name in members if block in runs[name].reads_input_of and name not in pooled]
         for name in readers:
             run = runs[name]
-            if len(readers) > 1 and layers[name].kernel == (1, 1) and run.output_shape == modules[block].output_shape:
+            if len(readers) > 1 and layers[name].kernel_size == (1, 1) and run.output_shape == modules[block].output_shape:
                 roles[name] = "downsample"
         gates = [name for name in members if name in pooled]
         if len(gates) == len(members):

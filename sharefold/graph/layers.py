@@ -2,48 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sharefold.layers import form_of
+from sharefold.layers import ConvForm, checked_form, form_of
 
 BATCH_NORM_KEYS = ("running_mean", "running_var")
 OTHER_CONVS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _ALL_LAYERS = (nn.Conv2d, nn.Linear, *OTHER_CONVS)
-
-
-@dataclass(frozen=True)
-class LayerForm:
-    """The static part of a layer record."""
-
-    kind: str
-    module_class: str
-    weight_shape: tuple[int, int, int, int]
-    groups: int = 1
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] | str = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-    padding_mode: str = "zeros"
-    bias: bool = False
-
-    @property
-    def out_channels(self) -> int:
-        return self.weight_shape[0]
-
-    @property
-    def in_channels(self) -> int:
-        return self.weight_shape[1] * self.groups
-
-    @property
-    def kernel(self) -> tuple[int, int]:
-        return self.weight_shape[2], self.weight_shape[3]
-
-    @property
-    def depthwise(self) -> bool:
-        return self.kind == "conv2d" and self.groups > 1 and self.weight_shape[1] == 1
 
 
 def is_layer_like(module: nn.Module) -> bool:
@@ -57,41 +23,12 @@ def is_batch_norm(module: nn.Module, channels: int) -> bool:
     return all(isinstance(value, Tensor) and value.numel() == channels for value in found)
 
 
-def layer_form(module: nn.Module) -> LayerForm:
-    """The form of an ``nn.Conv2d`` or ``nn.Linear`` (or subclass)."""
-    name = type(module).__name__
-    if isinstance(module, nn.Linear):
-        o, i = module.weight.shape
-        return LayerForm("linear", name, (int(o), int(i), 1, 1), bias=module.bias is not None)
-    assert isinstance(module, nn.Conv2d)
-    o, i, h, w = (int(n) for n in module.weight.shape)
-    padding: Any = module.padding
-    if getattr(module, "same_pad", name == "Conv2dSame"):
-        padding = "same"  # timm pads at run time as TensorFlow does
-    return LayerForm(
-        "conv2d",
-        name,
-        (o, i, h, w),
-        module.groups,
-        _pair(module.stride),
-        padding if isinstance(padding, str) else _pair(padding),
-        _pair(module.dilation),
-        module.padding_mode,
-        module.bias is not None,
-    )
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    first, second = value if isinstance(value, list | tuple) else (value, value)
-    return int(first), int(second)
-
-
-def find_layers(model: nn.Module) -> tuple[dict[str, LayerForm], dict[str, str]]:
+def find_layers(model: nn.Module) -> tuple[dict[str, ConvForm], dict[str, str]]:
     """Shareable layers by name, in registration order, and everything else that holds a weight, with the reason.
 
     Norms and per-channel scales hold no weight in this sense: their parameters are vectors.
     """
-    layers: dict[str, LayerForm] = {}
+    layers: dict[str, ConvForm] = {}
     skipped: dict[str, str] = {}
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
@@ -108,7 +45,7 @@ def find_layers(model: nn.Module) -> tuple[dict[str, LayerForm], dict[str, str]]
         if weight is not None:
             owners.setdefault(id(weight), name)
         if reason is None:
-            layers[name] = layer_form(module)
+            layers[name] = checked_form(name, module)
         else:
             skipped[name] = reason
     return layers, skipped

@@ -26,14 +26,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
-from sharefold.graph.layers import LayerForm
+from sharefold.layers import ConvForm
 
 NAMED = ("downsample", "se_reduce", "se_expand")
 
 
 def find_roles(
     order: Sequence[str],
-    forms: Mapping[str, LayerForm],
+    forms: Mapping[str, ConvForm],
     blocks: Mapping[str, str],
     known: Mapping[str, str],
     sizes: Mapping[str, tuple[int, int]],
@@ -62,7 +62,7 @@ def find_roles(
     return {name: roles[name] for name in order}
 
 
-def _outside(i: int, first: int, last: int, has_blocks: bool, form: LayerForm, size: tuple[int, int]) -> str:
+def _outside(i: int, first: int, last: int, has_blocks: bool, form: ConvForm, size: tuple[int, int]) -> str:
     if has_blocks:
         return "stem" if i < first else "head" if i > last else "transition"
     if i == 0:
@@ -70,10 +70,10 @@ def _outside(i: int, first: int, last: int, has_blocks: bool, form: LayerForm, s
     return "head" if form.kind == "linear" or size == (1, 1) else "conv"
 
 
-def _main_path(main: Sequence[str], forms: Mapping[str, LayerForm], residual: bool) -> dict[str, str]:
+def _main_path(main: Sequence[str], forms: Mapping[str, ConvForm], residual: bool) -> dict[str, str]:
     roles: dict[str, str] = {name: "depthwise" for name in main if forms[name].depthwise}
     dense = [name for name in main if name not in roles]
-    points = [name for name in dense if forms[name].kernel == (1, 1)]
+    points = [name for name in dense if forms[name].kernel_size == (1, 1)]
     if roles and all(forms[name].kind == "conv2d" for name in main):
         roles.update(_around_depthwise(main, points, forms, roles, residual))
     else:
@@ -90,14 +90,14 @@ def _main_path(main: Sequence[str], forms: Mapping[str, LayerForm], residual: bo
     return roles
 
 
-def _is_inverted(first: LayerForm, second: LayerForm) -> bool:
-    if second.kernel != (1, 1) or first.kind != second.kind or first.groups > 1 or second.groups > 1:
+def _is_inverted(first: ConvForm, second: ConvForm) -> bool:
+    if second.kernel_size != (1, 1) or first.kind != second.kind or first.groups > 1 or second.groups > 1:
         return False
     return first.out_channels == second.in_channels > max(first.in_channels, second.out_channels)
 
 
 def _around_depthwise(
-    main: Sequence[str], points: Sequence[str], forms: Mapping[str, LayerForm], depthwise: Mapping[str, str],
+    main: Sequence[str], points: Sequence[str], forms: Mapping[str, ConvForm], depthwise: Mapping[str, str],
     residual: bool,
 ) -> dict[str, str]:  # fmt: skip
     roles: dict[str, str] = {}

@@ -16,8 +16,9 @@ from typing import Any
 from torch import fx, nn
 
 from sharefold.graph import ops
-from sharefold.graph.layers import LayerForm, is_layer_like
+from sharefold.graph.layers import is_layer_like
 from sharefold.graph.space_set import Chan, SpaceSet
+from sharefold.layers import ConvForm
 
 MODEL_INPUT, MODEL_OUTPUT = "the input of the model", "an output of the model"
 
@@ -40,7 +41,7 @@ def shape_of(node: Any) -> Any:
     return node.meta.get("shape") if isinstance(node, fx.Node) else None
 
 
-def propagate(graph: fx.Graph, model: nn.Module, layers: dict[str, LayerForm]) -> Flow:
+def propagate(graph: fx.Graph, model: nn.Module, layers: dict[str, ConvForm]) -> Flow:
     """Walks the graph once in order; ``node.meta["shape"]`` must be present (see ``trace.ShapeRecorder``).
 
     Args:
@@ -50,7 +51,7 @@ def propagate(graph: fx.Graph, model: nn.Module, layers: dict[str, LayerForm]) -
 
 
 class _Propagation:
-    def __init__(self, model: nn.Module, layers: dict[str, LayerForm]) -> None:
+    def __init__(self, model: nn.Module, layers: dict[str, ConvForm]) -> None:
         self.model = model
         self.layers = layers
         self.flow = Flow(SpaceSet(), {}, {}, {}, set(), [], [])
@@ -137,7 +138,7 @@ class _Propagation:
             return self.op_reshape(node)
         return self.opaque(node, f"read by {name} ({type(module).__name__})")
 
-    def layer(self, node: fx.Node, name: str, form: LayerForm) -> Chan | None:
+    def layer(self, node: fx.Node, name: str, form: ConvForm) -> Chan | None:
         source = ops.first_operand(node)
         chan, shape = self.chan(source), shape_of(source)
         if not isinstance(shape, tuple) or not isinstance(shape_of(node), tuple):
@@ -169,7 +170,7 @@ class _Propagation:
         self.flow.outputs.setdefault(name, out)
         return out
 
-    def read(self, chan: Chan, name: str, form: LayerForm) -> None:
+    def read(self, chan: Chan, name: str, form: ConvForm) -> None:
         draft = self.spaces[chan.space]
         if form.depthwise and form.out_channels == form.in_channels:
             if name not in draft.through:

@@ -2,13 +2,13 @@
 
 from sharefold.layers.bank import Bank, add_bank, bank_key, banks
 from sharefold.layers.basis_conv import BasisConv
-from sharefold.layers.batchnorm import affine, fold_scale, make_identity, mean_output, set_affine, shift_output, takes_scale
+from sharefold.layers.batchnorm import absorb_scale, affine, make_identity, mean_output, set_affine, shift_output, takes_scale
 from sharefold.layers.codebook_conv import CodebookConv, code_dtype
 from sharefold.layers.form import ConvForm, form_of, target_weight
 from sharefold.layers.grouped_conv import GroupedPointwise, plain_norm
 from sharefold.layers.hybrid_conv import HybridConv
 from sharefold.layers.pivots import free_columns, free_moments, with_pivots
-from sharefold.layers.repeat import Again, RepeatedBlock, fold, own_modules, resolve, shared_parameters
+from sharefold.layers.repeat import Again, RepeatedBlock, own_modules, repeat_blocks, resolve, shared_parameters
 from sharefold.layers.shared_conv import SharedConv, checked_form
 from sharefold.layers.spatial_conv import SpatialConv
 from sharefold.layers.surgery import replace_module, running, shared_layers, stray_pointers, to_dense
@@ -17,8 +17,8 @@ from sharefold.layers.tucker_conv import TuckerConv
 
 __all__ = [
     "Again", "Bank", "BasisConv", "CodebookConv", "ConvForm", "GroupedPointwise", "HybridConv", "RepeatedBlock", "SharedConv",
-    "SpatialConv", "TiedConv", "TuckerConv", "add_bank", "affine", "bank_key", "banks", "checked_form", "code_dtype", "fold",
-    "fold_scale", "form_of", "free_columns", "free_moments", "make_identity", "mean_output", "own_modules", "plain_norm",
-    "replace_module", "resolve", "running", "set_affine", "shared_layers", "shared_parameters", "shift_output",
+    "SpatialConv", "TiedConv", "TuckerConv", "absorb_scale", "add_bank", "affine", "bank_key", "banks", "checked_form",
+    "code_dtype", "form_of", "free_columns", "free_moments", "make_identity", "mean_output", "own_modules", "plain_norm",
+    "repeat_blocks", "replace_module", "resolve", "running", "set_affine", "shared_layers", "shared_parameters", "shift_output",
     "stray_pointers", "takes_scale", "target_weight", "to_dense", "with_pivots",
 ]  # fmt: skip

@@ -48,7 +48,7 @@ class Bank(Keeper):
         return whole_factor(cast(Tensor, self.basis), self.pivots, (-1, *kernel_size), self._kept, x)
 
     @property
-    def pivoted(self) -> str | None:
+    def pivoted_name(self) -> str | None:
         """The name of the factor that may be kept without its pivots."""
         return "basis" if hasattr(self, "basis") else None
 
@@ -61,7 +61,7 @@ class Bank(Keeper):
         return f"{shapes}, uses={self.uses}"
 
 
-class Shelf(nn.ModuleDict):
+class Banks(nn.ModuleDict):
     """The banks of a network, by key; called as a layer it gives back what it is given.
 
     It is a child of the network, and ``nn.Sequential``, timm's ``features_only`` and others run all their children in turn.
@@ -79,19 +79,19 @@ def bank_key(group_name: str) -> str:
 def add_bank(model: nn.Module, group_name: str, bank: Bank) -> Bank:
     """Registers ``bank`` on ``model`` under the group's name and returns it."""
     if not hasattr(model, ATTRIBUTE):
-        model.add_module(ATTRIBUTE, Shelf())
-    shelf = cast(nn.ModuleDict, getattr(model, ATTRIBUTE))
+        model.add_module(ATTRIBUTE, Banks())
+    registered = cast(nn.ModuleDict, getattr(model, ATTRIBUTE))
     key = bank_key(group_name)
-    if key in shelf:
+    if key in registered:
         raise ValueError(f"the model has a bank named {key} already")
-    shelf[key] = bank
+    registered[key] = bank
     return bank
 
 
 def banks(model: nn.Module) -> dict[str, Bank]:
     """All banks of a model by key; empty for a dense model."""
-    shelf = getattr(model, ATTRIBUTE, None)
-    return {} if shelf is None else {key: cast(Bank, bank) for key, bank in shelf.items()}
+    registered = getattr(model, ATTRIBUTE, None)
+    return {} if registered is None else {key: cast(Bank, bank) for key, bank in registered.items()}
 
 
 def not_replicated(self: nn.Module) -> nn.Module:

@@ -111,7 +111,7 @@ class BasisConv(SharedConv):
             self.coefficients.copy_(coefficients)
 
     @property
-    def pivoted(self) -> str | None:
+    def pivoted_name(self) -> str | None:
         return None if self.unique is None else "unique"
 
     @property

@@ -60,12 +60,12 @@ def shift_output(owner: nn.Module, shift: Tensor) -> None:
 
 
 def takes_scale(norm: nn.Module) -> bool:
-    """Whether :func:`fold_scale` can put an input scale into ``norm``."""
+    """Whether :func:`absorb_scale` can put an input scale into ``norm``."""
     return getattr(norm, "running_var", None) is not None and getattr(norm, "weight", None) is not None
 
 
 @torch.no_grad()
-def fold_scale(norm: nn.Module, scale: Tensor) -> None:
+def absorb_scale(norm: nn.Module, scale: Tensor) -> None:
     """Changes a BatchNorm so that on inputs x it does in eval mode what it did on scale * x, scale (C,).
 
     As much as can be goes into the running statistics, so that it holds in train mode, too. Scales are kept away from

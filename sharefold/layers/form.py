@@ -45,6 +45,10 @@ class ConvForm:
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
     @property
+    def depthwise(self) -> bool:
+        return self.kind == "conv2d" and self.groups > 1 and self.in_channels == self.groups
+
+    @property
     def features(self) -> int:
         """Length N of one flattened filter: I/groups * h * w."""
         return self.in_channels // self.groups * self.kernel_size[0] * self.kernel_size[1]

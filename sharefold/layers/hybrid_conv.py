@@ -74,7 +74,7 @@ class HybridConv(BasisConv):
         return own + F.conv2d(form.apply(x, shared, None), mix[:, :, None, None], groups=form.groups)
 
     @property
-    def pivoted(self) -> str | None:
+    def pivoted_name(self) -> str | None:
         return "vertical"
 
     def pivoted_shape(self) -> tuple[int, ...]:

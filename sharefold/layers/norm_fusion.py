@@ -20,35 +20,35 @@ from sharefold.layers.shared_conv import SharedConv
 
 
 @contextmanager
-def norms_folded(model: nn.Module, norms: Mapping[str, str | None]) -> Iterator[list[str]]:
+def norms_fused(model: nn.Module, norms: Mapping[str, str | None]) -> Iterator[list[str]]:
     """While active, ``model`` runs the named layers and the norms behind them as one convolution each.
 
     Args:
         model: in eval mode; its modules run as before afterwards.
         norms: for every layer the norm that alone reads its output, or None (as in ``NetworkGraph.layers``). Pairs
-            that cannot be folded (Linears, subclasses of Conv2d, standardised weights, other norms) run as they are.
+            that cannot be fused (Linears, subclasses of Conv2d, standardised weights, other norms) run as they are.
 
     Yields:
-        The layers that were folded.
+        The layers that were fused.
     """
     modules = dict(model.named_modules())
-    folded: dict[str, tuple[nn.Module, nn.Module]] = {}
+    fused: dict[str, tuple[nn.Module, nn.Module]] = {}
     for name, norm_name in norms.items():
         layer, norm = modules.get(name), modules.get(norm_name or "")
-        if layer is not None and norm is not None and _foldable(layer, norm):
-            folded[name] = layer, norm
+        if layer is not None and norm is not None and _fusable(layer, norm):
+            fused[name] = layer, norm
     try:
-        for layer, norm in folded.values():
+        for layer, norm in fused.values():
             layer.__dict__["forward"] = partial(_both, layer, norm)
             norm.__dict__["forward"] = _rest(norm)
-        yield list(folded)
+        yield list(fused)
     finally:
-        for pair in folded.values():
+        for pair in fused.values():
             for module in pair:
                 module.__dict__.pop("forward", None)
 
 
-def _foldable(layer: nn.Module, norm: nn.Module) -> bool:
+def _fusable(layer: nn.Module, norm: nn.Module) -> bool:
     if type(norm) not in (nn.BatchNorm2d, BatchNormAct2d) or norm.training or norm.running_mean is None:
         return False
     if "forward" in layer.__dict__ or "forward" in norm.__dict__:

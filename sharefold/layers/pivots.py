@@ -1,4 +1,4 @@
-"""Factors without the numbers that say nothing: columns that are the identity are not kept.
+"""Factors some of whose columns are the identity's: those columns are not kept.
 
 See :mod:`sharefold.solvers.interpolative` for how a factor comes to have such columns.
 """

@@ -41,7 +41,7 @@ class RepeatedBlock(nn.Module):
     """One block for N iterations (layer reuse, https://arxiv.org/abs/1901.09615); itself the first of them.
 
     The other iterations are :class:`Again` modules at the places of the other blocks, so that every iteration's output
-    can still be looked at under the name of the block that it replaces. :func:`fold` makes them all.
+    can still be looked at under the name of the block that it replaces. :func:`repeat_blocks` makes them all.
 
     Args:
         blocks: N modules of one structure. The first one becomes the block; the norms of all of them are kept.
@@ -107,14 +107,14 @@ class Again(nn.Module):
         return f"iteration={self.step}"
 
 
-def fold(blocks: Sequence[nn.Module]) -> list[nn.Module]:
+def repeat_blocks(blocks: Sequence[nn.Module]) -> list[nn.Module]:
     """What goes to the places of ``blocks``: the repeated block, then its other iterations."""
     first = RepeatedBlock(blocks)
     return [first, *(Again(first, step) for step in range(1, len(blocks)))]
 
 
 def resolve(model: nn.Module, name: str) -> Any:
-    """The module or tensor called ``name`` in the dense network, also inside of a folded block.
+    """The module or tensor called ``name`` in the dense network, also inside of a repeated block.
 
     Raises:
         AttributeError: there is none.

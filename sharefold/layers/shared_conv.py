@@ -75,7 +75,7 @@ class SharedConv(Keeper):
     coefficients_name = "coefficients"
 
     @property
-    def pivoted(self) -> str | None:
+    def pivoted_name(self) -> str | None:
         """The name of the layer's own factor, which is a part of the filters and may be kept without its pivots, or None."""
         return None
 

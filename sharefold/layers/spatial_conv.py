@@ -65,7 +65,7 @@ class SpatialConv(SharedConv):
             self.horizontal.copy_(coefficients.view_as(self.horizontal))
 
     @property
-    def pivoted(self) -> str | None:
+    def pivoted_name(self) -> str | None:
         return "vertical"
 
     def pivoted_shape(self) -> tuple[int, ...]:

@@ -14,9 +14,9 @@ from sharefold.graph.repeats import structure
 from sharefold.layers import (
     ConvForm,
     RepeatedBlock,
-    fold,
-    fold_scale,
+    absorb_scale,
     mean_output,
+    repeat_blocks,
     replace_module,
     shared_parameters,
     shift_output,
@@ -43,7 +43,7 @@ class Reuse(ConversionStep):
                 raise SharefoldError(f"plan: group {plan.name!r}: block {name} is repeated already: leave it out")
             if structure(block) != structure(blocks[0]):
                 raise SharefoldError(f"plan: group {plan.name!r}: blocks {plan.members[0]} and {name} differ in structure: "
-                                     "only equal blocks fold into one")
+                                     "only equal blocks become one that is repeated")
 
     def layers(self, graph: NetworkGraph, plan: GroupPlan) -> tuple[str, ...]:
         return tuple(name for names in inner_groups(graph, plan.members) for name in names)
@@ -74,7 +74,7 @@ class Reuse(ConversionStep):
                 for block, own in zip(blocks, solution.members, strict=True):
                     _copy(block, own)
                 _copy(blocks[0], solution.bank)
-        for name, part in zip(plan.members, fold(blocks), strict=True):
+        for name, part in zip(plan.members, repeat_blocks(blocks), strict=True):
             replace_module(model, name, part)
 
     def expand(self, model: nn.Module, plan: GroupPlan) -> None:
@@ -90,7 +90,7 @@ def inner_groups(graph: NetworkGraph, blocks: tuple[str, ...]) -> list[list[str]
     return [names for names in groups if all(name in graph.layers for name in names)]
 
 
-def folded_size(block: nn.Module, count: int) -> tuple[int, int]:
+def repeated_size(block: nn.Module, count: int) -> tuple[int, int]:
     """Parameters of ``count`` such blocks apart, and of one block run ``count`` times."""
     total = sum(p.numel() for p in block.parameters())
     shared = sum(dict(block.named_parameters())[name].numel() for name in shared_parameters(block))
@@ -127,7 +127,7 @@ def _into_norms(
         change = dense - weight.to(dense)
         shift_output(norm, mean_output(change, statistics.means[name].to(change)))
         if fit.scales is not None:
-            fold_scale(norm, fit.scales[index])
+            absorb_scale(norm, fit.scales[index])
         leaf = norm_name.removeprefix(f"{block}.")
         for key in ("weight", "running_mean", "running_var"):
             value = getattr(norm, key)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sharefold.calibration.problem import GroupProblem, problem_of
 from sharefold.calibration.statistics import Statistics
 from sharefold.graph import NetworkGraph
-from sharefold.layers import Bank, ConvForm, SharedConv, TiedConv, fold_scale, takes_scale
+from sharefold.layers import Bank, ConvForm, SharedConv, TiedConv, absorb_scale, takes_scale
 from sharefold.methods.alignment import align_groups
 from sharefold.methods.contract import Candidate, LayerMethod, Solution
 from sharefold.plans import GroupPlan
@@ -63,7 +63,7 @@ class TiedKernels(LayerMethod):
             layer = cast(TiedConv, model.get_submodule(name))
             norm = graph.layers[name].norm
             if layer.scale is not None and norm is not None:
-                fold_scale(model.get_submodule(norm), layer.scale.detach())
+                absorb_scale(model.get_submodule(norm), layer.scale.detach())
                 layer.scale = None
 
     def blank(self, forms: list[ConvForm], options: dict[str, Any]) -> Solution:

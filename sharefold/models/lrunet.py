@@ -26,7 +26,7 @@ from torch import nn
 from sharefold.errors import SharefoldError
 from sharefold.models._base import cifar_cfg, init_he, unwrap_checkpoint
 
-__all__ = ["LruNet", "LruNetUnrolled", "fold_lrunet", "unroll_lrunet"]
+__all__ = ["LruNet", "LruNetUnrolled", "repeat_lrunet", "unroll_lrunet"]
 
 STEM = 64
 STAGES = (1, 2, 3, 4)
@@ -204,7 +204,7 @@ class LruNet(_LruBase):
 
 
 class LruNetUnrolled(_LruBase):
-    """:class:`LruNet` with separate convolutions in every iteration: the dense network that folding starts from."""
+    """:class:`LruNet` with separate convolutions in every iteration: the dense network that layer reuse starts from."""
 
     make_stage = staticmethod(unrolled_stage)
 
@@ -221,11 +221,11 @@ def unroll_lrunet(model: LruNet) -> LruNetUnrolled:
     return twin.train(model.training)
 
 
-def fold_lrunet(model: LruNetUnrolled) -> LruNet:
+def repeat_lrunet(model: LruNetUnrolled) -> LruNet:
     """Inverse of :func:`unroll_lrunet`; ``model`` is not changed.
 
     Raises:
-        SharefoldError: the blocks of a stage have different convolutions, so that no exact fold exists.
+        SharefoldError: the blocks of a stage have different convolutions, so that no :class:`LruNet` computes the same.
     """
     shared = LruNet(**model.arguments())
     _copy_frame(model, shared)
@@ -235,7 +235,7 @@ def fold_lrunet(model: LruNetUnrolled) -> LruNet:
             for name in ("dw", "pw"):
                 if not torch.equal(getattr(block, name).weight, getattr(blocks[0], name).weight):
                     raise SharefoldError(
-                        f"unequal weights: stage{number}.blocks.{i}.{name}: an exact fold needs equal blocks, "
+                        f"unequal weights: stage{number}.blocks.{i}.{name}: only equal blocks become one that computes the same, "
                         "use the layer-reuse recipe to fit a shared one"
                     )
             stage.dw_bn_list[i], stage.pw_bn_list[i] = copy.deepcopy(block.dw_bn), copy.deepcopy(block.pw_bn)

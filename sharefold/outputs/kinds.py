@@ -15,7 +15,7 @@ from torch import Tensor
 from sharefold.outputs import leaf as kinds
 from sharefold.outputs.last_operations import Tail
 from sharefold.outputs.leaf import Leaf
-from sharefold.outputs.own_word import Facts, hint_of
+from sharefold.outputs.own_word import OwnWord, hint_of
 
 NEAR = 2e-3  # of sums and norms to 1, in half precision too
 SMALLEST_EMBEDDING = 8
@@ -33,7 +33,7 @@ class Seen:
         values: (images, ...), images first, as the network computes them.
         inputs: shape (C, H, W) of an image.
         tail: its last operations, None where they are not known.
-        facts: of the network.
+        word: what the network says of itself.
         alone: the network returns no other tensor.
     """
 
@@ -41,7 +41,7 @@ class Seen:
     values: Tensor
     inputs: Sequence[int]
     tail: Tail | None
-    facts: Facts
+    word: OwnWord
     alone: bool
 
     def axis_of(self, dim: int | None) -> int | None:
@@ -116,8 +116,8 @@ def _detections(seen: Seen, values: Tensor) -> list[Leaf]:
     if not ranges or axis is None:
         for axis in (1, 2):
             size = values.shape[axis]
-            if seen.facts.detected is not None and size >= 4 + seen.facts.detected:
-                end = 4 + seen.facts.detected
+            if seen.word.detected is not None and size >= 4 + seen.word.detected:
+                end = 4 + seen.word.detected
                 ranges = [("boxes", 0, 4), ("scores", 4, end)] + ([("rest", end, size)] if size > end else [])
                 why = "the network's task and class names"
                 break
@@ -177,17 +177,17 @@ def _between_0_and_1(seen: Seen, values: Tensor) -> Leaf | None:
 
 def _by_word(seen: Seen, values: Tensor) -> Leaf | None:
     """What the network, its graph or a name says."""
-    tail, facts, shape = seen.tail, seen.facts, values.shape
+    tail, word, shape = seen.tail, seen.word, values.shape
     said = seen.axis_of(tail.classes) if tail is not None else None
     if said and shape[said] > 1:
         return Leaf(seen.name, kinds.LOGITS, said, why=f"an argmax reads it over axis {said}")
-    if facts.segments and values.ndim == 4:
+    if word.segments and values.ndim == 4:
         if shape[1] == 1:
             return Leaf(seen.name, kinds.BINARY, 1, why="a segmentation network of one class")
         return Leaf(seen.name, kinds.LOGITS, 1, why="a segmentation network")
-    if facts.classes is not None and seen.channels is not None and shape[seen.channels] == facts.classes > 1:
-        return Leaf(seen.name, kinds.LOGITS, seen.channels, why=f"the network says that it has {facts.classes} classes")
-    if facts.classes == 0 and values.ndim == 2:
+    if word.classes is not None and seen.channels is not None and shape[seen.channels] == word.classes > 1:
+        return Leaf(seen.name, kinds.LOGITS, seen.channels, why=f"the network says that it has {word.classes} classes")
+    if word.classes == 0 and values.ndim == 2:
         return Leaf(seen.name, kinds.EMBEDDING, 1, why="the network says that it has no classifier")
     axis = seen.channels
     hint, where = hint_of(seen.name), f"the output's name, {seen.name}"

@@ -17,7 +17,7 @@ HINTS = {
 
 
 @dataclass(frozen=True)
-class Facts:
+class OwnWord:
     """What is known of a network's task.
 
     Attributes:
@@ -31,7 +31,7 @@ class Facts:
     segments: bool = False
 
 
-def facts_of(model: nn.Module) -> Facts:
+def own_word(model: nn.Module) -> OwnWord:
     """Read from attributes of ``model``, and of its class; nothing is imported or run."""
     classes = getattr(model, "num_classes", None)
     task, names = getattr(model, "task", None), getattr(model, "names", None)
@@ -40,7 +40,7 @@ def facts_of(model: nn.Module) -> Facts:
         detected = len(names)
     segments = type(model).__module__.startswith("torchvision.models.segmentation") or hasattr(model, "segmentation_head")
     plain = isinstance(classes, int) and not isinstance(classes, bool)
-    return Facts(classes if plain else None, detected, segments)
+    return OwnWord(classes if plain else None, detected, segments)
 
 
 def hint_of(name: str) -> str | None:

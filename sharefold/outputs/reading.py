@@ -18,7 +18,7 @@ from sharefold.outputs.last_operations import Tail, tails_of
 from sharefold.outputs.leaf import CLASSES, REGRESSION, Leaf, images_first
 from sharefold.outputs.leaves import tensors_of
 from sharefold.outputs.overrides import overridden, parse_overrides
-from sharefold.outputs.own_word import Facts, facts_of
+from sharefold.outputs.own_word import OwnWord, own_word
 from sharefold.outputs.taps import Tap, are_detections, listening, taps_of
 from sharefold.running import run_on
 
@@ -132,7 +132,7 @@ def read_outputs(
         tails = tails_of(graph.fx_graph, model)
     elif not taps and len(places) == 1 and (tail := last.tail(tensors_of(outputs[-1])[next(iter(places))])) is not None:
         tails = dict.fromkeys(places, tail)
-    leaves = _told(places, taps, tails, facts_of(model), tuple(images.shape[1:]))
+    leaves = _told(places, taps, tails, own_word(model), tuple(images.shape[1:]))
     shapes = {name: place.shape for name, place in places.items()}
     return OutputReading(overridden(leaves, shapes, said) if said else leaves, taps, left_out, detections)
 
@@ -191,13 +191,13 @@ def _tapped(
 
 
 def _told(
-    places: Mapping[str, _Place], taps: list[Tap], tails: Mapping[str, Tail], facts: Facts, inputs: tuple[int, ...]
+    places: Mapping[str, _Place], taps: list[Tap], tails: Mapping[str, Tail], word: OwnWord, inputs: tuple[int, ...]
 ) -> list[Leaf]:
     leaves = []
     for name, place in places.items():
         tap = next((tap for tap in taps if tap.covers(name)), None)
         if tap is None:
-            parts = tell(Seen(name, place.values, inputs, tails.get(name), facts, len(places) == 1))
+            parts = tell(Seen(name, place.values, inputs, tails.get(name), word, len(places) == 1))
         else:  # a tap counts once, however many maps it gives
             parts = [replace(_of_tap(tap, name, place.values), weight=1 / sum(tap.covers(other) for other in places))]
         leaves += [replace(p, source=name, images_axis=place.images_axis, per_image=place.per_image) for p in parts]
@@ -206,7 +206,7 @@ def _told(
 
 def _of_tap(tap: Tap, name: str, values: Tensor) -> Leaf:
     """What a module inside of a network gives: numbers, but for what the network's class is known to give."""
-    seen = Seen(name, values, (), None, Facts(), False)
+    seen = Seen(name, values, (), None, OwnWord(), False)
     kind = tap.kind_of(name)
     if kind is None:
         return Leaf(name, REGRESSION, seen.channels, why="inside of the network, whose results vary in number")

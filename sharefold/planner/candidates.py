@@ -32,7 +32,7 @@ REASONS = 3  # so many reasons why layers cannot be shared does a refusal name
 
 
 @dataclass(frozen=True)
-class Option(knapsack.Option):
+class PricedPlans(knapsack.Option):
     """One way to treat a unit: its cost in what the budget counts, the expected damage, and its group plans (none = keep)."""
 
     plans: tuple[GroupPlan, ...] = ()
@@ -52,7 +52,7 @@ class Candidates:
         skipped: layers that cannot be shared, and why; for messages.
     """
 
-    options: list[list[Option]]
+    options: list[list[PricedPlans]]
     cost: Cost
     fixed: float
     before: int
@@ -192,9 +192,9 @@ def together(model: nn.Module, units: Sequence[Group]) -> list[Group]:
 def unit_options(
     cal: Calibration, units: Sequence[Group], methods: Sequence[LayerMethod], cost: Cost, objective: Objective,
     progress: Progress | None = None,
-) -> list[list[Option]]:  # fmt: skip
+) -> list[list[PricedPlans]]:  # fmt: skip
     """For every unit its undominated options, "keep" first; statistics are gathered a bounded batch at a time."""
-    result: list[list[Option]] = []
+    result: list[list[PricedPlans]] = []
     for batch in cal.statistics.batches([unit.members for unit in units]):
         cal.statistics.moments([name for index in batch for name in units[index].members])
         for index in batch:
@@ -222,7 +222,7 @@ class _Unit:
     def __init__(self, group: Group, problem: GroupProblem | RaggedProblem, cost: Cost) -> None:
         self.group, self.problem, self.cost = group, problem, cost
 
-    def options(self, methods: Sequence[LayerMethod]) -> list[Option]:
+    def options(self, methods: Sequence[LayerMethod]) -> list[PricedPlans]:
         """Undominated ones, "keep" first."""
         members = self.group.members
         dense = sum(self.cost.dense(name) for name in members)
@@ -231,7 +231,7 @@ class _Unit:
         elif self.problem.frames is not None:
             methods = [method for method in methods if method.takes_frames]
         table = self._per_layer_table([m for m in methods if m.smallest_group == 1])
-        options = [Option(dense, 0.0)]
+        options = [PricedPlans(dense, 0.0)]
         if len(table) == 1:
             return _undominated(options + table[0])
         shared = [(m, c) for m in methods if m.smallest_group > 1 for c in m.candidates(self.problem)]  # type: ignore[arg-type]
@@ -239,7 +239,7 @@ class _Unit:
         added = [self.cost.member(members, self.problem.forms, m, c) for m, c in shared]
         values = [(c.errors * self.problem.importance).tolist() for _, c in shared]
         mixed = [
-            row + [Option(cost, each[k]) for cost, each in zip(added, values, strict=True)] for k, row in enumerate(table)
+            row + [PricedPlans(cost, each[k]) for cost, each in zip(added, values, strict=True)] for k, row in enumerate(table)
         ]
         prices = sorted({*prices_of(table), *prices_of(mixed, PRICES // 2)})
         columns = [_best_at(row, prices) for row in table]
@@ -252,21 +252,21 @@ class _Unit:
                     options.append(_together([self._shared(method, candidate, stay), *alone]))
         return _undominated(options)
 
-    def _per_layer_table(self, methods: Sequence[LayerMethod]) -> list[list[Option]]:
+    def _per_layer_table(self, methods: Sequence[LayerMethod]) -> list[list[PricedPlans]]:
         """For every member what it may become on its own, "keep" first."""
         table = []
         for index, name in enumerate(self.group.members):
             problem = self.problem.only(index)
             one = _Unit(replace(self.group, name=name, members=(name,)), problem, self.cost)
-            row = [Option(self.cost.dense(name), 0.0)]
+            row = [PricedPlans(self.cost.dense(name), 0.0)]
             for method in methods:
                 row += [one._shared(method, candidate, [0]) for candidate in method.candidates(problem)]
             table.append(row)
         return table
 
     def _partings(
-        self, added: float, values: list[float], prices: list[float], best: list[list[Option]]
-    ) -> Iterator[tuple[list[int], list[Option]]]:
+        self, added: float, values: list[float], prices: list[float], best: list[list[PricedPlans]]
+    ) -> Iterator[tuple[list[int], list[PricedPlans]]]:
         """Which members stay in a group, and what the others become, when those leave that do better on their own at some price.
 
         The others' errors are those of sharing with everybody; solved again without the leavers they can only fall.
@@ -284,7 +284,7 @@ class _Unit:
                 seen.add(key)
                 yield stay, others
 
-    def _shared(self, method: LayerMethod, candidate: Candidate, stay: list[int]) -> Option:
+    def _shared(self, method: LayerMethod, candidate: Candidate, stay: list[int]) -> PricedPlans:
         unit, problem = self.group, self.problem
         forms = [problem.forms[k] for k in stay]
         errors = candidate.errors[stay]
@@ -294,16 +294,16 @@ class _Unit:
             float(errors.mean()), unit.stage, unit.role,
         )  # fmt: skip
         cost = self.cost.shared(unit.members, problem.forms, method, candidate, stay)
-        return Option(cost, float((errors * problem.importance[stay]).sum()), (group,))
+        return PricedPlans(cost, float((errors * problem.importance[stay]).sum()), (group,))
 
 
-def _best_at(row: Sequence[Option], prices: Sequence[float]) -> list[Option]:
+def _best_at(row: Sequence[PricedPlans], prices: Sequence[float]) -> list[PricedPlans]:
     """The option of a row that is best at each price of a unit of cost."""
     values, costs = np.array([option.value for option in row]), np.array([option.cost for option in row])
     return [row[pick] for pick in (values + np.outer(prices, costs)).argmin(1)]
 
 
-def prices_of(table: Sequence[Sequence[Option]], most: int = PRICES) -> list[float]:
+def prices_of(table: Sequence[Sequence[PricedPlans]], most: int = PRICES) -> list[float]:
     """Damages a unit of cost between which the best option of some row changes: at most so many, evenly spaced among them.
 
     So they have the scale of the unit's own damages and costs. Some more are spread from below the least to above the greatest:
@@ -332,14 +332,14 @@ def prices_of(table: Sequence[Sequence[Option]], most: int = PRICES) -> list[flo
     return sorted({*(prices[i] for i in index), *spread})
 
 
-def _together(options: Sequence[Option]) -> Option:
+def _together(options: Sequence[PricedPlans]) -> PricedPlans:
     plans = tuple(plan for option in options for plan in option.plans)
-    return Option(sum(o.cost for o in options), sum(o.value for o in options), plans)
+    return PricedPlans(sum(o.cost for o in options), sum(o.value for o in options), plans)
 
 
-def _undominated(options: list[Option]) -> list[Option]:
+def _undominated(options: list[PricedPlans]) -> list[PricedPlans]:
     """Options by falling cost, without those that another beats in cost and value; "keep" stays first."""
-    best: list[Option] = []
+    best: list[PricedPlans] = []
     for option in sorted(options, key=lambda o: (o.cost, o.value)):
         if not best or option.value < best[-1].value:
             best.append(option)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from sharefold.calibration.calibrate import Calibration
-from sharefold.layers.norm_fusion import norms_folded
+from sharefold.layers.norm_fusion import norms_fused
 from sharefold.methods import step_named
 from sharefold.methods.solved import key_of, solution_of
 from sharefold.planner.candidates import Candidates
@@ -56,7 +56,7 @@ class Trials:
             for plan in self._plans(picks):
                 step_named(plan.method).install(trial, plan, solution_of(self.cal, plan))
             absorb_means(self.cal.original, trial, self.cal.graph, self.cal.statistics.means)
-            with norms_folded(trial, self.norms):
+            with norms_fused(trial, self.norms):
                 self.known[key] = self.comparison.divergence(trial).mean
         return self.known[key]
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from sharefold.graph import NetworkGraph, Repeat
-from sharefold.methods.reuse import folded_size
+from sharefold.methods.reuse import repeated_size
 from sharefold.models.lrunet import LruNet
 from sharefold.plans import GroupPlan
 from sharefold.recipes.builders import Recipe, nothing_fits
@@ -21,13 +21,13 @@ def build(model: nn.Module, graph: NetworkGraph, options: dict[str, Any]) -> lis
     plans = []
     for run in (part for repeat in graph.repeats for part in _in_sequence(graph, repeat)):
         for blocks in _cut(run, longest):
-            before, after = folded_size(model.get_submodule(blocks[0]), len(blocks))
+            before, after = repeated_size(model.get_submodule(blocks[0]), len(blocks))
             record = next((r for r in graph.layers.values() if r.name.startswith(f"{blocks[0]}.")), None)
             if record is None or after == before:
                 continue
             name = f"stage{record.stage}.{blocks[0]}-{blocks[-1].rpartition('.')[2]}"
             plans.append(GroupPlan(name, "reuse", blocks, {}, before, after, None, record.stage, "block"))
-    if not plans and not isinstance(model, LruNet):  # an LruNet is folded already
+    if not plans and not isinstance(model, LruNet):  # an LruNet repeats its blocks already
         raise nothing_fits(
             NAME, "it needs two or more blocks of one structure in sequence that keep the shape of their input"
         )
@@ -70,6 +70,6 @@ def _cut(run: tuple[str, ...], longest: int) -> list[tuple[str, ...]]:
 LAYER_REUSE = Recipe(
     NAME,
     "https://arxiv.org/abs/1901.09615",
-    {"reuse": (0, "most blocks to fold into one; 0 folds every run of equal blocks as a whole")},
+    {"reuse": (0, "most blocks to make one repeated block of; 0 takes every run of equal blocks as a whole")},
     build,
 )

@@ -87,12 +87,12 @@ def fitted(sums: PairSums, start: Linear, ridge: float, free: bool) -> Linear | 
     return Linear(weight, sums.mean_y - (weight @ sums.mean.unsqueeze(2)).squeeze(2) if free else start.constant)
 
 
-def best_ridge(folds: tuple[PairSums, PairSums], start: Linear, free: bool) -> float:
-    """The pull whose maps, fitted to one fold of the samples, do best on the other."""
+def best_ridge(halves: tuple[PairSums, PairSums], start: Linear, free: bool) -> float:
+    """The pull whose maps, fitted to one half of the samples, do best on the other."""
     totals = []
     for ridge in RIDGES:
         total = 0.0
-        for here, there in (folds, folds[::-1]):
+        for here, there in (halves, halves[::-1]):
             found = fitted(here, start, ridge, free)
             total += float("inf") if found is None else found.error(there)
         totals.append(total)

@@ -26,7 +26,7 @@ from sharefold.calibration.calibrate import Calibration
 from sharefold.data.views import random_views
 from sharefold.errors import SharefoldError
 from sharefold.layers import running
-from sharefold.layers.norm_fusion import norms_folded
+from sharefold.layers.norm_fusion import norms_fused
 from sharefold.options import RefineOptions, chosen
 from sharefold.outputs.divergence import centred as centred
 from sharefold.plans import Progress
@@ -79,7 +79,7 @@ def refine(
     norms = {name: record.norm for name, record in cal.graph.layers.items()}
     if wanted.blocks is None:
         wanted = replace(wanted, blocks=tuple(cal.graph.blocks))
-    with _training(original, model) as parameters, norms_folded(original, norms), norms_folded(model, norms):
+    with _training(original, model) as parameters, norms_fused(original, norms), norms_fused(model, norms):
         try:
             with closing(_train(cal, model, parameters, clock, wanted)) as loop:
                 for share in loop:

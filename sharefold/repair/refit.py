@@ -14,8 +14,8 @@ from sharefold.layers import (
     ConvForm,
     RepeatedBlock,
     SharedConv,
+    absorb_scale,
     affine,
-    fold_scale,
     form_of,
     resolve,
     shift_output,
@@ -239,5 +239,5 @@ def _rescale(at: Visited, fit: Samples) -> float:
     old, new = (resolve(net, cast(str, at.norm)) for net in (at.original, at.model))
     new.load_state_dict(old.state_dict())
     shift_output(new, (mean_y - scale * mean_a).float())
-    fold_scale(new, scale.float())
+    absorb_scale(new, scale.float())
     return 1.0

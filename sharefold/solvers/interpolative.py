@@ -1,4 +1,4 @@
-"""Takes out of a product of two factors the numbers that say nothing.
+"""Stores a product of two factors in fewer numbers: a square block of one factor is made the identity, which need not be kept.
 
 ``W = C B`` and ``W = (C T) (T^-1 B)`` are one matrix for every invertible T, so R^2 of the numbers in C (O x R) and
 B (R x N) are a matter of choice. Choose T as R columns of B, and those columns of ``T^-1 B`` are the identity: they need not

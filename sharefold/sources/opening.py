@@ -17,6 +17,7 @@ from sharefold.architectures.build import build_base, build_on_meta, check_argum
 from sharefold.architectures.matching import Match, exact_match, match_architecture, named_architecture
 from sharefold.architectures.shapes import check_fit, load_weights, shapes_of
 from sharefold.errors import SharefoldError, SharefoldWarning
+from sharefold.files import WEIGHTS_NAME
 from sharefold.format import checked_pretrained_cfg, config_of
 from sharefold.hub import shared_folder
 from sharefold.options import OpenOptions, chosen
@@ -29,7 +30,7 @@ from sharefold.untrusted import parse_json, read_text
 
 _KINDS = {"timm": "timm", "tv": "torchvision", "torchvision": "torchvision", "hf-hub": "hf-hub", "hf_hub": "hf-hub"}
 _PREFIXED = re.compile(r"([A-Za-z][\w-]+):(.*)", re.DOTALL)
-_HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # what timm's push_to_hf_hub and save_for_hf write
+_HUB_FILES = (WEIGHTS_NAME, "pytorch_model.bin")  # what timm's push_to_hf_hub and save_for_hf write
 _HUB_CONFIG = "config.json"
 
 

@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from sharefold.architectures.build import torchvision_urls
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, RGB in 0..1
+from sharefold.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 
 
 def preprocessing(model: nn.Module, base: dict[str, Any], file: str | Path | None = None) -> dict[str, Any]:
@@ -61,8 +60,8 @@ def _of_timm(model: nn.Module) -> dict[str, Any]:
     given = dict(own) if isinstance(own, dict) else {}
     return {
         "input_size": tuple(given.get("input_size") or (3, 224, 224)),
-        "mean": tuple(given.get("mean") or MEAN),
-        "std": tuple(given.get("std") or STD),
+        "mean": tuple(given.get("mean") or IMAGENET_MEAN),
+        "std": tuple(given.get("std") or IMAGENET_STD),
         "interpolation": given.get("interpolation") or "bicubic",
         "crop_pct": given.get("crop_pct") or 0.875,
     }
@@ -79,8 +78,8 @@ def _of_torchvision(name: str, file: str) -> dict[str, Any]:
     plain = preset is not None and not hasattr(preset, "mean")  # detection: the network normalises by itself
     return {
         "input_size": (3, crop or 224, crop or 224),
-        "mean": (0.0,) * 3 if plain else tuple(getattr(preset, "mean", MEAN)),
-        "std": (1.0,) * 3 if plain else tuple(getattr(preset, "std", STD)),
+        "mean": (0.0,) * 3 if plain else tuple(getattr(preset, "mean", IMAGENET_MEAN)),
+        "std": (1.0,) * 3 if plain else tuple(getattr(preset, "std", IMAGENET_STD)),
         "interpolation": getattr(getattr(preset, "interpolation", None), "value", "bilinear"),
         "crop_pct": crop / resize if crop and resize else 0.875,
     }

@@ -108,7 +108,7 @@ def _check_sizes(file: Path) -> None:
 
 
 def check_archive(file: Path) -> list[str]:
-    """The names in a zip archive. Refuses those that are damaged, or that would unfold to more than the file.
+    """The names in a zip archive. Refuses those that are damaged, or that would inflate to more than the file.
 
     Raises:
         SharefoldError: as above.

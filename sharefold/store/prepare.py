@@ -151,10 +151,10 @@ def _measure(
     flat = filters.flatten(1)
     gram = flat @ inputs.gram.double() @ flat.T
     plan.rows[f"{name}.{layer.coefficients_name}"] = (per_group * unabsorbed(gram).unsqueeze(1)).flatten()
-    if layer.pivoted is not None:
+    if layer.pivoted_name is not None:
         power = (coefficients.square() * rows.unsqueeze(1)).sum(0)  # (M,)
         metric = layer.own_moments(inputs.gram.double().mean(0, keepdim=True))
-        plan.rows[f"{name}.{layer.pivoted}"] = layer.own_power(power) * unabsorbed(metric)
+        plan.rows[f"{name}.{layer.pivoted_name}"] = layer.own_power(power) * unabsorbed(metric)
 
 
 def _shared(

@@ -29,7 +29,7 @@ from sharefold.solvers.grid import kmeans_codebook, search_scale
 from sharefold.solvers.least_squares import ROUNDING_PULL, PulledLeastSquares
 from sharefold.solvers.moments import Moments, PairSums
 from sharefold.store.gathering import gather, runs
-from sharefold.store.norm_folding import fold_norms
+from sharefold.store.norm_absorption import absorb_statistics
 from sharefold.store.prepare import Prepared, matrices, plan_of, prepare
 from sharefold.store.rans import LARGEST
 from sharefold.store.rounding import round_matrix
@@ -292,7 +292,7 @@ def _round_all(
         if name not in spec.tensors:
             settle(name, None)
     if request.kind != "grid" or request.bits < 8:
-        fold_norms(model)
+        absorb_statistics(model)
     halves = _halves(model)
     found = StoreSpec({**halves.tensors, **spec.tensors})
     snap_(model, found)
@@ -336,8 +336,8 @@ def _round_factors(
     module: SharedConv, name: str, inputs: PairSums, wanted: dict[str, nn.Parameter],
     settle: Callable[[str, Tensor | None], None],
 ) -> None:  # fmt: skip
-    if module.pivoted is not None and f"{name}.{module.pivoted}" in wanted:
-        settle(f"{name}.{module.pivoted}", module.own_moments(inputs.gram.double().mean(0, keepdim=True)))
+    if module.pivoted_name is not None and f"{name}.{module.pivoted_name}" in wanted:
+        settle(f"{name}.{module.pivoted_name}", module.own_moments(inputs.gram.double().mean(0, keepdim=True)))
     part = module.linear_part()
     assert part is not None
     flat = part[0].detach().cpu().double().flatten(1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sharefold.format import CHECKSUM_KEY, METADATA_KEY, config_of, distinct
 from sharefold.store.blob import NAME, blob_bytes, encode_blob
-from sharefold.store.norm_folding import fold_norms
+from sharefold.store.norm_absorption import absorb_statistics
 from sharefold.store.tensor_spec import FORMAT, StoreSpec
 
 
@@ -26,10 +26,10 @@ def file_bytes(model: nn.Module, spec: StoreSpec) -> int:
 
 
 def size_predictor(model: nn.Module) -> Callable[[StoreSpec], int]:
-    """About the bytes of that file, for any spec, if BatchNorms are folded and all tensors go to the nearest values that the
-    spec holds. What does not depend on the spec is done here, once."""
+    """About the bytes of that file, for any spec, if BatchNorms absorb their statistics and all tensors go to the nearest
+    values that the spec holds. What does not depend on the spec is done here, once."""
     model = copy.deepcopy(model)
-    fold_norms(model)
+    absorb_statistics(model)
     tensors, text = _content(model)
     rest = _size(torch.empty(0, dtype=torch.uint8), text)
 

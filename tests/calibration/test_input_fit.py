@@ -7,14 +7,13 @@ import warnings
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import call
 from torch import Tensor, nn
 
 import sharefold
 from sharefold.calibration.input_fit import Fit, Setting, better_setting, fit_of, known_settings, sample_size, setting_of
 from sharefold.data import Preprocess, calibration_images
 from sharefold.procedural import dead_leaves
-from sharefold_cli.main import cli
 
 HALF = Setting((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 IMAGENET = Setting((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -126,7 +125,7 @@ def test_the_commands_warn(verb: str, tmp_path: object) -> None:
         command += ["--calib-count", "60", "--method", "svd", "--no-repair", "-o", f"{tmp_path}/net", "--force"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        right, wrong = (CliRunner().invoke(cli, [*command, *more]) for more in ([], ["--mean", "0.5", "--std", "0.5"]))
+        right, wrong = (call(*command, *more) for more in ([], ["--mean", "0.5", "--std", "0.5"]))
     assert right.exit_code == wrong.exit_code == 0, (right.output, wrong.output)
     assert json.loads(right.stdout)["input_warning"] is None and "BatchNorms" not in right.stderr
     told = json.loads(wrong.stdout)["input_warning"]

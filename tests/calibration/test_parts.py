@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from networks import Chain
 from torch import Tensor, nn
 
 import sharefold
@@ -52,22 +53,9 @@ def test_intervals() -> None:
     assert trials_needed(0.99) == 381 and wilson(1.0, 381)[0] >= 0.99 > wilson(1.0, 380)[0]
 
 
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(3 if k == 0 else 8, 8, 3, padding=1) for k in range(3))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = norm(conv(x)).relu()
-        return self.head(x.mean((2, 3)))
-
-
 def net() -> nn.Module:
     torch.manual_seed(0)
-    return Net().eval()
+    return Chain(3).eval()
 
 
 def images(seed: int = 3) -> Tensor:

@@ -12,6 +12,7 @@ import warnings
 import click
 import pytest
 from click.testing import CliRunner
+from command_line import call
 
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold_cli.boundary import BoundedGroup
@@ -205,7 +206,7 @@ def test_module_form_works() -> None:
 
 
 def test_env_reports_what_is_installed() -> None:
-    result = CliRunner().invoke(cli, ["env", "--json"])
+    result = call("env", "--json")
     report = json.loads(result.stdout)
     import torch
 

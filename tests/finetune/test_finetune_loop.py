@@ -112,20 +112,20 @@ def test_freeze_norm_keeps_the_statistics():
 
 def test_frozen_norms_run_inside_of_the_convolutions_and_learn_the_same(monkeypatch):
     settings = {"teacher": Small(), "freeze_norm": True, "optimizer": "sgd", "epochs": 1, "ema": 0.0}
-    folded, plain = shared_net(), shared_net()
-    start = folded.layer1[0].bn1.weight.detach().clone()
+    fused, plain = shared_net(), shared_net()
+    start = fused.layer1[0].bn1.weight.detach().clone()
     passes = []
-    handle = folded.layer1[0].bn1.register_forward_hook(lambda module, inputs, output: passes.append(output is inputs[0]))
-    tune(folded, **settings)
+    handle = fused.layer1[0].bn1.register_forward_hook(lambda module, inputs, output: passes.append(output is inputs[0]))
+    tune(fused, **settings)
     handle.remove()
     assert len(passes) > 4 and all(passes[1:]), "once training begins the norm hands on what the convolution gave"
-    monkeypatch.setattr(sharefold.finetune.step, "norms_folded", lambda *_: nullcontext())
+    monkeypatch.setattr(sharefold.finetune.step, "norms_fused", lambda *_: nullcontext())
     tune(plain, **settings)
-    assert not torch.equal(folded.layer1[0].bn1.weight, start)
+    assert not torch.equal(fused.layer1[0].bn1.weight, start)
     for name, tensor in plain.state_dict().items():
-        assert torch.allclose(folded.state_dict()[name].float(), tensor.float(), atol=1e-5), name
+        assert torch.allclose(fused.state_dict()[name].float(), tensor.float(), atol=1e-5), name
     images = torch.rand(2, 3, 8, 8)
-    assert torch.allclose(folded.eval()(images), plain.eval()(images), atol=1e-4)
+    assert torch.allclose(fused.eval()(images), plain.eval()(images), atol=1e-4)
 
 
 def test_the_average_is_that_of_the_weights_along_the_way(monkeypatch):

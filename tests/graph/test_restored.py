@@ -67,7 +67,7 @@ STOPS = {
     "norms": lambda patch: patch.setattr("sharefold.repair.batchnorm_statistics.run_on", stopped),
     "head": lambda patch: patch.setattr("sharefold.repair.classifier._fit", stopped),
     "refining": lambda patch: patch.setattr("sharefold.repair.refine.random_views", stopped),
-    "rounding": lambda patch: patch.setattr("sharefold.store.quantize.fold_norms", stopped),
+    "rounding": lambda patch: patch.setattr("sharefold.store.quantize.absorb_statistics", stopped),
     "comparing": lambda patch: patch.setattr(module, "_reported", stopped),
 }
 

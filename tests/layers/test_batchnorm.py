@@ -9,7 +9,7 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from sharefold.layers import BasisConv, affine, fold_scale, form_of, shift_output, takes_scale
+from sharefold.layers import BasisConv, absorb_scale, affine, form_of, shift_output, takes_scale
 
 
 def norm(channels: int = 5) -> nn.BatchNorm2d:
@@ -79,10 +79,10 @@ def test_a_shift_of_a_layer_goes_into_its_bias(kind: str) -> None:
 def test_a_scale_and_its_inverse_undo_each_other() -> None:
     module, before, scale = norm(), norm(), torch.tensor([0.5, -2.0, 1.0, 3.0, -0.1])
     before.load_state_dict(module.state_dict())
-    fold_scale(module, scale)
+    absorb_scale(module, scale)
     x = torch.randn(6, 5, 3, 3)
     torch.testing.assert_close(module(x).double(), by_hand(before, scale[:, None, None] * x), rtol=1e-4, atol=1e-4)
-    fold_scale(module, 1 / scale)
+    absorb_scale(module, 1 / scale)
     for name, tensor in module.state_dict().items():
         torch.testing.assert_close(tensor, before.state_dict()[name], rtol=1e-3, atol=1e-4)
 
@@ -93,7 +93,7 @@ def test_eval_and_train_mode_keep_their_function() -> None:
     x = torch.randn(64, 5, 4, 4)
     before, after = norm(), norm()
     after.load_state_dict(before.state_dict())
-    fold_scale(after, scale)
+    absorb_scale(after, scale)
     scaled = scale[:, None, None] * x
     assert torch.allclose(after(x), before(scaled), atol=1e-4)
     assert torch.allclose(after.weight.abs(), before.weight.abs(), rtol=1e-3)  # only the sign goes to the weight
@@ -106,7 +106,7 @@ def test_huge_and_zero_scales_stay_finite() -> None:
     module, before = norm(3), norm(3)
     before.load_state_dict(module.state_dict())
     scale = torch.tensor([0.0, 1e6, -1e6])
-    fold_scale(module, scale)
+    absorb_scale(module, scale)
     assert all(torch.isfinite(t).all() for t in module.state_dict().values())
     x = torch.randn(4, 3, 2, 2)
     assert torch.allclose(module(x)[:, 0], before(0 * x)[:, 0], atol=1e-3)

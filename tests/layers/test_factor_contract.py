@@ -29,7 +29,7 @@ def layer_of(kind: str, pivoted: bool = False) -> SharedConv:
 
 
 def factor(layer: SharedConv) -> nn.Parameter:
-    name = layer.pivoted
+    name = layer.pivoted_name
     assert name is not None
     return getattr(layer, name)
 

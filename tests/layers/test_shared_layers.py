@@ -125,7 +125,7 @@ def test_tucker_conv_equals_its_composition_in_both_forms(variant):
     torch.testing.assert_close((coefficients @ filters.flatten(1)).reshape(layer.weight.shape), layer.weight)
 
 
-def test_basis_with_norm_folds_exactly_in_eval_and_normalises_in_train():
+def test_basis_absorbs_its_norm_exactly_in_eval_and_normalises_in_train():
     form = form_of(nn.Conv2d(6, 8, 3, padding=1, bias=False))
     norm = nn.BatchNorm2d(5)
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)

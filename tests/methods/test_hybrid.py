@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import images, logits, net
+from networks import images, logits, net, stage2_problem
 
 import sharefold
-from sharefold.calibration.problem import GroupProblem, problem_of
-from sharefold.calibration.statistics import statistics_of
-from sharefold.graph import analyze
+from sharefold.calibration.problem import GroupProblem
 from sharefold.layers import Bank, BasisConv, HybridConv, banks, form_of, shared_layers
 from sharefold.measure import agreement
 from sharefold.methods import AUTO, METHODS
@@ -25,16 +23,9 @@ HYBRID = METHODS["hybrid"]
 assert isinstance(HYBRID, Hybrid)
 
 
-def problem(kind: str, role: str = "conv") -> GroupProblem:
-    model = net(kind)
-    graph = analyze(model, IMAGES[:1])
-    names = [n for n in graph.layers if n.startswith("stage2") and role in n.rpartition(".")[2]]
-    return problem_of(model, graph, names, statistics_of(model, graph, IMAGES))
-
-
 @pytest.fixture(scope="module")
 def residual() -> GroupProblem:
-    return problem("residual")
+    return stage2_problem("residual", number=24)
 
 
 def test_it_competes_by_default() -> None:
@@ -43,7 +34,7 @@ def test_it_competes_by_default() -> None:
 
 @pytest.mark.parametrize(("kind", "role"), [("residual", "conv"), ("convnext", "fc1"), ("grouped", "conv")])
 def test_pivots_save_the_squares_and_change_nothing(kind: str, role: str) -> None:
-    group = problem(kind, role)
+    group = stage2_problem(kind, role, 24)
     forms, layers = group.forms, len(group.forms)
     full, pivoted = {"rank": 5, "own": 2}, {"rank": 5, "own": 2, "pivoted": True}
     assert HYBRID.cost(forms, full) - HYBRID.cost(forms, pivoted) == 25 + 4 * layers

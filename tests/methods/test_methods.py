@@ -8,7 +8,7 @@ import pkgutil
 
 import pytest
 import torch
-from networks import images, made_once, net
+from networks import images, net, stage2_problem
 
 import sharefold.methods
 from sharefold.calibration.problem import GroupProblem, problem_of
@@ -35,17 +35,9 @@ PLAIN = (
 )
 
 
-@made_once
-def problem(kind: str, role: str = "conv") -> GroupProblem:
-    model = net(kind)
-    graph = analyze(model, IMAGES[:1])
-    names = [n for n in graph.layers if n.startswith("stage2") and role in n.rpartition(".")[2]]
-    return problem_of(model, graph, names, statistics_of(model, graph, IMAGES))
-
-
 @pytest.fixture(scope="module")
 def residual() -> GroupProblem:
-    return problem("residual")
+    return stage2_problem("residual")
 
 
 CASES = {"residual": "conv", "grouped": "conv", "depthwise": "depthwise", "convnext": "fc1", "std": "conv"}
@@ -54,7 +46,7 @@ CASES = {"residual": "conv", "grouped": "conv", "depthwise": "depthwise", "convn
 @pytest.mark.parametrize("kind", list(CASES))
 @pytest.mark.parametrize("name", PLAIN)
 def test_candidates_cost_what_they_say_and_errors_do_not_exceed_them(name: str, kind: str) -> None:
-    method, group = METHODS[name], problem(kind, CASES[kind])
+    method, group = METHODS[name], stage2_problem(kind, CASES[kind])
     candidates = method.candidates(group)
     dense = group.weights.numel()
     for candidate in candidates:
@@ -115,7 +107,7 @@ def test_tucker_beats_the_basis_in_a_small_group_of_a_trained_network() -> None:
         return min(float(c.errors.mean()) for c in candidates if c.cost <= 0.12 * trained.weights.numel())
 
     assert best("tucker") < 0.95 * best("basis")
-    assert METHODS["tucker"].candidates(problem("convnext", "fc1")) == []
+    assert METHODS["tucker"].candidates(stage2_problem("convnext", "fc1")) == []
 
 
 def test_errors_are_relative_data_norms(residual: GroupProblem) -> None:

@@ -1,4 +1,4 @@
-"""LruNet: the shuffle, the iteration rule, exact folding and unrolling."""
+"""LruNet: the shuffle, the iteration rule, exact repeating and unrolling."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sharefold.errors import SharefoldError
-from sharefold.models.lrunet import LruBlock, LruNet, Shuffle, Unshuffle, fold_lrunet, unroll_lrunet
+from sharefold.models.lrunet import LruBlock, LruNet, Shuffle, Unshuffle, repeat_lrunet, unroll_lrunet
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -34,10 +34,10 @@ def test_shuffle_is_swap_then_channel_shuffle(chans: int) -> None:
 
 
 @pytest.mark.parametrize(("reuse", "width"), [(1, 1), (3, 1), (2, 2)])
-def test_unrolling_and_folding_are_bit_identical(reuse: int, width: int) -> None:
+def test_unrolling_and_repeating_are_bit_identical(reuse: int, width: int) -> None:
     model = randomised(timm.create_model("lrunet", reuse=reuse, width=width, num_classes=5))
     twin = unroll_lrunet(model)
-    back = fold_lrunet(twin)
+    back = repeat_lrunet(twin)
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         expected = model(x)
@@ -60,10 +60,10 @@ def test_unrolled_convolutions_are_independent_tensors() -> None:
     assert all(isinstance(block, LruBlock) for block in twin.stage2.blocks)
 
 
-def test_folding_unequal_blocks_is_refused() -> None:
+def test_repeating_unequal_blocks_is_refused() -> None:
     model = timm.create_model("lrunet_unrolled", reuse=2)
     with pytest.raises(SharefoldError, match=r"stage1\.blocks\.1\.dw"):
-        fold_lrunet(model)
+        repeat_lrunet(model)
 
 
 @pytest.mark.parametrize("kwargs", [{"width": 3}, {"reuse": 0}])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from networks import BLOCKS, Mute, images, net
+from networks import BLOCKS, Mute, count, images, net
 from torch import nn
 
 import sharefold
@@ -23,7 +23,7 @@ from sharefold.measure import agreement, model_bytes
 from sharefold.methods import method_named
 from sharefold.options import PlanOptions
 from sharefold.planner import Planner, file_budget, find_units
-from sharefold.planner.candidates import Option, prices_of
+from sharefold.planner.candidates import PricedPlans, prices_of
 
 CALIBRATION = images(16)
 METHODS = (
@@ -56,10 +56,6 @@ class Prepared:
         model = copy.deepcopy(self.model)
         sharefold.convert_(model, plan, self.cal, repair=False)
         return model
-
-
-def count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 @pytest.fixture(scope="module", params=list(BLOCKS))
@@ -241,15 +237,16 @@ def test_unknown_methods_name_the_nearest(residual: Prepared) -> None:
 
 
 def test_prices_are_where_the_best_option_changes() -> None:
-    row = [Option(10, 0.0), Option(6, 4e-9), Option(5, 9e-9), Option(4, 10e-9), Option(1, 40e-9)]  # 5 is above the hull
+    points = [(10, 0.0), (6, 4e-9), (5, 9e-9), (4, 10e-9), (1, 40e-9)]  # 5 is above the hull
+    row = [PricedPlans(*point) for point in points]
     slopes = [1e-9, 3e-9, 1e-8]  # 4e-9 / 4, 6e-9 / 2, 30e-9 / 3
     prices = prices_of([row])
     best = [min(row, key=lambda o: o.value + price * o.cost).cost for price in prices]
     assert set(best) == {10, 6, 4, 1} and best == sorted(best, reverse=True)
     assert min(prices) < slopes[0] and max(prices) > slopes[-1]
-    scaled = prices_of([[Option(o.cost, 1e6 * o.value) for o in row]])
+    scaled = prices_of([[PricedPlans(o.cost, 1e6 * o.value) for o in row]])
     assert scaled == pytest.approx([1e6 * price for price in prices])
-    assert prices_of([[Option(3, 0.0)]]) == []
+    assert prices_of([[PricedPlans(3, 0.0)]]) == []
 
 
 def test_small_outputs_do_not_leave_the_budget_unused() -> None:

@@ -99,10 +99,6 @@ def close(first: Tensor, second: Tensor, rtol: float = 1e-4) -> bool:
     return bool((first - second).abs().max() <= rtol * second.abs().max())
 
 
-def count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
 def small(recipe: str) -> tuple[nn.Module, int]:
     """A network that the recipe applies to, and its input size."""
     if recipe.startswith("grouped"):

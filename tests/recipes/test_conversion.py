@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import CASES, close, converted, count, narrow_cifar_resnet, randomise, small_converted
+from nets import CASES, close, converted, narrow_cifar_resnet, randomise, small_converted
+from networks import count
 from torch import fx, nn
 
 from sharefold.checkpoint import expand, load, save
 from sharefold.errors import SharefoldError
-from sharefold.layers import banks, fold, shared_layers
+from sharefold.layers import banks, repeat_blocks, shared_layers
 from sharefold.models.cifar_resnet import CifarResNet
 from sharefold.models.lrunet import LruNet, LruNetUnrolled, unroll_lrunet
 
@@ -116,7 +117,7 @@ def test_alignment_finds_permuted_kernels() -> None:
 
 
 @torch.no_grad()
-def test_unroll_then_fold_is_bit_identical() -> None:
+def test_unroll_then_repeat_is_bit_identical() -> None:
     shared = LruNet(reuse=4)
     randomise(shared)
     nn.init.constant_(shared.get_classifier().bias, 5.0)
@@ -128,14 +129,14 @@ def test_unroll_then_fold_is_bit_identical() -> None:
 
 
 @torch.no_grad()
-def test_folded_blocks_run_and_unroll_the_same() -> None:
+def test_repeated_blocks_run_and_unroll_the_same() -> None:
     blocks = [block for block in randomise(LruNetUnrolled(reuse=3)).stage1.blocks]
     for block in blocks[1:]:
         block.dw.load_state_dict(blocks[0].dw.state_dict())
         block.pw.load_state_dict(blocks[0].pw.state_dict())
     x = torch.randn(2, 64, 8, 8)
     expected = nn.Sequential(*copy.deepcopy(blocks))(x)
-    repeated = nn.Sequential(*fold(blocks))
+    repeated = nn.Sequential(*repeat_blocks(blocks))
     assert torch.equal(repeated(x), expected)
     assert torch.equal(nn.Sequential(*repeated[0].unrolled())(x), expected)
     twin = copy.deepcopy(repeated)

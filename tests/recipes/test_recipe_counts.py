@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import build, count
+from nets import build
+from networks import count
 
 from sharefold.methods import step_named
 from sharefold.recipes import RECIPES, build_plan

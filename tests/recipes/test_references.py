@@ -166,7 +166,7 @@ def replace_by_bases(
 ) -> tuple[dict[int, tuple[Tensor, ...]], dict[str, ref.BasisMember]]:
     """Random bases; every dense convolution concerned becomes the kernel that its member composes to.
 
-    The inner norm is folded into the coefficients; its shift becomes a shift of the BatchNorm that follows.
+    The inner norm is absorbed by the coefficients; its shift becomes a shift of the BatchNorm that follows.
     """
     bases, members = {}, {}
     for stage in stages:

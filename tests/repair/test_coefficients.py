@@ -119,7 +119,7 @@ def test_no_step_where_nothing_changes() -> None:
 
 
 def choice(samples: int, noise: float, free: bool = True) -> float:
-    """The pull that is chosen for that many samples a fold, from a start near the truth."""
+    """The pull that is chosen for that many samples a half, from a start near the truth."""
     (a, y, truth), (b, z, _) = (drawn(samples, noise, seed) for seed in (1, 2))
     start = truth.towards(other(), 0.1)
     return best_ridge((sums(a, y), sums(b, z)), start, free)
@@ -131,7 +131,7 @@ def test_few_noisy_samples_are_pulled_and_many_are_not(free: bool) -> None:
     assert choice(20_000, 0.3, free) == RIDGES[0]
 
 
-def test_the_pull_is_the_one_of_least_error_on_the_other_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pull_is_the_one_of_least_error_on_the_other_half(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coefficients, "RIDGES", (1e-4, 1e-1, 0.3, 1.0, 3.0, 100.0))
     (a, y, truth), (b, z, _) = (drawn(12, 1.0, seed) for seed in (3, 4))
     start = truth.towards(other(), 0.3)

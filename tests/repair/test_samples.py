@@ -112,7 +112,7 @@ def test_samples_of_some_images_and_no_others() -> None:
     some = found.of(torch.tensor([5, 2]))
     assert len(some) == 12 and some.image.unique().tolist() == [2, 5] and of_images(some).unique().tolist() == [2, 5]
     assert some.given is not None and torch.equal(some.given, 2 * some.y)
-    even = found.at(found.image % 2 == 0)  # the folds of cross-validation
+    even = found.at(found.image % 2 == 0)  # the halves of cross-validation
     odd = found.at(found.image % 2 == 1)
     assert not set(of_images(even).tolist()) & set(of_images(odd).tolist()) and len(even) + len(odd) == len(found)
     assert len(found.of(torch.arange(0))) == 0

@@ -174,7 +174,7 @@ def test_damaged_archives_are_told_by_their_own_checksums(tmp_path: Path) -> Non
     assert "\n" not in str(error.value)
 
 
-def test_archives_without_checksums_and_those_that_unfold(tmp_path: Path) -> None:
+def test_archives_without_checksums_and_those_that_inflate(tmp_path: Path) -> None:
     path = tmp_path / "m.pt"
     before = torch.serialization.get_crc32_options()
     try:

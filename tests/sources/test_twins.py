@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import Chain
 from torch import Tensor, nn
 
 from sharefold.architectures.matching import Match
@@ -19,22 +20,19 @@ from sharefold.sources.twins import settled
 CONFIG = {"input_size": (3, 24, 24), "mean": (0.5,) * 3, "std": (0.5,) * 3}
 
 
-class Net(nn.Module):
+class Net(Chain):
     """Strided convolutions; ``kind``: pads on both sides, twice as much, or blurs first; "same" computes what "both" does."""
 
     def __init__(self, kind: str) -> None:
-        super().__init__()
+        super().__init__(4, stride=2, padding=0)
         self.kind = kind
-        self.convs = nn.ModuleList(nn.Conv2d(3 if k == 0 else 8, 8, 3, stride=2 if k % 2 else 1) for k in range(4))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(8, momentum=None) for _ in range(4))  # type: ignore[arg-type]
-        self.head = nn.Linear(8, 5)
+        for norm in self.norms:
+            norm.momentum = None  # type: ignore[assignment]
 
-    def forward(self, x: Tensor) -> Tensor:
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            if self.kind == "blur":
-                x = F.avg_pool2d(x, 3, 1, 1)
-            x = norm(conv(F.pad(x, (2, 2, 2, 2) if self.kind == "wide" else (1, 1, 1, 1)))).relu()
-        return self.head(x.mean((2, 3)))
+    def before(self, x: Tensor) -> Tensor:
+        if self.kind == "blur":
+            x = F.avg_pool2d(x, 3, 1, 1)
+        return F.pad(x, (2, 2, 2, 2) if self.kind == "wide" else (1, 1, 1, 1))
 
 
 def base(name: str) -> dict[str, Any]:

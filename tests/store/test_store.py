@@ -18,7 +18,7 @@ import sharefold
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.measure import agreement
 from sharefold.store import StoreSpec, fake_quantize, file_bytes, parse_store, plan_store, quantize_, snap_
-from sharefold.store.norm_folding import fold_norms
+from sharefold.store.norm_absorption import absorb_statistics
 from sharefold.store.prepare import prepare
 from sharefold.store.quantize import _nearest
 from sharefold.store.rounding import round_matrix
@@ -51,7 +51,7 @@ def test_the_size_is_predicted_before_anything_is_rounded(step: float) -> None:
     prepared = prepare(original, model, graph, images())
     spec = _nearest(model, prepared, step)
     predicted = size_predictor(model)(spec)
-    fold_norms(model)
+    absorb_statistics(model)
     snap_(model, spec)
     assert predicted == pytest.approx(file_bytes(model, spec), rel=0.003, abs=16)
 

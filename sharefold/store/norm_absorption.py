@@ -9,7 +9,7 @@ from sharefold.layers import affine, set_affine
 
 
 @torch.no_grad()
-def fold_norms(model: nn.Module) -> None:
+def absorb_statistics(model: nn.Module) -> None:
     """Puts every BatchNorm's statistics into its scale and offset; the network computes the same in eval mode.
 
     Mean and variance become 0 and 1 - eps, which the file holds in one number each. What the variance was is lost,

@@ -1,4 +1,4 @@
-"""Folded norms compute the same, with the same gradients, and leave no trace."""
+"""Fused norms compute the same, with the same gradients, and leave no trace."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 import sharefold
 import sharefold.models
 from sharefold.graph import analyze
-from sharefold.layers.norm_fusion import norms_folded
+from sharefold.layers.norm_fusion import norms_fused
 
 
 def trained(name: str, **kwargs: object) -> nn.Module:
@@ -48,8 +48,8 @@ def test_outputs_and_gradients_equal(name: str, converted: bool) -> None:
     norms = {layer: record.norm for layer, record in graph.layers.items()}
     wanted, wanted_grads = loss_and_gradients(model, images)
     keys = {module: set(module.__dict__) for module in model.modules()}
-    with norms_folded(model, norms) as folded:
-        assert len(folded) >= 0.9 * sum(norm is not None for norm in norms.values())
+    with norms_fused(model, norms) as fused:
+        assert len(fused) >= 0.9 * sum(norm is not None for norm in norms.values())
         found, grads = loss_and_gradients(model, images)
     assert torch.allclose(found, wanted, atol=1e-4 * float(wanted.abs().max()))
     assert grads.keys() == wanted_grads.keys()
@@ -62,5 +62,5 @@ def test_outputs_and_gradients_equal(name: str, converted: bool) -> None:
 def test_training_norms_are_left_alone() -> None:
     model = trained("resnet20_cifar")
     norms = {name: record.norm for name, record in analyze(model, torch.randn(1, 3, 32, 32)).layers.items()}
-    with norms_folded(copy.deepcopy(model).train(), norms) as folded:
-        assert folded == []
+    with norms_fused(copy.deepcopy(model).train(), norms) as fused:
+        assert fused == []
