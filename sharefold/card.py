@@ -58,7 +58,8 @@ def _agreement(metrics: Mapping[str, Any]) -> dict[str, Any]:
     numbers = [share, *interval] if isinstance(interval, (list, tuple)) and len(interval) == 2 else [None]
     if not all(isinstance(number, float) for number in numbers) or not is_int(count) or not count:
         return {}
-    told = f"{numbers[0]:.4f} ({numbers[1]:.4f} to {numbers[2]:.4f}, 95 % interval of {count} held-out calibration images)"
+    whose = f"95 % interval of {count} report images, on which nothing was fitted"
+    told = f"{numbers[0]:.4f} ({numbers[1]:.4f} to {numbers[2]:.4f}, {whose})"
     hidden = {"agreement": told, "report_images": None, "seen_before": None, "new_agreement": None}
     new, around = metrics.get("new_agreement"), metrics.get("new_agreement_interval")
     if metrics.get("seen_before") is True and isinstance(around, (list, tuple)) and len(around) == 2:

@@ -33,8 +33,8 @@ from sharefold.outputs.intervals import wilson
 from sharefold.outputs.leaf import LOGITS
 from sharefold.plans import GroupPlan, Plan, Progress
 from sharefold.repair.batchnorm_statistics import NormStatistics
-from sharefold.repair.classifier import Classifier
 from sharefold.repair.guard import Guard, StepRecord
+from sharefold.repair.last_layers import LastLayers
 from sharefold.repair.means import absorb_means
 from sharefold.repair.refine import refine
 from sharefold.repair.refit import Refit
@@ -44,7 +44,7 @@ from sharefold.store import parse_store, quantize_
 from sharefold.store.tensor_spec import carry_spec
 
 # In the order in which they run.
-REPAIRS: tuple[Repair, ...] = (Refit(), NormStatistics(), Classifier())
+REPAIRS: tuple[Repair, ...] = (Refit(), NormStatistics(), LastLayers())
 
 
 @dataclass

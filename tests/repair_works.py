@@ -24,7 +24,7 @@ def calibration_on(original: nn.Module, fitting: Tensor, held_out: Tensor, graph
     for part in (parts.decide, parts.report):
         images[part] = held_out[torch.arange(len(part)) % len(held_out)]
     cal = calibrate(original, images, graph=graph)
-    assert torch.equal(cal.fitting, fitting)
+    assert torch.equal(cal.fit_images, fitting)
     return cal
 
 

@@ -5,8 +5,8 @@ https://arxiv.org/abs/1412.6550), on random views of the images. It has no diver
 nearly certain of the images that it was trained on, and a student that learns to be as certain of those follows it less
 well on new ones. BatchNorm statistics stay as they are: a few mixed images would only
 blur those of the training data. What remains is the state at the end of the schedule: states on the way, where steps are
-large still, do well on a few hundred held-out images by chance. Held-out images only say whether it is better than the
-state that it was given.
+large still, do well on a few hundred decide images by chance. Decide images only say whether it is better than the state
+that it was given.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def refine(
             were.
         cal: its network is the teacher; the images of its part ``fit`` are learned from, those that decide are never.
         options: see :class:`sharefold.options.RefineOptions`; its fields may be given by keyword.
-        guard: what decides; by default on the calibration's deciding images.
+        guard: what decides; by default on the calibration's ``decide_blends``.
         progress: called with ("refining", parts done, parts) as time or epochs pass.
 
     Returns:
@@ -72,7 +72,7 @@ def refine(
     _check(wanted)
     if wanted.epochs is None and wanted.seconds is None:
         wanted = replace(wanted, seconds=DEFAULT_SECONDS)
-    original, images = cal.original, cal.fitting
+    original, images = cal.original, cal.fit_images
     clock = _Clock(len(images), MOST_EPOCHS if wanted.epochs is None else wanted.epochs, wanted.seconds)
     guard = Guard(cal.decided) if guard is None else guard
     checks = _Checks(guard, model)
@@ -156,7 +156,7 @@ def _train(
     cal: Calibration, model: nn.Module, parameters: list[nn.Parameter], clock: _Clock, options: RefineOptions
 ) -> Generator[float, None, None]:
     """Trains, and yields the share of the budget used after every step; the last one is 1."""
-    original, images = cal.original, cal.fitting
+    original, images = cal.original, cal.fit_images
     generator = torch.Generator().manual_seed(options.seed)
     batch_size, blocks, step = options.batch_size, options.blocks or (), options.step
     if batch_size is None:

@@ -122,8 +122,8 @@ class _Task:
         weight = coefficients.detach().cpu().double().reshape(self.groups, -1, coefficients.shape[1])
         self.free = at.owner is not None
         self.map = Linear(weight, self._constant(weight))
-        even, odd, self.sums = halves_of(self._responses(fit), self._rows(fit.y), fit.image)
-        self.deciding = sums_of(self._responses(decide), self._rows(decide.y))
+        even, odd, self.fit_sums = halves_of(self._responses(fit), self._rows(fit.y), fit.image)
+        self.decide_sums = sums_of(self._responses(decide), self._rows(decide.y))
         self.ridge = RIDGES[-1] if even is None or odd is None else best_ridge((even, odd), self.map, self.free)
 
     def _responses(self, samples: Samples) -> Tensor:
@@ -146,17 +146,17 @@ class _Task:
 
     def refit(self) -> None:
         """Least squares on the images that fit, as far as it helps on those that decide."""
-        if self.sums is None or self.deciding is None:
+        if self.fit_sums is None or self.decide_sums is None:
             return
-        new = fitted(self.sums, self.map, self.ridge, self.free)
+        new = fitted(self.fit_sums, self.map, self.ridge, self.free)
         if new is not None:
-            self.step = best_step(self.map, new, self.deciding)
+            self.step = best_step(self.map, new, self.decide_sums)
             self.map = self.map.towards(new, self.step)
             self._write()
 
     def error(self) -> float:
         """On the samples that decide."""
-        return float("inf") if self.deciding is None else self.map.error(self.deciding)
+        return float("inf") if self.decide_sums is None else self.map.error(self.decide_sums)
 
     def rectify(self) -> None:
         """Solves once more for what a ReLU behind the layer lets through."""

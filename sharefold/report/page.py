@@ -53,7 +53,9 @@ def _tiles(facts: Facts) -> str:
 def _agreement_note(metrics: Mapping[str, Any]) -> str:
     """What stands below the agreement: its interval and the images behind it, as far as the file tells."""
     count, interval = metrics.get("report_images"), metrics.get("agreement_interval")
-    note = f"with the dense network, on {count:,} held-out images" if isinstance(count, int) else "with the dense network"
+    note = "with the dense network"
+    if isinstance(count, int):
+        note += f", on {count:,} report images, on which nothing was fitted"
     if isinstance(interval, (list, tuple)) and len(interval) == 2 and all(isinstance(end, (int, float)) for end in interval):
         note += f"; 95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f} %"
     return note

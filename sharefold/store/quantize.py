@@ -161,7 +161,7 @@ def _material(
 ) -> tuple[Tensor, nn.Module | None]:
     """The images, and the network that they are compared on."""
     if isinstance(calibration, Calibration):
-        return calibration.fitting, calibration.original if original is None else original
+        return calibration.fit_images, calibration.original if original is None else original
     return calibration_or_procedural(model, calibration, seed), original
 
 

@@ -102,13 +102,14 @@ def test_the_end_counts_and_not_the_states_on_the_way(monkeypatch, divergences, 
     assert checks.history == pytest.approx(divergences, nan_ok=True)
 
 
-def test_without_a_guard_the_deciding_images_judge(pair) -> None:
+def test_without_a_guard_the_decide_images_judge(pair) -> None:
     teacher, model, images, _ = pair
     cal = calibrate(teacher, images)
-    before = agreement(teacher, model, cal.deciding).kl
+    before = agreement(teacher, model, cal.decide_blends).kl
     record = refine(model, cal, epochs=2, batch_size=16)
     assert record.kept and record.name == "refine" and record.kl_before == pytest.approx(before, rel=1e-6)
-    assert record.kl_after == pytest.approx(agreement(teacher, model, cal.deciding).kl, rel=1e-5) and record.kl_after < before
+    after = agreement(teacher, model, cal.decide_blends).kl
+    assert record.kl_after == pytest.approx(after, rel=1e-5) and after < before
 
 
 def test_returns_what_it_was_given_when_training_only_harms(pair) -> None:
