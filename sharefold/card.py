@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from typing import Any
 
 from sharefold.format import FileConfig
+from sharefold.repair.step_record import StepRecord, measured_on
 from sharefold.untrusted import is_int, printable
 
 
@@ -37,7 +38,8 @@ def model_card(config: FileConfig) -> str:
             f"| {_text(group.name)} | {_text(group.method)} | {len(group.members)} | "
             f"{group.params_before:,} -> {group.params_after:,} | {error} |"
         )
-    shown = replace(config, metrics={}).to_dict()
+    lines += _steps(config.steps)
+    shown = replace(config, metrics={}, steps=()).to_dict()
     lines += [
         "",
         "<details><summary>Exact configuration</summary>",
@@ -50,6 +52,18 @@ def model_card(config: FileConfig) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _steps(steps: Sequence[StepRecord]) -> list[str]:
+    """What each step of the conversion did; nothing where the file does not tell."""
+    if not steps:
+        return []
+    lines = ["", "| step | | divergence before | after | |", "|---|---|---|---|---|"]
+    for step in steps:
+        cells = (step.name, step.outcome, *step.numbers, step.reason)
+        lines.append(f"| {' | '.join(_text(cell) for cell in cells)} |")
+    told = measured_on(steps)
+    return [*lines, *(["", told] if told else [])]
 
 
 def _agreement(metrics: Mapping[str, Any]) -> dict[str, Any]:

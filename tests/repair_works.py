@@ -12,7 +12,8 @@ from sharefold.calibration.calibrate import Calibration, calibrate
 from sharefold.calibration.parts import parts_of
 from sharefold.graph import NetworkGraph
 from sharefold.plans import GroupPlan, Plan
-from sharefold.repair.guard import Guard, StepRecord
+from sharefold.repair.guard import Guard
+from sharefold.repair.step_record import StepRecord
 from sharefold.repair.work import Repair, Work, repaired
 
 

@@ -30,10 +30,12 @@ from sharefold.layers.norm_fusion import norms_folded
 from sharefold.options import RefineOptions, chosen
 from sharefold.outputs.divergence import centred as centred
 from sharefold.plans import Progress
-from sharefold.repair.guard import Guard, StepRecord
+from sharefold.repair.guard import Guard
 from sharefold.repair.lockstep import largest_map
+from sharefold.repair.step_record import StepRecord
+from sharefold.repair.work import Work
 from sharefold.running import evaluating, run_on
-from sharefold.state_dicts import load_tensors, saved_tensors
+from sharefold.state_dicts import Trial, trial
 
 # Wall-clock budget when neither epochs nor seconds are given: inside of four minutes with start and end included.
 DEFAULT_SECONDS = 210.0
@@ -75,23 +77,38 @@ def refine(
     original, images = cal.original, cal.fit_images
     clock = _Clock(len(images), MOST_EPOCHS if wanted.epochs is None else wanted.epochs, wanted.seconds)
     guard = Guard(cal.decided) if guard is None else guard
-    checks = _Checks(guard, model)
     norms = {name: record.norm for name, record in cal.graph.layers.items()}
     if wanted.blocks is None:
         wanted = replace(wanted, blocks=tuple(cal.graph.blocks))
-    with _training(original, model) as parameters, norms_folded(original, norms), norms_folded(model, norms):
-        try:
-            with closing(_train(cal, model, parameters, clock, wanted)) as loop:
-                for share in loop:
-                    if progress:
-                        progress("refining", round(share * 100), 100)
-                    if not checks.passes(share):
-                        break
-        finally:
-            load_tensors(model, checks.saved)
+    before = guard.current(model)
+    with (
+        _training(original, model) as parameters, norms_folded(original, norms), norms_folded(model, norms),
+        trial(model) as tried, closing(_train(cal, model, parameters, clock, wanted)) as loop,
+    ):  # fmt: skip
+        checks = _Checks(guard, model, before, tried)
+        for share in loop:
+            if progress:
+                progress("refining", round(share * 100), 100)
+            if not checks.passes(share):
+                break
     guard.settle(checks.best)
     details = {"epochs": clock.epochs(), "seconds": clock.elapsed(), "history": checks.history}
-    return StepRecord("refine", checks.kept, "", checks.before, checks.best, clock.elapsed(), details)
+    return StepRecord("refine", tried.kept, "", before, checks.best, clock.elapsed(), details, guard.images)
+
+
+class Refinement:
+    """:func:`refine` as a step of a conversion; it judges itself, by states on the way where it is cut short."""
+
+    name = "refine"
+
+    def __init__(self, options: RefineOptions) -> None:
+        self.options = options
+
+    def refusal(self, work: Work) -> str:
+        return ""
+
+    def run(self, work: Work) -> StepRecord:
+        return refine(work.model, work.cal, self.options, work.guard, work.progress)
 
 
 def _check(options: RefineOptions) -> None:
@@ -126,10 +143,9 @@ class _Checks:
     Of a run that is cut short, or whose outputs are no longer finite, the best state that was checked remains.
     """
 
-    def __init__(self, guard: Guard, model: nn.Module) -> None:
-        self.guard, self.model = guard, model
-        self.before = self.best = guard.current(model)
-        self.saved = self.start = saved_tensors(model)
+    def __init__(self, guard: Guard, model: nn.Module, before: float, tried: Trial) -> None:
+        self.guard, self.model, self.tried = guard, model, tried
+        self.before = self.best = before
         self.history: list[float] = []
         self._next = 1 / CHECKS
 
@@ -141,15 +157,12 @@ class _Checks:
         found = self.guard.divergence(self.model)
         self.history.append(found)
         if share >= 1 and math.isfinite(found):
-            self.best, self.saved = self.before, self.start
+            self.best = self.before
+            self.tried.drop()
         if self.guard.better(found, self.best):
-            self.best, self.saved = found, saved_tensors(self.model)
+            self.best = found
+            self.tried.keep(going_on=True)
         return math.isfinite(found)
-
-    @property
-    def kept(self) -> bool:
-        """Whether another state than the one before training remains."""
-        return self.saved is not self.start
 
 
 def _train(

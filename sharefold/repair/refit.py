@@ -31,6 +31,7 @@ from sharefold.repair.partial import Journal, Partial
 from sharefold.repair.rectified import Front, best_step_behind, rectified
 from sharefold.repair.samples import Samples
 from sharefold.repair.work import Work
+from sharefold.state_dicts import trial
 
 
 class Refit:
@@ -93,16 +94,13 @@ def _visit(at: Visited, fit: Samples, decide: Samples, plan: GroupPlan | None, r
     task = _Task(at, layer, fit, decide)
     task.refit()
     if plan is not None and isinstance(layer, SharedConv) and has_own_factors(layer, plan):
-        saved = [(tensor, tensor.detach().clone()) for tensor in (*layer.parameters(), *layer.buffers())]
-        own_factors(at, fit, plan)
-        other = _Task(at, layer, fit, decide)
-        other.refit()
-        if other.error() < task.error():
-            task, task.step = other, 1.0
-        else:
-            with torch.no_grad():
-                for tensor, value in saved:
-                    tensor.copy_(value)
+        with trial(layer) as tried:
+            own_factors(at, fit, plan)
+            other = _Task(at, layer, fit, decide)
+            other.refit()
+            if other.error() < task.error():
+                task, task.step = other, 1.0
+                tried.keep()
     task.rectify()
     task.settle()
     return task.step

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,11 @@ class StoreReport:
     bytes: int
     request: StoreRequest
     sequential: bool
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """For the record of a conversion's steps, JSON values."""
+        return {"kind": self.request.kind, "file_bytes": self.bytes, "sequential": self.sequential}
 
 
 @with_plain_settings

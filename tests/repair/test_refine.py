@@ -19,8 +19,9 @@ from sharefold.layers import Bank, BasisConv, add_bank, form_of
 from sharefold.measure import agreement
 from sharefold.outputs import Comparison
 from sharefold.repair import refine as module
-from sharefold.repair.guard import Guard, StepRecord
+from sharefold.repair.guard import Guard
 from sharefold.repair.refine import centred, refine, relative_errors
+from sharefold.repair.step_record import StepRecord
 from sharefold.state_dicts import saved_tensors
 
 
