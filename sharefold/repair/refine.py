@@ -31,10 +31,10 @@ from sharefold.options import RefineOptions, chosen
 from sharefold.outputs.divergence import centred as centred
 from sharefold.plans import Progress
 from sharefold.repair.guard import Guard
-from sharefold.repair.lockstep import largest_map
+from sharefold.repair.lockstep import BATCH_ELEMENTS, largest_map
 from sharefold.repair.step_record import StepRecord
 from sharefold.repair.work import Work
-from sharefold.running import evaluating, run_on
+from sharefold.running import batch_within, evaluating, run_on
 from sharefold.state_dicts import Trial, trial
 
 # Wall-clock budget when neither epochs nor seconds are given: inside of four minutes with start and end included.
@@ -45,8 +45,6 @@ SMALLEST_SCALE = 1e-2
 WARMUP = 0.1
 CHECKS = 5
 BATCH, SMALLEST_BATCH = 64, 8
-# Elements of the largest feature map of a batch; bounds memory on large images.
-BATCH_ELEMENTS = 1 << 24
 
 
 def refine(
@@ -174,7 +172,7 @@ def _train(
     batch_size, blocks, step = options.batch_size, options.blocks or (), options.step
     if batch_size is None:
         largest = largest_map(original, images[:1].to(parameters[0].device))
-        batch_size = min(BATCH, max(SMALLEST_BATCH, BATCH_ELEMENTS // largest))
+        batch_size = batch_within(BATCH_ELEMENTS, largest, BATCH, SMALLEST_BATCH)
     first = images[: max(2, batch_size)].to(parameters[0].device)
     names, spreads = _comparable(original, model, first, blocks)
     wishes = _Wishes(cal, first)

@@ -31,6 +31,7 @@ from sharefold.repair.partial import Journal, Partial
 from sharefold.repair.rectified import Front, best_step_behind, rectified
 from sharefold.repair.samples import Samples
 from sharefold.repair.work import Work
+from sharefold.solvers.moments import Moments
 from sharefold.state_dicts import trial
 
 
@@ -229,11 +230,13 @@ def _rescale(at: Visited, fit: Samples) -> float:
     a = torch.einsum("pgn,gon->pgo", fit.x, weight.reshape(groups, -1, weight.shape[1])).flatten(1).double()
     if layer.bias is not None:
         a = a + layer.bias.detach().double()
-    b = fit.y.double()
-    mean_a, mean_y = a.mean(0), b.mean(0)
-    variance = (a.square().mean(0) - mean_a.square()).clamp_min(0)
-    cross = (a * b).mean(0)
-    scale = torch.where(variance > 0, (cross - mean_a * mean_y) / variance.clamp_min(1e-30), torch.ones_like(variance))
+    moments = Moments()
+    moments.add(fit.y.double().T.unsqueeze(1), a.T.unsqueeze(1))  # every channel for itself, of wanted and given outputs
+    sums = moments.pairs(centered=True)
+    if sums is None:
+        return 0.0
+    mean_a, mean_y, variance, cross = (part.flatten() for part in (sums.mean_y, sums.mean, sums.variance, sums.cross))
+    scale = torch.where(variance > 0, cross / variance.clamp_min(1e-30), torch.ones_like(variance))
     old, new = (resolve(net, cast(str, at.norm)) for net in (at.original, at.model))
     new.load_state_dict(old.state_dict())
     shift_output(new, (mean_y - scale * mean_a).float())

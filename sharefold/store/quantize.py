@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sharefold.calibration.calibrate import Calibration
 from sharefold.calibration.images import calibration_or_procedural
+from sharefold.calibration.pairs import by_group
 from sharefold.errors import SharefoldError
 from sharefold.format import config_of
 from sharefold.graph import NetworkGraph, analyze
@@ -314,7 +315,7 @@ def _sequential(
         return False
     def visit(at: Visited) -> None:
         pairs = Moments(torch.float32, "cpu")
-        pairs.add(at.samples.x.permute(1, 2, 0), at.samples.y.reshape(*at.samples.x.shape[:2], -1).permute(1, 2, 0))
+        pairs.add(*by_group(at.samples.x, at.samples.y))
         layer(at.name, pairs.pairs(prepared.centered[at.name]))
 
     wanted = {name: Wanted(form) for name, form in prepared.forms.items()}
