@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,6 +12,7 @@ from sharefold.errors import SharefoldError
 from sharefold.options import ExportOptions
 
 from .common import Run, shared_options
+from .record_options import record_of, record_options
 from .source import SourceOptions, preprocess_options, source_options
 
 FORMATS = ("onnx", "pt2", "dense")
@@ -33,15 +36,12 @@ def batch_of(text: str) -> int | None:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The file.")
 @click.option("--format", "kind", type=click.Choice(FORMATS), help="What to write.  [default: by the file's suffix]")
 @click.option("--batch", default="dynamic", show_default=True, metavar="N", help="dynamic, or a fixed batch size.")
-@click.option(
-    "--tolerance", type=click.FloatRange(min=0), default=ExportOptions.tolerance, show_default=True, help="Largest difference."
-)
-@click.option("--force", is_flag=True, help="Replace what is there.")
+@record_options(ExportOptions)
 @preprocess_options
 @shared_options
 def command(
-    run: Run, source: SourceOptions, output: Path, kind: str | None, batch: str, tolerance: float, force: bool,
-    mean: tuple[float, ...] | None, std: tuple[float, ...] | None, input_size: str | None,
+    run: Run, source: SourceOptions, output: Path, kind: str | None, batch: str,
+    mean: tuple[float, ...] | None, std: tuple[float, ...] | None, input_size: str | None, **given: Any,
 ) -> None:  # fmt: skip
     """Write SOURCE as ONNX, as a torch.export archive, or as the dense state dict of the stock architecture.
 
@@ -53,6 +53,9 @@ def command(
     sharefold export resnet20-shared -o resnet20.safetensors --format dense
     """
     fixed = batch_of(batch)
+    options = replace(record_of(ExportOptions, given), dynamic_batch=fixed is None)
+    if not options.tolerance >= 0:
+        raise SharefoldError(f"--tolerance {options.tolerance}: must be 0 or more")
     run.setup()
     import torch
 
@@ -61,11 +64,11 @@ def command(
     from sharefold.files import check_output
 
     kind = format_of(output, kind)
-    check_output(output, force)
+    check_output(output, options.force)
     opened = source.open()
     size = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size, mean=mean, std=std).size
     example = torch.randn(fixed or 2, *size, generator=torch.Generator().manual_seed(run.seed))
-    done = export(opened.model, output, kind, example, ExportOptions(fixed is None, tolerance, force))
+    done = export(opened.model, output, kind, example, options)
     batches = "any batch size" if done.dynamic_batch else f"batches of {fixed}"
     run.table(
         ["file", "format", "MB", "tensors MB", "largest difference", "takes"],
@@ -79,7 +82,7 @@ def command(
             "bytes": done.bytes,
             "tensor_bytes": done.tensor_bytes,
             "max_difference": done.max_difference,
-            "tolerance": tolerance,
+            "tolerance": options.tolerance,
             "dynamic_batch": done.dynamic_batch,
             "input_shape": [None if done.dynamic_batch else fixed, *size],
             "inputs": done.inputs,

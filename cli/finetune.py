@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +15,8 @@ from sharefold.finetune.config import FinetuneConfig
 from sharefold.options import OpenOptions, RunOptions
 
 from .common import Run, jsonable, shared_options
-from .source import Numbers, SourceOptions, source_options
-
-SHARED = {"seed", "device"}  # options that every verb has
-
-
-def config_options(function: Callable[..., None]) -> Callable[..., None]:
-    """One option for each setting of :class:`FinetuneConfig`; those not given arrive as None."""
-    for spec in reversed(dataclasses.fields(FinetuneConfig)):
-        if spec.name in SHARED:
-            continue
-        name, default = spec.name.replace("_", "-"), spec.default
-        text = f"{spec.metadata['help'][0].upper()}{spec.metadata['help'][1:]}."
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        if isinstance(default, bool):
-            flag, shown = f"--{name}/--no-{name}", "on" if default else "off"
-            option = click.option(flag, spec.name, default=None, help=f"{text}  [default: {shown}]")
-        else:
-            kind: Any = Numbers() if isinstance(default, tuple) else type(default)
-            if spec.metadata["choices"]:
-                kind = click.Choice(spec.metadata["choices"])
-            text += f"  [default: {shown}]" if shown else ""
-            option = click.option(f"--{name}", spec.name, type=kind, default=None, help=text)
-        function = option(function)
-    return function
+from .record_options import record_of, record_options
+from .source import SourceOptions, source_options
 
 
 def _list_schedules(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
@@ -68,11 +45,9 @@ def _list_schedules(ctx: click.Context, param: click.Parameter, wanted: bool) ->
     help="Say which schedules there are.",
 )  # fmt: skip
 @click.option("--from-scratch", is_flag=True, help="Random weights first; --recipe-schedule implies it.")
-@click.option("--run-dir", type=click.Path(path_type=Path), help="State, log and curve.  [default: OUTPUT.run]")
-@click.option("--resume", is_flag=True, help="Go on with the run in the run folder, if there is one.")
-@click.option("--force", is_flag=True, help="Replace the output and a run left in the run folder.")
+@record_options(RunOptions)
 @click.option("--input-size", metavar="C,H,W", help="Input size.  [default: the model's]")
-@config_options
+@record_options(FinetuneConfig, without=("seed", "device"))
 @shared_options
 @click.pass_context
 def command(
@@ -89,9 +64,6 @@ def command(
     val_limit: int | None,
     recipe_schedule: str | None,
     from_scratch: bool,
-    run_dir: Path | None,
-    resume: bool,
-    force: bool,
     input_size: str | None,
     **settings: Any,
 ) -> None:
@@ -104,6 +76,7 @@ def command(
     """
     from sharefold.finetune.published import published
 
+    kept = record_of(RunOptions, settings)
     base = published(recipe_schedule).config() if recipe_schedule else None
     given = {name: value for name, value in settings.items() if value is not None}
     config = FinetuneConfig.build(base, **given, seed=run.seed, device=run.device)
@@ -112,7 +85,7 @@ def command(
     first = os.environ.get("RANK", "0") == "0"
     run = dataclasses.replace(run, quiet=run.quiet or not first, json=run.json and first)
     if first:
-        _check_output(output, force or resume)
+        _check_output(output, kept.force or kept.resume)
     run.setup()
     from sharefold.data import Preprocess, open_data
     from sharefold.finetune.interrupt import Interrupted
@@ -146,7 +119,7 @@ def command(
     try:
         report = finetune(
             model, train, checks, teacher=guide, config=config,
-            run=RunOptions(output, run_dir, resume, force, run.quiet),
+            run=dataclasses.replace(kept, out=output, quiet=run.quiet),
         )  # fmt: skip
     except Interrupted as stopped:
         click.echo(str(stopped), err=True)

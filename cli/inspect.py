@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sharefold.options import GroupOptions
+
 from .common import Run, shared_options
 from .input_check import input_warning, look_at
+from .record_options import record_of, record_options
 from .source import SourceOptions, preprocess_options, source_options
 
 if TYPE_CHECKING:
@@ -18,15 +21,7 @@ if TYPE_CHECKING:
 
 @click.command("inspect")
 @source_options
-@click.option("--by-role", is_flag=True, help="Split groups by the layers' place in the block.")
-@click.option(
-    "--first-block",
-    type=click.Choice(["shape", "stride", "skip"]),
-    default="shape",
-    show_default=True,
-    help="First layers of a stage: group by shape alone, apart when strided, or leave them out.",
-)
-@click.option("--exclude", metavar="REGEX", help="Leave out layers whose name matches.")
+@record_options(GroupOptions)
 @click.option("--layers", "show_layers", is_flag=True, help="List every layer, not only the groups.")
 @click.option("--hidden", "show_hidden", is_flag=True, help="List which channels method fold can leave out.")
 @click.option("--data", metavar="DATA", help="Images, no labels: are they prepared as the network expects?")
@@ -37,9 +32,6 @@ if TYPE_CHECKING:
 def command(
     run: Run,
     source: SourceOptions,
-    by_role: bool,
-    first_block: str,
-    exclude: str | None,
     show_layers: bool,
     show_hidden: bool,
     data: str | None,
@@ -48,6 +40,7 @@ def command(
     std: tuple[float, ...] | None,
     input_size: str | None,
     outputs: tuple[str, ...],
+    **given: Any,
 ) -> None:
     """Show which layers of SOURCE are isomorphic, in which groups, and which are left out.
 
@@ -55,6 +48,7 @@ def command(
     sharefold inspect timm:resnet50 --no-pretrained
     sharefold inspect my-network.pt --data imagefolder:/data/imagenet
     """
+    exclude, options = given["exclude"], record_of(GroupOptions, given)
     device = run.setup()
     import torch
 
@@ -72,7 +66,7 @@ def command(
         images = calibration_images(data, preprocess, sample_size(*size[1:]), run.seed, split)
         warning = input_warning(opened.model.to(device), images, preprocess, opened.pretrained_cfg)
     graph = analyze(opened.model.to(device), torch.zeros(1, *size, device=device))
-    groups = find_groups(graph, by_role=by_role, first_block=first_block, exclude=exclude)
+    groups = find_groups(graph, options)
     total = count_parameters(opened.model)
     spaces, stay = hidden_spaces(opened.model, graph, exclude)
     _print(run, opened.name, graph, groups, total, size, show_layers)

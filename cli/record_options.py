@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Collection
+from dataclasses import Field, fields
 from typing import Any, TypeVar
 
 import click
@@ -13,29 +13,57 @@ from sharefold.options import PlanOptions
 Record = TypeVar("Record")
 
 
-def record_options(kind: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """One option for each field of ``kind`` (a record of :mod:`sharefold.options`) that has a text; not given, it is None."""
+def record_options(kind: type, *, without: Collection[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """One option for each field of ``kind`` (a record of :mod:`sharefold.options`) that has a text; not given, it is None.
+
+    Args:
+        without: names of fields that other options stand for.
+    """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         for spec in reversed(fields(kind)):
-            text, metavar = spec.metadata.get("help"), spec.metadata.get("metavar")
-            if text is None:
-                continue
-            name = spec.name.replace("_", "-")
-            if isinstance(spec.default, bool):
-                shown = "on" if spec.default else "off"
-                option = click.option(f"--{name}/--no-{name}", spec.name, default=None, help=f"{text}  [default: {shown}]")
-            else:
-                shown = "" if spec.default is None else f"  [default: {spec.default}]"
-                alone = spec.metadata["alone"]
-                flag: dict[str, Any] = {} if alone is None else {"is_flag": False, "flag_value": alone}
-                if metavar == "N":
-                    flag["type"] = click.IntRange(min=1)
-                option = click.option(f"--{name}", spec.name, default=None, metavar=metavar, help=text + shown, **flag)
-            function = option(function)
+            if "help" in spec.metadata and spec.name not in without:
+                function = _option(spec)(function)
         return function
 
     return decorate
+
+
+def _option(spec: Field[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    text, default, about = spec.metadata["help"], spec.default, spec.metadata
+    name = f"--{spec.name.replace('_', '-')}"
+    if about["switch"]:
+        return click.option(name, spec.name, is_flag=True, default=None, help=text)
+    if isinstance(default, bool):
+        shown = f"  [default: {'on' if default else 'off'}]"
+        return click.option(f"{name}/--no-{name[2:]}", spec.name, default=None, help=text + shown)
+    more: dict[str, Any] = {} if about["alone"] is None else {"is_flag": False, "flag_value": about["alone"]}
+    if about["choices"]:
+        more["type"] = click.Choice(about["choices"])
+    elif about["metavar"] == "N":
+        more["type"] = click.IntRange(min=1)
+    elif isinstance(default, tuple):
+        more["type"] = Numbers()
+    elif isinstance(default, int | float):
+        more["type"] = type(default)
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else "" if default is None else str(default)
+    return click.option(
+        name, spec.name, default=None, metavar=about["metavar"], help=text + (f"  [default: {shown}]" if shown else ""), **more
+    )
+
+
+class Numbers(click.ParamType):
+    """``0.5,0.5,0.5`` as a tuple of floats."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as 0.485,0.456,0.406", param, ctx)
 
 
 def check_choices(what: PlanOptions) -> None:

@@ -12,7 +12,7 @@ import click
 from sharefold.errors import SharefoldError
 from sharefold.options import OpenOptions
 
-from .record_options import record_of, record_options
+from .record_options import Numbers, record_of, record_options
 
 if TYPE_CHECKING:
     from sharefold.sources import Source
@@ -62,20 +62,6 @@ def source_options(function: Callable[..., None]) -> Callable[..., None]:
         function(*args, source=SourceOptions(source, options), **kwargs)
 
     return wrapper
-
-
-class Numbers(click.ParamType):
-    """``0.5,0.5,0.5`` as a tuple of floats."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            return tuple(float(part) for part in value.split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as 0.485,0.456,0.406", param, ctx)
 
 
 def preprocess_options(function: Callable[..., None]) -> Callable[..., None]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -10,6 +12,7 @@ from sharefold.errors import SharefoldError
 from sharefold.options import OpenOptions, VerifyOptions
 
 from .common import Run, shared_options
+from .record_options import record_of, record_options
 from .source import SourceOptions
 
 
@@ -19,11 +22,10 @@ from .source import SourceOptions
 @click.option("--arch", metavar="NAME", help="Architecture of a bare checkpoint given as --source.")
 @click.option("--data", metavar="DATA", help="Labelled images, for accuracy and agreement.")
 @click.option("--split", default="test", show_default=True, help="Which part of the data.")
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=250, show_default=True, help="Images a batch.")
+@record_options(VerifyOptions)
 @shared_options
 def command(
-    run: Run, path: Path, source: str | None, arch: str | None, data: str | None, split: str, limit: int | None, batch_size: int
+    run: Run, path: Path, source: str | None, arch: str | None, data: str | None, split: str, **given: Any
 ) -> None:
     """Recompute what DIR, a directory or file of sharefold, claims: checksum, parameters, bytes, MACs, and with --source and
     --data agreement and accuracy. Ends with exit code 2 when something differs.
@@ -42,7 +44,7 @@ def command(
     config = read_config(path)
     dataset = None if data is None else open_data(data, split, transform_cfg=config.pretrained_cfg)
     original = None if source is None else SourceOptions(source, OpenOptions(arch=arch)).open().model
-    claims = verify(path, source=original, data=dataset, options=VerifyOptions(limit, batch_size, device))
+    claims = verify(path, source=original, data=dataset, options=replace(record_of(VerifyOptions, given), device=device))
 
     def cell(value: object) -> str:
         return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)

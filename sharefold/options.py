@@ -19,16 +19,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DEFAULT_OBJECTIVE = "fisher"
+FIRST_BLOCK = ("shape", "stride", "skip")
 
 Options = TypeVar("Options")
 # Texts, or kinds by names of outputs; see sharefold/outputs/overrides.py.
 Outputs: TypeAlias = "str | Sequence[str] | Mapping[str, str] | None"
 
 
-def option(default: Any, text: str, metavar: str | None = None, alone: str | None = None) -> Any:
-    """A field, with the text that ``--help`` prints, what stands for its value there (N for a number from 1 on), and what the
-    option means without one."""
-    return field(default=default, metadata={"help": text, "metavar": metavar, "alone": alone})
+def option(
+    default: Any, text: str, metavar: str | None = None, *, alone: str | None = None, choices: tuple[str, ...] | None = None,
+    switch: bool = False,
+) -> Any:  # fmt: skip
+    """A field that the command line has an option for.
+
+    Args:
+        text: what ``--help`` prints.
+        metavar: what stands for its value there; N for a number from 1 on.
+        alone: what the option means without a value.
+        choices: the values that there are.
+        switch: given or not, without a ``--no-`` form.
+    """
+    return field(
+        default=default,
+        metadata={"help": text, "metavar": metavar, "alone": alone, "choices": choices, "switch": switch},
+    )
 
 
 @dataclass(frozen=True)
@@ -136,13 +150,15 @@ class GroupOptions:
             none of ``exclude``.
     """
 
-    by_role: bool = False
-    first_block: str = "shape"
+    by_role: bool = option(False, "Split groups by the layers' place in the block.", switch=True)
+    first_block: str = option(
+        "shape", "First layers of a stage: group by shape alone, apart when strided, or leave them out.", choices=FIRST_BLOCK
+    )
     min_members: int = 2
     roles: Collection[str] | None = None
     kernel: int | tuple[int, int] | None = None
     include: str | Iterable[str] | None = None
-    exclude: str | Iterable[str] | None = None
+    exclude: str | Iterable[str] | None = option(None, "Leave out layers whose name matches.", "REGEX")
 
 
 @dataclass(frozen=True)
@@ -163,7 +179,7 @@ class OpenOptions:
     pretrained: bool = option(True, "Weights of a named source.")
     num_classes: int | None = option(None, "Classes of the last layer.", "N")
     in_chans: int | None = option(None, "Channels of the input, for a named source.", "N")
-    trust_pickle: bool = option(False, "Run the code in a pickled checkpoint.")
+    trust_pickle: bool = option(False, "Run the code in a pickled checkpoint.", switch=True)
 
 
 @dataclass(frozen=True)
@@ -177,8 +193,8 @@ class ExportOptions:
     """
 
     dynamic_batch: bool = True
-    tolerance: float = 1e-4
-    force: bool = False
+    tolerance: float = option(1e-4, "Largest difference.")
+    force: bool = option(False, "Replace what is there.", switch=True)
 
 
 @dataclass(frozen=True)
@@ -195,9 +211,9 @@ class RunOptions:
     """
 
     out: str | Path | None = None
-    run_dir: str | Path | None = None
-    resume: bool = False
-    force: bool = False
+    run_dir: str | Path | None = option(None, "State, log and curve.  [default: OUTPUT.run]", "PATH")
+    resume: bool = option(False, "Go on with the run in the run folder, if there is one.", switch=True)
+    force: bool = option(False, "Replace the output and a run left in the run folder.", switch=True)
     quiet: bool = False
     metrics: Mapping[str, Any] | None = None
 
@@ -212,8 +228,8 @@ class VerifyOptions:
         device: where the networks run.
     """
 
-    limit: int | None = None
-    batch_size: int = 250
+    limit: int | None = option(None, "Only the first N images.", "N")
+    batch_size: int = option(250, "Images a batch.", "N")
     device: str | torch.device = "cpu"
 
 

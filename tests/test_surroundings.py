@@ -32,10 +32,11 @@ from sharefold.store import quantize_
 
 IMAGES = images(40, 3)
 CONFIG = {"base": None}
+QUICK = ("basis", "svd", "spatial")  # most of these tests are about what lies around a method
 
 
 def converted(
-    model: nn.Module, method: str = "auto", given: Tensor = IMAGES, budget: str = "70%", **options: object
+    model: nn.Module, method: str | tuple[str, ...] = QUICK, given: Tensor = IMAGES, budget: str = "70%", **options: object
 ) -> tuple[Plan, nn.Module]:
     plan = sharefold.plan(model, budget=budget, calibration=given, method=method)
     sharefold.convert_(model, plan, calibration=given, config=CONFIG, **options)
@@ -68,6 +69,13 @@ def default_type() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.fixture(scope="module")
+def undisturbed() -> tuple[Plan, nn.Module]:
+    plan, model = converted(net(), "auto", refine=1)
+    quantize_(model, "int6", calibration=IMAGES)
+    return plan, model
+
+
 @pytest.mark.parametrize(
     "told",
     [
@@ -75,12 +83,11 @@ def default_type() -> Iterator[None]:
     ],
     ids=["autocast", "inference", "no_grad", "device", "dtype"],
 )  # fmt: skip
-def test_settings_change_nothing(told: Callable, tmp_path: Path) -> None:
-    model, other, template = net(), net(), net()
-    plan, _ = converted(model, refine=1)
-    quantize_(model, "int6", calibration=IMAGES)
+def test_settings_change_nothing(told: Callable, undisturbed: tuple[Plan, nn.Module], tmp_path: Path) -> None:
+    plan, model = undisturbed
+    other, template = net(), net()
     with told():
-        again, _ = converted(other, refine=1)
+        again, _ = converted(other, "auto", refine=1)
         quantize_(other, "int6", calibration=IMAGES)
         sharefold.save(other, tmp_path / "net")
         read = sharefold.load(tmp_path / "net", model=template)
@@ -194,9 +201,10 @@ def test_norms_used_twice_belong_to_no_layer(behind_both: bool) -> None:
     model.norm.running_var.uniform_(0.5, 2)
     assert {record.norm for record in analyze(model, IMAGES[:1]).layers.values()} == {None}
     dense = copy.deepcopy(model)
-    plan = sharefold.plan(model, budget="80%", calibration=IMAGES, objective="joint")
-    done = sharefold.convert_(model, plan, calibration=IMAGES, refine=2, config=CONFIG)
-    # What it reports of its own held-out images is what the networks really do on others.
+    cal = sharefold.calibrate(model, images(400, 3))
+    plan = sharefold.plan(model, budget="80%", calibration=cal, objective="joint")
+    done = sharefold.convert_(model, plan, calibration=cal, refine=2, config=CONFIG)
+    # What it says of its report images is what the networks really do on others.
     assert done.kl == pytest.approx(agreement(dense, model, images(200, 9)).kl, rel=0.5, abs=1e-4)
     assert not any("forward" in vars(module) for module in (*model.modules(), *dense.modules()))
 

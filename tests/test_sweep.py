@@ -35,7 +35,7 @@ def test_every_budget_is_kept_and_the_network_stays(net: nn.Module, monkeypatch:
     original = Statistics.__init__
     monkeypatch.setattr(Statistics, "__init__", lambda self, *a, **k: (made.append(self), original(self, *a, **k))[1])
     kept: dict[str, tuple[nn.Module, dict]] = {}
-    cal = sharefold.calibrate(net, torch.randn(40, 1, 8, 8))
+    cal = sharefold.calibrate(net, torch.randn(400, 1, 8, 8))  # 60 of them to report on
     points = sweep(
         cal, ["60%", "40%"], scores, BASIS, keep=lambda budget, model, metrics: kept.update({budget: (model, metrics)})
     )
@@ -52,7 +52,7 @@ def test_every_budget_is_kept_and_the_network_stays(net: nn.Module, monkeypatch:
 
 
 def test_results_do_not_depend_on_the_other_budgets(net: nn.Module) -> None:
-    images = torch.randn(40, 1, 8, 8)
+    images = torch.randn(400, 1, 8, 8)
     alone = sweep(sharefold.calibrate(net, images), ["40%"], scores, BASIS)[1]
     second = sweep(sharefold.calibrate(net, images), ["60%", "40%"], scores, BASIS)[2]
     assert (alone.params, alone.agreement) == (second.params, second.agreement)

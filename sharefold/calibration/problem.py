@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sharefold.calibration.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
-from sharefold.layers import ConvForm, form_of, target_weight
+from sharefold.layers import ConvForm, affine, form_of, target_weight
 from sharefold.solvers.data_norm import Problem
 
 
@@ -103,10 +103,8 @@ def row_scale(layer: nn.Module, norm: nn.Module | None) -> Tensor:
     if gain is not None:
         scale = scale * gain.detach().reshape(-1).float().abs()  # type: ignore[union-attr]
     variance = getattr(norm, "running_var", None)
-    if norm is not None and variance is not None and variance.numel() == form.out_channels:
-        gamma = getattr(norm, "weight", None)
-        factor = torch.rsqrt(variance.float() + float(norm.eps))  # type: ignore[arg-type]
-        scale = scale * factor * (1.0 if gamma is None else gamma.detach().float().abs())  # type: ignore[union-attr]
+    if variance is not None and variance.numel() == form.out_channels:
+        scale = scale * affine(norm)[0].detach().float().abs()
     return scale
 
 

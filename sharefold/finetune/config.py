@@ -5,17 +5,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from sharefold.errors import SharefoldError
+from sharefold.options import option
 
 # The largest number of float32, in which all of this is computed.
 UNLIMITED = 3.4e38
-
-
-def _option(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -26,78 +23,78 @@ class FinetuneConfig:
     Fractions are of 1, times in minutes, learning rates those of the whole batch (nothing is scaled behind the back).
     """
 
-    epochs: int = _option(10, "passes over the training images")
-    batch_size: int = _option(128, "images an update sees, over all processes")
-    accumulate: int = _option(1, "slices a batch is computed in (memory goes down, the result stays)")
-    seed: int = _option(0, "seed of order, augmentation and dropout")
+    epochs: int = option(10, "Passes over the training images.")
+    batch_size: int = option(128, "Images an update sees, over all processes.")
+    accumulate: int = option(1, "Slices a batch is computed in (memory goes down, the result stays).")
+    seed: int = option(0, "Seed of order, augmentation and dropout.")
 
     # loss
-    labels: bool = _option(True, "use labels; without them distillation is the whole loss")
-    distill: float = _option(0.9, "weight a of the teacher's outputs; the labels get 1 - a")
-    temperature: float = _option(4.0, "temperature T of distillation")
-    block_match: float = _option(0.0, "weight b of the normalised squared error of block outputs")
-    block_names: str = _option("auto", "blocks to match: auto, or a regular expression over module names")
-    label_smoothing: float = _option(0.0, "label smoothing")
-    orthogonality: float = _option(10.0, "lambda of the banks' mean squared deviation from orthonormal rows")
-    orthogonality_form: str = _option("mean", "which rows are averaged together", ("mean", "separate", "with-unique"))
-    orthogonality_joint: bool = _option(False, "treat the banks of one stage as one matrix (cross terms count)")
-    orthogonality_skip: str = _option("", "regular expression of bank names left out of the orthogonality term")
+    labels: bool = option(True, "Use labels; without them distillation is the whole loss.")
+    distill: float = option(0.9, "Weight a of the teacher's outputs; the labels get 1 - a.")
+    temperature: float = option(4.0, "Temperature T of distillation.")
+    block_match: float = option(0.0, "Weight b of the normalised squared error of block outputs.")
+    block_names: str = option("auto", "Blocks to match: auto, or a regular expression over module names.")
+    label_smoothing: float = option(0.0, "Label smoothing.")
+    orthogonality: float = option(10.0, "Lambda of the banks' mean squared deviation from orthonormal rows.")
+    orthogonality_form: str = option("mean", "Which rows are averaged together.", choices=("mean", "separate", "with-unique"))
+    orthogonality_joint: bool = option(False, "Treat the banks of one stage as one matrix (cross terms count).")
+    orthogonality_skip: str = option("", "Regular expression of bank names left out of the orthogonality term.")
 
     # optimizer and schedule
-    optimizer: str = _option("adamw", "any optimizer of timm.optim")
-    lr: float = _option(3e-3, "peak learning rate")
-    momentum: float = _option(0.9, "momentum, where the optimizer has one")
-    eps: float = _option(0.0, "the optimizer's eps; 0 keeps its own default")
-    weight_decay: float = _option(0.01, "weight decay")
-    decay: str = _option("filters", "what decays: filters (no coefficient, norm or bias) or all", ("filters", "all"))
-    bank_step: str = _option("auto", "step of a bank used K times: auto (1/K for SGD, else 1), or a number, or 1/K")
-    schedule: str = _option(
-        "cosine", "learning rate over time", ("cosine", "constant", "multistep", "exponential", "cyclical")
+    optimizer: str = option("adamw", "Any optimizer of timm.optim.")
+    lr: float = option(3e-3, "Peak learning rate.")
+    momentum: float = option(0.9, "Momentum, where the optimizer has one.")
+    eps: float = option(0.0, "The optimizer's eps; 0 keeps its own default.")
+    weight_decay: float = option(0.01, "Weight decay.")
+    decay: str = option("filters", "What decays: filters (no coefficient, norm or bias) or all.", choices=("filters", "all"))
+    bank_step: str = option("auto", "Step of a bank used K times: auto (1/K for SGD, else 1), or a number, or 1/K.")
+    schedule: str = option(
+        "cosine", "Learning rate over time.", choices=("cosine", "constant", "multistep", "exponential", "cyclical")
     )
-    warmup_epochs: float = _option(0.5, "epochs of linear warm-up")
-    warmup_lr: float = _option(1e-5, "learning rate the warm-up starts from")
-    min_lr: float = _option(1e-6, "learning rate the schedule ends at")
-    milestones: tuple[float, ...] = _option((), "epochs at which a multistep schedule drops")
-    gamma: tuple[float, ...] = _option(
-        (0.1,), "factor of a multistep (one for all drops, or one each) or exponential (per epoch) schedule"
+    warmup_epochs: float = option(0.5, "Epochs of linear warm-up.")
+    warmup_lr: float = option(1e-5, "Learning rate the warm-up starts from.")
+    min_lr: float = option(1e-6, "Learning rate the schedule ends at.")
+    milestones: tuple[float, ...] = option((), "Epochs at which a multistep schedule drops.")
+    gamma: tuple[float, ...] = option(
+        (0.1,), "Factor of a multistep (one for all drops, or one each) or exponential (per epoch) schedule."
     )
-    clip: float = _option(0.0, "largest gradient norm; 0 clips nothing")
-    ema: float = _option(0.998, "decay of the weight average; 0 keeps none")
-    freeze_norm: bool = _option(False, "keep BatchNorm statistics fixed while training")
-    keep: str = _option("last", "weights to return: last, or best on the validation images", ("last", "best"))
+    clip: float = option(0.0, "Largest gradient norm; 0 clips nothing.")
+    ema: float = option(0.998, "Decay of the weight average; 0 keeps none.")
+    freeze_norm: bool = option(False, "Keep BatchNorm statistics fixed while training.")
+    keep: str = option("last", "Weights to return: last, or best on the validation images.", choices=("last", "best"))
 
     # images
-    augment: str = _option(
+    augment: str = option(
         "auto",
-        "auto (crop and flip for images in memory, timm's recipe for files), none, flip, or "
-        "a chain such as crop4+flip+rotate10",
+        "Changes to images: auto (crop and flip for those in memory, timm's recipe for files), none, flip, or a chain such as "
+        "crop4+flip+rotate10.",
     )
-    auto_augment: str = _option("", "timm policy, e.g. rand-m9-mstd0.5-inc1")
-    mixup: float = _option(0.0, "mixup alpha")
-    cutmix: float = _option(0.0, "cutmix alpha")
-    random_erase: float = _option(0.0, "probability of random erasing")
-    small_images: float = _option(
-        0.0, "share of the updates, the first ones, with images of 3/4 their side: faster, for any input size"
+    auto_augment: str = option("", "A policy of timm, e.g. rand-m9-mstd0.5-inc1.")
+    mixup: float = option(0.0, "Mixup alpha.")
+    cutmix: float = option(0.0, "Cutmix alpha.")
+    random_erase: float = option(0.0, "Probability of random erasing.")
+    small_images: float = option(
+        0.0, "Share of the updates, the first ones, with images of 3/4 their side: faster, for any input size."
     )
-    mean: tuple[float, ...] = _option((), "channel means, images in 0..1; default from the model")
-    std: tuple[float, ...] = _option((), "channel deviations, images in 0..1; default from the model")
-    workers: int = _option(4, "loader processes for images that are not kept in memory")
+    mean: tuple[float, ...] = option((), "Channel means, images in 0..1; default from the model.")
+    std: tuple[float, ...] = option((), "Channel deviations, images in 0..1; default from the model.")
+    workers: int = option(4, "Loader processes for images that are not kept in memory.")
 
     # machine
-    device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps")
-    amp: str = _option(
-        "auto", "autocast: auto (bf16 on a GPU that has it, else off), off, bf16, fp16", ("auto", "off", "bf16", "fp16")
+    device: str = option("auto", "Where it runs: auto, cpu, cuda, cuda:1, mps.")
+    amp: str = option(
+        "auto", "Autocast: auto (bf16 on a GPU that has it, else off), off, bf16, fp16.", choices=("auto", "off", "bf16", "fp16")
     )
-    channels_last: bool = _option(True, "keep tensors in channels-last order")
-    find_unused: bool = _option(False, "several processes: look for parameters that a step leaves unused")
-    compile: bool = _option(False, "torch.compile the student and the teacher")
+    channels_last: bool = option(True, "Keep tensors in channels-last order.")
+    find_unused: bool = option(False, "Several processes: look for parameters that a step leaves unused.")
+    compile: bool = option(False, "Compile student and teacher by torch.compile.")
 
     # reliability and log
-    checkpoint_steps: int = _option(0, "save the run each so many updates; 0 leaves it to the minutes")
-    checkpoint_minutes: float = _option(5.0, "save the run each so many minutes; 0 leaves it to the steps")
-    eval_epochs: int = _option(1, "validate each so many epochs (and at the end)")
-    log_steps: int = _option(50, "updates between two lines of the log")
-    tensorboard: bool = _option(False, "also write tensorboard events")
+    checkpoint_steps: int = option(0, "Save the run each so many updates; 0 leaves it to the minutes.")
+    checkpoint_minutes: float = option(5.0, "Save the run each so many minutes; 0 leaves it to the steps.")
+    eval_epochs: int = option(1, "Validate each so many epochs (and at the end).")
+    log_steps: int = option(50, "Updates between two lines of the log.")
+    tensorboard: bool = option(False, "Also write tensorboard events.")
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sharefold.format import carried_config
-from sharefold.layers import bank_key, banks
+from sharefold.layers import bank_key, banks, shared_layers
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -113,10 +113,10 @@ def collect_bases(model: nn.Module, *, joint: bool = False, skip: str = "") -> l
     config = carried_config(model)
     plans = {bank_key(group.name): group for group in (config.plan.groups if config else [])}
     unique: dict[int, list[Tensor]] = {}
-    for module in model.modules():
-        bank, own = module.__dict__.get("bank"), getattr(module, "unique", None)
-        if bank is not None and isinstance(own, Tensor) and own.numel():
-            unique.setdefault(id(bank), []).append(_rows(own))
+    for layer in shared_layers(model).values():
+        own = layer.own_filters
+        if layer.bank is not None and own is not None and own.numel():
+            unique.setdefault(id(layer.bank), []).append(_rows(own))
     merged: dict[tuple[object, ...], Bases] = {}
     for name, bank in banks(model).items():
         basis = getattr(bank, "basis", None)

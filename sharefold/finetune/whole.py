@@ -28,7 +28,7 @@ def whole_factors(model: nn.Module) -> Iterator[None]:
     """
     rounded = carried_spec(model) is not None
     every: list[Bank | SharedConv] = [*banks(model).values(), *shared_layers(model).values()]
-    owners = [] if rounded else [owner for owner in every if _pivots(owner) is not None]
+    owners = [] if rounded else [owner for owner in every if owner.pivots is not None]
     readers = {owner: _readers(model, owner) for owner in owners}
     with torch.no_grad():
         for owner in owners:
@@ -39,10 +39,6 @@ def whole_factors(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for owner in owners:
                 _make_pivoted(owner, readers[owner])
-
-
-def _pivots(owner: Bank | SharedConv) -> Tensor | None:
-    return cast("Tensor | None", getattr(owner, "pivots", None))
 
 
 def _readers(model: nn.Module, owner: Bank | SharedConv) -> list[SharedConv]:
@@ -78,7 +74,7 @@ def _mix(owner: Bank | SharedConv, readers: list[SharedConv], matrix: Tensor) ->
 
 def _make_whole(owner: Bank | SharedConv, readers: list[SharedConv]) -> None:
     name, free = _factor(owner)
-    pivots = _pivots(owner)
+    pivots = owner.pivots
     assert pivots is not None
     found = torch.linalg.qr(with_pivots(free.cpu(), pivots.cpu()).double().T)
     _set(owner, name, found.Q.T.reshape(-1, *_row_shape(owner, readers)), free)

@@ -12,9 +12,7 @@ from typing import Any
 
 from sharefold.errors import SharefoldError
 from sharefold.graph.records import Group, LayerRecord, NetworkGraph
-from sharefold.options import GroupOptions, chosen
-
-FIRST_BLOCK = ("shape", "stride", "skip")
+from sharefold.options import FIRST_BLOCK, GroupOptions, chosen
 
 
 def find_groups(graph: NetworkGraph, options: GroupOptions | None = None, **settings: Any) -> list[Group]:

@@ -2,7 +2,7 @@
 
 from sharefold.layers.bank import Bank, add_bank, bank_key, banks
 from sharefold.layers.basis_conv import BasisConv
-from sharefold.layers.batchnorm import affine, fold_scale, shift_output, takes_scale
+from sharefold.layers.batchnorm import affine, fold_scale, make_identity, mean_output, set_affine, shift_output, takes_scale
 from sharefold.layers.codebook_conv import CodebookConv, code_dtype
 from sharefold.layers.form import ConvForm, form_of, target_weight
 from sharefold.layers.grouped_conv import GroupedPointwise, plain_norm
@@ -18,7 +18,7 @@ from sharefold.layers.tucker_conv import TuckerConv
 __all__ = [
     "Again", "Bank", "BasisConv", "CodebookConv", "ConvForm", "GroupedPointwise", "HybridConv", "RepeatedBlock", "SharedConv",
     "SpatialConv", "TiedConv", "TuckerConv", "add_bank", "affine", "bank_key", "banks", "checked_form", "code_dtype", "fold",
-    "fold_scale", "form_of", "free_columns", "free_moments", "own_modules", "plain_norm", "replace_module", "resolve", "running",
-    "shared_layers", "shared_parameters", "shift_output", "stray_pointers", "takes_scale", "target_weight", "to_dense",
-    "with_pivots",
+    "fold_scale", "form_of", "free_columns", "free_moments", "make_identity", "mean_output", "own_modules", "plain_norm",
+    "replace_module", "resolve", "running", "set_affine", "shared_layers", "shared_parameters", "shift_output",
+    "stray_pointers", "takes_scale", "target_weight", "to_dense", "with_pivots",
 ]  # fmt: skip

@@ -114,6 +114,10 @@ class BasisConv(SharedConv):
     def pivoted(self) -> str | None:
         return None if self.unique is None else "unique"
 
+    @property
+    def own_filters(self) -> Tensor | None:
+        return self.unique
+
     def pivoted_shape(self) -> tuple[int, ...]:
         return self.form.weight_shape[1:]
 
@@ -130,6 +134,14 @@ class BasisConv(SharedConv):
     @torch.no_grad()
     def mix_shared(self, matrix: Tensor) -> None:
         self.coefficients[:, self.own_columns :] = mixed(self.coefficients[:, self.own_columns :], matrix)
+
+    def bank_power(self, rows: Tensor) -> Tensor:
+        shared = self.coefficients.detach().cpu().double()[:, self.own_columns :]
+        return (shared * rows.cpu().double().unsqueeze(1)).T @ shared
+
+    @property
+    def turnable(self) -> bool:
+        return self.norm is None and not self.own_columns
 
     def pointers(self) -> dict[str, int]:
         return {} if self.pivots is None or self.unique is None else {"pivots": sum(self.unique.shape)}

@@ -10,12 +10,42 @@ from torch import Tensor, nn
 SMALLEST_SCALE = 1e-6
 
 
+def mean_output(weight: Tensor, mean: Tensor) -> Tensor:
+    """(O,) what a layer with the weight (O, N) makes of its mean input patch (G, N), G conv groups, without a bias."""
+    return torch.einsum("gon,gn->go", weight.reshape(len(mean), -1, mean.shape[1]), mean).reshape(-1)
+
+
 def affine(norm: Any) -> tuple[Tensor, Tensor]:
     """Scale and shift (C,) that a BatchNorm with running statistics amounts to in eval mode."""
     scale = torch.rsqrt(norm.running_var + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight
     return scale, -norm.running_mean * scale if norm.bias is None else norm.bias - norm.running_mean * scale
+
+
+@torch.no_grad()
+def set_affine(norm: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    """Makes a BatchNorm with scale and offset amount to ``scale`` and ``shift`` (C,) in eval mode: its statistics become 0 and
+    1 - eps, which a file holds in one number each."""
+    statistics, weight, bias = cast(Any, norm), cast(Tensor, norm.weight), cast(Tensor, norm.bias)
+    scale, shift = scale.to(weight), shift.to(bias)
+    statistics.running_mean.zero_()
+    statistics.running_var.fill_(1 - statistics.eps)
+    weight.copy_(scale)
+    bias.copy_(shift)
+
+
+@torch.no_grad()
+def make_identity(norm: nn.Module, mean: Tensor, variance: Tensor) -> None:
+    """Gives a BatchNorm the statistics ``mean`` and ``variance`` (C,) and the scale and offset that undo them.
+
+    In train mode it is nearly the identity, too, as long as the statistics are those of the data.
+    """
+    statistics, weight, bias = cast(Any, norm), cast(Tensor, norm.weight), cast(Tensor, norm.bias)
+    statistics.running_mean.copy_(mean)
+    statistics.running_var.copy_(variance)
+    weight.copy_((variance + statistics.eps).sqrt())
+    bias.copy_(mean)
 
 
 @torch.no_grad()

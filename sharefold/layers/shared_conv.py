@@ -30,6 +30,7 @@ class SharedConv(Keeper):
     """
 
     bank: Bank | None
+    pivots: Tensor | None  # of the own factor, where it is kept without its pivots
     own_bias: nn.Parameter | None
     gain: nn.Parameter | None
 
@@ -39,6 +40,7 @@ class SharedConv(Keeper):
         super().__init__()
         self.form = form
         refer(self, bank)
+        self.register_buffer("pivots", None)
         self.register_parameter("own_bias", None if bias is None else nn.Parameter(bias.detach().clone()))
         self.register_parameter("gain", None if gain is None else nn.Parameter(gain.detach().clone()))
         self.runtime = "auto"
@@ -77,6 +79,11 @@ class SharedConv(Keeper):
         """The name of the layer's own factor, which is a part of the filters and may be kept without its pivots, or None."""
         return None
 
+    @property
+    def own_filters(self) -> Tensor | None:
+        """Own filters (Ru, ...) of the kind that the bank holds, which training may keep orthogonal to them, or None."""
+        return None
+
     def pivoted_shape(self) -> tuple[int, ...]:
         """The shape of one row of that factor when whole."""
         raise NotImplementedError
@@ -96,6 +103,16 @@ class SharedConv(Keeper):
     def mix_shared(self, matrix: Tensor) -> None:
         """Multiplies the coefficients of the bank's basis by ``matrix`` (R, S) from the right; without a gradient."""
         raise NotImplementedError
+
+    def bank_power(self, rows: Tensor) -> Tensor:
+        """What the layer makes of a squared error of the bank's tensor, float64 on the CPU, where a squared error of output o
+        matters ``rows[o]``, (O,): of a basis the matrix (R, R) of products of its rows, of a kernel its rows' own, (O,)."""
+        raise NotImplementedError
+
+    @property
+    def turnable(self) -> bool:
+        """Whether the bank's basis may be exchanged for one of the same span when :meth:`mix_shared` follows."""
+        return False
 
     def pointers(self) -> dict[str, int]:
         """Integer buffers, and how many things each of their entries may point to."""

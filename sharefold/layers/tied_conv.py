@@ -43,6 +43,10 @@ class TiedConv(SharedConv):
             weight = weight + (self.left @ self.right).view_as(weight)
         return weight
 
+    def bank_power(self, rows: Tensor) -> Tensor:
+        rows = rows.cpu().double()
+        return rows if self.scale is None else rows * self.scale.detach().cpu().double().square()
+
     @property
     def bias(self) -> Tensor | None:
         shared = getattr(self.bank, "bias", None)

@@ -54,13 +54,6 @@ def take_columns(module: nn.Module, kept: Tensor) -> None:
 
 
 @torch.no_grad()
-def add_to(module: nn.Module, key: str, change: Tensor) -> None:
-    """Adds to a parameter or buffer of ``module``; the tensor there is a new one."""
-    old: Tensor = getattr(module, key)
-    _put(module, key, old.detach() + change.to(old))
-
-
-@torch.no_grad()
 def give_columns(module: nn.Module, kept: Tensor, channels: int) -> None:
     """``channels`` inputs again; the weights of those that are not ``kept`` are zero."""
     weight: Tensor = module.weight  # type: ignore[assignment]

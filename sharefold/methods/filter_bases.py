@@ -11,7 +11,7 @@ from sharefold.calibration.problem import GroupProblem, problem_of
 from sharefold.calibration.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
-from sharefold.layers import Bank, BasisConv, ConvForm, SharedConv
+from sharefold.layers import Bank, BasisConv, ConvForm, SharedConv, make_identity
 from sharefold.methods.contract import LayerSwap, Solution
 from sharefold.plans import GroupPlan
 from sharefold.solvers import low_rank, shared_basis
@@ -76,12 +76,7 @@ class FilterBases(LayerSwap):
     def member(self, form: ConvForm, bank: Bank | None, tensors: dict[str, Tensor], kept: dict[str, Tensor]) -> SharedConv:
         mean, variance = tensors["norm_mean"], tensors["norm_var"]
         norm = nn.BatchNorm2d(len(mean), device=mean.device, dtype=mean.dtype)
-        with torch.no_grad():
-            # Identity in eval mode; in train mode nearly so, as long as the statistics are those of the data.
-            norm.running_mean.copy_(mean)  # type: ignore[union-attr]
-            norm.running_var.copy_(variance)  # type: ignore[union-attr]
-            norm.weight.copy_((variance + norm.eps).sqrt())
-            norm.bias.copy_(mean)
+        make_identity(norm, mean, variance)
         return BasisConv(form, tensors["coefficients"], bank, tensors.get("unique"), norm, **kept)
 
     @torch.no_grad()

@@ -15,8 +15,8 @@ from sharefold.calibration.statistics import Statistics, is_wide
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.graph.hidden_channels import HiddenSpace
-from sharefold.layers import checked_form
-from sharefold.layers.width import add_to, give_columns, give_rows, set_columns, take_columns, take_rows
+from sharefold.layers import checked_form, shift_output
+from sharefold.layers.width import give_columns, give_rows, set_columns, take_columns, take_rows
 from sharefold.methods.contract import ConversionStep, Solution
 from sharefold.plans import GroupPlan
 from sharefold.solvers.channel_elimination import Elimination, Reader, columns, compensation, eliminate, error_without
@@ -226,10 +226,7 @@ def _make_up(model: nn.Module, name: str, owner: str, tensors: dict[str, Tensor]
     set_columns(layer, new.reshape(len(weight), len(kept), *weight.shape[2:]).to(weight))
     if shift is None:
         return
-    if owner == name:
-        add_to(layer, "bias", shift.to(weight))
-    else:
-        add_to(model.get_submodule(owner), "running_mean", -shift.to(weight))
+    shift_output(model.get_submodule(owner), shift)
 
 
 def made_up(

@@ -12,7 +12,7 @@ from sharefold.calibration.problem import problem_of
 from sharefold.calibration.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
-from sharefold.layers import ConvForm, GroupedPointwise, checked_form, replace_module
+from sharefold.layers import ConvForm, GroupedPointwise, affine, checked_form, replace_module, set_affine
 from sharefold.methods.alignment import permute_space
 from sharefold.methods.contract import ConversionStep, Solution
 from sharefold.methods.surrogate import descend, gaussian
@@ -142,11 +142,7 @@ class Grouped(ConversionStep):
         replace_module(model, name, form.dense(weight.reshape(form.weight_shape), bias, None))
         if module.second_norm is not None:
             norm = copy.deepcopy(module.second_norm)
-            with torch.no_grad():
-                norm.running_mean.zero_()  # type: ignore[union-attr,operator]
-                norm.running_var.fill_(1 - norm.eps)  # type: ignore[union-attr,operator]
-                norm.weight.fill_(1)  # type: ignore[union-attr,operator]
-                norm.bias.copy_(offset)  # type: ignore[union-attr,operator]
+            set_affine(norm, torch.ones_like(offset), offset)
             replace_module(model, str(options["norm"]), norm)
 
 
@@ -232,10 +228,9 @@ def _start_norms(
             module.second.bias.copy_(layer.bias + dense @ mean.to(dense))
         return
     first_norm, second_norm = cast(Any, module.first_norm), cast(Any, module.second_norm)
-    old = cast(Any, norm)
-    scale = old.weight * torch.rsqrt(old.running_var + old.eps)
-    floor = SAFE_SCALE * scale.abs().mean().clamp_min(1e-12)
-    scale = torch.where(scale < 0, -1.0, 1.0) * scale.abs().clamp_min(floor)
+    old_scale, old_shift = affine(norm)
+    floor = SAFE_SCALE * old_scale.abs().mean().clamp_min(1e-12)
+    scale = torch.where(old_scale < 0, -1.0, 1.0) * old_scale.abs().clamp_min(floor)
     mean, covariance = mean.to(first), covariance.to(first)
     through = second @ first[order]
     for part, matrix in ((first_norm, first), (second_norm, through)):
@@ -249,8 +244,7 @@ def _start_norms(
     module.second.weight.copy_(blocks.permute(2, 0, 1).reshape(module.second.weight.shape))
     second_norm.running_mean.zero_()
     bias = 0 if layer.bias is None else layer.bias
-    old_scale = old.weight * torch.rsqrt(old.running_var + old.eps)
-    second_norm.bias.copy_(old.bias + old_scale * (dense @ mean + bias - old.running_mean))
+    second_norm.bias.copy_(old_shift + old_scale * (dense @ mean + bias))
     for conv in (module.first, module.second):
         if conv.bias is not None:
             conv.bias.zero_()

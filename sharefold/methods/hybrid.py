@@ -28,8 +28,8 @@ POINTS = 32
 FITTED = 4
 # Smaller ones, of the dense weights, leave hardly anything of the outputs.
 SMALLEST = 0.04
-# Filters of so few numbers allow few counts, with jumps between; there every candidate is fitted.
-SMALL_FEATURES = 100
+# Filters of so few numbers allow few counts, with jumps between; there more candidates are fitted.
+SMALL_FEATURES, MORE_FITTED = 100, 8
 
 
 class Hybrid(TwoFactors):
@@ -55,7 +55,7 @@ class Hybrid(TwoFactors):
         found: dict[tuple[int, int], Candidate] = {}
         for row in sizes[1:] if large else sizes:
             costs = np.array([self.amount(forms, *size) for size in row])
-            count = len(row) if flat.columns <= SMALL_FEATURES else FITTED
+            count = MORE_FITTED if flat.columns <= SMALL_FEATURES else FITTED
             # The errors' logarithms are nearly straight lines over the cost, so that the fitted ones are spaced evenly.
             even = np.linspace(costs[0], costs[-1], count) if row else costs
             fitted = [row[i] for i in sorted({int(np.abs(costs - cost).argmin()) for cost in even})]

@@ -11,7 +11,16 @@ from sharefold.calibration.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.graph.repeats import structure
-from sharefold.layers import ConvForm, RepeatedBlock, fold, fold_scale, replace_module, shared_parameters
+from sharefold.layers import (
+    ConvForm,
+    RepeatedBlock,
+    fold,
+    fold_scale,
+    mean_output,
+    replace_module,
+    shared_parameters,
+    shift_output,
+)  # fmt: skip
 from sharefold.methods.alignment import align_groups
 from sharefold.methods.contract import ConversionStep, Solution
 from sharefold.methods.tied_kernels import TiedFit, fit_members
@@ -116,9 +125,7 @@ def _into_norms(
         weight = fit.weight if fit.scales is None else fit.weight * fit.scales[index].unsqueeze(1)
         dense = cast(Tensor, model.get_submodule(name).weight).detach().reshape(form.out_channels, -1)
         change = dense - weight.to(dense)
-        mean = statistics.means[name].to(change)
-        shift = torch.einsum("gon,gn->go", change.reshape(len(mean), -1, mean.shape[1]), mean).reshape(-1)
-        cast(Tensor, norm.running_mean).sub_(shift)
+        shift_output(norm, mean_output(change, statistics.means[name].to(change)))
         if fit.scales is not None:
             fold_scale(norm, fit.scales[index])
         leaf = norm_name.removeprefix(f"{block}.")

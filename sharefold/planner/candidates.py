@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -241,7 +242,8 @@ class _Unit:
             row + [Option(cost, each[k]) for cost, each in zip(added, values, strict=True)] for k, row in enumerate(table)
         ]
         prices = sorted({*prices_of(table), *prices_of(mixed, PRICES // 2)})
-        best = [[min(row, key=lambda o: o.value + price * o.cost) for row in table] for price in prices]
+        columns = [_best_at(row, prices) for row in table]
+        best = [list(picks) for picks in zip(*columns, strict=True)]
         options += [_together(picks) for picks in best]
         for (method, candidate), cost, each in zip(shared, added, values, strict=True):
             options.append(self._shared(method, candidate, list(range(len(table)))))
@@ -293,6 +295,12 @@ class _Unit:
         )  # fmt: skip
         cost = self.cost.shared(unit.members, problem.forms, method, candidate, stay)
         return Option(cost, float((errors * problem.importance[stay]).sum()), (group,))
+
+
+def _best_at(row: Sequence[Option], prices: Sequence[float]) -> list[Option]:
+    """The option of a row that is best at each price of a unit of cost."""
+    values, costs = np.array([option.value for option in row]), np.array([option.cost for option in row])
+    return [row[pick] for pick in (values + np.outer(prices, costs)).argmin(1)]
 
 
 def prices_of(table: Sequence[Sequence[Option]], most: int = PRICES) -> list[float]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sharefold.calibration.calibrate import Calibration, copied
 from sharefold.graph.hidden_channels import HiddenSpace
+from sharefold.layers import shift_output
 from sharefold.methods import FOLD
 from sharefold.methods.fold import Folding, made_up, options_for
 from sharefold.plans import GroupPlan
@@ -73,7 +74,8 @@ def folded_readers(network: nn.Module, cal: Calibration, plan: GroupPlan) -> Ite
                 if shift is not None:
                     module = network.get_submodule(owner)
                     place = cast(Tensor, layer.bias if owner == name else module.running_mean)
-                    change(place, place + (shift if owner == name else -shift).to(place))
+                    saved.append((place, place.detach().clone()))
+                    shift_output(module, shift)
         yield
     finally:
         with torch.no_grad():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sharefold.calibration.problem import GroupProblem
 from sharefold.calibration.statistics import Statistics
 from sharefold.errors import unknown
+from sharefold.layers import mean_output
 from sharefold.outputs import Comparison
 from sharefold.solvers.low_rank import max_rank, svd_curve, svd_solve
 
@@ -86,8 +87,7 @@ class _Probe:
         change = problem.full(weight - problem.weights)[0]
         shift = torch.zeros(form.out_channels, device=change.device)
         if self.statistics.centered.get(name):  # what conversion will let a bias or BatchNorm absorb
-            mean = self.statistics.means[name].to(change)
-            shift = torch.einsum("gon,gn->go", change.reshape(len(mean), -1, mean.shape[1]), mean).reshape(-1)
+            shift = mean_output(change, self.statistics.means[name].to(change))
         gain = getattr(layer, "gain", None)
         scale = torch.ones_like(shift)
         if gain is not None and form.standardize is not None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sharefold.calibration.mean_owner import output_mean_owner
 from sharefold.graph import NetworkGraph
-from sharefold.layers import checked_form, shared_layers, shift_output, target_weight
+from sharefold.layers import checked_form, mean_output, shared_layers, shift_output, target_weight
 
 
 @torch.no_grad()
@@ -29,8 +29,7 @@ def absorb_means(original: nn.Module, model: nn.Module, graph: NetworkGraph, mea
             continue
         form = checked_form(name, dense)
         change = target_weight(dense, form) - form.standardized(layer.compose(), None).reshape(form.out_channels, -1)
-        mean = means[name].to(change)
-        shift = torch.einsum("gon,gn->go", change.reshape(len(mean), -1, mean.shape[1]), mean).reshape(-1)
+        shift = mean_output(change, means[name].to(change))
         if layer.gain is not None:
             assert layer.form.standardize is not None
             shift = shift * layer.gain.reshape(-1) * layer.form.standardize[1]

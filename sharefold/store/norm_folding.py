@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from sharefold.layers import affine, set_affine
 
 
 @torch.no_grad()
@@ -21,9 +21,4 @@ def fold_norms(model: nn.Module) -> None:
             continue
         if not module.affine:
             continue
-        weight, bias = module.weight, cast(Tensor, module.bias)
-        scale = weight.double() / (variance.double() + module.eps).sqrt()
-        bias.copy_((bias.double() - mean.double() * scale).to(bias))
-        weight.copy_(scale.to(weight))
-        mean.zero_()
-        variance.fill_(1 - module.eps)
+        set_affine(module, *affine(module))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -14,7 +14,7 @@ from sharefold.calibration.sensitivity import output_sensitivity
 from sharefold.calibration.statistics import WIDE
 from sharefold.format import carried_config
 from sharefold.graph import NetworkGraph
-from sharefold.layers import BasisConv, ConvForm, SharedConv, banks, form_of, free_moments
+from sharefold.layers import Bank, ConvForm, SharedConv, affine, banks, form_of, free_moments
 from sharefold.outputs import Divergence, divergence_of
 from sharefold.plans import Plan
 from sharefold.solvers.moments import PairSums
@@ -123,10 +123,9 @@ def _row_importance(
     output, times the square root of what losing the layer would cost the predictions."""
     scale = torch.ones_like(inputs.variance)
     found = None if norm is None else model.get_submodule(norm)
-    variance, weight = getattr(found, "running_var", None), getattr(found, "weight", None)
-    if variance is not None and weight is not None and variance.shape == scale.shape:
-        eps = float(cast(nn.BatchNorm2d, found).eps)
-        scale = (weight.double().square() / (variance.double() + eps)).cpu()
+    variance = getattr(found, "running_var", None)
+    if variance is not None and variance.shape == scale.shape:
+        scale = affine(found)[0].detach().cpu().double().square()
     scale = scale.clamp_min(ROW_FLOOR * float(scale.mean()))
     rows = scale / (scale * inputs.variance).sum().clamp_min(1e-30)
     if sensitivity is not None and sensitivity.shape == scale.shape:
@@ -180,10 +179,7 @@ def _shared(
 def _kernel_metric(
     model: nn.Module, plan: Prepared, bank_name: str, found: dict[str, PairSums], rows: dict[str, Tensor]
 ) -> None:
-    weights = {}
-    for name, value in rows.items():
-        scale = cast("Tensor | None", getattr(model.get_submodule(name), "scale", None))
-        weights[name] = value if scale is None else value * scale.detach().cpu().double().square()
+    weights = {name: _layer(model, name).bank_power(value) for name, value in rows.items()}
     total = sum(found[name].gram.double() * float(weights[name].sum()) for name in found)
     metric = total / sum(float(w.sum()) for w in weights.values())
     assert isinstance(metric, Tensor)
@@ -196,9 +192,8 @@ def _kernel_metric(
 def _basis_metric(
     model: nn.Module, plan: Prepared, bank_name: str, found: dict[str, PairSums], rows: dict[str, Tensor]
 ) -> None:
-    layers: dict[str, BasisConv] = {name: model.get_submodule(name) for name in found}  # type: ignore[misc]
-    bank = next(iter(layers.values())).bank
-    assert bank is not None
+    layers = {name: _layer(model, name) for name in found}
+    bank = cast(Bank, model.get_submodule(bank_name))
     basis: nn.Parameter = bank.basis  # type: ignore[assignment]
     pivots = bank.pivots
     weights = {name: float((rows[name] * found[name].variance).sum()) for name in layers}
@@ -211,17 +206,11 @@ def _basis_metric(
     if projection is not None:
         lifted = lift(torch.eye(basis[0].numel(), dtype=torch.float64), projection.detach().cpu().double())
         metric = lifted @ whole @ lifted.T
-    # Every turn needs all coefficients that multiply the basis; own filters or a norm in between leave them apart. A basis
-    # with pivots has no turn left.
-    simple = pivots is None and all(layer.norm is None and not layer.own_columns for layer in layers.values())
-    if simple and len(layers) == bank.uses:
+    # Every turn needs all coefficients that multiply the basis. A basis with pivots has no turn left.
+    if pivots is None and all(layer.turnable for layer in layers.values()) and len(layers) == bank.uses:
         _turn(basis, layers, metric, rows)
     metric = free_moments(metric.unsqueeze(0), pivots)
-    count = len(basis)
-    power = torch.zeros(count, dtype=torch.float64)
-    for name, layer in layers.items():
-        part = layer.coefficients.detach().cpu().double()[:, -count:]
-        power += (part.square() * rows[name].unsqueeze(1)).sum(0)
+    power = _total(layer.bank_power(rows[name]) for name, layer in layers.items()).diagonal()
     key = f"{bank_name}.basis"
     plan.metrics[key] = metric
     plan.rows[key] = power * unabsorbed(metric)
@@ -234,12 +223,20 @@ def _basis_metric(
         plan.rows[key] = carried * unabsorbed(marginal.unsqueeze(0))
 
 
+def _layer(model: nn.Module, name: str) -> SharedConv:
+    return cast(SharedConv, model.get_submodule(name))
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(parts)).sum(0)
+
+
 def _widened(gram: Tensor, size: int) -> Tensor:
     """(size, size): moments of inputs that are followed by ones that are always 0; wider moments stay as they are."""
     return nn.functional.pad(gram, (0, max(size - len(gram), 0)) * 2)
 
 
-def _turn(basis: nn.Parameter, layers: dict[str, BasisConv], metric: Tensor, rows: dict[str, Tensor]) -> None:
+def _turn(basis: nn.Parameter, layers: dict[str, SharedConv], metric: Tensor, rows: dict[str, Tensor]) -> None:
     """Exchanges the basis for an equivalent one with uncorrelated responses of equal power, sorted by what they carry.
 
     Then equal steps are right for all coefficients, and those of late filters are small and cost few bits.
@@ -248,12 +245,9 @@ def _turn(basis: nn.Parameter, layers: dict[str, BasisConv], metric: Tensor, row
     values, vectors = torch.linalg.eigh(flat @ metric @ flat.T)
     values = values.clamp_min(1e-9 * float(values.max()) + 1e-30)
     root = vectors * values.sqrt()  # G = root root^T
-    mixed = {name: layer.coefficients.detach().cpu().double() @ root for name, layer in layers.items()}
-    carried = sum((c * rows[name].unsqueeze(1)).T @ c for name, c in mixed.items())
-    assert isinstance(carried, Tensor)
-    _, axes = torch.linalg.eigh(carried)
+    _, axes = torch.linalg.eigh(root.T @ _total(layer.bank_power(rows[name]) for name, layer in layers.items()) @ root)
     axes = axes.flip(1)
     turned = axes.T @ (vectors / values.sqrt()).T @ flat
     basis.copy_(turned.reshape(basis.shape).to(basis))
-    for name, layer in layers.items():
-        layer.coefficients.copy_((mixed[name] @ axes).to(layer.coefficients))
+    for layer in layers.values():
+        layer.mix_shared(root @ axes)

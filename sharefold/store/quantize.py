@@ -19,7 +19,7 @@ from sharefold.errors import SharefoldError
 from sharefold.format import config_of
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.graph.preserved import restored_on_error
-from sharefold.layers import SharedConv, to_dense
+from sharefold.layers import SharedConv, mean_output, to_dense
 from sharefold.outputs import Divergence
 from sharefold.plans import Progress
 from sharefold.repair.lockstep import Visited, Wanted, walk
@@ -368,6 +368,5 @@ def _match_mean(model: nn.Module, teacher: nn.Module, name: str, norm: str | Non
     """Gives the layer's output the mean that is wanted, through its bias or the running mean of its norm."""
     layer = model.get_submodule(name)
     weight = (layer.compose() if isinstance(layer, SharedConv) else cast(Tensor, layer.weight)).detach().flatten(1)
-    mean = inputs.mean.double()
-    ours = torch.einsum("gon,gn->go", weight.cpu().double().reshape(len(mean), -1, mean.shape[1]), mean)
-    give_mean(teacher, model, layer, norm, (inputs.mean_y - ours).flatten())
+    ours = mean_output(weight.cpu().double(), inputs.mean.double())
+    give_mean(teacher, model, layer, norm, inputs.mean_y.flatten() - ours)

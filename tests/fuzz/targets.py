@@ -22,6 +22,7 @@ from sharefold.sources import read_state_dict
 from sharefold.sources.pickle_sizes import TooLarge, check_pickle
 from sharefold.sources.unwrap import unwrap
 from sharefold.store.blob import decode_blob
+from sharefold.untrusted import is_int
 
 _PLACE = Path(tempfile.mkdtemp(prefix="sharefold-fuzz-"))
 _TEMPLATE = {"a.weight": torch.empty(3, 2, 1, 1), "a.bias": torch.empty(3), "count": torch.empty((), dtype=torch.int64)}
@@ -61,7 +62,7 @@ def state_dict(data: bytes) -> None:
     def built(value: object) -> object:
         if isinstance(value, dict):
             return {key: built(part) for key, part in value.items()}
-        if isinstance(value, list) and all(isinstance(n, int) and 0 <= n < 50 for n in value) and len(value) < 5:
+        if isinstance(value, list) and all(is_int(n) and 0 <= n < 50 for n in value) and len(value) < 5:
             return torch.empty(value)
         return value
 
