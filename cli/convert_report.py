@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from .convert_request import Request
 if TYPE_CHECKING:
     from sharefold.convert import Conversion
     from sharefold.plans import Plan
+    from sharefold.repair.step_record import StepRecord
 
 
 @dataclass
@@ -74,6 +75,21 @@ def print_plan(run: Run, plan: Plan) -> None:
     )  # fmt: skip
 
 
+def print_steps(run: Run, steps: Sequence[StepRecord]) -> None:
+    """What each step did as a table, and on which images that was measured."""
+    if not steps:
+        return
+    from sharefold.repair.step_record import measured_on
+
+    run.table(
+        ["step", "", "divergence before", "after", ""],
+        [[step.name, step.outcome, *step.numbers, step.reason] for step in steps],
+    )
+    told = measured_on(steps)
+    if told:
+        run.say(told)
+
+
 def _rank(options: Mapping[str, Any]) -> Any:
     """The group's rank; of shared and own filters both numbers."""
     return f"{options['rank']} + {options['own']}" if "own" in options else options.get("rank")
@@ -123,6 +139,7 @@ def report_conversion(
         run.table(["output", "kind", "", "converted to original (95%)", "images"], figures)
     else:
         run.say("nothing that the network returns can be compared")
+    print_steps(run, [*done.steps.values()])
     if done.plan.store:
         run.say(f"stored as {done.plan.store}: {weight_file_bytes(output) / 1e6:.3f} MB of weights in the file")
     run.say(f"{output} written ({timer.total()['total']:.1f} s); {agreement}")

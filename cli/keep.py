@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sharefold.outputs import Figure, Target
 
 LARGEST, TRIALS = 0.95, 6
-# Held-out images, as a multiple of what suffices where all of them agree: some may disagree.
+# Decide and report images, each as a multiple of what suffices where all of them agree: some may disagree.
 ROOM = 2
 
 
@@ -63,7 +63,7 @@ def smallest_keeping(
     Raises:
         SharefoldError: the network has no such figure, or even the largest conversion tried does not reach it.
     """
-    deciding = cal.comparison(cal.images[cal.parts.decide])
+    comparison = cal.comparison(cal.decide_images)
     found: list[tuple[nn.Module, Conversion]] = []
     low, high, share = 0.0, LARGEST, LARGEST
     for _ in range(TRIALS):
@@ -75,12 +75,12 @@ def smallest_keeping(
                 raise
             low = share
         else:
-            figures = deciding.measure(candidate)[1]
+            figures = comparison.measure(candidate)[1]
             if target.met(figures):
                 found.append((candidate, done))
                 high = done.plan.size
             elif not found:
-                raise _too_little(target, done, figures)
+                raise _too_little(target, done, figures, "decide")
             else:
                 low = share
         share = (low + high) / 2
@@ -90,14 +90,15 @@ def smallest_keeping(
             break
         kept = candidate, done
     if kept is None:
-        raise _too_little(target, found[0][1], found[0][1].outputs)
+        raise _too_little(target, found[0][1], found[0][1].outputs, "report")
     return kept
 
 
-def _too_little(target: Target, done: Conversion, figures: Sequence[Figure]) -> SharefoldError:
+def _too_little(target: Target, done: Conversion, figures: Sequence[Figure], part: str) -> SharefoldError:
+    """``part``: of the images, that the figures are of."""
     meant = target.of(figures)
     found = ", ".join(f"{figure.name} {figure.text()}" for figure in meant)
     return SharefoldError(
         f"--keep {target.text}: at {done.plan.size:.1%} of the parameters there is {target.metric} {found} on "
-        f"{meant[0].images} held-out images: ask for less, or give real or more images with --calib"
+        f"{meant[0].images} {part} images: ask for less, or give real or more images with --calib"
     )

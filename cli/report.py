@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,8 @@ def _shared_facts(path: Path, source: str | None) -> Facts:
         except SharefoldError:  # a method without a dense twin: the map is still that of the architecture
             dense, weights = build_base(opened.base), "none"
     title = f"{opened.name}, shared"
-    return facts_of(title, config.plan, config.metrics, dense, _example(opened.pretrained_cfg), weights=weights)
+    facts = facts_of(title, config.plan, config.metrics, dense, _example(opened.pretrained_cfg), weights=weights)
+    return replace(facts, steps=config.steps)
 
 
 def _plan_facts(run: Run, path: Path, source: str | None) -> Facts:

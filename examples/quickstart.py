@@ -21,7 +21,7 @@ plan = sharefold.plan(model, "50%", cal)
 print(plan)
 result = sharefold.convert_(model, plan, cal)  # in place
 if result.report_images:  # there were 200 images or more
-    print(f"top-1 agrees with the original on {result.agreement:.1%} of {result.report_images} held-out calibration images")
+    print(f"top-1 agrees with the original on {result.agreement:.1%} of {result.report_images} report images")
 
 sharefold.save(model, output, force=True)  # safetensors, JSON and a model card
 loaded = sharefold.load(output)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from typing import Any
 
 from sharefold.format import FileConfig
+from sharefold.repair.step_record import StepRecord, measured_on
 from sharefold.untrusted import is_int, printable
 
 
@@ -37,7 +38,8 @@ def model_card(config: FileConfig) -> str:
             f"| {_text(group.name)} | {_text(group.method)} | {len(group.members)} | "
             f"{group.params_before:,} -> {group.params_after:,} | {error} |"
         )
-    shown = replace(config, metrics={}).to_dict()
+    lines += _steps(config.steps)
+    shown = replace(config, metrics={}, steps=()).to_dict()
     lines += [
         "",
         "<details><summary>Exact configuration</summary>",
@@ -52,13 +54,26 @@ def model_card(config: FileConfig) -> str:
     return "\n".join(lines)
 
 
+def _steps(steps: Sequence[StepRecord]) -> list[str]:
+    """What each step of the conversion did; nothing where the file does not tell."""
+    if not steps:
+        return []
+    lines = ["", "| step | | divergence before | after | |", "|---|---|---|---|---|"]
+    for step in steps:
+        cells = (step.name, step.outcome, *step.numbers, step.reason)
+        lines.append(f"| {' | '.join(_text(cell) for cell in cells)} |")
+    told = measured_on(steps)
+    return [*lines, *(["", told] if told else [])]
+
+
 def _agreement(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The agreement with its interval and the number of images behind it, as one entry; nothing where it was not measured."""
     share, interval, count = (metrics.get(key) for key in ("agreement", "agreement_interval", "report_images"))
     numbers = [share, *interval] if isinstance(interval, (list, tuple)) and len(interval) == 2 else [None]
     if not all(isinstance(number, float) for number in numbers) or not is_int(count) or not count:
         return {}
-    told = f"{numbers[0]:.4f} ({numbers[1]:.4f} to {numbers[2]:.4f}, 95 % interval of {count} held-out calibration images)"
+    whose = f"95 % interval of {count} report images, on which nothing was fitted"
+    told = f"{numbers[0]:.4f} ({numbers[1]:.4f} to {numbers[2]:.4f}, {whose})"
     hidden = {"agreement": told, "report_images": None, "seen_before": None, "new_agreement": None}
     new, around = metrics.get("new_agreement"), metrics.get("new_agreement_interval")
     if metrics.get("seen_before") is True and isinstance(around, (list, tuple)) and len(around) == 2:

@@ -216,17 +216,18 @@ def _read(target: Path, tensors: bool = True) -> tuple[FileConfig, dict[str, Ten
     side = target / CONFIG_NAME
     if not target.is_dir() or not side.exists():
         return config, state
-    # The copy beside the weights is for people and the Hub. It may know more metrics; all else is said by the weights file,
-    # whose checksum covers it.
+    # The copy beside the weights is for people and the Hub. It may know more metrics, and of packed weights the steps; all else
+    # is said by the weights file, whose checksum covers it.
     copy = read_config_file(side)
     said = (c.to_dict().items() for c in (config, copy))
-    inside, beside = ({k: json.dumps(v, sort_keys=True) for k, v in items if k != "metrics"} for items in said)
+    more = {"metrics"} if config.steps else {"metrics", "steps"}
+    inside, beside = ({k: json.dumps(v, sort_keys=True) for k, v in items if k not in more} for items in said)
     wrong = sorted(k for k in inside.keys() | beside.keys() if inside.get(k) != beside.get(k))
     if wrong:
         raise SharefoldError(
             f"{side} says another {wrong[0]} than {WEIGHTS_NAME}: it is damaged or was edited: delete it, or save again"
         )
-    return replace(config, metrics={**config.metrics, **copy.metrics}), state
+    return replace(config, metrics={**config.metrics, **copy.metrics}, steps=config.steps or copy.steps), state
 
 
 def _check_sum(file: Path, config: FileConfig, metadata: dict[str, str], state: dict[str, Tensor]) -> None:

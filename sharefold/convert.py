@@ -19,7 +19,7 @@ from sharefold.budget import parse_effort
 from sharefold.calibration.calibrate import Calibration, calibration_of, copied
 from sharefold.calibration.images import input_config
 from sharefold.errors import SharefoldError, SharefoldWarning
-from sharefold.format import FileConfig, carry_config, check_dense
+from sharefold.format import FileConfig, carry_config, check_dense, config_of
 from sharefold.graph.preserved import restored_on_error
 from sharefold.layers import Bank, shared_layers
 from sharefold.methods import Solution, step_named
@@ -33,18 +33,19 @@ from sharefold.outputs.intervals import wilson
 from sharefold.outputs.leaf import LOGITS
 from sharefold.plans import GroupPlan, Plan, Progress
 from sharefold.repair.batchnorm_statistics import NormStatistics
-from sharefold.repair.classifier import Classifier
-from sharefold.repair.guard import Guard, StepRecord
+from sharefold.repair.guard import Guard
+from sharefold.repair.last_layers import LastLayers
 from sharefold.repair.means import absorb_means
-from sharefold.repair.refine import refine
+from sharefold.repair.refine import Refinement
 from sharefold.repair.refit import Refit
+from sharefold.repair.step_record import StepRecord
 from sharefold.repair.work import Repair, Work, repaired
 from sharefold.settings import with_plain_settings
 from sharefold.store import parse_store, quantize_
 from sharefold.store.tensor_spec import carry_spec
 
 # In the order in which they run.
-REPAIRS: tuple[Repair, ...] = (Refit(), NormStatistics(), Classifier())
+REPAIRS: tuple[Repair, ...] = (Refit(), NormStatistics(), LastLayers())
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Conversion:
         new_agreement: agreement on mild views of them, which stand for new images (:mod:`sharefold.calibration.new_images`);
             None where the network does not predict one class.
         new_agreement_interval: 95 % interval, counting images, not views.
-        steps: the repairs, by name, and whether they were kept.
+        steps: repairs, refinement and rounding, by name: whether they were kept, and the divergence around each.
         seconds: wall-clock seconds of each phase.
     """
 
@@ -166,7 +167,8 @@ def carry_out(
     _put_back(model, cal.original, plan)
     if plan.store:
         with _timed(seconds, "store"):
-            quantize_(model, plan.store, cal, cal.original, cal.seed, progress)
+            steps.append(_rounded(model, plan.store, cal, progress))
+    carry_config(model, replace(config_of(model), steps=tuple(steps)))
     return done, cal, steps
 
 
@@ -202,7 +204,9 @@ def _mended(
     progress: Progress | None,
 ) -> list[StepRecord]:  # fmt: skip
     """Repairs and refinement, as far as they are asked for and something can decide on them; a record each."""
-    repair, effort, reason = options.repair, parse_effort(options.refine), ""
+    effort, reason = parse_effort(options.refine), ""
+    repairs: tuple[Repair, ...] = REPAIRS if options.repair else ()
+    refinement = [] if effort is None else [Refinement(RefineOptions(effort.epochs, effort.seconds, seed=cal.seed))]
     if not plan.groups:
         reason = "nothing was shared, so that there is nothing to repair or refine"
     elif not cal.comparable:
@@ -210,18 +214,24 @@ def _mended(
     if reason:
         if effort is not None:
             warnings.warn(f"not refined: {reason}", SharefoldWarning, stacklevel=5)
-        names = [*(step.name for step in REPAIRS if repair), *(["refine"] if effort else [])]
-        return [StepRecord(name, False, reason) for name in names]
+        return [StepRecord(step.name, False, reason) for step in (*repairs, *refinement)]
     records: list[StepRecord] = []
     work = Work(cal, model, plan, Guard(cal.decided), base, progress)
-    if repair:
-        with _timed(seconds, "repair"):
-            records += repaired(work, REPAIRS)
-    if effort is not None:
-        with _timed(seconds, "refine"):
-            wanted = RefineOptions(effort.epochs, effort.seconds, seed=cal.seed)
-            records.append(refine(model, cal, wanted, work.guard, progress))
+    for phase, steps in (("repair", repairs), ("refine", refinement)):
+        if steps:
+            with _timed(seconds, phase):
+                records += repaired(work, steps)
     return records
+
+
+def _rounded(model: nn.Module, store: str, cal: Calibration, progress: Progress | None) -> StepRecord:
+    """Rounds to what the file will hold; nothing decides on that, and the record tells what it costs."""
+    def change() -> dict[str, Any]:
+        return quantize_(model, store, cal, cal.original, cal.seed, progress).details
+
+    if cal.comparable:
+        return Guard(cal.decided).watch(model, "store", change)
+    return StepRecord("store", True, details=change())
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from sharefold.checksum import ALGORITHM
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from sharefold.plans import Plan
+from sharefold.repair.step_record import StepRecord, steps_from
 from sharefold.untrusted import JSON_LIMIT, is_int, is_number, parse_json, read_text, shown
 from sharefold.version import __version__
 
@@ -61,6 +62,8 @@ class FileConfig:
         dtypes: of packed weights: types of floating tensors other than float32 by name, "" for all that are not named.
         checksum: how the file's metadata tells damage, "crc32"; "" for files of sharefold before it did.
         sharefold_version: what wrote the file.
+        steps: what the steps of the conversion did, without details; () for files of sharefold before it told, and for single
+            files of packed weights, which have no room for it.
     """
 
     plan: Plan
@@ -72,6 +75,7 @@ class FileConfig:
     dtypes: dict[str, str] = field(default_factory=dict)
     checksum: str = ""
     sharefold_version: str = __version__
+    steps: tuple[StepRecord, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values as the file holds them; what is empty is left out, but for ``base``, whose absence is a statement."""
@@ -79,9 +83,10 @@ class FileConfig:
         types = {"dtypes": self.dtypes} if self.dtypes else {}
         store = {} if self.store is None else {"store": {"format": self.store, **types}}
         check = {"checksum": self.checksum} if self.checksum else {}
+        steps = {"steps": [step.compact() for step in self.steps]} if self.steps else {}
         return {
             "format_version": FORMAT_VERSION, "sharefold_version": self.sharefold_version, "base": self.base,
-            "plan": self.plan.to_dict(), **known, "aliases": self.aliases, **store, **check,
+            "plan": self.plan.to_dict(), **known, **steps, "aliases": self.aliases, **store, **check,
         }  # fmt: skip
 
     def to_text(self) -> str:
@@ -94,13 +99,14 @@ class FileConfig:
         Always the same number of them: ``metrics`` come after the size of the file was settled and must not change it, so
         there is room for a few, and blanks are what they leave of it.
         """
-        least = len(_packed(replace(self, metrics={})))
+        bare = replace(self, metrics={}, steps=())
+        least = len(_packed(bare))
         kept: dict[str, Any] = {}
         for key in sorted(self.metrics, key=lambda key: (key not in PACKED_METRICS, key)):
             value = _short(self.metrics[key])
-            if value is not None and len(_packed(replace(self, metrics={**kept, key: value}))) <= least + _METRICS_ROOM:
+            if value is not None and len(_packed(replace(bare, metrics={**kept, key: value}))) <= least + _METRICS_ROOM:
                 kept[key] = value
-        return _packed(replace(self, metrics=kept)).ljust(least + _METRICS_ROOM)
+        return _packed(replace(bare, metrics=kept)).ljust(least + _METRICS_ROOM)
 
     def of(self, tensors: Mapping[str, Tensor], aliases: dict[str, str], store: int | None) -> FileConfig:
         """The configuration of a file that holds ``tensors``, packed when ``store`` is a format."""
@@ -156,7 +162,7 @@ class FileConfig:
         return cls(
             Plan.from_dict(data["plan"], where=f"the plan in {where}"), _base(data.get("base"), where),
             checked_pretrained_cfg(data.get("pretrained_cfg"), where), metrics, _aliases(data.get("aliases"), where),
-            *_store(data.get("store"), where), check, writer,
+            *_store(data.get("store"), where), check, writer, steps_from(data.get("steps"), where),
         )  # fmt: skip
 
 
@@ -200,7 +206,7 @@ def check_dense(model: nn.Module) -> None:
 
 def without_figures(config: FileConfig) -> FileConfig:
     """``config`` without what was measured of the network's answers, which training changes."""
-    return replace(config, metrics={key: value for key, value in config.metrics.items() if key not in FIGURES})
+    return replace(config, metrics={key: value for key, value in config.metrics.items() if key not in FIGURES}, steps=())
 
 
 def distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

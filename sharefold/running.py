@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,3 +58,21 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 def evenly(count: int, most: int) -> Tensor:
     """Indices of at most ``most`` of ``count`` things, evenly spaced from the first to the last."""
     return torch.linspace(0, count - 1, min(most, count)).long()
+
+
+def batch_within(elements: int, each: int, most: int, least: int = 1) -> int:
+    """Images a batch: as many as have ``elements`` numbers in all at ``each`` an image, between ``least`` and ``most``."""
+    return max(least, min(most, elements // max(1, each)))
+
+
+def runs_within(limit: int, needs: Sequence[int]) -> list[list[int]]:
+    """Indices of ``needs``, in order, cut into runs of at most ``limit`` together; what needs more alone is a run of its own."""
+    runs: list[list[int]] = []
+    size = 0
+    for index, need in enumerate(needs):
+        if not runs or size + need > limit:
+            runs.append([])
+            size = 0
+        runs[-1].append(index)
+        size += need
+    return runs

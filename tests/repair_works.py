@@ -12,7 +12,8 @@ from sharefold.calibration.calibrate import Calibration, calibrate
 from sharefold.calibration.parts import parts_of
 from sharefold.graph import NetworkGraph
 from sharefold.plans import GroupPlan, Plan
-from sharefold.repair.guard import Guard, StepRecord
+from sharefold.repair.guard import Guard
+from sharefold.repair.step_record import StepRecord
 from sharefold.repair.work import Repair, Work, repaired
 
 
@@ -24,7 +25,7 @@ def calibration_on(original: nn.Module, fitting: Tensor, held_out: Tensor, graph
     for part in (parts.decide, parts.report):
         images[part] = held_out[torch.arange(len(part)) % len(held_out)]
     cal = calibrate(original, images, graph=graph)
-    assert torch.equal(cal.fitting, fitting)
+    assert torch.equal(cal.fit_images, fitting)
     return cal
 
 

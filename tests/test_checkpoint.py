@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,10 @@ from torch import nn
 import sharefold
 from sharefold import checkpoint
 from sharefold.errors import SharefoldError, SharefoldWarning
+from sharefold.format import carry_config, config_of, without_figures
 from sharefold.measure import model_bytes
+from sharefold.repair.step_record import StepRecord
+from sharefold.store import quantize_
 
 NAME = "digits_resnet"
 METHODS = ("basis", "hybrid", "svd", "spatial", "tucker", "average", "tied", "cluster-layer", "cluster-filter", "cluster-kernel")
@@ -130,6 +134,40 @@ def test_metrics_and_saving_again(model: nn.Module, tmp_path: Path) -> None:
     assert torch.equal(run(sharefold.load(second)), run(model))
 
 
+STEPS = (StepRecord("refit", True, "", 0.5, 0.25, images=20), StepRecord("norms", False, "it | has `none`"))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_steps_are_kept_beside_the_weights_and_shown_in_the_card(packed: bool, tmp_path: Path) -> None:
+    model = registered()
+    if packed:
+        quantize_(model, "fp16")
+    carry_config(model, replace(config_of(model), steps=()))
+    bare = sharefold.save(model, tmp_path / "bare")  # as files of before, which do not tell
+    carry_config(model, replace(config_of(model), steps=STEPS))
+    path, single = sharefold.save(model, tmp_path / "net"), sharefold.save(model, tmp_path / "net.safetensors")
+    assert config_of(sharefold.load(bare)).steps == () and "| step |" not in (bare / "README.md").read_text()
+    assert config_of(sharefold.load(path)).steps == STEPS
+    assert config_of(sharefold.load(single)).steps == (() if packed else STEPS)
+    card = (path / "README.md").read_text()
+    assert "| refit | kept | 0.5 | 0.25 |  |\n| norms | not run |  |  | it \\| has 'none' |" in card
+    assert "on 20 decide images, blends of them included" in card
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (bare, path)]
+    assert sizes[0] == sizes[1] or not packed
+    edit_side = json.loads((path / "sharefold_config.json").read_text())
+    edit_side["steps"][0]["kl_after"] = 0.001
+    (path / "sharefold_config.json").write_text(json.dumps(edit_side))
+    if packed:  # the weights file says nothing about them
+        assert config_of(sharefold.load(path)).steps[0].kl_after == 0.001
+    else:
+        with pytest.raises(SharefoldError, match="says another steps than"):
+            sharefold.load(path)
+
+
+def test_training_takes_back_what_steps_told() -> None:
+    assert without_figures(replace(config_of(registered()), steps=STEPS)).steps == ()
+
+
 def test_trained_weights_are_what_is_saved(tmp_path: Path) -> None:
     model = registered()
     sharefold.save(model, tmp_path / "net.safetensors")
@@ -173,6 +211,7 @@ def test_unknown_keys_warn(saved: Path, model: nn.Module) -> None:
         (lambda c: c["base"].update(kwargs={"checkpoint_path": "/etc/passwd"}), "not allowed here"),
         (lambda c: c["base"].update(kwargs={"num_classes": 3}), "does not fit its own plan"),
         (lambda c: c.update(aliases={"linear.bias": "nowhere"}), "tensor 'nowhere' is missing"),
+        (lambda c: c.update(steps=[{"name": "refit", "kept": "yes"}]), "kept of step refit in its configuration must be true or"),
     ],
 )
 def test_configurations_that_do_not_hold_are_refused_in_one_line(

@@ -141,8 +141,8 @@ def test_dense_copy_is_untouched_and_original_is_returned() -> None:
     done = sharefold.convert_(model, plan, calibration=cal)
     assert all(torch.equal(done.original.state_dict()[key], value) for key, value in state.items())
     assert not shared_layers(done.original) and shared_layers(model)
-    found = agreement(done.original, model, cal.reporting)
-    assert done.report_images == len(cal.reporting) == 50
+    found = agreement(done.original, model, cal.report_images)
+    assert done.report_images == len(cal.report_images) == 50
     assert (found.top1, found.kl) == (pytest.approx(done.agreement), pytest.approx(done.kl, rel=1e-4, abs=1e-7))
 
 
@@ -160,18 +160,18 @@ def test_repair_does_not_raise_the_divergence() -> None:
     plain, repaired = copy.deepcopy(model), copy.deepcopy(model)
     without = sharefold.convert_(plain, plan, calibration=CALIBRATION, repair=False)
     done = sharefold.convert_(repaired, plan, calibration=CALIBRATION)
-    deciding = calibrate(model, CALIBRATION).deciding
-    before, after = (agreement(done.original, network, deciding).kl for network in (plain, repaired))
-    assert after <= before and without.steps == {} and set(done.steps) == {"refit", "norms", "head"}
+    blends = calibrate(model, CALIBRATION).decide_blends
+    before, after = (agreement(done.original, network, blends).kl for network in (plain, repaired))
+    assert after <= before and without.steps == {} and set(done.steps) == {"refit", "norms", "last_layers"}
     assert done.steps["refit"]["kl_before"] == pytest.approx(before, rel=1e-4, abs=1e-8)
 
 
-def test_blends_stand_beside_the_held_out_images() -> None:
+def test_blends_stand_beside_the_decide_images() -> None:
     model, given = net(), torch.randn(60, 3, 12, 12)
-    held_out = given[parts_of(60).decide]
-    deciding = calibrate(model, given).deciding
-    assert torch.equal(deciding[:9], held_out) and torch.equal(deciding, calibrate(model, given).deciding)
-    apart = (deciding[9:, None] - held_out[None]).flatten(2).norm(dim=2)
+    plain = given[parts_of(60).decide]
+    blends = calibrate(model, given).decide_blends
+    assert torch.equal(blends[:9], plain) and torch.equal(blends, calibrate(model, given).decide_blends)
+    apart = (blends[9:, None] - plain[None]).flatten(2).norm(dim=2)
     assert bool((apart.argmin(1) == torch.arange(9)).all())  # at most half of the weight is another image's
     assert int((apart.amin(1) > 1e-3).sum()) >= 5
 
@@ -261,13 +261,13 @@ def test_every_step_goes_on_from_what_the_one_before_it_left() -> None:
     model = net(blocks=4)
     plan = sharefold.plan(model, budget="35%", calibration=CALIBRATION)
     done = sharefold.convert_(model, plan, calibration=CALIBRATION, refine=1)
-    steps = [done.steps[name] for name in ("refit", "norms", "head", "refine")]
+    steps = [done.steps[name] for name in ("refit", "norms", "last_layers", "refine")]
     measured = [step for step in steps if "kl_before" in step]  # a classifier that is shared is part of the refit
     assert len(measured) >= 3
     for step, following in itertools.pairwise(measured):
         assert following["kl_before"] == step["kl_after" if step["kept"] else "kl_before"]
-    deciding = calibrate(done.original, CALIBRATION).deciding
-    assert agreement(done.original, model, deciding).kl == pytest.approx(steps[-1]["kl_after"], rel=1e-3, abs=1e-7)
+    blends = calibrate(done.original, CALIBRATION).decide_blends
+    assert agreement(done.original, model, blends).kl == pytest.approx(steps[-1]["kl_after"], rel=1e-3, abs=1e-7)
 
 
 def test_every_modules_own_mode_comes_back() -> None:
@@ -288,7 +288,7 @@ def test_a_network_that_shares_nothing_is_neither_repaired_nor_refined() -> None
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.warns(sharefold.SharefoldWarning, match="not refined: nothing was shared"):
         done = sharefold.convert_(model, Plan([], 0, 0), calibration=images(200), refine=5)
-    assert done.steps.keys() == {"refit", "norms", "head", "refine"}
+    assert done.steps.keys() == {"refit", "norms", "last_layers", "refine"}
     assert all(not step["kept"] and "nothing was shared" in step["reason"] for step in done.steps.values())
     assert done.agreement == 1.0 and done.kl == pytest.approx(0.0, abs=1e-6)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

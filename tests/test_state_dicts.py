@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from networks import images, net
 from torch import nn
 
 import sharefold
-from sharefold.state_dicts import load_tensors
+from sharefold.state_dicts import load_tensors, trial
 
 
 class Versioned(nn.Module):
@@ -52,3 +53,27 @@ def test_a_network_with_versions_is_refined_saved_and_loaded(tmp_path: Path) -> 
     path = sharefold.save(model, tmp_path / "net.safetensors")
     loaded = sharefold.load(path, model=Versioned())
     assert torch.equal(loaded(images()), model.eval()(images()))
+
+
+def test_a_trial_leaves_what_was_kept_last() -> None:
+    model = nn.Linear(1, 1, bias=False)
+
+    def run(*states: float, kept: int | None, error: bool = False, drop: bool = False) -> float:
+        with torch.no_grad():
+            model.weight.fill_(1.0)
+        with contextlib.suppress(KeyError), trial(model) as tried:
+            for index, state in enumerate(states):
+                with torch.no_grad():
+                    model.weight.fill_(state)
+                if index == kept:
+                    tried.keep(going_on=index + 1 < len(states))
+            if drop:
+                tried.drop()
+            assert tried.kept == (kept is not None and not drop)
+            if error:
+                raise KeyError
+        return float(model.weight.detach())
+
+    assert run(2.0, 3.0, kept=None) == 1.0 and run(2.0, 3.0, kept=1) == 3.0
+    assert run(2.0, 3.0, kept=0) == 2.0 == run(2.0, 3.0, kept=0, error=True)
+    assert run(2.0, kept=None, error=True) == 1.0 == run(2.0, 3.0, kept=0, drop=True)

@@ -80,36 +80,41 @@ class Calibration:
 
     @cached_property
     def decided(self) -> Comparison:
-        """The comparison on the images that decide."""
-        return self.comparison(self.deciding)
+        """The comparison on :attr:`decide_blends`."""
+        return self.comparison(self.decide_blends)
 
     @cached_property
     def reported(self) -> Comparison:
-        """The comparison on the images that a finished network is reported on."""
-        return self.comparison(self.reporting)
+        """The comparison on :attr:`report_images`."""
+        return self.comparison(self.report_images)
 
     @cached_property
     def stand_ins(self) -> Comparison:
         """The comparison on mild views of the images of the report, which stand for new images."""
-        return self.comparison(stand_ins(self.reporting, self.seed))
+        return self.comparison(stand_ins(self.report_images, self.seed))
 
     @cached_property
     def seen_before(self) -> bool:
         """Whether the network was trained on these images, as far as its certainty of classes tells."""
-        return seen_before(self.original, self.reporting, self.stand_ins.images, self.reading)
+        return seen_before(self.original, self.report_images, self.stand_ins.images, self.reading)
+
+    @property
+    def decide_images(self) -> Tensor:
+        """Images (m, C, H, W) of the part ``decide``."""
+        return self.images[self.parts.decide]
 
     @cached_property
-    def deciding(self) -> Tensor:
-        """Images (2m, C, H, W) that decide on repairs: the part ``decide``, and each of it with another one blended in.
+    def decide_blends(self) -> Tensor:
+        """Images (2m, C, H, W) that decide on repairs: :attr:`decide_images`, and each of them with another one blended in.
 
         A network knows its training images nearly by heart, so that on a few of them a divergence is a matter of chance. Of
         blends it is not certain, and they tell its conversions apart as new images do.
         """
-        held_out = self.images[self.parts.decide]
-        return torch.cat([held_out, blended(held_out, torch.Generator().manual_seed(self.seed))])
+        plain = self.decide_images
+        return torch.cat([plain, blended(plain, torch.Generator().manual_seed(self.seed))])
 
     @property
-    def fitting(self) -> Tensor:
+    def fit_images(self) -> Tensor:
         """Images (m, C, H, W) of the part ``fit``."""
         return self.images[self.parts.fit]
 
@@ -126,7 +131,7 @@ class Calibration:
         return Parts(index[:fit], index[fit:], index[:0])
 
     @property
-    def reporting(self) -> Tensor:
+    def report_images(self) -> Tensor:
         """Images (m, C, H, W) of the part ``report``, perhaps none: for the figures of the finished network alone."""
         return self.images[self.parts.report]
 

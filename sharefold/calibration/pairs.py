@@ -11,6 +11,11 @@ from sharefold.solvers.data_norm import Window, sample_patches
 from sharefold.solvers.moments import Moments, PairSums
 
 
+def by_group(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs (P, G, N) and outputs (P, O) of a layer as :class:`Moments` takes them: (G, N, P) and (G, O/G, P)."""
+    return x.permute(1, 2, 0), y.reshape(len(y), x.shape[1], -1).permute(1, 2, 0)
+
+
 class Gatherer:
     """Adds up :class:`PairSums` batch by batch at sampled positions, the same ones for inputs and outputs.
 
@@ -38,7 +43,7 @@ class Gatherer:
         window = None if self.form.kind == "linear" else Window(1)
         y = sample_patches(outputs, window, self.positions, generator).float()
         self._seed += 1
-        self._sums.add(x.permute(1, 2, 0), y.reshape(len(y), self.form.groups, -1).permute(1, 2, 0))
+        self._sums.add(*by_group(x, y))
 
     def result(self, centered: bool) -> PairSums | None:
         """None when nothing was added, or something that is not finite."""

@@ -43,13 +43,13 @@ def parts_of(count: int, seed: int = 0, held_out: int | None = None) -> Parts:
     index = torch.arange(count)
     if count < FEWEST_APART:
         return Parts(index, index, index[:0])
-    deciding = max(1, round(SHARE * count))
-    reported = min(max(deciding, FEWEST_REPORTED), MOST_REPORTED) if count >= FEWEST_IMAGES else 0
+    decided = max(1, round(SHARE * count))
+    reported = min(max(decided, FEWEST_REPORTED), MOST_REPORTED) if count >= FEWEST_IMAGES else 0
     if held_out is not None and reported:
         wanted = min(held_out, int(LARGEST_SHARE * count))
-        deciding, reported = max(deciding, wanted), max(reported, wanted)
+        decided, reported = max(decided, wanted), max(reported, wanted)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    report, decide, fit = (part.sort().values for part in order.split([reported, deciding, count - reported - deciding]))
+    report, decide, fit = (part.sort().values for part in order.split([reported, decided, count - reported - decided]))
     return Parts(fit, decide, report)
 
 

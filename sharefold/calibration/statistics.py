@@ -15,7 +15,7 @@ from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.layers import ConvForm, form_of, target_weight
 from sharefold.outputs import Divergence, divergence_of
-from sharefold.running import device_of, evaluating, evenly, has_doubles
+from sharefold.running import batch_within, device_of, evaluating, evenly, has_doubles, runs_within
 from sharefold.solvers.data_norm import Window, sample_patches
 from sharefold.solvers.moments import Moments
 
@@ -109,16 +109,7 @@ class Statistics:
 
     def batches(self, groups: Sequence[Sequence[str]]) -> list[list[int]]:
         """Indices of ``groups``, in order, cut into runs whose members' moments fit the cache together."""
-        runs: list[list[int]] = []
-        size = 0
-        for index, members in enumerate(groups):
-            need = self.bytes_of(members)
-            if not runs or size + need > self.cache_bytes:
-                runs.append([])
-                size = 0
-            runs[-1].append(index)
-            size += need
-        return runs
+        return runs_within(self.cache_bytes, [self.bytes_of(members) for members in groups])
 
     @torch.no_grad()
     def _collect(self, names: list[str]) -> None:
@@ -217,7 +208,7 @@ def statistics_of(
 
 def batch_for(images: Tensor) -> int:
     """Images a forward pass: a hundred small ones."""
-    return max(1, min(100, 100 * 3 * 64 * 64 // max(1, images[0].numel())))
+    return batch_within(100 * 3 * 64 * 64, images[0].numel(), 100)
 
 
 def is_wide(form: ConvForm) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sharefold.state_dicts import saved_tensors
+from sharefold.state_dicts import trial
 
 STEPS = 200
 BATCH = 256
@@ -36,7 +36,16 @@ def descend(
         goal = target(samples)
         spread = goal.var().clamp_min(1e-12)
         start = float((module(samples) - goal).square().mean() / spread)
-    saved = saved_tensors(module)
+    with trial(module) as tried:
+        _descend(module, goal, samples, spread, steps, rate)
+        with torch.no_grad():
+            end = float((module(samples) - goal).square().mean() / spread)
+        if end < start:
+            tried.keep()
+    return start, end if tried.kept else start
+
+
+def _descend(module: nn.Module, goal: Tensor, samples: Tensor, spread: Tensor, steps: int, rate: float) -> None:
     parameters = [p.requires_grad_(True) for p in module.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -49,9 +58,3 @@ def descend(
             loss.backward()
             optimizer.step()
             schedule.step()
-    with torch.no_grad():
-        end = float((module(samples) - goal).square().mean() / spread)
-    if not end < start:
-        module.load_state_dict(saved)
-        end = start
-    return start, end

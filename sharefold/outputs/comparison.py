@@ -17,7 +17,7 @@ from sharefold.outputs.divergence import Divergence
 from sharefold.outputs.figures import Figure, Figures, figure_of_criterion
 from sharefold.outputs.found_again import figure_of_detections
 from sharefold.outputs.reading import OutputReading, read_outputs
-from sharefold.running import evaluating, run_on
+from sharefold.running import batch_within, evaluating, run_on
 
 # (what the original returns, what another network returns) for one batch -> (n,), 0 where both say the same.
 Criterion = Callable[[Any, Any], Tensor]
@@ -75,7 +75,7 @@ class Comparison:
         self.reading = read_outputs(original, images, graph) if reading is None else reading
         if not self.reading.comparable and criterion is None:
             raise SharefoldError("outputs: this network returns nothing by which two of them can be compared: give a criterion")
-        size = max(1, min(batch_size, BATCH_ELEMENTS // max(1, images[0].numel())))
+        size = batch_within(BATCH_ELEMENTS, images[0].numel(), batch_size)
         self.batches = list(images.split(size))
         self.cache_bytes = cache_bytes
         self._kept: dict[int, tuple[Any, list[Tensor]]] = {}

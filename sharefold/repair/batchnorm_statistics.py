@@ -37,7 +37,7 @@ class NormStatistics:
                     norm.reset_running_stats()
                     norm.momentum = None  # a cumulative average over all batches
                     norm.train()
-                for batch in work.cal.fitting.split(BATCH):
+                for batch in work.cal.fit_images.split(BATCH):
                     if len(batch) > 1:
                         run_on(work.model, batch)
         finally:

@@ -3,52 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from sharefold.outputs import Comparison
 from sharefold.repair.partial import Partial, best_start
-from sharefold.state_dicts import load_tensors, saved_tensors
-
-
-@dataclass(frozen=True)
-class StepRecord(Mapping[str, Any]):
-    """What one step did; as a mapping, what the JSON of ``convert`` holds of it.
-
-    Attributes:
-        name: of the step.
-        kept: whether the network holds its result.
-        reason: why it did not run; "" where it did.
-        kl_before, kl_after: divergence from the original on the images that decide (of a classifier KL(original || converted),
-            nats); None where it was not measured.
-        seconds: wall-clock.
-        details: what else the step has to say, JSON values.
-    """
-
-    name: str
-    kept: bool
-    reason: str = ""
-    kl_before: float | None = None
-    kl_after: float | None = None
-    seconds: float = 0.0
-    details: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values; what was not measured is left out."""
-        measured = {"reason": self.reason or None, "kl_before": self.kl_before, "kl_after": self.kl_after}
-        return {"kept": self.kept, **{key: value for key, value in measured.items() if value is not None}, **self.details}
-
-    def __getitem__(self, key: str) -> Any:
-        return self.to_dict()[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.to_dict())
-
-    def __len__(self) -> int:
-        return len(self.to_dict())
+from sharefold.repair.step_record import StepRecord
+from sharefold.state_dicts import trial
 
 
 class Guard:
@@ -81,30 +44,48 @@ class Guard:
         """Takes note of the divergence that a step which guards itself has left."""
         self._now = divergence
 
-    def attempt(self, model: nn.Module, name: str, change: Callable[[], Mapping[str, Any] | Partial | None]) -> StepRecord:
+    @property
+    def images(self) -> int:
+        """How many images the divergences are taken on."""
+        return len(self.comparison.images)
+
+    def attempt(
+        self, model: nn.Module, name: str, change: Callable[[], Mapping[str, Any] | Partial | StepRecord | None]
+    ) -> StepRecord:
         """Runs ``change``, which writes into ``model`` and returns details (None: it could not), and keeps or undoes it.
 
-        What changes layer by layer returns a :class:`Partial`: where all of it does harm, its first layers may still help.
+        What changes layer by layer returns a :class:`Partial`: where all of it does harm, its first layers may still help. What
+        has judged itself by this guard returns its record, and its network stays.
         """
         start = time.perf_counter()
         before = self.current(model)
-        saved = saved_tensors(model)
-        kept = False
-        try:
+        with trial(model) as tried:
             done = change()
+            if isinstance(done, StepRecord):
+                tried.keep()
+                return done
             if done is None:
-                return StepRecord(name, False, "it has no finite solution", before, None, time.perf_counter() - start)
+                reason = "it has no finite solution"
+                return StepRecord(name, False, reason, before, None, time.perf_counter() - start, images=self.images)
             after = self.divergence(model)
             kept = self.better(after, before)
+            details: Mapping[str, Any]
             if isinstance(done, Partial):
                 details, kept, after = self._first_layers(model, done, before, after)
             else:
                 details = done
-        finally:
-            if not kept:
-                load_tensors(model, saved)
+            if kept:
+                tried.keep()
         self._now = after if kept else before
-        return StepRecord(name, kept, "", before, after, time.perf_counter() - start, details)
+        return StepRecord(name, kept, "", before, after, time.perf_counter() - start, details, self.images)
+
+    def watch(self, model: nn.Module, name: str, change: Callable[[], Mapping[str, Any]]) -> StepRecord:
+        """As :meth:`attempt` for what was asked for and stays whatever it does: the record tells what it has cost."""
+        start = time.perf_counter()
+        before = self.current(model)
+        details = change()
+        self._now = self.divergence(model)
+        return StepRecord(name, True, "", before, self._now, time.perf_counter() - start, details, self.images)
 
     def _first_layers(
         self, model: nn.Module, done: Partial, before: float, after: float

@@ -20,7 +20,7 @@ from sharefold.layers import ConvForm, resolve
 from sharefold.repair.boundary import Shelf, Values, elements, shelf_for
 from sharefold.repair.rectifier import Rectifier, rectifier_behind
 from sharefold.repair.samples import Collector, Samples
-from sharefold.running import device_of, evaluating, run_on
+from sharefold.running import batch_within, device_of, evaluating, run_on
 
 # Bytes that values between two layers may take.
 MEMORY_BYTES = 4 << 30
@@ -109,7 +109,7 @@ class _Walk:
             sum(sizes[n] for n in self.nodes[:index] if self.last[n] >= index) for index in range(len(self.nodes) + 1)
         ]
         self.first_different = self._first_different()
-        self.batches = images.split(max(1, min(100, BATCH_ELEMENTS // largest)))
+        self.batches = images.split(batch_within(BATCH_ELEMENTS, largest, 100))
         self.count = len(images)
 
     def run(self, wanted: dict[str, Wanted], visit: Visit) -> None:

@@ -22,6 +22,7 @@ from sharefold.plans import GroupPlan
 from sharefold.repair.lockstep import Visited
 from sharefold.repair.samples import Samples
 from sharefold.solvers.least_squares import FACTORS_PULL, PulledLeastSquares
+from sharefold.solvers.moments import Moments
 
 
 def has_own_factors(layer: nn.Module, plan: GroupPlan) -> bool:
@@ -50,10 +51,14 @@ def own_factors(at: Visited, fit: Samples, plan: GroupPlan, ridge: float = FACTO
     x, y = fit.x[:, 0], fit.y
     if at.owner is not None:
         x, y = x - x.mean(0), y - y.mean(0)
-    gram, cross = ((left.T @ x).double() / len(x) for left in (x, y))
-    system = PulledLeastSquares(gram, ridge)
+    moments = Moments()
+    moments.add(x.T[None], y.T[None])
+    sums = moments.pairs(centered=False)
+    if sums is None:
+        return
+    system = PulledLeastSquares(sums.gram[0], ridge)
     problem = group_problem(at.original, [at.name], [at.norm], [system.normal[None]])
-    best = system.robust(cross, problem.weights[0].to(system.normal))
+    best = system.robust(sums.cross[0], problem.weights[0].to(system.normal))
     problem, method = replace(problem, weights=best[None].to(problem.weights)), METHODS[plan.method]
     if isinstance(method, Hybrid):
         tensors = method.solve_own(problem, cast(BasisConv, layer))

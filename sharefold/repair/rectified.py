@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sharefold.repair.coefficients import Linear
 from sharefold.solvers.least_squares import PulledLeastSquares
+from sharefold.solvers.moments import Moments
 
 # More of them fit the calibration images' own ReLU pattern, and hardly lower the error.
 ROUNDS = 4
@@ -50,7 +51,9 @@ def rectified(responses: Tensor, front: Front, start: Linear, ridge: float) -> L
     scale = torch.where(usable, front.scale, torch.ones_like(front.scale))
     mean = responses.mean(2, keepdim=True)
     centred = responses - mean
-    system = PulledLeastSquares((centred @ centred.transpose(1, 2)).double() / centred.shape[2], ridge)
+    moments = Moments()
+    moments.add(centred)
+    system = PulledLeastSquares(moments.covariance(), ridge)
     factor = system.factored()
     if factor is None:  # responses that are not finite
         return None
@@ -60,6 +63,7 @@ def rectified(responses: Tensor, front: Front, start: Linear, ridge: float) -> L
         found = scale * (weight @ responses + constant) + front.offset
         aim = (torch.where(front.target > 0, front.target, found.clamp_max(0)) - front.offset) / scale
         mean_y = aim.mean(2, keepdim=True)
+        # Only this changes from round to round: the accumulator would sum the responses' moment each time.
         cross = ((aim - mean_y) @ centred.transpose(1, 2)).double() / centred.shape[2]
         solved = torch.cholesky_solve(system.right(cross, first.double()), factor).transpose(1, 2).to(first)
         weight = torch.where(usable, solved, first)

@@ -5,8 +5,8 @@ https://arxiv.org/abs/1412.6550), on random views of the images. It has no diver
 nearly certain of the images that it was trained on, and a student that learns to be as certain of those follows it less
 well on new ones. BatchNorm statistics stay as they are: a few mixed images would only
 blur those of the training data. What remains is the state at the end of the schedule: states on the way, where steps are
-large still, do well on a few hundred held-out images by chance. Held-out images only say whether it is better than the
-state that it was given.
+large still, do well on a few hundred decide images by chance. Decide images only say whether it is better than the state
+that it was given.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ from sharefold.layers.norm_fusion import norms_fused
 from sharefold.options import RefineOptions, chosen
 from sharefold.outputs.divergence import centred as centred
 from sharefold.plans import Progress
-from sharefold.repair.guard import Guard, StepRecord
-from sharefold.repair.lockstep import largest_map
-from sharefold.running import evaluating, run_on
-from sharefold.state_dicts import load_tensors, saved_tensors
+from sharefold.repair.guard import Guard
+from sharefold.repair.lockstep import BATCH_ELEMENTS, largest_map
+from sharefold.repair.step_record import StepRecord
+from sharefold.repair.work import Work
+from sharefold.running import batch_within, evaluating, run_on
+from sharefold.state_dicts import Trial, trial
 
 # Wall-clock budget when neither epochs nor seconds are given: inside of four minutes with start and end included.
 DEFAULT_SECONDS = 210.0
@@ -43,8 +45,6 @@ SMALLEST_SCALE = 1e-2
 WARMUP = 0.1
 CHECKS = 5
 BATCH, SMALLEST_BATCH = 64, 8
-# Elements of the largest feature map of a batch; bounds memory on large images.
-BATCH_ELEMENTS = 1 << 24
 
 
 def refine(
@@ -58,7 +58,7 @@ def refine(
             were.
         cal: its network is the teacher; the images of its part ``fit`` are learned from, those that decide are never.
         options: see :class:`sharefold.options.RefineOptions`; its fields may be given by keyword.
-        guard: what decides; by default on the calibration's deciding images.
+        guard: what decides; by default on the calibration's ``decide_blends``.
         progress: called with ("refining", parts done, parts) as time or epochs pass.
 
     Returns:
@@ -72,26 +72,41 @@ def refine(
     _check(wanted)
     if wanted.epochs is None and wanted.seconds is None:
         wanted = replace(wanted, seconds=DEFAULT_SECONDS)
-    original, images = cal.original, cal.fitting
+    original, images = cal.original, cal.fit_images
     clock = _Clock(len(images), MOST_EPOCHS if wanted.epochs is None else wanted.epochs, wanted.seconds)
     guard = Guard(cal.decided) if guard is None else guard
-    checks = _Checks(guard, model)
     norms = {name: record.norm for name, record in cal.graph.layers.items()}
     if wanted.blocks is None:
         wanted = replace(wanted, blocks=tuple(cal.graph.blocks))
-    with _training(original, model) as parameters, norms_fused(original, norms), norms_fused(model, norms):
-        try:
-            with closing(_train(cal, model, parameters, clock, wanted)) as loop:
-                for share in loop:
-                    if progress:
-                        progress("refining", round(share * 100), 100)
-                    if not checks.passes(share):
-                        break
-        finally:
-            load_tensors(model, checks.saved)
+    before = guard.current(model)
+    with (
+        _training(original, model) as parameters, norms_fused(original, norms), norms_fused(model, norms),
+        trial(model) as tried, closing(_train(cal, model, parameters, clock, wanted)) as loop,
+    ):  # fmt: skip
+        checks = _Checks(guard, model, before, tried)
+        for share in loop:
+            if progress:
+                progress("refining", round(share * 100), 100)
+            if not checks.passes(share):
+                break
     guard.settle(checks.best)
     details = {"epochs": clock.epochs(), "seconds": clock.elapsed(), "history": checks.history}
-    return StepRecord("refine", checks.kept, "", checks.before, checks.best, clock.elapsed(), details)
+    return StepRecord("refine", tried.kept, "", before, checks.best, clock.elapsed(), details, guard.images)
+
+
+class Refinement:
+    """:func:`refine` as a step of a conversion; it judges itself, by states on the way where it is cut short."""
+
+    name = "refine"
+
+    def __init__(self, options: RefineOptions) -> None:
+        self.options = options
+
+    def refusal(self, work: Work) -> str:
+        return ""
+
+    def run(self, work: Work) -> StepRecord:
+        return refine(work.model, work.cal, self.options, work.guard, work.progress)
 
 
 def _check(options: RefineOptions) -> None:
@@ -126,10 +141,9 @@ class _Checks:
     Of a run that is cut short, or whose outputs are no longer finite, the best state that was checked remains.
     """
 
-    def __init__(self, guard: Guard, model: nn.Module) -> None:
-        self.guard, self.model = guard, model
-        self.before = self.best = guard.current(model)
-        self.saved = self.start = saved_tensors(model)
+    def __init__(self, guard: Guard, model: nn.Module, before: float, tried: Trial) -> None:
+        self.guard, self.model, self.tried = guard, model, tried
+        self.before = self.best = before
         self.history: list[float] = []
         self._next = 1 / CHECKS
 
@@ -141,27 +155,24 @@ class _Checks:
         found = self.guard.divergence(self.model)
         self.history.append(found)
         if share >= 1 and math.isfinite(found):
-            self.best, self.saved = self.before, self.start
+            self.best = self.before
+            self.tried.drop()
         if self.guard.better(found, self.best):
-            self.best, self.saved = found, saved_tensors(self.model)
+            self.best = found
+            self.tried.keep(going_on=True)
         return math.isfinite(found)
-
-    @property
-    def kept(self) -> bool:
-        """Whether another state than the one before training remains."""
-        return self.saved is not self.start
 
 
 def _train(
     cal: Calibration, model: nn.Module, parameters: list[nn.Parameter], clock: _Clock, options: RefineOptions
 ) -> Generator[float, None, None]:
     """Trains, and yields the share of the budget used after every step; the last one is 1."""
-    original, images = cal.original, cal.fitting
+    original, images = cal.original, cal.fit_images
     generator = torch.Generator().manual_seed(options.seed)
     batch_size, blocks, step = options.batch_size, options.blocks or (), options.step
     if batch_size is None:
         largest = largest_map(original, images[:1].to(parameters[0].device))
-        batch_size = min(BATCH, max(SMALLEST_BATCH, BATCH_ELEMENTS // largest))
+        batch_size = batch_within(BATCH_ELEMENTS, largest, BATCH, SMALLEST_BATCH)
     first = images[: max(2, batch_size)].to(parameters[0].device)
     names, spreads = _comparable(original, model, first, blocks)
     wishes = _Wishes(cal, first)

@@ -31,6 +31,8 @@ from sharefold.repair.partial import Journal, Partial
 from sharefold.repair.rectified import Front, best_step_behind, rectified
 from sharefold.repair.samples import Samples
 from sharefold.repair.work import Work
+from sharefold.solvers.moments import Moments
+from sharefold.state_dicts import trial
 
 
 class Refit:
@@ -93,16 +95,13 @@ def _visit(at: Visited, fit: Samples, decide: Samples, plan: GroupPlan | None, r
     task = _Task(at, layer, fit, decide)
     task.refit()
     if plan is not None and isinstance(layer, SharedConv) and has_own_factors(layer, plan):
-        saved = [(tensor, tensor.detach().clone()) for tensor in (*layer.parameters(), *layer.buffers())]
-        own_factors(at, fit, plan)
-        other = _Task(at, layer, fit, decide)
-        other.refit()
-        if other.error() < task.error():
-            task, task.step = other, 1.0
-        else:
-            with torch.no_grad():
-                for tensor, value in saved:
-                    tensor.copy_(value)
+        with trial(layer) as tried:
+            own_factors(at, fit, plan)
+            other = _Task(at, layer, fit, decide)
+            other.refit()
+            if other.error() < task.error():
+                task, task.step = other, 1.0
+                tried.keep()
     task.rectify()
     task.settle()
     return task.step
@@ -122,8 +121,8 @@ class _Task:
         weight = coefficients.detach().cpu().double().reshape(self.groups, -1, coefficients.shape[1])
         self.free = at.owner is not None
         self.map = Linear(weight, self._constant(weight))
-        even, odd, self.sums = halves_of(self._responses(fit), self._rows(fit.y), fit.image)
-        self.deciding = sums_of(self._responses(decide), self._rows(decide.y))
+        even, odd, self.fit_sums = halves_of(self._responses(fit), self._rows(fit.y), fit.image)
+        self.decide_sums = sums_of(self._responses(decide), self._rows(decide.y))
         self.ridge = RIDGES[-1] if even is None or odd is None else best_ridge((even, odd), self.map, self.free)
 
     def _responses(self, samples: Samples) -> Tensor:
@@ -146,17 +145,17 @@ class _Task:
 
     def refit(self) -> None:
         """Least squares on the images that fit, as far as it helps on those that decide."""
-        if self.sums is None or self.deciding is None:
+        if self.fit_sums is None or self.decide_sums is None:
             return
-        new = fitted(self.sums, self.map, self.ridge, self.free)
+        new = fitted(self.fit_sums, self.map, self.ridge, self.free)
         if new is not None:
-            self.step = best_step(self.map, new, self.deciding)
+            self.step = best_step(self.map, new, self.decide_sums)
             self.map = self.map.towards(new, self.step)
             self._write()
 
     def error(self) -> float:
         """On the samples that decide."""
-        return float("inf") if self.deciding is None else self.map.error(self.deciding)
+        return float("inf") if self.decide_sums is None else self.map.error(self.decide_sums)
 
     def rectify(self) -> None:
         """Solves once more for what a ReLU behind the layer lets through."""
@@ -231,11 +230,13 @@ def _rescale(at: Visited, fit: Samples) -> float:
     a = torch.einsum("pgn,gon->pgo", fit.x, weight.reshape(groups, -1, weight.shape[1])).flatten(1).double()
     if layer.bias is not None:
         a = a + layer.bias.detach().double()
-    b = fit.y.double()
-    mean_a, mean_y = a.mean(0), b.mean(0)
-    variance = (a.square().mean(0) - mean_a.square()).clamp_min(0)
-    cross = (a * b).mean(0)
-    scale = torch.where(variance > 0, (cross - mean_a * mean_y) / variance.clamp_min(1e-30), torch.ones_like(variance))
+    moments = Moments()
+    moments.add(fit.y.double().T.unsqueeze(1), a.T.unsqueeze(1))  # every channel for itself, of wanted and given outputs
+    sums = moments.pairs(centered=True)
+    if sums is None:
+        return 0.0
+    mean_a, mean_y, variance, cross = (part.flatten() for part in (sums.mean_y, sums.mean, sums.variance, sums.cross))
+    scale = torch.where(variance > 0, cross / variance.clamp_min(1e-30), torch.ones_like(variance))
     old, new = (resolve(net, cast(str, at.norm)) for net in (at.original, at.model))
     new.load_state_dict(old.state_dict())
     shift_output(new, (mean_y - scale * mean_a).float())

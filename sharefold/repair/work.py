@@ -11,8 +11,9 @@ from torch import nn
 
 from sharefold.calibration.calibrate import Calibration
 from sharefold.plans import Plan, Progress
-from sharefold.repair.guard import Guard, StepRecord
+from sharefold.repair.guard import Guard
 from sharefold.repair.partial import Partial
+from sharefold.repair.step_record import StepRecord
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ class Repair(Protocol):
     def refusal(self, work: Work) -> str:
         """Why it does not apply to this network; "" where it does."""
 
-    def run(self, work: Work) -> Mapping[str, Any] | Partial | None:
-        """Changes ``work.model``; gives details for the record, or None where no finite solution was found."""
+    def run(self, work: Work) -> Mapping[str, Any] | Partial | StepRecord | None:
+        """Changes ``work.model``; gives details for the record, or None where no finite solution was found, or the record itself
+        where it has asked the guard already."""
 
 
 def repaired(work: Work, repairs: Sequence[Repair]) -> list[StepRecord]:

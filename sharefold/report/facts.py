@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sharefold.graph import analyze
 from sharefold.methods import step_named
 from sharefold.plans import GroupPlan, Plan
+from sharefold.repair.step_record import StepRecord
 
 POINTS = 65  # of a spectrum's curve
 WIDEST = 2048  # smaller side of a matrix whose whole spectrum is computed; beyond, its largest part
@@ -53,6 +54,7 @@ class Facts:
         spectra: group -> cumulative share of the energy of its weights at equally spaced shares of the rank, 0 to 1.
         ranks: group -> (kept rank, full rank), for groups whose method has one.
         original: whether the spectra are those of the dense weights rather than of the shared ones.
+        steps: what each step of the conversion did; empty where it is not known, or nothing was converted.
     """
 
     title: str
@@ -62,6 +64,7 @@ class Facts:
     spectra: Mapping[str, list[float]] = field(default_factory=dict)
     ranks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     original: bool = True
+    steps: Sequence[StepRecord] = ()
 
     def colour(self, group: str) -> str:
         """The group's colour on map, table and plots."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sharefold.plans import GroupPlan
+from sharefold.repair.step_record import measured_on
 from sharefold.report.facts import Facts
 from sharefold.report.style import CSS
 from sharefold.report.svg import bar, count_text, network_map, share_text, spectrum_chart, text
@@ -20,7 +21,7 @@ def page(facts: Facts) -> str:
         lead += f", by {plan.source}"
     sections = [
         f"<header><h1>{text(facts.title)}</h1><p class='lead'>{text(lead)}.</p>{_tiles(facts)}</header>",
-        _map(facts), _groups(facts), _spectra(facts), _measured(facts),
+        _map(facts), _groups(facts), _steps(facts), _spectra(facts), _measured(facts),
     ]  # fmt: skip
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -53,7 +54,9 @@ def _tiles(facts: Facts) -> str:
 def _agreement_note(metrics: Mapping[str, Any]) -> str:
     """What stands below the agreement: its interval and the images behind it, as far as the file tells."""
     count, interval = metrics.get("report_images"), metrics.get("agreement_interval")
-    note = f"with the dense network, on {count:,} held-out images" if isinstance(count, int) else "with the dense network"
+    note = "with the dense network"
+    if isinstance(count, int):
+        note += f", on {count:,} report images, on which nothing was fitted"
     if isinstance(interval, (list, tuple)) and len(interval) == 2 and all(isinstance(end, (int, float)) for end in interval):
         note += f"; 95 % interval {100 * interval[0]:.1f} to {100 * interval[1]:.1f} %"
     return note
@@ -123,6 +126,22 @@ def _members(facts: Facts) -> str:
         for group in facts.plan.groups
     )
     return f"<details><summary>Members of the groups</summary><ul>{items}</ul></details>"
+
+
+def _steps(facts: Facts) -> str:
+    if not facts.steps:
+        return ""
+    rows = "".join(
+        f"<tr><td>{text(step.name)}</td><td>{text(step.outcome)}</td>"
+        + "".join(f"<td class='number'>{text(number)}</td>" for number in step.numbers)
+        + f"<td class='faint'>{text(step.reason)}</td></tr>"
+        for step in facts.steps
+    )
+    head = "<tr><th>Step</th><th></th><th class='number'>Divergence before</th><th class='number'>After</th><th></th></tr>"
+    return (
+        f'<section id="steps"><h2>What each step did</h2><p class="faint">{text(measured_on(facts.steps))}</p>'
+        f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div></section>'
+    )
 
 
 def _spectra(facts: Facts) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sharefold.calibration.pairs import Gatherer
 from sharefold.layers import ConvForm
-from sharefold.running import run_on
+from sharefold.running import run_on, runs_within
 from sharefold.solvers.moments import PairSums
 
 CACHE_BYTES = 1 << 30
@@ -37,13 +37,6 @@ def gather(
 
 def runs(forms: dict[str, ConvForm]) -> list[list[str]]:
     """Names of ``forms`` cut into runs whose moments fit into memory together."""
-    result: list[list[str]] = []
-    size = 0
-    for name, form in forms.items():
-        need = 4 * form.groups * form.features**2
-        if not result or size + need > CACHE_BYTES:
-            result.append([])
-            size = 0
-        result[-1].append(name)
-        size += need
-    return result
+    names = list(forms)
+    needs = [4 * form.groups * form.features**2 for form in forms.values()]
+    return [[names[index] for index in run] for run in runs_within(CACHE_BYTES, needs)]

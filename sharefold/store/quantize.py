@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sharefold.calibration.calibrate import Calibration
 from sharefold.calibration.images import calibration_or_procedural
+from sharefold.calibration.pairs import by_group
 from sharefold.errors import SharefoldError
 from sharefold.format import config_of
 from sharefold.graph import NetworkGraph, analyze
@@ -55,6 +56,11 @@ class StoreReport:
     bytes: int
     request: StoreRequest
     sequential: bool
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """For the record of a conversion's steps, JSON values."""
+        return {"kind": self.request.kind, "file_bytes": self.bytes, "sequential": self.sequential}
 
 
 @with_plain_settings
@@ -159,7 +165,7 @@ def _material(
 ) -> tuple[Tensor, nn.Module | None]:
     """The images, and the network that they are compared on."""
     if isinstance(calibration, Calibration):
-        return calibration.fitting, calibration.original if original is None else original
+        return calibration.fit_images, calibration.original if original is None else original
     return calibration_or_procedural(model, calibration, seed), original
 
 
@@ -307,7 +313,7 @@ def _sequential(
         return False
     def visit(at: Visited) -> None:
         pairs = Moments(torch.float32, "cpu")
-        pairs.add(at.samples.x.permute(1, 2, 0), at.samples.y.reshape(*at.samples.x.shape[:2], -1).permute(1, 2, 0))
+        pairs.add(*by_group(at.samples.x, at.samples.y))
         layer(at.name, pairs.pairs(prepared.centered[at.name]))
 
     wanted = {name: Wanted(form) for name, form in prepared.forms.items()}

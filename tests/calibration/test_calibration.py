@@ -62,7 +62,7 @@ def test_images_instead_are_measured_by_each_verb(traces: list[nn.Module]) -> No
 
 def test_nothing_is_measured_before_it_is_asked_for() -> None:
     cal = calibrate(net(), IMAGES)
-    assert not {"statistics", "comparable", "deciding"} & vars(cal).keys()
+    assert not {"statistics", "comparable", "decide_blends"} & vars(cal).keys()
     assert cal.statistics is cal.statistics and cal.statistics.passes == 0
     cal.statistics.moments(["stem"])
     cal.statistics.moments(["stem"])
@@ -205,8 +205,8 @@ def test_what_is_fitted_to_is_the_part_fit_and_the_least_certain_of_it(monkeypat
     cal = calibrate(net(), IMAGES)
     chosen, fit = set(cal.statistics.chosen.tolist()), set(cal.parts.fit.tolist())
     assert chosen < fit and len(chosen) == round(len(fit) / 2)
-    assert torch.equal(cal.fitting, IMAGES[cal.parts.fit])
+    assert torch.equal(cal.fit_images, IMAGES[cal.parts.fit])
     assert torch.equal(cal.refit_images[cal.refit_parts.fit], IMAGES[cal.statistics.chosen])
     assert torch.equal(cal.refit_images[cal.refit_parts.decide], IMAGES[cal.parts.decide])
-    held_out = len(cal.parts.decide)
-    assert torch.equal(cal.deciding[:held_out], IMAGES[cal.parts.decide]) and len(cal.deciding) == 2 * held_out
+    decided = len(cal.parts.decide)
+    assert torch.equal(cal.decide_blends[:decided], IMAGES[cal.parts.decide]) and len(cal.decide_blends) == 2 * decided

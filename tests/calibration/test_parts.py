@@ -113,8 +113,8 @@ def test_few_images_report_nothing() -> None:
 def test_the_parts_of_a_calibration() -> None:
     cal = sharefold.calibrate(net(), images(), seed=5, held_out=70)
     parts = parts_of(240, 5, 70)
-    assert len(parts.report) == 70 and torch.equal(cal.reporting, images()[parts.report])
-    assert torch.equal(cal.deciding[:70], images()[parts.decide]) and torch.equal(cal.fitting, images()[parts.fit])
+    assert len(parts.report) == 70 and torch.equal(cal.report_images, images()[parts.report])
+    assert torch.equal(cal.decide_blends[:70], images()[parts.decide]) and torch.equal(cal.fit_images, images()[parts.fit])
     assert set(cal.statistics.chosen.tolist()) <= set(parts.fit.tolist())
     assert torch.equal(cal.refit_images, images()[torch.cat([cal.statistics.chosen, cal.parts.decide])])
     assert torch.equal(cal.of(copy.deepcopy(cal.original)).parts.report, parts.report)

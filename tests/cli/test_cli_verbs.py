@@ -75,6 +75,25 @@ def test_convert_reports_exactly_the_promised_keys(shared_cifar: tuple[Path, dic
     assert report["params"]["before"] - saved == report["params"]["after"]
 
 
+def test_what_each_step_did_is_printed_saved_and_drawn(tmp_path: Path) -> None:
+    options = ("--no-pretrained", "--calib-count", 40, "--budget", "60%", "--method", "svd", "--store", "int8")
+    result = call("convert", "timm:digits_resnet:blocks=1,width=8", *options, "-o", tmp_path / "net", "--json")
+    assert result.exit_code == 0, result.output
+    steps = json.loads(result.stdout)["steps"]
+    assert [*steps] == ["refit", "norms", "last_layers", "store"] and steps["store"]["kept"] and steps["store"]["images"] == 12
+    printed = " ".join(result.stderr.split())
+    assert "divergence before" in printed and "on 12 decide images, blends of them included" in printed
+    saved = {step.name: step for step in sharefold.load(tmp_path / "net").sharefold_config.steps}
+    assert [*saved] == [*steps]
+    for name, told in steps.items():
+        assert saved[name].kept == told["kept"] and saved[name].reason == told.get("reason", "")
+        assert saved[name].kl_after == pytest.approx(told.get("kl_after"), rel=1e-5)
+    card = (tmp_path / "net" / "README.md").read_text()
+    assert all(f"| {name} | {step.outcome} |" in card for name, step in saved.items())
+    drawn = call("report", tmp_path / "net", "-o", tmp_path / "net.html")
+    assert drawn.exit_code == 0 and "<td>last_layers</td>" in (tmp_path / "net.html").read_text()
+
+
 def test_the_saved_network_is_what_was_reported(shared_cifar: tuple[Path, dict], npz: str) -> None:
     out, report = shared_cifar
     model = sharefold.load(out)

@@ -52,8 +52,9 @@ def calibration(decide: int = COUNT, report: int = COUNT, comparable: bool = Tru
     everything = torch.arange(decide + report)
     parts = Parts(everything[:0], everything[:decide], everything[decide:])
     return SimpleNamespace(
-        images=torch.zeros(len(everything), 1), parts=parts, original=None, comparable=comparable, comparison=Deciding
-    )
+        images=torch.zeros(len(everything), 1), parts=parts, original=None, comparable=comparable, comparison=Deciding,
+        decide_images=torch.zeros(decide, 1),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("keep", "floor", "share"), [("50%", 0.0, 0.51), ("20%", 0.6, 0.6), ("90%", 0.1, 0.906)])
@@ -66,20 +67,20 @@ def test_bisection_ends_just_above_the_limit(keep: str, floor: float, share: flo
 
 def test_the_lower_end_decides() -> None:
     """95 % of 100 images agree at the largest size: that does not show 90 %; of 1,000 it does."""
-    with pytest.raises(SharefoldError, match=r"90%: at 95.0% of the parameters .* 95.00% \(88.8.* on 100 held-out images"):
+    with pytest.raises(SharefoldError, match=r"90%: at 95.0% of the parameters .* 95.00% \(88.8.* on 100 decide images"):
         smallest_keeping(torch.nn.Identity(), parse_target("90%"), Attempts(0.0), calibration(decide=100))
     found = smallest_keeping(torch.nn.Identity(), parse_target("90%"), Attempts(0.0), calibration(decide=1000))
     assert found[1].plan.size >= 0.91
 
 
 def test_the_report_has_the_last_word() -> None:
-    """What the deciding images promise and the report does not hold is not taken: the next larger network that holds it is."""
+    """What the decide images promise and the report does not hold is not taken: the next larger network that holds it is."""
     attempts = Attempts(0.0, less=0.1)
     done = smallest_keeping(torch.nn.Identity(), parse_target("60%"), attempts, calibration())[1]
     assert done.outputs[0].interval[0] >= 0.6 and done.plan.size > min(attempts.shares) + 0.1
     larger = [share for share in attempts.shares if 0.61 < share < done.plan.size]
     assert larger and all(wilson(share - 0.1, COUNT)[0] < 0.6 for share in larger)
-    with pytest.raises(SharefoldError, match=r"at 95.0% of the parameters .* 85.00% .* on 10000 held-out"):
+    with pytest.raises(SharefoldError, match=r"at 95.0% of the parameters .* 85.00% .* on 10000 report images"):
         smallest_keeping(torch.nn.Identity(), parse_target("90%"), Attempts(0.0, less=0.1), calibration())
 
 
@@ -132,7 +133,7 @@ def test_the_command_keeps_its_promise(tmp_path: Path) -> None:
     assert report["agreement_interval"][0] >= 0.75 and report["params"]["after"] < 0.95 * report["params"]["before"]
     assert "on 50 procedural images kept for the report (95 % interval)" in result.stderr
     card = (tmp_path / "kept" / "README.md").read_text()
-    assert "95 % interval of 50 held-out calibration images) |" in card
+    assert "95 % interval of 50 report images, on which nothing was fitted) |" in card
 
 
 def test_too_few_images_for_a_figure(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ STOPS = {
     "refit": lambda patch: patch.setattr("sharefold.repair.refit.Refit.run", stopped),
     "within the refit": lambda patch: patch.setattr("sharefold.repair.refit._visit", stopped),
     "norms": lambda patch: patch.setattr("sharefold.repair.batchnorm_statistics.run_on", stopped),
-    "head": lambda patch: patch.setattr("sharefold.repair.classifier._fit", stopped),
+    "last layers": lambda patch: patch.setattr("sharefold.repair.last_layers._fit", stopped),
     "refining": lambda patch: patch.setattr("sharefold.repair.refine.random_views", stopped),
     "rounding": lambda patch: patch.setattr("sharefold.store.quantize.absorb_statistics", stopped),
     "comparing": lambda patch: patch.setattr(module, "_reported", stopped),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import sharefold
 from sharefold.calibration.calibrate import calibrate
 from sharefold.errors import SharefoldError
-from sharefold.repair.classifier import Classifier
+from sharefold.repair.last_layers import LastLayers
 from sharefold.repair.refine import refine
 
 IMAGES = pictures(200)
@@ -110,7 +110,7 @@ def test_repairs_bring_every_output_nearer(make: Any) -> None:
 def test_each_of_two_tasks_has_its_figure() -> None:
     model = two_tasks()
     done = converted(model, "60%")
-    report = calibrate(done.original, IMAGES).reporting
+    report = calibrate(done.original, IMAGES).report_images
     with torch.no_grad():
         a, b = done.original(report), model(report)
     figures = {figure.name: figure for figure in done.outputs}
@@ -163,9 +163,9 @@ def test_the_user_says_what_an_output_is_and_what_counts() -> None:
 
     model = restorer()
     done = sharefold.convert_(model, sharefold.plan(model, "60%", IMAGES), IMAGES, criterion=red, refine=2)
-    reporting = calibrate(done.original, IMAGES).reporting
+    report = calibrate(done.original, IMAGES).report_images
     with torch.no_grad():
-        assert done.kl == pytest.approx(float(red(done.original(reporting), model(reporting)).mean()), rel=1e-4)
+        assert done.kl == pytest.approx(float(red(done.original(report), model(report)).mean()), rel=1e-4)
     assert done.outputs[-1].metric == "criterion" and done.steps["refine"].kl_after <= done.steps["refine"].kl_before
 
 
@@ -176,7 +176,7 @@ def test_last_layers_of_any_kind_are_fitted(make: Any) -> None:
         for head in model.heads:
             head.weight.add_(0.1 * torch.randn(head.weight.shape))
             head.bias.add_(1)
-    done = done_by(Classifier(), work_of(original, model, IMAGES[:60], IMAGES[60:100]))
+    done = done_by(LastLayers(), work_of(original, model, IMAGES[:60], IMAGES[60:100]))
     assert done.kept and done.kl_after < 1e-4 * done.kl_before  # the weakest pull towards the old weights is 1e-3
 
 
@@ -184,7 +184,7 @@ def test_frozen_last_layers_stay() -> None:
     original = restorer()
     model = copy.deepcopy(original)
     model.heads[0].bias.requires_grad_(False)
-    assert "no output" in done_by(Classifier(), work_of(original, model, IMAGES[:60], IMAGES[60:100])).reason
+    assert "no output" in done_by(LastLayers(), work_of(original, model, IMAGES[:60], IMAGES[60:100])).reason
 
 
 def test_the_command_keeps_an_error_and_lists_outputs(tmp_path: Any) -> None:

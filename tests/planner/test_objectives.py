@@ -67,7 +67,7 @@ def test_kl_is_that_of_converting_the_layer_alone():
         before = sum(p.numel() for p in model.parameters())
         done = sharefold.convert_(converted, Plan([group], before, before), cal, repair=False)
         assert done.plan.groups[0].error == pytest.approx(error, rel=1e-3)
-        assert factor**2 * error == pytest.approx(agreement(model, converted, cal.fitting).kl, rel=0.02, abs=1e-6)
+        assert factor**2 * error == pytest.approx(agreement(model, converted, cal.fit_images).kl, rel=0.02, abs=1e-6)
 
 
 def test_kl_leaves_the_network_as_it_was():

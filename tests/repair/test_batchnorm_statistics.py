@@ -12,7 +12,7 @@ from torch import nn
 
 from sharefold.measure import agreement
 from sharefold.repair.batchnorm_statistics import NormStatistics
-from sharefold.repair.guard import StepRecord
+from sharefold.repair.step_record import StepRecord
 
 FITTING, HELD_OUT = images(64, 3), images(32, 4)
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from sharefold.measure import agreement
 from sharefold.outputs import Comparison
-from sharefold.repair.guard import Guard, StepRecord
+from sharefold.repair.guard import Guard
+from sharefold.repair.step_record import StepRecord
 from sharefold.repair.work import Work, repaired
 
 IMAGES = images(20, 4)
@@ -91,7 +92,7 @@ def test_a_step_without_a_solution_is_undone_and_says_so(monkeypatch: pytest.Mon
     left = told(monkeypatch, 0.5)
     guard, model, before = guarded()
     record = guard.attempt(model, "one", lambda: None if doubles(model) else {})
-    assert record.to_dict() == {"kept": False, "reason": "it has no finite solution", "kl_before": 0.5}
+    assert record.to_dict() == {"kept": False, "reason": "it has no finite solution", "kl_before": 0.5, "images": 1}
     assert not list(left) and torch.equal(model.weight, before["weight"])
 
 
@@ -118,6 +119,27 @@ def test_a_known_divergence_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> 
     assert guard.current(model) == 0.01
 
 
+def test_what_was_asked_for_stays_and_its_cost_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told(monkeypatch, 0.1, 0.4)
+    guard, model, before = guarded()
+    record = guard.watch(model, "store", lambda: doubles(model))
+    assert record.to_dict() == {"kept": True, "kl_before": 0.1, "kl_after": 0.4, "images": 1, "factor": 2}
+    assert torch.equal(model.weight, 2 * before["weight"]) and guard.current(model) == 0.4
+
+
+def test_a_step_that_has_judged_itself_is_taken_at_its_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = told(monkeypatch, 0.5)
+    guard, model, before = guarded()
+
+    def change() -> StepRecord:
+        doubles(model)
+        guard.settle(0.2)
+        return StepRecord("two", True, "", 0.5, 0.2)
+
+    assert guard.attempt(model, "one", change).name == "two" and not list(left)
+    assert torch.equal(model.weight, 2 * before["weight"]) and guard.current(model) == 0.2
+
+
 def test_repairs_run_in_order_and_those_that_do_not_apply_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
 
@@ -138,9 +160,9 @@ def test_repairs_run_in_order_and_those_that_do_not_apply_say_why(monkeypatch: p
     records = repaired(work, [Step("a", ""), Step("b", "there is none"), Step("c", "")])
     assert ran == ["a", "c"] and [record.name for record in records] == ["a", "b", "c"]
     assert [record.to_dict() for record in records] == [
-        {"kept": True, "kl_before": 0.5, "kl_after": 0.4, "network": True},
+        {"kept": True, "kl_before": 0.5, "kl_after": 0.4, "images": 4, "network": True},
         {"kept": False, "reason": "there is none"},
-        {"kept": False, "kl_before": 0.4, "kl_after": 0.6, "network": True},
+        {"kept": False, "kl_before": 0.4, "kl_after": 0.6, "images": 4, "network": True},
     ]
 
 
@@ -151,7 +173,7 @@ def test_a_record_is_a_mapping_of_what_it_knows() -> None:
     assert json.loads(json.dumps(record.to_dict())) == record.to_dict()
     idle = StepRecord("norms", False, "there are none")
     assert dict(idle) == {"kept": False, "reason": "there are none"}
-    zero = StepRecord("head", False, "", 0.0, 0.0)
+    zero = StepRecord("last_layers", False, "", 0.0, 0.0)
     assert dict(zero) == {"kept": False, "kl_before": 0.0, "kl_after": 0.0}  # nothing measured is not the same as 0
     with pytest.raises(AttributeError):
         record.kept = False  # type: ignore[misc]

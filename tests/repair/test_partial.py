@@ -16,10 +16,11 @@ from sharefold.layers import shared_layers
 from sharefold.measure import agreement
 from sharefold.outputs import Comparison
 from sharefold.repair import refit as refit_module
-from sharefold.repair.guard import Guard, StepRecord
+from sharefold.repair.guard import Guard
 from sharefold.repair.lockstep import Visited
 from sharefold.repair.partial import Journal, Partial, best_start
 from sharefold.repair.refit import Refit
+from sharefold.repair.step_record import StepRecord
 
 FITTING, HELD_OUT = images(40, 3), images(20, 4)
 

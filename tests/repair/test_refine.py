@@ -19,9 +19,10 @@ from sharefold.layers import Bank, BasisConv, add_bank, form_of
 from sharefold.measure import agreement
 from sharefold.outputs import Comparison
 from sharefold.repair import refine as module
-from sharefold.repair.guard import Guard, StepRecord
+from sharefold.repair.guard import Guard
 from sharefold.repair.refine import centred, refine, relative_errors
-from sharefold.state_dicts import saved_tensors
+from sharefold.repair.step_record import StepRecord
+from sharefold.state_dicts import trial
 
 
 def converted(teacher: Small, rank: int = 7) -> Small:
@@ -76,39 +77,35 @@ def test_lowers_held_out_kl_much(pair) -> None:
     assert all(torch.equal(a, block.bn2.running_var) for a, block in zip(statistics, model.layer1, strict=True))
 
 
-def checks_of(monkeypatch, divergences: list[float], before: float) -> tuple[module._Checks, nn.Linear]:
-    """Checks by a guard that is told these divergences in turn, and the model that they watch."""
-    told = iter(divergences)
-    monkeypatch.setattr(Guard, "divergence", lambda *_: next(told))
-    model = nn.Linear(1, 1, bias=False)
-    return module._Checks(Guard(Comparison(model, torch.rand(2, 1)), before), model), model
-
-
 @pytest.mark.parametrize(
     ("divergences", "remains"),
     [([0.2, 0.6], 2.0), ([0.7, 0.9], 2.0), ([0.2, 1.1], 0.0), ([1.5, 1.1], 0.0), ([0.2, math.nan], 1.0)],
     ids=["end", "end, by little", "no better than the start", "never better", "no longer finite"],
 )
 def test_the_end_counts_and_not_the_states_on_the_way(monkeypatch, divergences, remains) -> None:
-    checks, model = checks_of(monkeypatch, divergences, before=1.0)
-    for value, share in ((0.0, 0.05), (1.0, 0.5), (2.0, 1.0)):
-        with torch.no_grad():
-            model.weight.fill_(value)
-            if value == 0.0:
-                checks.saved = checks.start = saved_tensors(model)
-        assert checks.passes(share) == (value < 2.0 or math.isfinite(divergences[1]))
-    assert float(checks.saved["weight"]) == remains
+    told = iter(divergences)
+    monkeypatch.setattr(Guard, "divergence", lambda *_: next(told))
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    with trial(model) as tried:
+        checks = module._Checks(Guard(Comparison(model, torch.rand(2, 1))), model, 1.0, tried)
+        for value, share in ((0.0, 0.05), (1.0, 0.5), (2.0, 1.0)):
+            with torch.no_grad():
+                model.weight.fill_(value)
+            assert checks.passes(share) == (value < 2.0 or math.isfinite(divergences[1]))
+    assert float(model.weight.detach()) == remains
     assert checks.best == {2.0: divergences[1], 1.0: divergences[0], 0.0: 1.0}[remains]
     assert checks.history == pytest.approx(divergences, nan_ok=True)
 
 
-def test_without_a_guard_the_deciding_images_judge(pair) -> None:
+def test_without_a_guard_the_decide_images_judge(pair) -> None:
     teacher, model, images, _ = pair
     cal = calibrate(teacher, images)
-    before = agreement(teacher, model, cal.deciding).kl
+    before = agreement(teacher, model, cal.decide_blends).kl
     record = refine(model, cal, epochs=2, batch_size=16)
     assert record.kept and record.name == "refine" and record.kl_before == pytest.approx(before, rel=1e-6)
-    assert record.kl_after == pytest.approx(agreement(teacher, model, cal.deciding).kl, rel=1e-5) and record.kl_after < before
+    after = agreement(teacher, model, cal.decide_blends).kl
+    assert record.kl_after == pytest.approx(after, rel=1e-5) and after < before
 
 
 def test_returns_what_it_was_given_when_training_only_harms(pair) -> None:

@@ -19,6 +19,7 @@ import sharefold
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze, find_groups
 from sharefold.plans import GroupPlan, Plan
+from sharefold.repair.step_record import StepRecord
 from sharefold.report import Facts, facts_of, page, spectrum
 from sharefold.report.facts import COLOURS, POINTS
 from sharefold.report.plots import write_curve, write_plots
@@ -152,6 +153,17 @@ def test_everything_foreign_is_escaped(facts: Facts) -> None:
     assert bare.all("tr", data_group=evil) and not bare.all("svg", class_="map")
     dom = Dom(page(facts))
     assert "<script>alert(1)</script>" in dom.text and not dom.all("script")
+
+
+def test_steps_are_a_table_with_the_images_behind_it() -> None:
+    evil = "<script>alert(1)</script>"
+    steps = (StepRecord("refit", True, "", 0.5, 0.25, images=300), StepRecord(evil, False, evil))
+    dom = Dom(page(Facts("net", Plan([], 10, 5), steps=steps)))
+    assert dom.all("section", id="steps") and not dom.all("script")
+    told = " ".join(dom.texts)
+    assert "refit kept 0.5 0.25" in told and f"{evil} not run {evil}" in told
+    assert "on 300 decide images, blends of them included" in told
+    assert not Dom(page(Facts("net", Plan([], 10, 5)))).all("section", id="steps")
 
 
 def test_a_spectrum_by_hand() -> None:

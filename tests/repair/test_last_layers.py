@@ -12,7 +12,7 @@ from torch import nn
 
 from sharefold.measure import agreement, first_logits
 from sharefold.repair import coefficients
-from sharefold.repair.classifier import Classifier
+from sharefold.repair.last_layers import LastLayers
 
 
 def turned(model: nn.Module) -> nn.Module:
@@ -38,7 +38,7 @@ def test_a_classifier_of_turned_features_is_found_again(monkeypatch: pytest.Monk
     model = turned(original)
     fitting, held_out = images(200, seed=1), images(60, seed=2)
     before = agreement(original, model, held_out).kl
-    done = done_by(Classifier(), work_of(original, model, fitting, held_out))
+    done = done_by(LastLayers(), work_of(original, model, fitting, held_out))
     assert done.kept and done.kl_before == pytest.approx(before, rel=1e-6) and done.kl_after < 1e-3 * before
     torch.testing.assert_close(first_logits(model(held_out)), first_logits(original(held_out)), rtol=1e-2, atol=1e-2)
 
@@ -47,7 +47,7 @@ def test_a_classifier_that_would_be_worse_is_put_back() -> None:
     original = net("residual")
     model = turned(original)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    done = done_by(Classifier(), work_of(original, model, images(40), images(20, seed=2), now=1e-9))
+    done = done_by(LastLayers(), work_of(original, model, images(40), images(20, seed=2), now=1e-9))
     assert not done.kept and done.kl_before == 1e-9 < done.kl_after
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
@@ -61,5 +61,5 @@ def test_networks_whose_output_is_no_linear_are_left_alone() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * self.net(x)
 
-    done = done_by(Classifier(), work_of(Scaled().eval(), Scaled().eval(), images(8), images(8)))
+    done = done_by(LastLayers(), work_of(Scaled().eval(), Scaled().eval(), images(8), images(8)))
     assert done.to_dict() == {"kept": False, "reason": "no output is that of a dense Linear or convolution with a bias"}

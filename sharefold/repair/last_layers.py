@@ -27,10 +27,10 @@ BATCH = 200
 ENTRIES = 1 << 24
 
 
-class Classifier:
+class LastLayers:
     """Least squares for weight and bias of every dense layer whose output is one of the network's."""
 
-    name = "head"
+    name = "last_layers"
 
     def refusal(self, work: Work) -> str:
         return "" if _pairs(work) else "no output is that of a dense Linear or convolution with a bias"
@@ -38,9 +38,9 @@ class Classifier:
     @torch.no_grad()
     def run(self, work: Work) -> Mapping[str, Any] | None:
         cal = work.cal
-        fitting, deciding = cal.fitting, cal.images[cal.parts.decide]
+        parts = cal.fit_images, cal.decide_images
         found = [
-            _fit(head, *(_rows_of(cal.original, work.model, head, wanted, images) for images in (fitting, deciding)))
+            _fit(head, *(_rows_of(cal.original, work.model, head, wanted, images) for images in parts))
             for head, wanted in _pairs(work)
         ]
         steps = [round(step, 3) for step in found if step is not None]
@@ -51,13 +51,13 @@ def _fit(head: Any, fit: Rows, decide: Rows) -> float | None:
     """Solves ``head`` and gives how far it went, 0 to 1; None where there is no finite solution."""
     start = Linear(head.weight.detach().cpu().double().flatten(1)[None], head.bias.detach().cpu().double()[None])
     even, odd, whole = halves_of(*fit.pairs, fit.image)
-    deciding = sums_of(*decide.pairs)
-    if even is None or odd is None or whole is None or deciding is None:
+    decide_sums = sums_of(*decide.pairs)
+    if even is None or odd is None or whole is None or decide_sums is None:
         return None
     new = fitted(whole, start, best_ridge((even, odd), start, True), True)
     if new is None:
         return None
-    step = best_step(start, new, deciding)
+    step = best_step(start, new, decide_sums)
     found = start.towards(new, step)
     head.weight.copy_(found.weight[0].reshape(head.weight.shape))
     head.bias.copy_(found.constant[0])
