@@ -81,14 +81,16 @@ def save(model: nn.Module, path: str | Path, *, metrics: dict[str, Any] | None =
         carry_config(model, config)
     config = config.of(tensors, aliases, None if spec is None else FORMAT)
     check_finite(tensors, str(target), "a run that diverged? take an earlier state")
-    text = config.to_text()
+    alone = target.suffix == ".safetensors"
+    text = config.text_beside(sum(tensor.nbytes for tensor in tensors.values())) if alone else config.to_text()
     FileConfig.from_text(text, target)  # what could not be read again is not written
     if spec is not None:
         tensors = encode(tensors, spec)
         text = config.packed()
     metadata = {METADATA_KEY: text, CHECKSUM_KEY: checksum(text, tensors), "format": "pt"}
-    if target.suffix == ".safetensors":
+    if alone:
         write_file(target, lambda temporary: save_file(tensors, str(temporary), metadata))
+        _say_if_larger(config, tensors, target)
         return target
 
     def fill(folder: Path) -> None:
@@ -97,7 +99,21 @@ def save(model: nn.Module, path: str | Path, *, metrics: dict[str, Any] | None =
         (folder / CARD_NAME).write_text(model_card(config))
 
     write_folder(target, fill)
+    _say_if_larger(config, tensors, target / WEIGHTS_NAME)
     return target
+
+
+def _say_if_larger(config: FileConfig, tensors: dict[str, Tensor], path: Path) -> None:
+    """Names and plan take some hundred bytes, which tiny networks do not save by sharing."""
+    each = max((tensor.itemsize for tensor in tensors.values() if tensor.is_floating_point()), default=0)
+    size, dense = path.stat().st_size, config.plan.params_before * each
+    if config.store is None and config.plan.groups and size > dense > 0:
+        warnings.warn(
+            f"{path} has {size:,} bytes, and the weights of the original network {dense:,}: so small a network is better left as "
+            "it is, or stored in fewer bits (store int8)",
+            SharefoldWarning,
+            stacklevel=4,
+        )
 
 
 @plain_defaults()

@@ -42,6 +42,7 @@ FIGURES = (
     "agreement", "agreement_interval", "report_images", "seen_before", "new_agreement", "new_agreement_interval", "kl", "outputs",
     "top1", "top5", "loss",
 )  # fmt: skip
+SMALL_FILE = 1 << 16  # bytes of tensors beside which a configuration is compressed
 PACKED = "zlib85:"  # before a configuration that is compressed and in base 85
 _ATTRIBUTE = "sharefold_config"
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -93,6 +94,10 @@ class FileConfig:
         """One line of JSON."""
         return json.dumps(self.to_dict(), separators=(",", ":"))
 
+    def text_beside(self, tensor_bytes: int) -> str:
+        """:meth:`to_text`, compressed where it would be a good part of a file with so many bytes of tensors."""
+        return _packed(self) if tensor_bytes < SMALL_FILE else self.to_text()
+
     def packed(self) -> str:
         """The configuration in few characters: a plan as plain JSON would be a tenth of a small network's file.
 
@@ -125,7 +130,7 @@ class FileConfig:
 
     @classmethod
     def from_text(cls, text: str, where: str | Path) -> FileConfig:
-        """Reads :meth:`to_text` or :meth:`packed`.
+        """Reads :meth:`to_text`, :meth:`text_beside` or :meth:`packed`.
 
         Raises:
             SharefoldError: too large, damaged, no JSON, of a newer format, or a field that is not what it must be.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,12 @@ def metadata_of(file: Path) -> dict[str, str]:
         return dict(handle.metadata() or {})
 
 
+def config_text(file: Path) -> str:
+    """The configuration of a file, unpacked where it is compressed."""
+    text = metadata_of(file)[METADATA]
+    return zlib.decompress(base64.b85decode(text.removeprefix("zlib85:").rstrip())).decode() if text[0] == "z" else text
+
+
 def reseal(file: Path, tensors: Mapping[str, torch.Tensor] | None = None, text: str | None = None, **extra: str) -> None:
     """Writes ``file`` anew with other tensors or another configuration, and a checksum over them."""
     tensors = dict(load_file(file) if tensors is None else tensors)
@@ -32,7 +40,7 @@ def reseal(file: Path, tensors: Mapping[str, torch.Tensor] | None = None, text: 
 def edit_config(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Changes the configuration of a directory or file, in each place where it stands."""
     file = path / WEIGHTS if path.is_dir() else path
-    config = json.loads(metadata_of(file)[METADATA])
+    config = json.loads(config_text(file))
     change(config)
     reseal(file, text=json.dumps(config))
     if path.is_dir():

@@ -7,13 +7,14 @@ import pickle
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from file_tools import edit_config, reseal
+from file_tools import METADATA, edit_config, metadata_of, reseal
 from networks import BLOCKS, images, logits, made_once, net
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -330,3 +331,26 @@ def test_weights_tied_by_the_network_itself_stay_tied(tmp_path: Path) -> None:
     again = sharefold.load(path, model=Tied())
     assert torch.equal(logits(again), logits(model))
     assert again.back.weight.data_ptr() == again.out.weight.data_ptr()
+
+
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.LazyLinear(4)).eval()
+
+
+def test_tiny_networks_have_their_configuration_compressed_and_are_told_when_nothing_is_gained(tmp_path: Path) -> None:
+    model, template, file = tiny(), tiny(), tmp_path / "net.safetensors"
+    expected = [network(images()).shape for network in (model, template)]
+    plan = sharefold.plan(model, "60%", images(), method="svd")
+    sharefold.convert_(model, plan, images(), config={"base": None})
+    dense = 4 * plan.params_before
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sharefold.save(model, file)
+    assert file.stat().st_size < dense and metadata_of(file)[METADATA].startswith("zlib85:")
+    again = sharefold.load(file, model=template)
+    assert torch.equal(again(images()), model(images())) and again(images()).shape == expected[0]
+    assert [step.name for step in config_of(again).steps] == [step.name for step in config_of(model).steps] != []
+    model.register_buffer("filler", torch.zeros(dense // 4))  # as if nothing had been saved
+    with pytest.warns(SharefoldWarning, match=f"the weights of the original network {dense:,}: so small a network"):
+        sharefold.save(model, file, force=True)
