@@ -89,7 +89,8 @@ class Plain:
 
 def test_signatures(script: ModuleType) -> None:
     wide = script.signature(sharefold.open_source, "def open_source").splitlines()
-    assert wide[:3] == ["def open_source(", "    source: str | Path,", "    *,"] and wide[-1] == ") -> Source"
+    assert wide[:3] == ["def open_source(", "    source: str | Path,", "    options: OpenOptions | None = None,"]
+    assert wide[3] == "    *," and wide[-1] == ") -> Source"
     assert script.signature(Sample, "class Sample") == (
         "class Sample(names: list[str], size: int = 3, options: dict[str, Any] = {})"
     )
