@@ -12,11 +12,13 @@ from typing import Any, NoReturn
 import click
 
 from sharefold.errors import SharefoldError
-from sharefold.untrusted import printable
+from sharefold.untrusted import printable, shown
 
 DEBUG_VARIABLE = "SHAREFOLD_DEBUG"
 # What the machine refuses, at whatever place it comes up: no bug of ours.
 _OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+_NO_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def debugging() -> bool:
@@ -72,6 +74,9 @@ def _exit(error: Exception) -> NoReturn:
     if isinstance(error, OSError) and error.errno in _OUTSIDE:
         where = f": {error.filename}" if error.filename else ""
         _say(f"error: {error.strerror}{where}: free some space, or choose another place")
+        sys.exit(2)
+    if isinstance(error, OSError) and error.errno in _NO_NAME:
+        _say(f"error: {shown(str(error.filename))} is no name of a file ({error.strerror}): check the path")
         sys.exit(2)
     reason = str(error).strip().splitlines()
     what = f"{type(error).__name__}: {reason[0]}" if reason else type(error).__name__

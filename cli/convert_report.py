@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sharefold.files import WEIGHTS_NAME
+from sharefold.ownership import WEIGHTS_NAME
 
 from .common import Run
 from .convert_request import Request

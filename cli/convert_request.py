@@ -11,6 +11,7 @@ from sharefold.budget import Budget, parse_budget, parse_effort
 from sharefold.errors import SharefoldError
 from sharefold.files import check_output
 from sharefold.options import ConvertOptions, PlanOptions
+from sharefold.ownership import network_files
 from sharefold.untrusted import exclude_pattern, read_text
 
 from .record_options import record_of
@@ -119,7 +120,7 @@ def check_request(
             )
     if not dry_run:
         output = output or default_output(source.source)
-        check_output(output, force)
+        check_output(output, force, network_files(output))
     read = None if plan is None else read_plan(plan)
     return Request(
         source, output, bound, _target(keep, keep_agreement), outputs, what, how, read, recipe, store, dry_run, force

@@ -141,5 +141,6 @@ def command(
 def _check_output(output: Path, replace: bool) -> None:
     """Refuses before anything is loaded what saving would refuse hours later."""
     from sharefold.files import check_output
+    from sharefold.ownership import network_files
 
-    check_output(output, replace)
+    check_output(output, replace, network_files(output))

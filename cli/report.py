@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The page, ending in .html.")
 @click.option("--source", metavar="SOURCE", help="The dense network, for map and spectra.  [default: see below]")
 @click.option("--png", type=click.Path(path_type=Path, file_okay=False), help="Also write figures into this folder.")
-@click.option("--force", is_flag=True, help="Replace what is there.")
+@click.option("--force", is_flag=True, help="Replace what is there, figures too.")
 @shared_options
 def command(run: Run, what: Path, output: Path, source: str | None, png: Path | None, force: bool) -> None:
     """Draw one self-contained HTML page about PLAN_OR_SHARED: a plan's JSON file, or a converted network.
@@ -53,7 +53,7 @@ def command(run: Run, what: Path, output: Path, source: str | None, png: Path | 
     if png is not None:
         from sharefold.report.plots import write_plots
 
-        figures = write_plots(facts, png)
+        figures = write_plots(facts, png, force)
 
     def write(temporary: Path) -> None:
         temporary.write_text(document, encoding="utf-8")

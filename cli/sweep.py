@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -53,11 +52,12 @@ def command(
     sharefold sweep resnet20.th --budgets 25%,50% --data npz:cifar10.npz -o resnet20-sweep
     """
     from sharefold.files import check_output, write_folder
+    from sharefold.ownership import SWEEP_FILES, check_names, network_folder
 
     what, how = record_of(PlanOptions, records), record_of(ConvertOptions, records)
     parse_effort(how.refine)
     exclude_pattern(what.exclude)
-    target = check_output(output, force)
+    target = check_output(output, force, SWEEP_FILES)
     device = run.setup()
     import sharefold
     from sharefold.calibration.images import default_count
@@ -67,6 +67,8 @@ def command(
     from sharefold.sweep import SweepOptions, parse_budgets, sweep, write_results
 
     sizes = parse_budgets(budgets)
+    folders = [network_folder(size.text) for size in sizes] if save else []
+    check_names(target, (), folders)
     methods = (what.method,) if isinstance(what.method, str) else what.method
     check_choices(what)
     start = time.perf_counter()
@@ -86,12 +88,12 @@ def command(
     def fill(folder: Path) -> None:
         def keep(budget: str, network: nn.Module, metrics: dict[str, Any]) -> None:
             told = {**metrics, "bytes": model_bytes(network)}  # as `convert` has it: of the tensors, not of the file
-            sharefold.save(network, folder / re.sub(r"[^\w.-]+", "-", budget).strip("-"), metrics=jsonable(told))
+            sharefold.save(network, folder / network_folder(budget), metrics=jsonable(told))
 
         with run.progress() as progress:
             cal = sharefold.calibrate(model, images, seed=run.seed)
             points = sweep(cal, sizes, measure, SweepOptions(what, how, keep if save else None), progress)
-        details = {"source": source.source, "data": data, "split": split, "method": ",".join(methods)}
+        details = {"source": source.source, "data": data, "split": split, "method": ",".join(methods), "networks": folders}
         names = write_results(folder, points, details)
         found.update(details, points=[asdict(point) for point in points], files=names)
 

@@ -22,7 +22,7 @@ from sharefold.blank import blank_network, check_shapes, install, real_network, 
 from sharefold.card import model_card
 from sharefold.checksum import check_finite, checksum
 from sharefold.errors import SharefoldError, SharefoldWarning
-from sharefold.files import check_output, write_file, write_folder
+from sharefold.files import check_output, check_path, write_file, write_folder
 from sharefold.format import (
     CARD_NAME,
     CHECKSUM_KEY,
@@ -38,6 +38,7 @@ from sharefold.format import (
 )
 from sharefold.layers import shared_layers, stray_pointers, to_dense
 from sharefold.methods import step_named
+from sharefold.ownership import network_files
 from sharefold.settings import plain_defaults
 from sharefold.state_dicts import load_tensors
 from sharefold.store import decode, encode
@@ -63,7 +64,7 @@ def save(model: nn.Module, path: str | Path, *, metrics: dict[str, Any] | None =
     Raises:
         SharefoldError: not converted, exists already, or cannot be written; nothing is half-written.
     """
-    target = check_output(path, force)
+    target = check_output(path, force, network_files(Path(path)))
     tensors, aliases = distinct(model.state_dict())
     spec = carried_spec(model)
     if spec is not None and not spec.fits(tensors):
@@ -258,6 +259,7 @@ def _check_sum(file: Path, config: FileConfig, metadata: dict[str, str], state: 
 
 def _settled(path: Path, read: Callable[[Path], R]) -> R:
     """``read(path)``, again while another process replaces what is there: its parts may come from two networks then."""
+    check_path(path)
     for _ in range(_ATTEMPTS):
         before = _identity(path)
         try:
@@ -282,11 +284,11 @@ def _identity(path: Path) -> tuple[int, ...]:
 def is_sharefold(path: str | Path) -> bool:
     """Whether ``path`` is a directory or file that sharefold wrote."""
     target = Path(path)
-    if target.is_dir():
-        return (target / CONFIG_NAME).exists()
-    if target.suffix != ".safetensors" or not target.is_file():
-        return False
     try:
+        if target.is_dir():
+            return (target / CONFIG_NAME).exists()
+        if target.suffix != ".safetensors" or not target.is_file():
+            return False
         with safe_open(str(target), framework="pt") as handle:
             return METADATA_KEY in (handle.metadata() or {})
     except (SafetensorError, OSError):

@@ -15,7 +15,8 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,42 +24,70 @@ from safetensors import SafetensorError
 
 from sharefold.errors import SharefoldError
 from sharefold.exchange import exchange
+from sharefold.ownership import check_names, is_own_folder, take_over
+from sharefold.untrusted import shown
 
-CONFIG_NAME = "sharefold_config.json"  # what tells a directory of sharefold from a user's own
-WEIGHTS_NAME, CARD_NAME = "model.safetensors", "README.md"
-# What sharefold writes into its directories: networks, and sweeps with networks inside.
-OWN_NAMES = frozenset(
-    {CONFIG_NAME, WEIGHTS_NAME, CARD_NAME, "sweep.csv", "sweep.json", "sweep.svg", "sweep.png"}
-)
-_MARKS = (CONFIG_NAME, "sweep.json")
 _HOST = re.sub(r"[^A-Za-z0-9]", "", platform.node())[:16]
 _DAY = 86_400
 _NUMBERS, _MINE = itertools.count(), set[Path]()  # of this process, whose number another one may have had before
 
 
-def check_output(path: str | Path, force: bool = False) -> Path:
+def check_output(
+    path: str | Path, force: bool = False, files: Iterable[str] = (), networks: Iterable[str] = ()
+) -> Path:  # fmt: skip
     """The path, after checking before any work that it can be written.
+
+    Args:
+        files, networks: names of files, and of folders of networks, that are to be in it, if it is a folder.
 
     Raises:
         SharefoldError: it exists and ``force`` is not set, its folder is missing or not writable, or ``force`` would
             replace something that sharefold did not write.
     """
     target = Path(path)
-    parent = target.resolve().parent
-    if not parent.is_dir():
-        raise SharefoldError(f"output {target}: folder {parent} does not exist: create it first")
-    probe = _beside(target.resolve(), "tmp")
-    try:  # a real write: permission bits say yes to root, and nothing of read-only or full disks
+    try:
+        place = _place(target)
+        if not place.parent.is_dir():
+            raise SharefoldError(f"output {target}: folder {place.parent} does not exist: create it first")
+        probe = _beside(place, "tmp")  # a real write: permission bits say yes to root, and nothing of read-only or full disks
         probe.mkdir(exist_ok=True)
         probe.rmdir()
+        there, is_folder = target.exists(), target.is_dir()
     except OSError as error:
-        raise SharefoldError(f"output {target} cannot be written ({error.strerror}): choose another place") from None
-    if target.exists():
+        raise SharefoldError(f"output {shown(str(target))} cannot be written ({error.strerror}): choose another place") from None
+    if there:
         if not force:
             raise SharefoldError(f"output {target} exists: pass --force to replace it, or choose another name")
-        if target.is_dir() and any(target.iterdir()) and not any((target / mark).exists() for mark in _MARKS):
+        if is_folder and any(target.iterdir()) and not is_own_folder(target):
             raise SharefoldError(f"output {target} is a folder that sharefold did not write: choose another name")
+        check_names(target, files, networks)
     return target
+
+
+def check_path(path: Path) -> None:
+    """Refuses what cannot be the name of a file, whether there is one or not.
+
+    Raises:
+        SharefoldError: too long, a link that leads to itself, or with a NUL in it.
+    """
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise SharefoldError(f"{shown(str(path))} is no name of a file ({error.strerror}): check the path") from None
+    except ValueError:
+        raise SharefoldError(f"{shown(str(path))} is no name of a file (a NUL in it): check the path") from None
+
+
+def _place(path: Path) -> Path:
+    """Where ``path`` is, links followed.
+
+    Raises:
+        OSError: a link that leads to itself, or a name that is too long.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        path.stat()
+    return Path(os.path.realpath(path))
 
 
 def write_buffered(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -74,7 +103,10 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         SharefoldError: the disk is full or the folder cannot be written; nothing is left behind.
     """
-    target = path.resolve()
+    try:
+        target = _place(path)
+    except OSError as error:
+        raise _unwritten(path, error) from None
     temporary = _beside(target, "tmp")
     _clean(target)
     try:
@@ -93,24 +125,32 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
 def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls ``write`` with a temporary folder beside ``path``, then puts it in the place of ``path`` in one step.
 
-    Files in the folder at ``path`` that sharefold does not write are taken over.
+    Files in the folder at ``path`` that sharefold did not write are taken over.
 
     Raises:
-        SharefoldError: as :func:`write_file`.
+        SharefoldError: as :func:`write_file`, or one of those files has the name of a new one.
     """
-    target = path.resolve()
+    try:
+        target = _place(path)
+    except OSError as error:
+        raise _unwritten(path, error) from None
     temporary = _beside(target, "tmp")
     _clean(target)
     try:
         temporary.mkdir()
-        write(temporary)
+        try:
+            write(temporary)
+        except SharefoldError as error:  # of a file in it, by a name that the user never gave
+            if str(temporary) not in str(error):
+                raise
+            raise SharefoldError(str(error).replace(str(temporary), str(path))) from None
         _publish(temporary)
         if target.is_dir():
-            _take_over(target, temporary)
+            take_over(target, temporary, path)
             _sync(temporary)
         _put(temporary, target)
         if temporary.is_dir() and target.is_dir():  # written into the old folder while this went on
-            _take_over(temporary, target)
+            take_over(temporary, target, path, late=True)
         _sync(target.parent)
     except (OSError, SafetensorError, shutil.Error) as error:
         raise _unwritten(path, error) from None
@@ -120,7 +160,7 @@ def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
 
 def _unwritten(path: Path, error: Exception) -> SharefoldError:
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-    return SharefoldError(f"output {path} could not be written: {reason}: free some space, or choose another place")
+    return SharefoldError(f"output {shown(str(path))} could not be written: {reason}: free some space, or choose another place")
 
 
 def _put(temporary: Path, target: Path) -> None:
@@ -146,33 +186,6 @@ def _put(temporary: Path, target: Path) -> None:
         os.rename(old, temporary)
         return
     raise OSError(errno.EBUSY, "another process keeps writing there")
-
-
-def _take_over(old: Path, new: Path) -> None:
-    """Links a user's own files in the folder ``old`` into ``new``, which may hold other versions of sharefold's."""
-    ours = OWN_NAMES if any((old / mark).exists() for mark in _MARKS) else ()
-    for entry in sorted(old.iterdir()):
-        other = new / entry.name
-        if entry.is_symlink() or not entry.is_dir():
-            if entry.name not in ours and not os.path.lexists(other):
-                _link(entry, other)
-        elif other.is_dir():
-            _take_over(entry, other)
-        elif not os.path.lexists(other):
-            other.mkdir()
-            _take_over(entry, other)
-            if not any(other.iterdir()) and any(entry.iterdir()):  # it held nothing but what sharefold wrote
-                other.rmdir()
-
-
-def _link(source: Path, target: Path) -> None:
-    if source.is_symlink():
-        target.symlink_to(os.readlink(source))
-        return
-    try:
-        os.link(source, target)
-    except OSError:  # no hard links on this file system
-        shutil.copy2(source, target)
 
 
 def _publish(path: Path) -> None:
@@ -201,14 +214,21 @@ def _sync(path: Path) -> None:
 
 
 def _beside(target: Path, end: str) -> Path:
-    made = target.parent / f".{target.name}.{_HOST}-{os.getpid()}-{next(_NUMBERS)}.{end}"
+    made = target.parent / f".{_short(target.name)}.{_HOST}-{os.getpid()}-{next(_NUMBERS)}.{end}"
     _MINE.add(made)
     return made
 
 
+def _short(name: str) -> str:
+    """A name that leaves room for what :func:`_beside` adds: most file systems take 255 bytes."""
+    if len(os.fsencode(name)) <= 160:
+        return name
+    return f"{name[:36]}-{zlib.crc32(os.fsencode(name)):08x}"
+
+
 def _clean(target: Path) -> None:
     """Removes what dead processes left beside ``target``; an old folder whose place is empty goes back there."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.(?:(\w*)-)?(\d+)(?:-\d+)?\.(tmp|old)")
+    pattern = re.compile(rf"\.{re.escape(_short(target.name))}\.(?:(\w*)-)?(\d+)(?:-\d+)?\.(tmp|old)")
     try:
         entries = sorted(target.parent.iterdir())
     except OSError:

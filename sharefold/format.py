@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sharefold.checksum import ALGORITHM
 from sharefold.errors import SharefoldError, SharefoldWarning
-from sharefold.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from sharefold.ownership import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from sharefold.plans import Plan
 from sharefold.repair.step_record import StepRecord, steps_from
 from sharefold.untrusted import JSON_LIMIT, is_int, is_number, parse_json, read_text, shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import stat
@@ -11,10 +12,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from command_line import call
+from command_line import call, refused
 
 import sharefold
 from sharefold import checkpoint, files
@@ -22,6 +24,7 @@ from sharefold.errors import SharefoldError
 from sharefold.exchange import exchange
 from sharefold.finetune.run_state import write_state
 from sharefold.format import FileConfig, carry_config
+from sharefold.ownership import CONFIG_NAME, NETWORK_FILES, SWEEP_FILES
 from sharefold.plans import Plan
 from sharefold.sources import build_base
 
@@ -39,11 +42,14 @@ def names(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
 
 
-def write(text: str) -> files.Callable[[Path], None]:
+def write(text: str, *sizes: str) -> files.Callable[[Path], None]:
+    """A sweep's folder."""
+
     def fill(folder: Path) -> None:
-        (folder / files.CONFIG_NAME).write_text(text)
-        (folder / "50").mkdir()
-        (folder / "50" / files.CONFIG_NAME).write_text(text)
+        (folder / "sweep.json").write_text(json.dumps({"text": text, "networks": sizes or ["50"]}))
+        for size in sizes or ["50"]:
+            (folder / size).mkdir()
+            (folder / size / CONFIG_NAME).write_text(text)
 
     return fill
 
@@ -65,24 +71,141 @@ def test_replacing_keeps_a_users_own_files(tmp_path: Path, monkeypatch: pytest.M
     if not step:
         monkeypatch.setattr(files, "exchange", lambda *_: False)
     out = tmp_path / "out"
-    files.write_folder(out, write("a"))
-    (out / "thesis.txt").write_text("years")
+    files.write_folder(out, write("a", "25", "50"))
+    mine = {"thesis.txt": "years", "README.md": "notes", "model.safetensors": "own weights", "50/log.txt": "mine too",
+            "notes/deep/README.md": "mine", f"best/{CONFIG_NAME}": "a network that the user put there"}  # fmt: skip
+    for name, text in mine.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(text)
     (out / "thesis.txt").chmod(0o640)
-    (out / "notes" / "deep").mkdir(parents=True)
-    (out / "notes" / "deep" / "README.md").write_text("mine")
-    (out / "50" / "log.txt").write_text("mine too")
-    (out / "README.md").write_text("card")
-    (out / "25").mkdir()
-    (out / "25" / files.CONFIG_NAME).write_text("stale")
+    (out / "notes" / "deep").chmod(0o700)
     (out / "link").symlink_to("nowhere")
+    out.chmod(0o750)
     files.write_folder(out, write("b"))
-    assert names(out) == sorted([
-        "50", f"50/{files.CONFIG_NAME}", "50/log.txt", "link", "notes", "notes/deep", "notes/deep/README.md", files.CONFIG_NAME,
-        "thesis.txt",
-    ])  # fmt: skip
-    assert (out / files.CONFIG_NAME).read_text() == (out / "50" / files.CONFIG_NAME).read_text() == "b"
-    assert (out / "thesis.txt").read_text() == "years" and stat.S_IMODE((out / "thesis.txt").stat().st_mode) == 0o640
+    found = {str(p.relative_to(out)): p.read_text() for p in out.rglob("*") if p.is_file()}
+    assert found == {**mine, "sweep.json": (out / "sweep.json").read_text(), f"50/{CONFIG_NAME}": "b"}
+    assert json.loads(found["sweep.json"])["text"] == "b"
+    assert os.readlink(out / "link") == "nowhere" and not (out / "25").exists()
+    modes = {name: stat.S_IMODE((out / name).stat().st_mode) for name in (".", "thesis.txt", "notes/deep")}
+    assert modes == {".": 0o750, "thesis.txt": 0o640, "notes/deep": 0o700}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    "name", ["50", "README.md/mine.txt", "best/README.md", f"50/{CONFIG_NAME}/mine.txt", "sweep.csv/mine.txt"]
+)
+def test_a_users_file_with_the_name_of_an_output(tmp_path: Path, name: str) -> None:
+    """A sweep with one network, ``best``; the folder was a sweep's with another."""
+    out = tmp_path / "out"
+    files.write_folder(out, write("a", "25"))
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).write_text("mine")
+    before = {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
+
+    def fill(folder: Path) -> None:
+        write("b", "best", "50")(folder)
+        (folder / "sweep.csv").write_text("")
+        (folder / "best" / "README.md").write_text("card")
+        (folder / "README.md").write_text("card")
+
+    with pytest.raises(SharefoldError, match="is there and not of sharefold") as late:
+        files.write_folder(out, fill)
+    with pytest.raises(SharefoldError) as early:
+        files.check_output(out, True, (*SWEEP_FILES, "README.md"), ["best", "50"])
+    assert str(early.value) == str(late.value) and "\n" not in str(late.value)
+    assert {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")} == before
+
+
+def test_saving_over_a_network_with_a_users_files(tmp_path: Path) -> None:
+    out = sharefold.save(network(1), tmp_path / "net")
+    (out / "sweep.csv").write_text("mine")
+    sharefold.save(network(2), out, force=True)
+    assert (out / "sweep.csv").read_text() == "mine" and names(out) == sorted([*NETWORK_FILES, "sweep.csv"])
+    (out / "README.md").unlink()
+    (out / "README.md").mkdir()
+    (out / "README.md" / "mine.txt").write_text("x")
+    before = names(out)
+    with pytest.raises(SharefoldError, match=r"README.md is there and not of sharefold"):
+        sharefold.save(network(1), out, force=True)
+    assert names(out) == before
+
+
+def test_networks_of_a_sweep_from_before_it_named_them(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def fill(folder: Path) -> None:
+        write("a", "25", "2M-params")(folder)
+        points = [{"budget": "dense"}, {"budget": "25%"}, {"budget": "2M params"}]
+        (folder / "sweep.json").write_text(json.dumps({"points": points}))
+
+    files.write_folder(out, fill)
+    files.write_folder(out, write("b", "25"))
+    assert names(out) == ["25", f"25/{CONFIG_NAME}", "sweep.json"]
+
+
+def test_figures_are_not_replaced_unasked(tmp_path: Path) -> None:
+    sharefold.save(network(), tmp_path / "net")
+    (tmp_path / "map.png").write_text("mine")
+    words = ["report", tmp_path / "net", "-o", tmp_path / "page.html", "--png", tmp_path]
+    refused(call(*words), "map.png exists: pass --force")
+    assert (tmp_path / "map.png").read_text() == "mine" and not (tmp_path / "page.html").exists()
+    assert call(*words, "--force").exit_code == 0 and (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_names_that_no_file_can_have(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    saved, long = sharefold.save(network(), tmp_path / "net"), str(tmp_path / ("n" * 300))
+    for words in (
+        ["expand", saved, "-o", long + ".safetensors"], ["expand", saved, "-o", tmp_path / "loop" / "x.pt"],
+        ["inspect", long + ".pt"], ["inspect", long], ["verify", long], ["report", long, "-o", tmp_path / "a.html"],
+        ["report", saved, "-o", long + ".html"], ["inspect", tmp_path / "loop"], ["verify", tmp_path / "loop"],
+        ["eval", saved, "--data", f"npz:{long}"], ["eval", saved, "--data", f"imagefolder:{long}"],
+        ["convert", "timm:digits_resnet", "--plan", long, "-o", tmp_path / "x"], ["inspect", "a\0b"],
+    ):  # fmt: skip
+        done = call(*words)
+        assert done.exit_code == 2 and len(done.stderr.strip().splitlines()) == 1, (words, done.output)
+        assert "internal" not in done.stderr
+    for path in (tmp_path / "loop", Path(long)):
+        for attempt in (lambda: sharefold.save(network(), path, force=True), lambda: sharefold.load(path),  # noqa: B023
+                        lambda: sharefold.open_source(path), lambda: files.write_file(path, Path.touch)):  # noqa: B023
+            with pytest.raises(SharefoldError) as error:
+                attempt()
+            assert "\n" not in str(error.value) and len(str(error.value)) < 500 + len(str(tmp_path))
+    longest = tmp_path / ("n" * 243 + ".safetensors")  # as long as names may be
+    assert sharefold.load(sharefold.save(network(), longest)) is not None
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["loop", "net", longest.name])
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_all_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool) -> None:
+    """What a power cut would leave: every file and folder is written through, then named, then the folder around it."""
+    seen: list[Path | str] = []
+    sync, rename, swap = os.fsync, os.replace, files.exchange
+
+    def noted(handle: int) -> None:
+        seen.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
+        sync(handle)
+
+    def named(call: Any) -> Any:
+        def run(*paths: Any) -> Any:
+            seen.append("named")
+            return call(*paths)
+
+        return run
+
+    out = tmp_path / ("net" if folder else "net.safetensors")
+    sharefold.save(network(), out)
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", named(rename))
+    monkeypatch.setattr(os, "rename", named(os.rename))
+    monkeypatch.setattr(files, "exchange", named(swap))
+    sharefold.save(network(1), out, force=True)
+    first, last = seen.index("named"), len(seen) - 1 - seen[::-1].index("named")
+    early = [p for p in seen[:first] if isinstance(p, Path)]
+    inside = [p.name for p in early if p.parent != tmp_path]
+    assert seen[last + 1 :] == [tmp_path]
+    assert any(p.parent == tmp_path and p.name.startswith(f".{out.name}.") for p in early)
+    assert sorted(set(inside)) == (sorted(NETWORK_FILES) if folder else [])
 
 
 def test_a_failure_leaves_the_old_folder_and_what_is_in_it(tmp_path: Path) -> None:

@@ -21,15 +21,16 @@ from sharefold.data import calibration_images, loader, open_data
 from sharefold.demo.picture import draw
 from sharefold.demo.results import Demo, DemoOptions, Row
 from sharefold.errors import SharefoldError
-from sharefold.files import WEIGHTS_NAME, check_output, write_folder
+from sharefold.files import check_output, write_folder
 from sharefold.finetune.loop import finetune
 from sharefold.measure import agreement, count_parameters, evaluate, model_bytes
 from sharefold.options import chosen
+from sharefold.ownership import DEMO_NAME, DEMO_NETWORK, WEIGHTS_NAME, check_names
 from sharefold.planner import plan
 from sharefold.plans import Progress
 from sharefold.sources import open_source
 
-SOURCE, DATA, SAVED, PICTURE, RECORD = "timm:digits_resnet", "digits", "digits-shared", "demo.png", "demo.json"
+SOURCE, DATA, SAVED, PICTURE, RECORD = "timm:digits_resnet", "digits", DEMO_NETWORK, "demo.png", DEMO_NAME
 METHODS = ("average", "basis", "auto")
 TUNED = "auto"
 CALIBRATION = 300
@@ -148,5 +149,6 @@ def _check_extras() -> None:
 def _check_folder(path: Path, force: bool) -> Path:
     if path.is_dir() and (not any(path.iterdir()) or (path / RECORD).is_file() or force):
         check_output(path.resolve().parent / f"{path.resolve().name}.probe")  # the place must be writable all the same
+        check_names(path, (RECORD, PICTURE), (SAVED,))
         return path
     return check_output(path)

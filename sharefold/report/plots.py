@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from sharefold.errors import SharefoldError
-from sharefold.files import write_file
+from sharefold.files import check_output, write_file
 from sharefold.report.facts import Facts
 
 DPI = 150
 GREY = "#c4cad2"
 
 
-def write_plots(facts: Facts, folder: Path) -> list[Path]:
+def write_plots(facts: Facts, folder: Path, force: bool = False) -> list[Path]:
     """Writes ``map.png``, ``groups.png`` and ``spectra.png`` (those that there is something for) into ``folder``.
 
     Raises:
-        SharefoldError: matplotlib is missing, or the folder cannot be written.
+        SharefoldError: matplotlib is missing, a figure is there and ``force`` is not set, or the folder cannot be written.
     """
     figure = _figure()
     try:
@@ -30,6 +30,9 @@ def write_plots(facts: Facts, folder: Path) -> list[Path]:
         ("map.png", _map, bool(facts.layers)), ("groups.png", _groups, bool(facts.plan.groups)),
         ("spectra.png", _spectra, bool(facts.spectra)),
     ]  # fmt: skip
+    for name, _, present in wanted:
+        if present:
+            check_output(folder / name, force)
     written = []
     for name, draw, present in wanted:
         if present:

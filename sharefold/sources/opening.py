@@ -17,10 +17,11 @@ from sharefold.architectures.build import build_base, build_on_meta, check_argum
 from sharefold.architectures.matching import Match, exact_match, match_architecture, named_architecture
 from sharefold.architectures.shapes import check_fit, load_weights, shapes_of
 from sharefold.errors import SharefoldError, SharefoldWarning
-from sharefold.files import WEIGHTS_NAME
+from sharefold.files import check_path
 from sharefold.format import checked_pretrained_cfg, config_of
 from sharefold.hub import shared_folder
 from sharefold.options import OpenOptions, chosen
+from sharefold.ownership import WEIGHTS_NAME
 from sharefold.sources.hub_models import open_hub, open_timm, open_torchvision
 from sharefold.sources.preprocessing import preprocessing
 from sharefold.sources.read import check_file, read_state_dict
@@ -114,6 +115,7 @@ def _split(text: str) -> tuple[str | None, str]:
     prefix = found.group(1).lower()
     if prefix in _KINDS:
         return _KINDS[prefix], found.group(2)
+    check_path(Path(text))
     if Path(text).exists():
         return None, text
     raise SharefoldError(f"unknown source {text!r}: known prefixes are timm:, tv: and hf-hub:, anything else is a path")
@@ -128,6 +130,7 @@ def _name_and_options(rest: str, where: str) -> tuple[str, dict[str, Any]]:
 
 def _open_path(path: Path, options: OpenOptions, look: Look | None) -> Source:
     arch = options.arch
+    check_path(path)
     if checkpoint.is_sharefold(path):
         _refuse_options(path, options)
         return _open_sharefold(path)
