@@ -54,7 +54,7 @@ def check_output(
         probe.rmdir()
         there, is_folder = target.exists(), target.is_dir()
     except OSError as error:
-        raise SharefoldError(f"output {shown(str(target))} cannot be written ({error.strerror}): choose another place") from None
+        raise SharefoldError(f"output {_told(target)} cannot be written ({error.strerror}): choose another place") from None
     if there:
         if not force:
             raise SharefoldError(f"output {target} exists: pass --force to replace it, or choose another name")
@@ -160,7 +160,11 @@ def write_folder(path: Path, write: Callable[[Path], Any]) -> None:
 
 def _unwritten(path: Path, error: Exception) -> SharefoldError:
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-    return SharefoldError(f"output {shown(str(path))} could not be written: {reason}: free some space, or choose another place")
+    return SharefoldError(f"output {_told(path)} could not be written: {reason}: free some space, or choose another place")
+
+
+def _told(path: Path) -> str:
+    return shown(str(path)) if len(path.name) > 255 else str(path)
 
 
 def _put(temporary: Path, target: Path) -> None:
