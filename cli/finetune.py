@@ -87,6 +87,8 @@ def command(
     if first:
         _check_output(output, kept.force or kept.resume)
     run.setup()
+    import torch
+
     from sharefold.data import Preprocess, open_data
     from sharefold.finetune.interrupt import Interrupted
     from sharefold.finetune.loaders import limited
@@ -95,9 +97,14 @@ def command(
     from sharefold.format import FileConfig, carry_config, checked_pretrained_cfg, config_of
     from sharefold.measure import count_parameters
     from sharefold.plans import Plan
+    from sharefold.running import dtype_of
 
     opened = source.open()
     model = opened.model
+    if dtype_of(model) != torch.float32:
+        kind = str(dtype_of(model)).removeprefix("torch.")
+        warnings.warn(f"{source.source} is in {kind}: tuned and saved in float32", SharefoldWarning, stacklevel=2)
+        model.float()
     preprocess = Preprocess.from_cfg(
         opened.pretrained_cfg, input_size=input_size, mean=config.mean or None, std=config.std or None
     )
@@ -111,7 +118,7 @@ def command(
         reinitialize(model, run.seed, joint=config.orthogonality_joint)
     guide = None
     if teacher:
-        guide = SourceOptions(teacher, OpenOptions(teacher_arch, trust_pickle=source.options.trust_pickle)).open().model
+        guide = SourceOptions(teacher, OpenOptions(teacher_arch, trust_pickle=source.options.trust_pickle)).open().model.float()
     train = open_data(data, "train", transform_cfg=preprocess)
     checks = None if no_val else open_data(val or data, "test", transform_cfg=preprocess)
     train = limited(train, limit) if limit else train

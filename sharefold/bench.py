@@ -31,7 +31,7 @@ from sharefold.format import config_of
 from sharefold.layers import SharedConv, shared_layers
 from sharefold.layers.shared_conv import FACTORED_SHARE
 from sharefold.plans import Progress
-from sharefold.running import evaluating
+from sharefold.running import as_input, evaluating
 from sharefold.state_dicts import load_tensors
 
 FORMS = ("composed", "factored", "auto")
@@ -136,6 +136,7 @@ def race_forms(
     A network without shared layers runs as ``"model"``; one whose layers can only be composed runs as ``"composed"``.
     """
     layers = shared_layers(model)
+    given, images = images, as_input(model, images)
     forms = FORMS if any(can_factor(layer) for layer in layers.values()) else ("composed",)
 
     def in_form(form: str) -> Callable[[], Any]:
@@ -145,7 +146,10 @@ def race_forms(
 
         return run
 
-    runs: dict[str, Callable[[], Any]] = {} if dense is None else {"dense": lambda: dense(images)}
+    runs: dict[str, Callable[[], Any]] = {}
+    if dense is not None:
+        rival, theirs = dense, as_input(dense, given)
+        runs["dense"] = lambda: rival(theirs)
     runs.update({form: in_form(form) for form in forms} if layers else {"model": lambda: model(images)})
     networks = [model] if dense is None else [model, dense]
     with evaluating(*networks), runtime_form(model, {name: layer.runtime for name, layer in layers.items()}):
@@ -163,6 +167,7 @@ def race_layers(
     """
     layers = {name: layer for name, layer in shared_layers(model).items() if can_factor(layer)}
     rows: list[dict[str, Any]] = []
+    images = as_input(model, images)
     with evaluating(model), runtime_form(model, {n: layer.runtime for n, layer in shared_layers(model).items()}):
         inputs = _inputs(model, layers, images)
         for done, (name, layer) in enumerate(layers.items()):
@@ -246,6 +251,7 @@ def peak_tensor_bytes(model: nn.Module, images: Tensor) -> int:
     """
     for layer in shared_layers(model).values():
         layer.train(layer.training)  # drops the composed weight, which belongs to what is measured
+    images = as_input(model, images)
     device = images.device
     with evaluating(model):
         if device.type == "cuda":

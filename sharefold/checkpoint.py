@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sharefold.blank import blank_network, check_shapes, install, real_network, shape_of_network
 from sharefold.card import model_card
-from sharefold.checksum import check_finite, checksum
+from sharefold.checksum import check_finite, check_types, checksum
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.files import check_output, check_path, write_file, write_folder
 from sharefold.format import (
@@ -85,7 +85,9 @@ def save(model: nn.Module, path: str | Path, *, metrics: dict[str, Any] | None =
     alone = target.suffix == ".safetensors"
     text = config.text_beside(sum(tensor.nbytes for tensor in tensors.values())) if alone else config.to_text()
     FileConfig.from_text(text, target)  # what could not be read again is not written
-    if spec is not None:
+    if spec is None:
+        check_types(tensors, str(target))
+    else:
         tensors = encode(tensors, spec)
         text = config.packed()
     metadata = {METADATA_KEY: text, CHECKSUM_KEY: checksum(text, tensors), "format": "pt"}

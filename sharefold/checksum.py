@@ -10,6 +10,8 @@ import zlib
 from collections.abc import Mapping
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save
 from torch import Tensor
 
 from sharefold.errors import SharefoldError
@@ -41,6 +43,24 @@ def not_finite(tensor: Tensor) -> str:
     if math.isfinite(least) and math.isfinite(most):
         return ""
     return "NaN" if math.isnan(least) or math.isnan(most) else "infinity"
+
+
+def check_types(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuses types that a safetensors file cannot hold (complex128), naming the first tensor.
+
+    Raises:
+        SharefoldError: some tensor has one.
+    """
+    kinds: dict[torch.dtype, bool] = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in kinds:
+            try:
+                kinds[tensor.dtype] = bool(save({"": torch.zeros(1, dtype=torch.uint8).to(tensor.dtype)}))
+            except (KeyError, SafetensorError, NotImplementedError):
+                kinds[tensor.dtype] = False
+        if not kinds[tensor.dtype]:
+            raise SharefoldError(f"output {where}: tensor {name!r} is of {tensor.dtype}, which safetensors files cannot hold: "
+                                 "give it another type, or keep it out of the state dict")  # fmt: skip
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str, advice: str) -> None:

@@ -24,12 +24,13 @@ from torch.utils._pytree import tree_leaves
 
 from sharefold.calibration.images import input_config
 from sharefold.checkpoint import expand
+from sharefold.checksum import check_types
 from sharefold.errors import SharefoldError
 from sharefold.files import check_output, write_buffered, write_file
 from sharefold.graph.preserved import preserved
 from sharefold.measure import model_bytes
 from sharefold.options import ExportOptions, chosen
-from sharefold.running import run_on
+from sharefold.running import as_input, dtype_of, run_on
 
 __all__ = ["Exported", "export"]
 FORMATS = {"onnx": (".onnx",), "pt2": (".pt2",), "dense": (".safetensors", ".pt", ".pth")}
@@ -92,9 +93,8 @@ def export(
         raise SharefoldError(f"output {target} is a folder: name a file ending in {' or '.join(FORMATS[kind])}")
     network = model if all(p.device.type == "cpu" for p in model.parameters()) else copy.deepcopy(model).cpu()
     if example_input is None:
-        kind_of = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        example_input = _random((2, *input_config(model)["input_size"])).to(kind_of)
-    example = example_input.detach().cpu()
+        example_input = _random((2, *input_config(model)["input_size"]))
+    example = as_input(network, example_input.detach())
     if dynamic_batch and kind != "dense" and len(example) < 2:
         example = torch.cat([example, example])  # tracing would take a batch of one for a constant
     with preserved(network), _calm():
@@ -229,12 +229,18 @@ def _write_onnx(
         onnx_ir.save(graph, temporary, format="protobuf")
         options = runtime.SessionOptions()
         options.log_severity_level = 3
-        session = runtime.InferenceSession(str(temporary), options, providers=["CPUExecutionProvider"])
+        try:
+            session = runtime.InferenceSession(str(temporary), options, providers=["CPUExecutionProvider"])
 
-        def run(batch: Tensor) -> list[Tensor]:
-            return [torch.from_numpy(array) for array in session.run(None, {"images": batch.numpy()})]
+            def run(batch: Tensor) -> list[Tensor]:
+                return [torch.from_numpy(array) for array in session.run(None, {"images": batch.numpy()})]
 
-        found.append(_accept(_difference(model, run, batches), tolerance, "the ONNX graph in onnxruntime"))
+            difference = _difference(model, run, batches)
+        except Exception as error:  # onnxruntime's own; it has no convolution in float64 or bfloat16
+            kind, reason = str(dtype_of(model)).removeprefix("torch."), " ".join(str(error).split())[:200]
+            hint = "try --format pt2" if kind == "float32" else f"the network computes in {kind}: export model.float(), or pt2"
+            raise SharefoldError(f"onnxruntime cannot run the network's ONNX graph ({reason}): {hint}") from error
+        found.append(_accept(difference, tolerance, "the ONNX graph in onnxruntime"))
 
     write_file(target, write)
     return found[0], (("images",), tuple(names))
@@ -331,6 +337,7 @@ def write_dense(dense: nn.Module, target: Path) -> None:
     # Clones: a tensor tied inside the stock network is written in full under each name, as its loaders expect.
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in dense.state_dict().items()}
     if target.suffix == ".safetensors":
+        check_types(state, str(target))
         write_file(target, lambda temporary: save_file(state, str(temporary), {"format": "pt"}))
     else:
         write_buffered(target, lambda memory: torch.save(state, memory))

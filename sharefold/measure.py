@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sharefold.errors import SharefoldError
 from sharefold.outputs.agreement import Agreement, agreement  # noqa: F401
-from sharefold.running import evaluating, run_on
+from sharefold.running import as_input, evaluating, run_on
 
 
 def count_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:
@@ -106,11 +106,11 @@ def evaluate(
         for images, labels in loader:
             if limit is not None:
                 images, labels = images[: limit - done], labels[: limit - done]
-            logits = first_logits(model(images.to(device, copy=True))).float()
+            logits = first_logits(run_on(model, images)).float()
             if logits.ndim != 2:
                 raise SharefoldError(f"the model's output has shape {tuple(logits.shape)}: eval wants (n, classes)")
             _check_labels(labels, logits.shape[1])
-            labels = labels.to(device)
+            labels = labels.to(logits.device)
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices
             hits = best == labels[:, None]
             hits1 += int(hits[:, 0].sum())
@@ -156,6 +156,7 @@ def latency(
     """
     if repeats < 1:
         raise SharefoldError(f"latency: {repeats} repeats: at least 1 is needed")
+    example_input = as_input(model, example_input)
     before = torch.get_num_threads()
     cuda = example_input.device.type == "cuda"
     times: list[float] = []

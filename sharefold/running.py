@@ -11,10 +11,22 @@ from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
 
+COMPUTED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 
 def device_of(model: nn.Module) -> torch.device:
     """Where ``model`` computes: the device of its first parameter, the CPU where it has none."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """What ``model`` takes images in: the type of its first parameter of a floating type to compute in, float32 without one."""
+    return next((p.dtype for p in model.parameters() if p.dtype in COMPUTED), torch.float32)
+
+
+def as_input(model: nn.Module, images: Tensor) -> Tensor:
+    """A copy of ``images`` where ``model`` computes, and, if they are of a floating type, in the type that it computes in."""
+    return images.to(device_of(model), dtype_of(model) if images.is_floating_point() else images.dtype, copy=True)
 
 
 def check_shapes(model: nn.Module) -> None:
@@ -28,8 +40,8 @@ def check_shapes(model: nn.Module) -> None:
 
 
 def run_on(model: nn.Module, images: Tensor) -> Any:
-    """What ``model`` makes of a copy of ``images``, where it computes: some networks write into their input."""
-    return model(images.to(device_of(model), copy=True))
+    """What ``model`` makes of :func:`as_input` of ``images``: some networks write into their input."""
+    return model(as_input(model, images))
 
 
 def has_doubles(device: torch.device) -> bool:

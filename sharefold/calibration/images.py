@@ -13,6 +13,7 @@ from sharefold.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from sharefold.errors import SharefoldError
 from sharefold.graph.layers import OTHER_CONVS
 from sharefold.layers import SharedConv
+from sharefold.running import dtype_of
 
 # Enough for every moment of a CIFAR network, and to report agreement within a few points; of large procedural images, fewer.
 COUNT, LARGE_COUNT = 1000, 64
@@ -39,8 +40,7 @@ def procedural_images(model: nn.Module, count: int | None = None, seed: int = 0)
     if count is None:
         count = default_count(*config["input_size"][1:])
     made = calibration_images(None, config, count, seed)
-    parameter = next(model.parameters(), made)
-    return matched(model, made.to(parameter.dtype) if parameter.is_floating_point() else made, seed)
+    return matched(model, made.to(dtype_of(model)), seed)
 
 
 def default_count(height: int, width: int, procedural: bool = True) -> int:
@@ -78,4 +78,5 @@ def calibration_or_procedural(model: nn.Module, images: Tensor | None, seed: int
     if widths and images.shape[1] not in widths:
         found, wanted = images.shape[1], widths[0]
         raise SharefoldError(f"calibration: images have {found} channels, the model takes {wanted}: convert the images")
+    images = images.to(dtype_of(model))
     return images.clone() if images.is_inference() else images

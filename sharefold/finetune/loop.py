@@ -29,6 +29,7 @@ from sharefold.finetune.step import Updater, freeze_norms
 from sharefold.finetune.whole import whole_factors
 from sharefold.format import carry_config, config_of, without_figures
 from sharefold.options import RunOptions, chosen
+from sharefold.running import dtype_of
 from sharefold.state_dicts import load_tensors
 
 STATE_FILE = "state.pt"
@@ -93,6 +94,10 @@ def finetune(
         raise SharefoldError("finetune: teacher is the model itself: pass the original network")
     if teacher is None and not config.labels:
         raise SharefoldError("finetune: without labels there must be a teacher: pass one")
+    for name, network in (("model", model), ("teacher", teacher)):
+        if network is not None and dtype_of(network) != torch.float32:
+            kind = str(dtype_of(network)).removeprefix("torch.")
+            raise SharefoldError(f"finetune: the {name} computes in {kind}: pass it in float32 ({name}.float())")
     out = None if run.out is None else Path(run.out)
     run_dir = out.with_name(out.name + ".run") if run.run_dir is None and out is not None else run.run_dir
     folder = None if run_dir is None else Path(run_dir)

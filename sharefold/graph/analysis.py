@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from sharefold.errors import SharefoldError
@@ -23,7 +22,7 @@ from sharefold.graph.spaces import Flow, propagate
 from sharefold.graph.stages import Size, find_stages, number_blocks
 from sharefold.graph.trace import ShapeRecorder, same_output, trace
 from sharefold.layers import ConvForm
-from sharefold.running import check_shapes, device_of
+from sharefold.running import as_input, check_shapes
 
 # fx patches nn.Module for the whole process while it traces.
 _TRACING = threading.RLock()
@@ -49,7 +48,7 @@ def analyze(model: nn.Module, example_input: Any, *, symbolic: bool = True) -> N
     check_shapes(model)
     with _TRACING, preserved(model):
         layers, skipped = find_layers(model)
-        run = run_with_hooks(model, _copied(example_input, device_of(model)), layers)
+        run = run_with_hooks(model, _copied(example_input, model), layers)
         graph, note = _trace(model, example_input, run, set(skipped)) if symbolic else (None, "not asked for")
         for name in [name for name in layers if name not in run.layers]:
             skipped[name] = "never called as a module: unused, or its weight is used by other code"
@@ -76,14 +75,14 @@ def analyze(model: nn.Module, example_input: Any, *, symbolic: bool = True) -> N
     )
 
 
-def _copied(value: Any, device: torch.device) -> Any:
-    """A copy on ``device``, for every run: some networks write into their input."""
+def _copied(value: Any, model: nn.Module) -> Any:
+    """A copy as ``model`` takes it, for every run: some networks write into their input."""
     if isinstance(value, Tensor):
-        return value.to(device, copy=True)
+        return as_input(model, value)
     if isinstance(value, Mapping):
-        return {key: _copied(item, device) for key, item in value.items()}
+        return {key: _copied(item, model) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_copied(item, device) for item in value)
+        return type(value)(_copied(item, model) for item in value)
     return value
 
 
@@ -104,7 +103,7 @@ def _trace(model: nn.Module, example: Any, run: Run, unshared: set[str]) -> tupl
         try:
             graph = trace(model, len(inputs), deep=deep)
             recorder = ShapeRecorder(model, graph)
-            output = recorder.run(*_copied(inputs, device_of(model)))
+            output = recorder.run(*_copied(inputs, model))
         except Exception as error:  # anything can go wrong in foreign forward code: the hooks still stand
             lines = str(error).strip().splitlines()
             reason = reason or f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sharefold import checkpoint
@@ -170,7 +171,7 @@ def _fill(
         fresh = match.head
     with limited_modules(len(state), str(path)):  # nothing is allocated before it is known to be what the file holds
         check_fit(build_on_meta(base), shapes_of(state), str(path), base["name"], fresh)
-    model = build_base(base)
+    model = _typed(build_base(base), state, path)
     config = preprocessing(model, base, path)
     config.update({key: value for key, value in hub.get("pretrained_cfg", {}).items() if key in config})
     channels = config["input_size"][0]
@@ -180,6 +181,28 @@ def _fill(
     notes.update(others=list(match.others), rule=match.rule)
     config["num_classes"] = base["kwargs"].get("num_classes", config["num_classes"])
     return Source(model.eval(), base, config, base["name"], "checkpoint", meta=notes)
+
+
+def _typed(model: nn.Module, state: dict[str, Tensor], path: Path) -> nn.Module:
+    """``model`` in float64 where all floating tensors of the file are; halves are opened in float32, which holds each value."""
+    kinds = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if kinds == {torch.float64}:
+        return model.double()
+    lost = [name for name, t in state.items() if t.dtype == torch.float64 and not torch.equal(t.float().double(), t)]
+    if lost:
+        warnings.warn(
+            f"{path} holds float64 beside other types: opened in float32, which rounds {len(lost)} tensors, first {lost[0]}",
+            SharefoldWarning,
+            stacklevel=5,
+        )
+    elif kinds and kinds <= {torch.float16, torch.bfloat16}:
+        names = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        warnings.warn(
+            f"{path} holds {names}: opened in float32, of the same values; store fp16 writes files of halves",
+            SharefoldWarning,
+            stacklevel=5,
+        )
+    return model
 
 
 def _architecture(

@@ -24,6 +24,9 @@ from sharefold.store.tensor_spec import FORMAT, KINDS, StoreSpec, TensorSpec
 NAME = "blob"
 _HEAD = struct.Struct("<BIIII")  # format, checksum of the rest, bytes of side, of plain, largest coded integer
 
+# Those that torch can compare and subtract, and the widest range of values that :func:`pack` takes.
+_INTEGERS, _MOST_BITS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64), 16
+
 
 def encode_blob(tensors: Mapping[str, Tensor], spec: StoreSpec) -> Tensor:
     """``tensors`` in their order as uint8 (bytes,).
@@ -262,9 +265,12 @@ class _Reader:
 
 
 def _plain_kind(tensor: Tensor) -> str:
-    if tensor.numel() and bool((tensor == tensor.flatten()[0]).all()):
+    if not tensor.numel():
+        return "raw"
+    entries = tensor.detach().contiguous().reshape(-1, 1).view(torch.uint8)
+    if bool((entries == entries[0]).all()):
         return "fill"
-    if tensor.numel() and not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool:
+    if tensor.dtype in _INTEGERS and int(tensor.max()) - int(tensor.min()) < 1 << _MOST_BITS:
         return "int"
     return "raw"
 

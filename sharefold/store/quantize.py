@@ -24,7 +24,7 @@ from sharefold.outputs import Divergence
 from sharefold.plans import Progress
 from sharefold.repair.lockstep import Visited, Wanted, walk
 from sharefold.repair.means import give_mean
-from sharefold.running import evaluating
+from sharefold.running import COMPUTED, evaluating
 from sharefold.settings import with_plain_settings
 from sharefold.solvers.grid import kmeans_codebook, search_scale
 from sharefold.solvers.least_squares import ROUNDING_PULL, PulledLeastSquares
@@ -80,10 +80,14 @@ def quantize_(
         seed: of procedural images.
 
     Raises:
-        SharefoldError: an unknown spec, or a budget below what the coarsest rounding needs.
+        SharefoldError: an unknown spec, a tensor of eight-bit floats, or a budget below what the coarsest rounding needs.
     """
     request = parse_store(spec)
     config_of(model)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and tensor.dtype not in COMPUTED:
+            raise SharefoldError(f"store: tensor {name!r} is of {tensor.dtype}, which packed files cannot hold: save it without "
+                                 "store, or make it a float16")  # fmt: skip
     with restored_on_error(model):
         carry_spec(model, None)
         if request.kind == "fp16":
