@@ -70,9 +70,9 @@ class Run:
         return device
 
     def say(self, text: str = "") -> None:
-        """A line for people."""
+        """A line for people; names in it may come from anybody."""
         if not self.quiet:
-            click.echo(text, err=self.json)
+            click.echo(printable(text), err=self.json)
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[Any]], title: str | None = None) -> None:
         """A table for people; columns whose cells are all numbers stand to the right."""
@@ -82,11 +82,12 @@ class Run:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        heading = None if title is None else Text(printable(title))
+        table = Table(title=heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         cells = [[_cell(value) for value in row] for row in rows]
         for index, name in enumerate(head):
             numeric = bool(cells) and all(_is_number(row[index]) for row in cells)
-            table.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
+            table.add_column(Text(printable(name)), justify="right" if numeric else "left", overflow="fold")
         for row in cells:
             table.add_row(*(Text(cell) for cell in row))
         console_on(sys.stderr if self.json else sys.stdout).print(table)
@@ -131,13 +132,13 @@ def _bars(console: Console) -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     tasks: dict[str, TaskID] = {}
     with Bars(*columns, console=console, transient=True) as bars:
 
         def report(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
+                tasks[what] = bars.add_task(printable(what), total=total)
             bars.update(tasks[what], completed=done, total=total)
 
         yield report
@@ -149,7 +150,7 @@ def _step_lines() -> Progress:
     def report(what: str, done: int, total: int) -> None:
         begin = started.setdefault(what, time.perf_counter())
         if done >= total:
-            click.echo(f"{what}: {done} of {total}, {time.perf_counter() - begin:.1f} s", err=True)
+            click.echo(f"{printable(what)}: {done} of {total}, {time.perf_counter() - begin:.1f} s", err=True)
             del started[what]
 
     return report
@@ -162,7 +163,7 @@ def _cell(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return str(value)
+    return printable(str(value))
 
 
 def _is_number(cell: str) -> bool:

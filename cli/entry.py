@@ -1,18 +1,45 @@
-"""Where the installed script begins: quiet when interrupted while Python is still importing."""
+"""Where the installed script begins: an interrupt ends it in one line, at whatever moment, with exit code 130."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import sys
+from types import FrameType
 
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`: the system then ends the process without a traceback
+_IMPORT = "<frozen importlib._bootstrap>"
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    """Raises KeyboardInterrupt, but not within an import: libraries make other errors of it there, or end the process."""
+    at = frame
+    while at is not None:
+        if at.f_code.co_filename == _IMPORT:
+            _end()
+        at = at.f_back
+    raise KeyboardInterrupt
+
+
+def _end() -> None:
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        shown = b"\x1b[?25h" if os.isatty(2) else b""  # progress bars hide the cursor
+        os.write(2, shown + b"interrupted\n")
+    os._exit(130)
+
+
+signal.signal(signal.SIGINT, _interrupted)
 
 
 def main() -> None:
     """The command line; interrupted, it says so in one line (exit code 130)."""
-    from .main import cli
-
     try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        from .main import cli
+
         cli(prog_name="sharefold")
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        _end()
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # what Python still does then is not worth a traceback

@@ -13,6 +13,7 @@ import click
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.finetune.config import FinetuneConfig
 from sharefold.options import OpenOptions, RunOptions
+from sharefold.untrusted import printable
 
 from .common import Run, jsonable, shared_options
 from .record_options import record_of, record_options
@@ -129,7 +130,7 @@ def command(
             run=dataclasses.replace(kept, out=output, quiet=run.quiet),
         )  # fmt: skip
     except Interrupted as stopped:
-        click.echo(str(stopped), err=True)
+        click.echo(printable(str(stopped)), err=True)
         ctx.exit(stopped.exit_code)
     run.say(f"{output} written")
     if report.top1_before is not None and report.top1_after is not None and report.top1_after < report.top1_before:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
@@ -11,6 +12,11 @@ from typing import Any
 from sharefold.format import FileConfig
 from sharefold.repair.step_record import StepRecord, measured_on
 from sharefold.untrusted import is_int, printable
+
+# What means something to a Markdown reader within a line, an underscore at the end of a word alone; and what GitHub and the Hub
+# make links of without being asked.
+_MARKUP = re.compile(r"[\\*\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+_ADDRESS = re.compile(r"(?i)https?:(?=//)|ftp:(?=//)|www(?=\.)|@")
 
 
 def model_card(config: FileConfig) -> str:
@@ -85,5 +91,6 @@ def _agreement(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(value: object) -> str:
-    """For a heading or a cell: nothing in it is markup."""
-    return escape(printable(str(value)), quote=False).replace("|", "\\|").replace("`", "'")
+    """For a heading or a cell: nothing in it is markup, neither HTML nor Markdown, and no address becomes a link by itself."""
+    text = escape(printable(str(value)).replace("`", "'"), quote=False)
+    return _ADDRESS.sub(r"\g<0><!-- -->", _MARKUP.sub(r"\\\g<0>", text))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +20,7 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".
 # What Pillow's decoders trip over in damaged files.
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, KeyError, ArithmeticError, struct.error,
            Image.DecompressionBombError)  # fmt: skip
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @contextmanager
@@ -28,10 +32,28 @@ def opened_image(path: Path) -> Iterator[Image.Image]:
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
+            if image.format == "TIFF":
+                with _silent():
+                    image.load()
             yield image
     except _DAMAGE as error:
         reason = printable(str(error)[:200])
         raise SharefoldError(f"{path}: not a readable image ({reason}): repair or remove it") from error
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing that C code says reaches stderr: libtiff prints a line of its own about damage, and Pillow raises besides."""
+    with _ONE_AT_A_TIME:
+        sys.stderr.flush()
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            os.close(nowhere)
 
 
 def forbid_ghostscript() -> None:

@@ -12,8 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from sharefold.errors import SharefoldError
+from sharefold.untrusted import printable
 
 
 class RunLog:
@@ -79,14 +81,14 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """One line for the human."""
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(printable(text), highlight=False, markup=False)
 
     def table(self, title: str, head: list[str], rows: list[list[str]]) -> None:
         table = Table(title=title)
         for i, name in enumerate(head):
             table.add_column(name, justify="left" if i == 0 else "right")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(printable(cell)) for cell in row))
         self.console.print(table)
 
     def close(self) -> None:

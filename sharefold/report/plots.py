@@ -10,6 +10,7 @@ from typing import Any
 from sharefold.errors import SharefoldError
 from sharefold.files import check_output, write_file
 from sharefold.report.facts import Facts
+from sharefold.untrusted import printable
 
 DPI = 150
 GREY = "#c4cad2"
@@ -47,7 +48,7 @@ def write_curve(points: Sequence[tuple[float, float, str]], reference: float, y_
     axes = canvas.subplots()
     axes.plot([x for x, _, _ in points], [100 * y for _, y, _ in points], marker="o", color="#4269d0")
     for x, y, label in points:
-        axes.annotate(label, (x, 100 * y), textcoords="offset points", xytext=(0, -16), ha="center", fontsize=9)
+        axes.annotate(_plain(label), (x, 100 * y), textcoords="offset points", xytext=(0, -16), ha="center", fontsize=9)
     axes.axhline(100 * reference, color="#888888", linestyle="--", linewidth=1)
     axes.annotate("dense", (0.01, 100 * reference), xycoords=("axes fraction", "data"), va="bottom", fontsize=9)
     axes.set(xlabel="parameters", ylabel=f"{y_label}, %", xlim=(0, None))
@@ -65,6 +66,11 @@ def _figure() -> Any:
         raise SharefoldError("plots need matplotlib: pip install 'sharefold[plots]'") from None
     matplotlib.use("Agg", force=False)
     return importlib.import_module("matplotlib.figure").Figure
+
+
+def _plain(text: str) -> str:
+    """``text`` as matplotlib shows it: a dollar would begin mathematics, and end the drawing where that makes no sense."""
+    return printable(text).replace("$", r"\$")
 
 
 def _save(canvas: Any, path: Path) -> None:
@@ -88,7 +94,7 @@ def _map(facts: Facts, figure: Any) -> Any:
     axes.xaxis.set_major_locator(importlib.import_module("matplotlib.ticker").MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(importlib.import_module("matplotlib.ticker").EngFormatter(sep=""))
     axes.set_xlim(-0.6, len(facts.layers) - 0.4)
-    axes.set_title(f"{facts.title}: pale before, solid after, grey unchanged", fontsize=11, loc="left")
+    axes.set_title(f"{_plain(facts.title)}: pale before, solid after, grey unchanged", fontsize=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     return canvas
 
@@ -97,7 +103,7 @@ def _groups(facts: Facts, figure: Any) -> Any:
     groups = sorted(facts.plan.groups, key=lambda group: group.params_before - group.params_after)
     canvas = figure(figsize=(9, 1.2 + 0.42 * len(groups)), layout="constrained")
     sizes, errors = canvas.subplots(1, 2, width_ratios=(2, 1), sharey=True)
-    names = [f"{group.name} ({group.method})" for group in groups]
+    names = [_plain(f"{group.name} ({group.method})") for group in groups]
     colours = [facts.colour(group.name) for group in groups]
     sizes.barh(names, [group.params_before for group in groups], color=colours, alpha=0.3)
     sizes.barh(names, [group.params_after for group in groups], color=colours)
@@ -115,7 +121,7 @@ def _spectra(facts: Facts, figure: Any) -> Any:
     axes = canvas.subplots()
     for name, shares in facts.spectra.items():
         colour = facts.colour(name)
-        axes.plot([i / (len(shares) - 1) for i in range(len(shares))], shares, color=colour, label=name)
+        axes.plot([i / (len(shares) - 1) for i in range(len(shares))], shares, color=colour, label=_plain(name))
         if name in facts.ranks:
             rank, full = facts.ranks[name]
             at = min(rank / max(full, 1), 1.0)
