@@ -48,6 +48,7 @@ def test_images_take_the_type_of_the_network() -> None:
     assert torch.equal(run_on(model, tokens), model.weight[1:][None])
 
 
+@pytest.mark.filterwarnings("ignore:.*opened in float32")
 def test_verbs_take_networks_of_every_type(saved: Path) -> None:
     out = saved.parent
     kind = dtype_of(sharefold.load(saved))
