@@ -356,7 +356,7 @@ def _tensor(calls: Calls, name: str, arguments: tuple[Any, ...]) -> Any:
         if not isinstance(found, torch.dtype):
             raise Unclear("a tensor of an unknown dtype")
         item = found.itemsize
-    calls.check_extent(*arguments[:4], item)
+    calls.check_extent(storage, arguments[1], arguments[2], arguments[3], item)
     if name.endswith("qtensor") and math.prod(arguments[2]) > storage.count:  # torch fills it before it sets its storage
         raise TooLarge("a quantized tensor that is larger than its storage")
     return TensorMade()
