@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,30 @@ def is_number(value: Any) -> bool:
     return is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
+class _Brief(reprlib.Repr):
+    """``repr`` of a few levels and entries: that of containers which share their parts takes exponential time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = 8
+        self.maxstring = self.maxlong = self.maxother = 200
+
+    def repr1(self, x: Any, level: int) -> str:
+        if isinstance(x, dict):  # and those made from it, whose own repr goes all the way
+            return self.repr_dict(x, level)
+        try:
+            return super().repr1(x, level)
+        except ValueError:  # an integer of more than 4,300 digits
+            return "a number of thousands of digits"
+
+
+_BRIEF = _Brief()
+
+
 def shown(value: Any, limit: int = 80) -> str:
     """``value`` for a message: cut off, and without control characters, which a terminal would obey."""
-    text = printable(value) if isinstance(value, str) else repr(value)
+    text = printable(value) if isinstance(value, str) else _BRIEF.repr(value)
     return text if len(text) <= limit else text[:limit] + "..."
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sharefold.errors import SharefoldError
-from sharefold.untrusted import printable
+from sharefold.untrusted import is_int, printable
 
 
 class RunLog:
@@ -105,17 +105,25 @@ def _tensorboard(folder: Path, step: int) -> Any:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a ``log.jsonl``; a last line cut off by a crash is ignored."""
+    """The records of a ``log.jsonl``; a line that is none is left out, as one that a crash cut off."""
     records = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
-            break
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            break
-        records.append(record)
+            continue
+        if _is_record(record):
+            records.append(record)
     return records
+
+
+def _is_record(value: Any) -> bool:
+    """Whether it is a line of :meth:`RunLog.write`: {event, step} and numbers, with ``top1`` where it is of a validation."""
+    if not isinstance(value, dict) or not is_int(value.get("step")) or value.get("event") not in ("train", "val"):
+        return False
+    numbers = [number for name, number in value.items() if name != "event"]
+    plain = all(isinstance(n, float) or (is_int(n) and abs(n) < 1 << 53) for n in numbers)
+    return plain and (value["event"] == "train" or "top1" in value)
 
 
 def draw_curve(path: Path, picture: Path) -> bool:

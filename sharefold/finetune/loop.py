@@ -23,7 +23,8 @@ from sharefold.finetune.evaluate import evaluate
 from sharefold.finetune.interrupt import Interrupted, StopRequest
 from sharefold.finetune.loaders import training_batches, validation_batches, warn_about_teacher
 from sharefold.finetune.log import RunLog, draw_curve
-from sharefold.finetune.run_state import check_same_run, read_state, write_state
+from sharefold.finetune.optimizer_state import check_optimizer
+from sharefold.finetune.run_state import check_progress, check_same_run, check_tensors, read_state, write_state
 from sharefold.finetune.schedule import Schedule, build_optimizer
 from sharefold.finetune.step import Updater, freeze_norms
 from sharefold.finetune.whole import whole_factors
@@ -366,13 +367,19 @@ class _Run:
         if state is None:
             return False
         check_same_run(self.state_path, state, self.config, self.batches.images, self._shapes())
+        check_progress(self.state_path, state, self.config, self.batches.steps)
         self.updates, self.epochs_done, self.logged_at = state["updates"], state["epochs_done"], state["logged_at"]
         self.seconds, self.history, self.before = state["seconds"], state["history"], state["before"]
         self.last, self.epoch_loss = state["last"], state["epoch_loss"]
         self.sums = {k: torch.tensor(v, device=self.world.device) for k, v in state["sums"].items()}
-        if self.updates > self.config.epochs * self.batches.steps or self.logged_at > self.updates:
-            raise SharefoldError(f"{self.state_path}: damaged run state: more updates than the run has: remove it to start anew")
         try:
+            own = self.model.state_dict()
+            best = (state["best"] or {"weights": own})["weights"]
+            for tensors in (state["model"], own if self.ema is None else state["ema"] or {}, best):
+                check_tensors(tensors, own)
+            # A gradient scaler leaves out the steps in which it looks for its factor.
+            stepped = self.updates > 0 and not state["scaler"]
+            check_optimizer(self.optimizer, state["optimizer"], self.config, stepped=stepped)
             load_tensors(self.model, state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.updater.scaler.load_state_dict(state["scaler"])

@@ -87,9 +87,13 @@ def parameter_groups(model: nn.Module, config: FinetuneConfig) -> list[dict[str,
 
 def build_optimizer(model: nn.Module, config: FinetuneConfig) -> torch.optim.Optimizer:
     """The optimizer of timm.optim that the configuration names."""
+    return optimizer_of([{k: v for k, v in group.items() if k != "names"} for group in parameter_groups(model, config)], config)
+
+
+def optimizer_of(groups: list[dict[str, Any]], config: FinetuneConfig) -> torch.optim.Optimizer:
+    """The optimizer that the configuration names, of {params, weight_decay, lr_scale}."""
     from timm.optim import create_optimizer_v2
 
-    groups = [{k: v for k, v in group.items() if k != "names"} for group in parameter_groups(model, config)]
     options: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
     if config.eps:
         options["eps"] = config.eps

@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from sharefold.sources.pickle_sizes import LEGACY_PICKLES, check_pickle
+from sharefold.sources.pickle_sizes import LEGACY_PICKLES, Unclear, check_pickle
 
 _TENSOR_PARTS = frozenset(
     {"collections.OrderedDict", "collections.Counter", "torch.Size", "torch.device", "torch.Tensor", "_codecs.encode"}
@@ -81,25 +81,40 @@ def check_sizes(path: Path) -> None:
 
     Raises:
         TooLarge: with the reason.
+        Unclear: damaged, or what no checkpoint needs; with the reason.
     """
-    for stream in _pickle_streams(path):
-        with stream:
+    if not is_archive(path):
+        with path.open("rb") as stream:
             check_pickle(stream, path.stat().st_size)
+        return
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as raw:
+            entries = archive.infolist()
+            # The very bytes that torch reads: its names have no case, and it may see another entry than Python does.
+            reader = torch._C.PyTorchFileReader(raw)  # type: ignore[attr-defined]
+            if {name.lower() for name in reader.get_all_records()} != {_record(entry.filename) for entry in entries}:
+                raise Unclear("a zip archive with two tables of contents")
+            body = reader.get_record("data.pkl")
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
+        raise Unclear(str(error)) from None
+    check_pickle(io.BytesIO(body), max(path.stat().st_size, sum(entry.file_size for entry in entries)))
+
+
+def _record(name: str) -> str:
+    return name.lower().partition("/")[2]
 
 
 def is_archive(path: Path) -> bool:
-    """Whether ``path`` is a zip archive, as torch writes them; damaged ones may be none."""
-    try:
-        return zipfile.is_zipfile(path)
-    except (zipfile.BadZipFile, OSError, ValueError):
-        return True
+    """Whether torch reads ``path`` as a zip archive: by its first bytes, whatever follows."""
+    with path.open("rb") as stream:
+        return stream.read(4) == b"PK\x03\x04"
 
 
 def _pickle_streams(path: Path) -> list[IO[bytes]]:
     if is_archive(path):
         try:
             with zipfile.ZipFile(path) as archive:
-                names = [name for name in archive.namelist() if name.endswith(".pkl")]
+                names = [name for name in archive.namelist() if name.lower().endswith(".pkl")]
                 return [io.BytesIO(archive.read(name)) for name in names]
         except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError):
             return []

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
-from sharefold.sources.pickle_sizes import TooLarge
+from sharefold.sources.pickle_sizes import TooLarge, Unclear
 from sharefold.sources.pickles import check_sizes, globals_of, harmless_globals, is_archive
 from sharefold.sources.unwrap import check_finite, unwrap
 from sharefold.untrusted import printable
@@ -75,12 +75,13 @@ def _read(file: Path, trust_pickle: bool) -> tuple[Any, str]:
     zipped = is_archive(file)
     if zipped:
         _check_kind(file, check_archive(file))
-    if not trust_pickle:
-        _check_sizes(file)
+    reason: Exception | None = None if trust_pickle else _unclear(file)
     try:
-        with torch.serialization.safe_globals(harmless_globals()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols; what matters becomes an error
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped), "torch"
+        if reason is None:
+            with torch.serialization.safe_globals(harmless_globals()), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about pickle protocols; what matters becomes an error
+                # torch maps what is in the file, so only what is stored as it is.
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped and is_stored(file)), "torch"
     except Exception as error:
         # Any exception type can come out of a damaged stream; each becomes one line below.
         reason = error
@@ -93,13 +94,17 @@ def _read(file: Path, trust_pickle: bool) -> tuple[Any, str]:
             "pass --trust-pickle only if you trust its author, or save model.state_dict() instead"
         ) from None
     raise SharefoldError(
-        f"{file} is damaged or not a PyTorch checkpoint ({_first_line(reason)}): download or save it again"
+        f"{file} is damaged or not a PyTorch checkpoint ({_reason(reason)}): download or save it again"
     ) from None
 
 
-def _check_sizes(file: Path) -> None:
+def _unclear(file: Path) -> Unclear | None:
+    """What forbids to load ``file`` without trust."""
     try:
         check_sizes(file)
+        return None
+    except Unclear as error:
+        return error
     except TooLarge as error:
         raise SharefoldError(
             f"{file} would take far more memory or time than its size explains ({printable(str(error))}): "
@@ -116,6 +121,8 @@ def check_archive(file: Path) -> list[str]:
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
+            if len({entry.filename.lower() for entry in entries}) < len(entries):
+                raise SharefoldError(f"{file} is damaged: two of its entries have one name: download or save it again")
             # torch writes without compression, and does not look at the checksums when it reads.
             if sum(entry.file_size for entry in entries) > 2 * file.stat().st_size + (1 << 20):
                 raise SharefoldError(f"{file} is damaged: it claims to hold more bytes than it has: download or save it again")
@@ -129,7 +136,14 @@ def check_archive(file: Path) -> list[str]:
     return [entry.filename for entry in entries]
 
 
+def is_stored(file: Path) -> bool:
+    """Whether all entries of a zip archive are stored as they are, as torch writes them."""
+    with zipfile.ZipFile(file) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+
+
 def _check_kind(file: Path, names: list[str]) -> None:
+    names = [name.lower() for name in names]
     if any(name.endswith("constants.pkl") for name in names):
         raise SharefoldError(f"{file} is a TorchScript program, which holds code: save its state_dict() instead")
     if not any(name.endswith("data.pkl") for name in names):
@@ -162,6 +176,10 @@ def _read_trusted(file: Path) -> Any:
 def _cannot_unpickle(file: Path, error: Exception) -> SharefoldError:
     reason = f"{type(error).__name__}: {_first_line(error)}"
     return SharefoldError(f"{file} cannot be unpickled ({reason}): install or make importable what it names")
+
+
+def _reason(error: Exception | None) -> str:
+    return "it cannot be read" if error is None else printable(_first_line(error))
 
 
 def _first_line(error: Exception) -> str:

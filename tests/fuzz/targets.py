@@ -19,7 +19,7 @@ from sharefold.format import FileConfig
 from sharefold.models.digits_resnet import digits_resnet
 from sharefold.plans import Plan
 from sharefold.sources import read_state_dict
-from sharefold.sources.pickle_sizes import TooLarge, check_pickle
+from sharefold.sources.pickle_sizes import TooLarge, Unclear, check_pickle
 from sharefold.sources.unwrap import unwrap
 from sharefold.store.blob import decode_blob
 from sharefold.untrusted import is_int
@@ -78,7 +78,7 @@ def checkpoint(data: bytes) -> None:
 def pickled(data: bytes) -> None:
     try:
         check_pickle(io.BytesIO(data), len(data))
-    except TooLarge:
+    except (TooLarge, Unclear):
         return
 
 
