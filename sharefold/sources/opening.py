@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sharefold import checkpoint
 from sharefold.architectures.arguments import close_matches, parse_options
-from sharefold.architectures.bounded import limited_modules
+from sharefold.architectures.bounded import check_buffers, limited_modules
 from sharefold.architectures.build import build_base, build_on_meta, check_arguments, check_name, note_base, registry
 from sharefold.architectures.matching import Match, exact_match, match_architecture, named_architecture
 from sharefold.architectures.shapes import check_fit, load_weights, shapes_of
@@ -166,7 +166,9 @@ def _fill(
         base = {**base, "kwargs": {**kwargs, "num_classes": num_classes}}
         fresh = match.head
     with limited_modules(len(state), str(path)):  # nothing is allocated before it is known to be what the file holds
-        check_fit(build_on_meta(base), shapes_of(state), str(path), base["name"], fresh)
+        blank = build_on_meta(base)
+        check_fit(blank, shapes_of(state), str(path), base["name"], fresh)
+        check_buffers(blank, sum(tensor.nbytes for tensor in state.values()), str(path))
     model = build_base(base)
     config = preprocessing(model, base, path)
     config.update({key: value for key, value in hub.get("pretrained_cfg", {}).items() if key in config})
