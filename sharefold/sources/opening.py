@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from sharefold import checkpoint
 from sharefold.architectures.arguments import close_matches, parse_options
 from sharefold.architectures.bounded import check_buffers, limited_modules
-from sharefold.architectures.build import build_base, build_on_meta, check_arguments, check_name, note_base, registry
+from sharefold.architectures.build import (
+    build_base,
+    build_on_meta,
+    check_arguments,
+    check_name,
+    make_base,
+    note_base,
+    registry,
+)
 from sharefold.architectures.matching import Match, exact_match, match_architecture, named_architecture
 from sharefold.architectures.shapes import check_fit, load_weights, shapes_of
 from sharefold.errors import SharefoldError, SharefoldWarning
@@ -26,12 +34,13 @@ from sharefold.sources.preprocessing import preprocessing
 from sharefold.sources.read import check_file, read_state_dict
 from sharefold.sources.twins import Look, settled
 from sharefold.sources.unwrap import PREFIXES
-from sharefold.untrusted import parse_json, read_text
+from sharefold.untrusted import parse_json, read_text, shown
 
 _KINDS = {"timm": "timm", "tv": "torchvision", "torchvision": "torchvision", "hf-hub": "hf-hub", "hf_hub": "hf-hub"}
 _PREFIXED = re.compile(r"([A-Za-z][\w-]+):(.*)", re.DOTALL)
 _HUB_FILES = (WEIGHTS_NAME, "pytorch_model.bin")  # what timm's push_to_hf_hub and save_for_hf write
 _HUB_CONFIG = "config.json"
+_LARGEST_NETWORK = 4096  # tensors of what is only looked at
 
 
 @dataclass
@@ -104,6 +113,23 @@ def open_source(
             return replace(_open_sharefold(folder), kind=kind)
     model, base = opener(name, kwargs, options.pretrained)
     return Source(note_base(model, base), base, preprocessing(model, base), base["name"], kind)
+
+
+def open_shapes(source: str) -> Source:
+    """As :func:`open_source` for ``timm:NAME`` and ``tv:NAME``, without memory for tensors: what a stranger names costs nothing.
+
+    Raises:
+        SharefoldError: another kind of source, or as :func:`open_source`.
+    """
+    kind, rest = _split(source)
+    if kind not in ("timm", "torchvision"):
+        raise SharefoldError(f"{shown(source)} is no network of timm or torchvision")
+    name, kwargs = _name_and_options(rest, shown(source))
+    check_name(kind, name)
+    base = make_base(kind, name, kwargs)
+    with limited_modules(_LARGEST_NETWORK, shown(source)):
+        model = build_on_meta(base)
+    return Source(model, base, preprocessing(model, base), base["name"], kind)
 
 
 def _split(text: str) -> tuple[str | None, str]:
