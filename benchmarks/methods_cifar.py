@@ -26,7 +26,9 @@ from sharefold.data import Preprocess
 from sharefold.measure import count_parameters
 
 RESULTS = Path(__file__).parent / "results" / "methods_cifar.json"
-METHODS = ("average", "tied", "cluster-layer", "cluster-filter", "cluster-kernel", "basis", "svd", "spatial", "auto")
+METHODS = (
+    "average", "tied", "cluster-layer", "cluster-filter", "cluster-kernel", "basis", "hybrid", "svd", "spatial", "fold", "auto",
+)  # fmt: skip
 
 
 @torch.no_grad()

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 # The C++ side logs what the user can do nothing about (NNPACK on an unknown CPU); set before anything imports torch.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+# Threads that wait for each other sleep. By default they spin, and where other programs use the cores too, a conversion by two
+# threads took eight times the CPU seconds of one by one thread (benchmarks/threads.py).
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 PIPE_WIDTH = 200  # columns where no terminal says otherwise: a table in a file should not be cut
 
 

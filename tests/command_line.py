@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,15 @@ from click.testing import CliRunner, Result
 from sharefold_cli.main import cli
 
 
+def runner() -> CliRunner:
+    """One that keeps stdout and stderr apart, as click's own does from 8.2 on."""
+    apart = "mix_stderr" in inspect.signature(CliRunner).parameters
+    return CliRunner(mix_stderr=False) if apart else CliRunner()  # type: ignore[call-arg]
+
+
 def call(*arguments: object) -> Result:
     """Runs ``sharefold ARGUMENTS``."""
-    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    return runner().invoke(cli, [str(argument) for argument in arguments])
 
 
 def reported(*arguments: object) -> dict[str, Any]:

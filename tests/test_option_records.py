@@ -9,8 +9,7 @@ from typing import Any
 import click
 import pytest
 import torch
-from click.testing import CliRunner
-from command_line import call, refused
+from command_line import call, refused, runner
 from networks import images, net
 
 import sharefold
@@ -102,7 +101,7 @@ def flat(text: str) -> str:
 @pytest.mark.parametrize("verb", ["convert", "sweep"])
 @pytest.mark.parametrize("record", ASKED)
 def test_every_field_with_a_text_is_an_option_of_the_verb(verb: str, record: type) -> None:
-    text = flat(CliRunner().invoke(cli, [verb, "--help"], terminal_width=200).output)
+    text = flat(runner().invoke(cli, [verb, "--help"], terminal_width=200).output)
     parameters = {p.name: p for p in cli.get_command(click.Context(cli), verb).params}  # type: ignore[union-attr]
     specs = offered(record)
     assert specs
@@ -131,7 +130,7 @@ def asked(*arguments: str) -> tuple[PlanOptions, ConvertOptions, dict[str, Any]]
     def command(**given: Any) -> None:
         seen.append(given)
 
-    result = CliRunner().invoke(command, list(arguments))
+    result = runner().invoke(command, list(arguments))
     assert result.exit_code == 0, result.output
     (given,) = seen
     return record_of(PlanOptions, given), record_of(ConvertOptions, given), given

@@ -11,8 +11,7 @@ import warnings
 
 import click
 import pytest
-from click.testing import CliRunner
-from command_line import call
+from command_line import call, runner
 
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold_cli.boundary import BoundedGroup
@@ -34,7 +33,7 @@ def run(body, *args: str):
     def verb(run: Run) -> None:
         body(run)
 
-    return CliRunner().invoke(group, ["verb", *args])
+    return runner().invoke(group, ["verb", *args])
 
 
 def fail(error: BaseException):
@@ -171,19 +170,17 @@ def test_jsonable() -> None:
 
 
 def test_help_and_version_in_process() -> None:
-    runner = CliRunner()
     assert {"inspect", "convert", "eval", "expand", "env"} <= available().keys()
     for arguments in ([], ["--help"], ["-h"]):
-        result = runner.invoke(cli, arguments)
+        result = runner().invoke(cli, arguments)
         assert result.exit_code == 0 and all(f"  {verb} " in result.stdout for verb in available())
-    assert runner.invoke(cli, ["--version"]).stdout.startswith("sharefold ")
+    assert runner().invoke(cli, ["--version"]).stdout.startswith("sharefold ")
 
 
 def test_unknown_verb_and_missing_option() -> None:
-    runner = CliRunner()
-    result = runner.invoke(cli, ["convrt"])
+    result = runner().invoke(cli, ["convrt"])
     assert result.exit_code == 2 and "convrt" in result.stderr and result.stderr.count("\n") == 1
-    result = runner.invoke(cli, ["eval", "timm:resnet18"])
+    result = runner().invoke(cli, ["eval", "timm:resnet18"])
     assert result.exit_code == 2 and "--data" in result.stderr and "eval --help" in result.stderr
 
 
