@@ -14,6 +14,7 @@ from sharefold.untrusted import parse_json, read_text
 from .common import Run, shared_options
 
 if TYPE_CHECKING:
+    from sharefold.plans import Plan
     from sharefold.report import Facts
     from sharefold.report.facts import Weights
     from sharefold.sources import Source
@@ -105,32 +106,47 @@ def _plan_facts(run: Run, path: Path, source: str | None) -> Facts:
     named = str(inner.get("source") or "")
     known = ("params", "bytes", "macs", "agreement", "agreement_interval", "report_images")
     metrics = {key: inner[key] for key in known if inner.get(key) is not None}
-    opened = None
     if source is not None:
         opened = _dense(source)
-    elif named.startswith(("timm:", "tv:")):
-        opened = _dense(named, pretrained=False)
-    else:
-        run.say("no map: the plan does not name a timm or torchvision network; give it with --source")
-    title = f"Plan for {opened.name if opened else path.stem}"
-    if opened is None:
+        return facts_of(_title(opened.name), plan, metrics, opened.model, _example(opened.pretrained_cfg))
+    if named.startswith(("timm:", "tv:")):
+        return _named_facts(run, named, plan, metrics)
+    run.say("no map: the plan does not name a timm or torchvision network; give it with --source")
+    return facts_of(_title(path.stem), plan, metrics)
+
+
+def _named_facts(run: Run, named: str, plan: Plan, metrics: dict[str, Any]) -> Facts:
+    """With the map of a network that a file names: it is built without memory, as nobody here asked for it."""
+    from sharefold.report import facts_of
+    from sharefold.sources.opening import open_shapes
+
+    opened = open_shapes(named)
+    title = _title(opened.name)
+    try:
+        return facts_of(title, plan, metrics, opened.model, _example(opened.pretrained_cfg, "meta"), weights="none")
+    except (SharefoldError, RuntimeError, NotImplementedError) as error:
+        if "meta tensor" not in str(error):
+            raise
+        run.say(f"no map: the way through {opened.name} depends on values; give it with --source")
         return facts_of(title, plan, metrics)
-    example = _example(opened.pretrained_cfg)
-    return facts_of(title, plan, metrics, opened.model, example, weights="none" if source is None else "original")
 
 
-def _dense(source: str, pretrained: bool = True) -> Source:
+def _title(name: str) -> str:
+    return f"Plan for {name}"
+
+
+def _dense(source: str) -> Source:
     from sharefold.sources import open_source
 
-    opened = open_source(source, pretrained=pretrained)
+    opened = open_source(source)
     if opened.shared:
         raise SharefoldError(f"--source {source} is shared already: name the dense network")
     return opened
 
 
-def _example(config: dict[str, Any]) -> Any:
+def _example(config: dict[str, Any], device: str = "cpu") -> Any:
     import torch
 
     from sharefold.data import Preprocess
 
-    return torch.zeros(1, *Preprocess.from_cfg(config).size)
+    return torch.zeros(1, *Preprocess.from_cfg(config).size, device=device)

@@ -37,12 +37,17 @@ def command(
     if source is not None and data is None:
         raise SharefoldError("verify: --source is for the agreement on images: give --data, too")
     device = run.setup()
-    from sharefold.checkpoint import read_config
+    from sharefold.checkpoint import load, read_config
     from sharefold.data import open_data
-    from sharefold.verify import mismatches, verify
+    from sharefold.verify import image_config, mismatches, verify
 
     config = read_config(path)
-    dataset = None if data is None else open_data(data, split, transform_cfg=config.pretrained_cfg)
+    dataset = None
+    if data is not None:
+        cfg = config.pretrained_cfg
+        if config.base is not None and not {"input_size", "mean", "std"} <= cfg.keys():
+            cfg = image_config(load(path), config)
+        dataset = open_data(data, split, transform_cfg=cfg)
     original = None if source is None else SourceOptions(source, OpenOptions(arch=arch)).open().model
     claims = verify(path, source=original, data=dataset, options=replace(record_of(VerifyOptions, given), device=device))
 
@@ -50,7 +55,9 @@ def command(
         return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
     def verdict(claim: object) -> str:
-        return claim.note if claim.found is None else "" if claim.claimed is None else "holds" if claim.holds else "DIFFERS"  # type: ignore[attr-defined]
+        if claim.found is None or claim.claimed is None:  # type: ignore[attr-defined]
+            return claim.note  # type: ignore[attr-defined]
+        return "DIFFERS" if not claim.holds else f"holds ({claim.note})" if claim.note else "holds"  # type: ignore[attr-defined]
 
     run.table(["claim", "claimed", "found", ""], [[c.name, cell(c.claimed), cell(c.found), verdict(c)] for c in claims])
     wrong = mismatches(claims)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sharefold.architectures.bounded import limited_modules, parameters_on_meta, unfiled_bytes
+from sharefold.architectures.bounded import check_buffers, limited_modules, parameters_on_meta
 from sharefold.architectures.build import build_base, build_on_meta
 from sharefold.errors import SharefoldError
 from sharefold.format import FileConfig
@@ -38,9 +38,19 @@ def shape_of_network(config: FileConfig, state: Mapping[str, Tensor], where: str
     if config.store is None:
         check_shapes(template, state, config.aliases, where)
     declared = sum(t.numel() * t.element_size() for t in template.values())
-    if max(declared, unfiled_bytes(model)) > _INFLATED * held + _FREE_BYTES:
-        raise SharefoldError(f"{where}: its network has {declared:,} bytes, far more than its {held:,} explain: it is damaged")
+    check_inflation(declared, held, where)
+    check_buffers(model, held if config.store is None else declared, where)
     return template
+
+
+def check_inflation(declared: int, held: int, where: str) -> None:
+    """Refuses a network of ``declared`` bytes for a file that holds ``held``.
+
+    Raises:
+        SharefoldError: it is far larger than packing explains.
+    """
+    if declared > _INFLATED * held + _FREE_BYTES:
+        raise SharefoldError(f"{where}: its network has {declared:,} bytes, far more than its {held:,} explain: it is damaged")
 
 
 def check_shapes(template: Mapping[str, Tensor], state: Mapping[str, Tensor], aliases: Mapping[str, str], where: str) -> None:

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sharefold.blank import blank_network, check_shapes, install, real_network, shape_of_network
+from sharefold.architectures.bounded import check_buffers
+from sharefold.blank import blank_network, check_inflation, check_shapes, install, real_network, shape_of_network
 from sharefold.card import model_card
 from sharefold.checksum import check_finite, check_types, checksum
 from sharefold.errors import SharefoldError, SharefoldWarning
@@ -85,11 +86,15 @@ def save(model: nn.Module, path: str | Path, *, metrics: dict[str, Any] | None =
     alone = target.suffix == ".safetensors"
     text = config.text_beside(sum(tensor.nbytes for tensor in tensors.values())) if alone else config.to_text()
     FileConfig.from_text(text, target)  # what could not be read again is not written
+    declared = sum(tensor.nbytes for tensor in tensors.values())
     if spec is None:
         check_types(tensors, str(target))
     else:
         tensors = encode(tensors, spec)
         text = config.packed()
+    if config.base is not None:
+        check_inflation(declared, sum(tensor.nbytes for tensor in tensors.values()), str(target))
+        check_buffers(model, declared, str(target))
     metadata = {METADATA_KEY: text, CHECKSUM_KEY: checksum(text, tensors), "format": "pt"}
     if alone:
         write_file(target, lambda temporary: save_file(tensors, str(temporary), metadata))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import math
 import warnings
 import zlib
 from collections import Counter
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.checksum import ALGORITHM
+from sharefold.data.preprocess import CROP_MODES, INTERPOLATIONS, LEAST_CROP, MOST_CROP, SIZES, is_size
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.ownership import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from sharefold.plans import Plan
@@ -46,7 +46,7 @@ SMALL_FILE = 1 << 16  # bytes of tensors beside which a configuration is compres
 PACKED = "zlib85:"  # before a configuration that is compressed and in base 85
 _ATTRIBUTE = "sharefold_config"
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
-_LARGEST_SIDE = 1 << 16
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -254,27 +254,27 @@ def checked_pretrained_cfg(data: Any, where: str | Path) -> dict[str, Any]:
     found = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
     size = found.get("input_size")
     if size is not None and not (
-        isinstance(size, tuple) and len(size) == 3 and all(is_int(v) and 1 <= v <= _LARGEST_SIDE for v in size)
+        isinstance(size, tuple) and all(is_int(v) for v in size) and is_size(size)
     ):
-        raise _wrong(where, "input_size", f"three whole numbers C, H, W from 1 to {_LARGEST_SIDE}", data["input_size"])
+        raise _wrong(where, "input_size", f"three whole numbers C, H, W {SIZES}", data["input_size"])
     for key in ("mean", "std"):
         values = found.get(key)
         if values is None:
             continue
-        if not isinstance(values, tuple) or not values or not all(is_number(v) for v in values):
+        if not isinstance(values, tuple) or not values or not all(is_number(v) and abs(v) <= _FLOAT32.max for v in values):
             raise _wrong(where, key, "a list of finite numbers", data[key])
         # A colour recipe on a grey network is what timm has: its stem is summed over the inputs.
         if size is not None and len(values) not in {1, size[0], 3 if size[0] == 1 else size[0]}:
             raise _wrong(where, key, f"{size[0]} numbers, as input_size has channels", data[key])
-        if key == "std" and min(values) <= 0:
+        if key == "std" and min(values) < _FLOAT32.tiny:
             raise _wrong(where, key, "above 0", data[key])
-    for key, least, most in (("crop_pct", 0, 16), ("num_classes", -2, math.inf)):
+    for key, least, most in (("crop_pct", LEAST_CROP, MOST_CROP), ("num_classes", -1, 1 << 31)):
         number: Any = found.get(key)
-        if number is not None and not (is_number(number) and least < number < most):
-            raise _wrong(where, key, f"a number above {least}", number)
-    for key in ("interpolation", "crop_mode"):
-        if found.get(key) is not None and not isinstance(found[key], str):
-            raise _wrong(where, key, "a text", found[key])
+        if number is not None and not (is_number(number) and least <= number <= most):
+            raise _wrong(where, key, f"a number from {least} to {most}", number)
+    for key, words in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
+        if found.get(key) is not None and found[key] not in words:
+            raise _wrong(where, key, f"one of {', '.join(words)}", found[key])
     return found
 
 

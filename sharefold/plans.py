@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from sharefold.errors import SharefoldError
-from sharefold.untrusted import is_int, is_number, parse_json, shown
+from sharefold.layers import is_bank_name
+from sharefold.untrusted import is_int, is_number, parse_json, quoted, shown
 
 PLAN_VERSION = 1
 # Methods that make layers narrower, before all others: a layer may be in one group of theirs and in one of another method.
@@ -118,25 +119,26 @@ class Plan:
             )
         store = data.get("store", "")
         if not isinstance(store, str):
-            raise SharefoldError(f"{where}: store must be a text such as int8, not {store!r}")
+            raise SharefoldError(f"{where}: store must be a text such as int8, not {shown(store)}")
         exclude = data.get("exclude", "")
         if not isinstance(exclude, str) or not _is_expression(exclude):
-            raise SharefoldError(f"{where}: exclude must be a regular expression, not {exclude!r}")
+            raise SharefoldError(f"{where}: exclude must be a regular expression, not {shown(exclude)}")
         groups = [_group(entry, index, where) for index, entry in enumerate(data["groups"])]
         owners: dict[bool, dict[str, str]] = {True: {}, False: {}}
         names: set[str] = set()
         for group in groups:
             if group.name in names:
-                raise SharefoldError(f"{where}: two groups are named {group.name!r}: rename one")
+                raise SharefoldError(f"{where}: two groups are named {quoted(group.name)}: rename one")
             names.add(group.name)
             owner = owners[group.method in NARROWING]
             for member in group.members:
                 if member in owner:
-                    raise SharefoldError(
-                        f"{where}: layer {member!r} is in groups {owner[member]!r} and {group.name!r}: keep it in one"
-                    )
+                    both = f"{quoted(owner[member])} and {quoted(group.name)}"
+                    raise SharefoldError(f"{where}: layer {quoted(member)} is in groups {both}: keep it in one")
                 owner[member] = group.name
-        source = str(data.get("source", ""))
+        source = data.get("source", "")
+        if not isinstance(source, str):
+            raise SharefoldError(f"{where}: source must be a text such as recipe sharesnet, not {shown(source)}")
         return cls(groups, data.get("params_before", 0), data.get("params_after", 0), source, store, exclude)
 
     def __str__(self) -> str:
@@ -180,23 +182,25 @@ def _group(entry: Any, index: int, where: str) -> GroupPlan:
     known = {f.name for f in fields(GroupPlan)}
     if not isinstance(entry, dict) or not {"name", "method", "members"} <= entry.keys():
         raise SharefoldError(f"{where}: group {index} lacks name, method or members: add them")
-    unknown = entry.keys() - known
+    unknown, named = entry.keys() - known, quoted(entry["name"])
     if unknown:
         raise SharefoldError(
-            f"{where}: group {entry['name']!r} has unknown keys {sorted(unknown)}: known are {sorted(known)}"
+            f"{where}: group {named} has unknown keys {shown(sorted(unknown))}: known are {sorted(known)}"
         )
     for key in ("name", "method", "role"):
         if not isinstance(entry.get(key, ""), str):
-            raise SharefoldError(f"{where}: {key} of group {entry['name']!r} must be a text, not {entry[key]!r}")
+            raise SharefoldError(f"{where}: {key} of group {named} must be a text, not {shown(entry[key])}")
+    if not is_bank_name(entry["name"]):
+        raise SharefoldError(f"{where}: a group cannot be named {named}, as torch has it taken: rename it")
     for key in ("params_before", "params_after", "stage"):
         if not is_int(entry.get(key, 0)) or not 0 <= entry.get(key, 0) < 1 << 62:
-            raise SharefoldError(f"{where}: {key} of group {entry['name']!r} must be an integer from 0, not {shown(entry[key])}")
+            raise SharefoldError(f"{where}: {key} of group {named} must be an integer from 0, not {shown(entry[key])}")
     error = entry.get("error")
     if error is not None and not is_number(error):
-        raise SharefoldError(f"{where}: error of group {entry['name']!r} must be a number or null, not {error!r}")
+        raise SharefoldError(f"{where}: error of group {named} must be a number or null, not {shown(error)}")
     members = entry["members"]
     if not isinstance(members, (list, tuple)) or not all(isinstance(m, str) for m in members) or not members:
-        raise SharefoldError(f"{where}: group {entry['name']!r} needs a list of layer names as members")
+        raise SharefoldError(f"{where}: group {named} needs a list of layer names as members")
     if not isinstance(entry.get("options", {}), dict):
-        raise SharefoldError(f"{where}: options of group {entry['name']!r} must be an object")
+        raise SharefoldError(f"{where}: options of group {named} must be an object")
     return GroupPlan(**{**entry, "members": tuple(members)})

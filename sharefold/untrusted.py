@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import reprlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,10 @@ from sharefold.errors import SharefoldError
 # Most bytes of a JSON text. In memory JSON takes up to thirty times its text, and the plan of a network with 1,000 groups is
 # a tenth of this.
 JSON_LIMIT = 1 << 22
+# Nothing of ours is nested a tenth as deeply, and what walks through values (asdict, repr) recurses a few times a level.
+_DEEPEST = 64
+_DIGITS = 300  # of a whole number: a float holds 308
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
 def read_text(file: Path, what: str, limit: int = JSON_LIMIT) -> str:
@@ -41,18 +45,36 @@ def parse_json(text: str, what: str) -> Any:
     """The values in a JSON text of at most :data:`JSON_LIMIT` characters.
 
     Raises:
-        SharefoldError: larger, nested too deeply, a number with thousands of digits, or no JSON.
+        SharefoldError: larger, nested deeper than 64 levels, a whole number that no float can hold, half a character (a lone
+            surrogate, which no file and no screen takes), or no JSON.
     """
     if len(text) > JSON_LIMIT:
         raise SharefoldError(f"{what} has more than {JSON_LIMIT >> 20} MB: it is damaged, or another file is meant")
     try:
-        return json.loads(text)
+        found = json.loads(text, parse_int=_whole)
+        if _HALF_CHARACTER.search(text):
+            json.dumps(found, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise SharefoldError(f"{what} is not JSON (line {error.lineno}: {error.msg})") from None
     except RecursionError:
         raise SharefoldError(f"{what} is not readable: it is nested too deeply") from None
-    except ValueError:  # an integer of more than 4,300 digits
-        raise SharefoldError(f"{what} is not readable: a number has thousands of digits") from None
+    except UnicodeEncodeError:
+        raise SharefoldError(f"{what} is not readable: a text in it holds half a character (a lone surrogate)") from None
+    except ValueError:
+        raise SharefoldError(f"{what} is not readable: a number has more than {_DIGITS} digits") from None
+    level = [found]
+    for _ in range(_DEEPEST):
+        level = [part for value in level if isinstance(value, (dict, list))
+                 for part in (value.values() if isinstance(value, dict) else value)]  # fmt: skip
+    if any(isinstance(value, (dict, list)) for value in level):
+        raise SharefoldError(f"{what} is not readable: it is nested too deeply")
+    return found
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _DIGITS:
+        raise ValueError("no float holds it")
+    return int(digits)
 
 
 def is_int(value: Any) -> bool:
@@ -61,8 +83,8 @@ def is_int(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is a whole or a finite floating number."""
-    return is_int(value) or (isinstance(value, float) and math.isfinite(value))
+    """Whether ``value`` is a whole or floating number that a float can hold, and neither infinite nor NaN."""
+    return (is_int(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max
 
 
 class _Brief(reprlib.Repr):
@@ -92,6 +114,11 @@ def shown(value: Any, limit: int = 80) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
+def quoted(value: Any, limit: int = 80) -> str:
+    """As :func:`shown`, texts in quotes."""
+    return shown(repr(value), limit)
+
+
 def printable(text: str) -> str:
     """``text`` with every character that is no letter, sign or space written as its escape."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
@@ -106,4 +133,4 @@ def exclude_pattern(text: str | None) -> re.Pattern[str] | None:
     try:
         return re.compile(text) if text else None
     except re.error as error:
-        raise SharefoldError(f"--exclude {text!r} is not a regular expression: {error}") from None
+        raise SharefoldError(f"--exclude {quoted(text)} is not a regular expression: {error}") from None

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
+from sharefold.architectures.build import build_on_meta
 from sharefold.checkpoint import load
 from sharefold.data import Preprocess, loader
+from sharefold.data.preprocess import shape_text
 from sharefold.errors import SharefoldError
-from sharefold.format import config_of
+from sharefold.format import FileConfig, config_of
 from sharefold.measure import agreement, count_macs, count_parameters, evaluate, model_bytes
 from sharefold.options import VerifyOptions, chosen
-from sharefold.untrusted import is_int
+from sharefold.sources.preprocessing import preprocessing
+from sharefold.untrusted import is_int, is_number, quoted
 
 _SIGMAS = 4.0
+_FEWEST = 50  # images of which a share is a claim
 
 
 @dataclass(frozen=True)
@@ -59,31 +64,40 @@ def verify(
         options: how it is checked; ``settings`` are single fields of it (``limit=1000``).
 
     Returns:
-        The claims, in the order checksum, params, bytes, macs, agreement, top1. Shares of images hold within four standard
-        errors of both numbers of images: the images of the claim may have been others.
+        The claims, in the order checksum, params, params before (of the dense network; where the file claims them and it can be
+        built), bytes, macs, agreement, top1. Shares of images hold within four standard errors of both numbers of images: the
+        images of the claim may have been others. A claim that is no number, or that none can be, differs. A share of fewer than
+        50 images is no claim.
 
     Raises:
         SharefoldError: the file cannot be loaded, which is what damage leads to.
     """
     options = chosen(options, settings, VerifyOptions)
+    before = None if model is None else count_parameters(model)
     network = load(path, model=model, device=options.device)
     config = config_of(network)
-    told = config.metrics
+    told, plan = config.metrics, config.plan
     claims = [Claim("checksum", config.checksum or None, config.checksum or None, note="" if config.checksum else "an old file")]
     params = count_parameters(network)
-    claims.append(Claim("params", _number(told.get("params")) or config.plan.params_after or None, params))
-    if config.plan.params_after and config.plan.params_after != params:
-        claims.append(Claim("params of the plan", config.plan.params_after, params))
-    claims.append(Claim("bytes", _number(told.get("bytes")), model_bytes(network)))
-    size = Preprocess.from_cfg(config.pretrained_cfg).size
-    claims.append(Claim("macs", _number(told.get("macs")), count_macs(network, torch.zeros(1, *size, device=options.device))))
+    claimed = _claimed(told.get("params"), _is_count)
+    claims.append(Claim("params", (plan.params_after or None) if claimed is None else claimed, params))
+    if plan.params_after and plan.params_after != params:
+        claims.append(Claim("params of the plan", plan.params_after, params))
+    claims += _before(told.get("params"), plan.params_before, _dense_parameters(config) if before is None else before)
+    claims.append(Claim("bytes", _claimed(told.get("bytes"), _is_count), model_bytes(network)))
+    claims.append(_macs(network, config, data, options))
     claims.append(_agreement(network, source, data, told, options))
     if data is None:
-        claims.append(Claim("top1", _number(told.get("top1")), None, note="give --data"))
+        claims.append(Claim("top1", _claimed(told.get("top1"), _is_share), None, note="give --data"))
     else:
         found = evaluate(network, loader(data, options.batch_size), options.device, limit=options.limit)
         claims.append(_share("top1", told, float(found["top1"]), int(found["images"])))
     return claims
+
+
+def image_config(network: nn.Module, config: FileConfig) -> dict[str, Any]:
+    """How ``network``, loaded from a file with ``config``, wants its images: as the file says, else as the network does."""
+    return {**preprocessing(network, config.base or {}), **config.pretrained_cfg}
 
 
 def mismatches(claims: list[Claim]) -> str:
@@ -95,11 +109,10 @@ def _agreement(
     network: nn.Module, source: nn.Module | None, data: Dataset | None, told: dict[str, Any], options: VerifyOptions
 ) -> Claim:
     if source is None or data is None:
-        return Claim("agreement", _number(told.get("agreement")), None, note="give --source and --data")
+        return Claim("agreement", _claimed(told.get("agreement"), _is_share), None, note="give --source and --data")
     images = _images(data, options.limit, options.batch_size).to(options.device)
-    behind: Any = told.get("report_images")
     found = agreement(source.to(options.device).eval(), network, images).top1
-    return _share("agreement", told, found, len(images), behind if is_int(behind) and behind > 0 else None)
+    return _share("agreement", told, found, len(images), told.get("report_images"))
 
 
 def _images(data: Dataset, limit: int | None, batch_size: int) -> Tensor:
@@ -113,15 +126,65 @@ def _images(data: Dataset, limit: int | None, batch_size: int) -> Tensor:
     return torch.cat(found)[:limit]
 
 
-def _share(name: str, told: dict[str, Any], found: float, count: int, behind: int | None = None) -> Claim:
+def _share(name: str, told: dict[str, Any], found: float, count: int, behind: Any = None) -> Claim:
     """A share of ``count`` images here, and of ``behind`` images, others, in the claim; by default of as many."""
-    claimed = _number(told.get(name))
-    middle = min(max((found + claimed) / 2 if claimed is not None else found, 1 / count), 1 - 1 / count) if count > 1 else 0.5
-    return Claim(name, claimed, found, _SIGMAS * math.sqrt(middle * (1 - middle) * (1 / count + 1 / (behind or count))))
+    claimed = _claimed(told.get(name), _is_share)
+    if claimed is None or isinstance(claimed, str):
+        return Claim(name, claimed, found)
+    if behind is not None and not (is_int(behind) and behind > 0):
+        return Claim(name, f"{claimed} of {quoted(behind)} images", found)
+    if behind is not None and behind < _FEWEST:
+        return Claim(name, None, found, note=f"the file has it of {behind} images alone, which is no claim")
+    middle = min(max((found + claimed) / 2, 1 / count), 1 - 1 / count) if count > 1 else 0.5
+    note = "" if count >= _FEWEST else f"{count} images tell little"
+    return Claim(name, claimed, found, _SIGMAS * math.sqrt(middle * (1 - middle) * (1 / count + 1 / (behind or count))), note)
 
 
-def _number(value: Any) -> float | int | None:
-    """A claim; of a pair, what is true of the converted network."""
+def _before(told: Any, planned: int, found: int | None) -> list[Claim]:
+    """What the file says of the dense network, which has ``found`` parameters, None where nobody can build it."""
+    told = told.get("before") if isinstance(told, dict) else None
+    claimed = [told if told is None or _is_count(told) else quoted(told), planned or None]
+    if found is None or claimed == [None, None]:
+        return []
+    first = Claim("params before", claimed[1] if claimed[0] is None else claimed[0], found)
+    other = Claim("params before of the plan", claimed[1], found)
+    return [first] if claimed[0] is None or other.holds else [first, other]
+
+
+def _dense_parameters(config: FileConfig) -> int | None:
+    try:
+        return None if config.base is None else count_parameters(build_on_meta(config.base))
+    except SharefoldError:
+        return None
+
+
+def _macs(network: nn.Module, config: FileConfig, data: Dataset | None, options: VerifyOptions) -> Claim:
+    """MACs at the size that the file names, else the network, else the images have."""
+    claimed = _claimed(config.metrics.get("macs"), _is_count)
+    sizes = [Preprocess.from_cfg(image_config(network, config)).size]
+    if data is not None and not isinstance(data, IterableDataset):
+        sizes.append(tuple(data[0][0].shape))
+    kind = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    for size in sizes:
+        try:
+            return Claim("macs", claimed, count_macs(network, torch.zeros(1, *size, dtype=kind, device=options.device)))
+        except Exception:  # networks raise what they like for images that they cannot take
+            continue
+    note = f"the network takes no images of {shape_text(sizes[0])}"
+    # A network of the user's own may come from a conversion that did not know its size; a stock one does not.
+    return Claim("macs", claimed, None if config.base is None or claimed is None else note, note=note)
+
+
+def _is_count(value: Any) -> bool:
+    return is_number(value) and value >= 0
+
+
+def _is_share(value: Any) -> bool:
+    return is_number(value) and 0 <= value <= 1
+
+
+def _claimed(value: Any, right: Callable[[Any], bool]) -> float | int | str | None:
+    """A claim; of a pair, what is true of the converted network. What is not ``right`` becomes a text, which nothing equals."""
     if isinstance(value, dict):
-        value = value.get("after")
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+        value = value.get("after", value)
+    return value if value is None or right(value) else quoted(value)

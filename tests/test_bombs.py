@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import timm
 import torch
-from file_tools import edit_config, metadata_of, reseal
+from file_tools import config_text, edit_config, metadata_of, reseal
 from safetensors.torch import load_file, save_file
 
 import sharefold
 from sharefold import checkpoint
+from sharefold.architectures.build import build_on_meta, check_arguments
 from sharefold.blank import real_network
 from sharefold.convert import convert_
 from sharefold.errors import SharefoldError
@@ -69,7 +70,15 @@ BASES = {
     "classes": (base_of("digits_resnet", num_classes=16_000_000), "does not fit its own plan"),
     "more classes": (base_of("digits_resnet", num_classes=60_000_000), "out of range"),
     "depth": (base_of("vit_base_patch16_224", depth=400), "far more layers|does not fit its own plan"),
-    "deeper": (base_of("vit_base_patch16_224", depth=130_000), "far more layers than the file has tensors"),
+    "deeper": (base_of("vit_base_patch16_224", depth=1_000), "far more layers than the file has tensors"),
+    "rates of 39 million blocks": (base_of("starnet_s1", depths=[1 << 17] * 300), "out of range"),
+    "many stages": (base_of("starnet_s1", depths=[1000] * 64), "out of range"),
+    "multiplied blocks": (base_of("mixnet_l", depth_multiplier=100_000), "out of range"),
+    "multiplied blocks within the bound": (base_of("mixnet_l", depth_multiplier=1000), "far more layers"),
+    "heads": (base_of("convit_tiny", num_heads=100_000), "out of range"),
+    "heads within the bound": (base_of("convit_tiny", num_heads=1000), "does not fit its own plan|cannot be built"),
+    "depths of hierarchies": (base_of("convnext_atto", depths=[1 << 17] * 300), "out of range"),
+    "nested": (base_of("digits_resnet", block_args=[[[i] * 60] * 60 for i in range(60)]), "out of range"),
     "deepest": (base_of("vit_base_patch16_224", depth=10_000_000), "out of range"),
     "list": (base_of("digits_resnet", block_args=[0] * 100_000), "out of range"),
     "width": (base_of("vit_base_patch16_224", embed_dim=120_000), "does not fit its own plan|cannot be built"),
@@ -105,7 +114,7 @@ def test_side_streams_and_configurations_are_unpacked_within_bounds(tmp_path: Pa
         parse_json("[" * (JSON_LIMIT + 1), "text")
     with pytest.raises(SharefoldError, match="nested too deeply"):
         parse_json("[" * 1_000_000, "text")
-    with pytest.raises(SharefoldError, match="thousands of digits"):
+    with pytest.raises(SharefoldError, match="more than 300 digits"):
         parse_json("9" * 5000, "text")
 
     model = sharefold.open_source("timm:digits_resnet").model
@@ -129,6 +138,78 @@ def test_a_folder_of_timms_layout_is_compared_first(tmp_path: Path, frugal: None
         with pytest.raises(SharefoldError) as error:
             open_source(tmp_path)
         assert "\n" not in str(error.value)
+
+
+WINDOWS = dict(img_size=256, window_size=64, embed_dim=8, depths=[8], num_heads=[1], num_classes=2)
+
+
+@pytest.fixture
+def windows(tmp_path: Path) -> Path:
+    """What would be 1.4 GB of tables of positions beside 0.5 MB of weights: a file, and a folder of timm's layout."""
+    base = base_of("swin_tiny_patch4_window7_224", **{**WINDOWS, "img_size": 32, "window_size": 4})
+    file = saved(base, tmp_path / "net.safetensors")[1]
+    large = build_on_meta(base_of("swin_tiny_patch4_window7_224", **WINDOWS))
+    state = {name: torch.zeros(like.shape) for name, like in large.state_dict().items()}
+    config = json.loads(config_text(file))
+    config["base"]["kwargs"].update(WINDOWS)
+    reseal(file, state, json.dumps(config))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    save_file(state, str(folder / "model.safetensors"))
+    text = json.dumps({"architecture": "swin_tiny_patch4_window7_224", "model_args": WINDOWS})
+    (folder / "config.json").write_text(text)
+    return tmp_path
+
+
+def test_buffers_that_no_file_holds(windows: Path, frugal: None) -> None:
+    for opened in (lambda: sharefold.load(windows / "net.safetensors"), lambda: open_source(windows / "folder")):
+        with pytest.raises(SharefoldError, match="bytes of buffers, far more than the") as error:
+            opened()
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    """By its buffers, and by how far it unpacks; networks of the user's own are loaded into what the user built."""
+    model, _ = saved(base_of("digits_resnet"), tmp_path / "net.safetensors")
+    model.register_buffer("table", torch.zeros(1 << 25, dtype=torch.int8).expand(3, -1), persistent=False)
+    with pytest.raises(SharefoldError, match="bytes of buffers, far more than the"):
+        sharefold.save(model, tmp_path / "more.safetensors")
+    carry_config(model, FileConfig(Plan([], 0, 0)))
+    sharefold.save(model, tmp_path / "own.safetensors")
+    assert not (tmp_path / "more.safetensors").exists() and (tmp_path / "own.safetensors").exists()
+
+
+def test_builders_that_fail_on_meta_are_not_tried_with_values() -> None:
+    """Unless it is values that they lack: what else makes them fail comes after tables of any size."""
+    tried: list[bool] = []
+
+    def builder(name: str, kwargs: dict[str, Any]) -> torch.nn.Module:
+        real = not torch.zeros(2).is_meta
+        tried.append(not torch.arange(2).is_meta)
+        if kwargs:
+            return torch.nn.Linear(int(torch.arange(3)[2]), 4 if not real else 5)
+        raise ValueError("no such pooling")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sharefold.architectures.build._timm_model", builder)
+        with pytest.raises(SharefoldError, match="no such pooling"):
+            build_on_meta(base_of("digits_resnet"))
+        assert tried == [False]
+        model = build_on_meta(base_of("digits_resnet", num_classes=3))
+        assert tried == [False, False, True] and model.weight.shape == (4, 2) and model.weight.is_meta
+        patch.setattr("sharefold.architectures.build._timm_model", lambda name, kwargs: torch.arange(1 << 23)[0].item())
+        with pytest.raises(SharefoldError, match="a table of 8,388,608 numbers"):
+            build_on_meta(base_of("digits_resnet"))
+
+
+def test_arguments_of_the_registries_are_within_the_bounds() -> None:
+    """What our own networks and timm's largest take."""
+    for arguments in (
+        {"img_size": [1024, 1024], "window_size": [64, 64]}, {"depths": [3, 3, 27, 3], "dims": [384, 768, 1536, 3072]},
+        {"layers": [3, 30, 48, 8], "groups": 32, "width_per_group": 64}, {"num_classes": 21_843, "embed_dim": 6144},
+        {"channels": [1024, 2048, 4096, 8192]}, {"depth": 64, "num_heads": 48}, {"depth_multiplier": 3.6},
+    ):
+        check_arguments("net", arguments)
 
 
 SMALL = [

@@ -29,6 +29,7 @@ from rich.console import Console
 import sharefold
 from sharefold.card import model_card
 from sharefold.data import Preprocess, open_data
+from sharefold.data.datasets import ForeignStream
 from sharefold.data.image_files import opened_image
 from sharefold.errors import SharefoldError
 from sharefold.finetune.log import RunLog
@@ -42,6 +43,13 @@ from sharefold.untrusted import printable, read_text, shown
 
 BASE = {"library": "timm", "name": "digits_resnet", "kwargs": {}}
 ESCAPE = "\x1b]0;owned\x07\x1b[31m\n\r\x9b"
+
+
+def nested(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
 
 
 @pytest.fixture
@@ -67,6 +75,17 @@ def saved(tmp_path: Path) -> Path:
         lambda c: c.update(format_version=True), lambda c: c.update(sharefold_version=1), lambda c: c.update(checksum=5),
         lambda c: c["plan"].update(params_before="many"), lambda c: c["plan"].update(groups=[{"name": [], "method": 1}]),
         lambda c: c["plan"].update(groups=[{"name": "a", "method": "basis", "members": ["x"], "error": float("nan")}]),
+        lambda c: c.update(pretrained_cfg={"input_size": [1, 65536, 65536]}),
+        lambda c: c.update(pretrained_cfg={"input_size": [65536, 4, 4]}), lambda c: c.update(pretrained_cfg={"crop_pct": 1e-9}),
+        lambda c: c.update(pretrained_cfg={"interpolation": "bogus"}), lambda c: c.update(pretrained_cfg={"crop_mode": "bogus"}),
+        lambda c: c.update(pretrained_cfg={"mean": [1e308]}), lambda c: c.update(pretrained_cfg={"std": [1e-300]}),
+        lambda c: c.update(pretrained_cfg={"mean": [10**290]}), lambda c: c.update(pretrained_cfg={"std": [10**400]}),
+        lambda c: c.update(metrics={"params": 10**400}), lambda c: c.update(metrics={"a": {"b": "\ud800"}}),
+        lambda c: c["base"].update(kwargs={"num_classes": nested(400)}), lambda c: c.update(metrics={"x": nested(65)}),
+        lambda c: c["plan"].update(source="\udfff"), lambda c: c["plan"].update(source=5),
+        lambda c: c["plan"].update(exclude="(" * 3_000_000), lambda c: c["plan"].update(store=["x" * 10_000]),
+        *[lambda c, name=name: c["plan"].update(groups=[{"name": name, "method": "basis", "members": ["layer1.0.conv1"]}])
+          for name in ("", "forward", "_parameters", "training", "__class__", "add.module", "\ud800")],
         lambda c: c["plan"].update(params_after=-1), lambda c: c["plan"].update(plan_version=-3),
         lambda c: c["plan"].update(groups=[{"name": "a", "method": "basis", "members": ["x"], "stage": -1}]),
     ],
@@ -75,7 +94,7 @@ def test_fields_of_wrong_types_are_bad_input(saved: Path, change: Callable[[dict
     edit_config(saved, change)
     done = call("expand", saved, "-o", saved.parent / "out.safetensors")
     assert done.exit_code == 2, done.output
-    assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1 and len(done.stderr) < 600
     assert not (saved.parent / "out.safetensors").exists()
 
 
@@ -263,6 +282,61 @@ def test_npz_files_are_read_as_numpy_does(tmp_path: Path) -> None:
         save(tmp_path / "a.npz", train_x=images, train_y=labels)
         found = open_data(f"npz:{tmp_path / 'a.npz'}", "train", input_size="1,4,4", mean=0.0, std=1.0)
         assert torch.equal(found.images, torch.from_numpy(images)) and found.labels.tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize("header", [b"(" * 900, b"{" * 900, b"'descr", b"\xff" * 50, b"9" * 6000, b"1+", b"{'a': 1}"])
+def test_npz_headers_that_are_none(tmp_path: Path, header: bytes) -> None:
+    npz(tmp_path / "a.npz", train_x=b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(SharefoldError, match="not a readable npz file") as error:
+        open_data(f"npz:{tmp_path / 'a.npz'}", "train", input_size="1,4,4")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(True, 4, 4, 1), (-1, 4, 4, 1), (1.0, 4, 4, 1)])
+def test_npz_shapes_that_are_none(tmp_path: Path, shape: Any) -> None:
+    npz(tmp_path / "a.npz", train_x=claimed(shape, data=bytes(16)))
+    with pytest.raises(SharefoldError, match="not a readable npz file"):
+        open_data(f"npz:{tmp_path / 'a.npz'}", "train", input_size="1,4,4")
+
+
+HEADS = b"\x00\x00\x08\x03" + b"\xff" * 12, b"\x00\x00\x0d\x01\x00\x00\x00\x02" + bytes(8)
+
+
+@pytest.mark.parametrize("data", [b"", b"abcdefgh" * 10, *HEADS])
+def test_raw_files_of_fashionmnist_that_are_none(tmp_path: Path, data: bytes) -> None:
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for name in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+            (raw / f"{part}-{name}").write_bytes(data)
+    with pytest.raises(SharefoldError, match="data fashionmnist:") as error:
+        open_data(f"fashionmnist:{tmp_path}", input_size="1,28,28")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("data", [b"nope", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"])
+def test_damaged_images_that_timm_reads(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    (tmp_path / "val" / "a" / "x.png").write_bytes(data)
+    images = open_data(f"timm:folder:root={tmp_path}", "val", input_size="1,8,8")
+    assert len(images) == 1  # type: ignore[arg-type]
+    with pytest.raises(SharefoldError, match="its images cannot be read") as error:
+        images[0]
+    assert "\n" not in str(error.value)
+
+
+def test_streams_of_others_end_in_one_line_too() -> None:
+    class Stream(torch.utils.data.IterableDataset):
+        transform = None
+
+        def __iter__(self) -> Any:
+            yield torch.ones(1), 5
+            raise ZeroDivisionError("two\nlines")
+
+    read = iter(ForeignStream(Stream(), "data timm:x"))
+    assert next(read)[1] == 5
+    with pytest.raises(SharefoldError, match=r"data timm:x: its images cannot be read \(two lines\)"):
+        next(read)
 
 
 def good_state() -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from file_tools import CONFIG, edit_config, metadata_of
 import sharefold
 from sharefold.convert import convert_
 from sharefold.data import open_data
-from sharefold.format import FileConfig
+from sharefold.format import FileConfig, carry_config
 from sharefold.measure import count_macs, count_parameters, evaluate, model_bytes
 from sharefold.plans import Plan
 from sharefold.store import file_bytes
@@ -42,7 +44,7 @@ def test_what_holds_and_what_does_not(saved: Path, dense: torch.nn.Module) -> No
     network = sharefold.load(saved)
     data = open_data("digits", "test", transform_cfg=network.sharefold_config.pretrained_cfg)
     claims = {claim.name: claim for claim in verify(saved, source=dense, data=data, limit=200)}
-    assert list(claims) == ["checksum", "params", "bytes", "macs", "agreement", "top1"]
+    assert list(claims) == ["checksum", "params", "params before", "bytes", "macs", "agreement", "top1"]
     assert claims["params"].found == claims["params"].claimed == count_parameters(network)
     assert claims["bytes"].found == claims["bytes"].claimed == model_bytes(network)
     assert claims["macs"].found == claims["macs"].claimed == count_macs(network, X[:1])
@@ -64,6 +66,66 @@ def test_a_claim_of_few_images_is_as_uncertain_as_they_are() -> None:
     """148 of 150 and 96.5 % of 10,000 are the same network's; of 10,000 each they are not."""
     few, many = (_share("agreement", {"agreement": 148 / 150}, 0.965, 10_000, behind) for behind in (150, 10_000))
     assert few.holds and not many.holds
+
+
+@pytest.mark.parametrize("claim", [0, "5", [5], float("nan"), True, {"after": "119,306"}, {"before": 5}, -1, 1e999])
+@pytest.mark.parametrize("name", ["params", "bytes", "macs"])
+def test_a_claim_that_can_not_be_differs(saved: Path, name: str, claim: Any) -> None:
+    edit_config(saved, lambda c: c["metrics"].update({name: claim}))
+    claims = {claim.name: claim for claim in verify(saved)}
+    assert not claims[name].holds and claims[name].claimed is not None and f"{name} is" in mismatches(list(claims.values()))
+
+
+def test_what_is_claimed_of_the_original(saved: Path, dense: torch.nn.Module) -> None:
+    count = count_parameters(dense)
+    assert {c.name: c for c in verify(saved)}["params before"].found == count
+    for change, claimed in (
+        (lambda c: c["metrics"]["params"].update(before=10**9), 10**9),
+        (lambda c: c["metrics"]["params"].update(before="many"), "'many'"),
+    ):
+        edit_config(saved, change)
+        assert {c.name: c.claimed for c in verify(saved) if not c.holds} == {"params before": claimed}
+    edit_config(saved, lambda c: (c["metrics"].pop("params"), c["plan"].update(params_before=5)))
+    assert {c.name: c.claimed for c in verify(saved) if not c.holds} == {"params before": 5}
+
+
+def test_shares_that_can_not_be_and_those_of_few_images() -> None:
+    for told in ({"agreement": 1.2}, {"agreement": "1"}, {"agreement": float("nan")}, {"agreement": True}, {"agreement": -0.1}):
+        assert not _share("agreement", told, 0.995, 1000).holds
+    for behind in (0, -3, "200", True, 1.5):
+        assert not _share("agreement", {"agreement": 0.995}, 0.995, 1000, behind).holds
+    one = _share("agreement", {"agreement": 0.2}, 0.995, 1000, 1)
+    assert one.claimed is None and "1 images alone, which is no claim" in one.note
+    fifty = _share("agreement", {"agreement": 0.2}, 0.995, 1000, 50)
+    assert fifty.claimed == 0.2 and not fifty.holds
+    assert "3 images tell little" in _share("top1", {"top1": 0.2}, 0.995, 3).note
+
+
+def test_a_network_of_ones_own_is_run_at_a_size_that_it_takes(tmp_path: Path) -> None:
+    """The conversion did not know its size and wrote 3 x 224 x 224."""
+    own = [torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(144, 2)).eval() for _ in range(2)]
+    carry_config(own[0], FileConfig(Plan([], 0, 0), None, {"input_size": (3, 224, 224)}, {"macs": 1584}))
+    file = sharefold.save(own[0], tmp_path / "own.safetensors")
+    claims = {claim.name: claim for claim in verify(file, model=copy.deepcopy(own[1]))}
+    assert claims["macs"].found is None and claims["macs"].note == "the network takes no images of 3x224x224"
+    data = [(image, 0) for image in X]
+    claims = {claim.name: claim for claim in verify(file, model=own[1], data=data)}
+    assert claims["macs"].found == claims["macs"].claimed == 4 * 36 * 9 + 144 * 2 and mismatches(list(claims.values())) == ""
+
+
+def test_a_file_that_says_nothing_of_images_is_run_as_its_network_wants(tmp_path: Path, dense: torch.nn.Module) -> None:
+    base = {"library": "timm", "name": "digits_resnet", "kwargs": {"num_classes": 10}}
+    network = copy.deepcopy(dense)
+    carry_config(network, FileConfig(Plan([], 0, 0), base))
+    file = sharefold.save(network, tmp_path / "net.safetensors")
+    assert {claim.name: claim.found for claim in verify(file)}["macs"] == count_macs(dense, X[:1])
+    done = call("verify", file, "--data", "digits", "--limit", 60)
+    assert done.exit_code == 0, done.output
+    edit_config(file, lambda c: c.update(pretrained_cfg={"input_size": [1, 1, 1]}, metrics={"macs": 5}))
+    assert call("verify", file).exit_code == 2
+    edit_config(file, lambda c: c.update(pretrained_cfg={"input_size": [3, 8, 8]}))
+    done = call("verify", file)
+    assert done.exit_code == 2 and "macs is the network takes no images of 3x8x8" in done.stderr
 
 
 def _batches(data: object) -> object:

@@ -17,6 +17,7 @@ from sharefold.errors import SharefoldError
 
 # A network may have so many more modules and parameters than its file has tensors: those that share, and modules without any.
 _MODULES_PER_TENSOR, _FREE_MODULES = 16, 8192
+_FREE_BUFFERS = 1 << 26
 
 
 @contextmanager
@@ -58,7 +59,21 @@ def parameters_on_meta() -> Iterator[None]:
         handle.remove()
 
 
-def unfiled_bytes(model: nn.Module) -> int:
-    """Bytes of the buffers that a state dict does not hold."""
-    filed = model.state_dict().keys()
-    return sum(t.numel() * t.element_size() for name, t in model.named_buffers() if name not in filed)
+def check_buffers(model: nn.Module, held: int, where: str) -> None:
+    """Refuses a network whose buffers, which building allocates, a file with ``held`` bytes of tensors does not explain.
+
+    Those that no file holds are meant: tables of positions and the like are under two thirds of the weights in timm's networks
+    at their own image sizes.
+
+    Args:
+        model: on any device, the meta device included.
+
+    Raises:
+        SharefoldError: they have more than twice the bytes, and 64 MB.
+    """
+    found = sum(t.numel() * t.element_size() for t in model.buffers())
+    if found > 2 * held + _FREE_BUFFERS:
+        raise SharefoldError(
+            f"{where}: its network has {found:,} bytes of buffers, far more than the {held:,} bytes of its tensors explain: give "
+            "its builder smaller windows or images, or it is damaged"
+        )

@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,8 +24,12 @@ from sharefold.architectures.arguments import close_matches
 from sharefold.errors import SharefoldError
 from sharefold.untrusted import shown
 
-# Builders make lists and tensors by their arguments before any layer; no architecture has larger ones.
-_MOST_CLASSES, _LARGEST, _LONGEST = 1 << 24, 1 << 17, 4096
+# Builders make lists, layers and tables by their arguments before anybody can look; no architecture has larger ones.
+_MOST_CLASSES, _LARGEST, _MOST_PARTS = 1 << 24, 1 << 17, 1000
+_LONGEST, _LARGEST_SUM, _LONGEST_TEXT = 64, 20_000, 4096  # of a list, of its numbers' sizes, and of a text
+_LARGEST_TABLE = 1 << 22  # numbers in a tensor with values, of builders that calculate with tensors
+# Arguments that say how many of something there are: work grows by them, and often by their product with the next.
+_COUNTS = re.compile(r"depth|heads|layers|blocks|multiplier|repeat|reps|stages|reuse|ratio|groups|window|kernel|patch|stride")
 LIBRARIES = ("timm", "torchvision")
 BASE_NOTE = "sharefold_base"  # attribute of a built model that holds its base; copies of the model have it too
 # Arguments that would download or read something, or replace the configuration; `weights` is torchvision's name.
@@ -51,7 +57,7 @@ def build_base(base: dict[str, Any]) -> nn.Module:
     except Exception as error:
         # Builders raise whatever their own arithmetic trips over when an argument does not suit them.
         text = " ".join(str(error).split())[:200]
-        given = ", ".join(f"{key}={value!r}" for key, value in kwargs.items()) or "its defaults"
+        given = shown(", ".join(f"{key}={value!r}" for key, value in kwargs.items()) or "its defaults", 400)
         raise SharefoldError(
             f"{name} cannot be built with {given}: {type(error).__name__}: {text}: change these arguments"
         ) from None
@@ -62,20 +68,33 @@ def build_on_meta(base: dict[str, Any]) -> nn.Module:
     try:
         with torch.device("meta"):
             return build_base(base)
-    except SharefoldError:
+    except SharefoldError as error:
+        if not _needs_values(error.__context__):
+            raise
         # Some builders calculate with tensors (torchvision's RegNet its widths), which need values.
         with _WeightsOnMeta():
             return build_base(base)
 
 
+def _needs_values(error: BaseException | None) -> bool:
+    """Whether a builder failed because tensors on the meta device have no values; all else fails with values, too."""
+    return isinstance(error, (RuntimeError, NotImplementedError)) and "meta tensor" in str(error).lower()
+
+
 class _WeightsOnMeta(TorchFunctionMode):
-    """Only what holds weights goes to the meta device: tensors made empty or constant, as layers make theirs."""
+    """Only what holds weights goes to the meta device: tensors made empty or constant, as layers make theirs.
+
+    Tables have values, so that they are small or the network is none that is built this way.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func in (torch.empty, torch.zeros, torch.ones) and kwargs.get("device") is None:
             kwargs["device"] = "meta"
-        return func(*args, **kwargs)
+        made = func(*args, **kwargs)
+        if isinstance(made, torch.Tensor) and not made.is_meta and made.numel() > _LARGEST_TABLE:
+            raise ValueError(f"a table of {made.numel():,} numbers")
+        return made
 
 
 def note_base(model: nn.Module, base: dict[str, Any]) -> nn.Module:
@@ -109,7 +128,7 @@ def check_name(library: str, name: str) -> None:
         SharefoldError: unknown library, model or (timm) tag.
     """
     if library not in LIBRARIES:
-        raise SharefoldError(f"unknown model library {library!r}: known are {' and '.join(LIBRARIES)}")
+        raise SharefoldError(f"unknown model library {shown(library)}: known are {' and '.join(LIBRARIES)}")
     prefix = "timm" if library == "timm" else "tv"
     known = registry(library)
     plain, _, tag = name.partition(".") if library == "timm" else (name, "", "")
@@ -119,7 +138,7 @@ def check_name(library: str, name: str) -> None:
             other = LIBRARIES[1 - LIBRARIES.index(library)]
             there = plain in registry(other)
             hint = f"{'tv' if prefix == 'timm' else 'timm'}:{plain} exists" if there else "check the name"
-        raise SharefoldError(f"unknown model {prefix}:{name}: {hint}")
+        raise SharefoldError(f"unknown model {prefix}:{shown(name)}: {hint}")
     if tag:
         check_tag(plain, tag)
 
@@ -140,7 +159,7 @@ def check_tag(name: str, tag: str) -> None:
 
 def _checked(base: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:
     if not isinstance(base, dict) or not isinstance(base.get("name"), str) or not isinstance(base.get("library"), str):
-        raise SharefoldError(f"bad base {base!r}: it needs the texts 'library' and 'name'")
+        raise SharefoldError(f"bad base {shown(base)}: it needs the texts 'library' and 'name'")
     library, name, kwargs = base["library"], base["name"], base.get("kwargs") or {}
     if library == "timm":
         # A tag names weights, not the architecture; another timm version may not know it.
@@ -163,13 +182,14 @@ def check_arguments(name: str, kwargs: Any) -> None:
         SharefoldError: as above.
     """
     if not isinstance(kwargs, dict):
-        raise SharefoldError(f"bad arguments for {name}: {kwargs!r}: they must be a table of key and value")
+        raise SharefoldError(f"bad arguments for {shown(name)}: {shown(kwargs)}: they must be a table of key and value")
     for key, value in kwargs.items():
         if not isinstance(key, str) or key.startswith(_BLOCKED):
-            raise SharefoldError(f"argument {key!r} of {name} is not allowed here: leave it out")
+            raise SharefoldError(f"argument {shown(key)} of {name} is not allowed here: leave it out")
         if not _literal(value):
             raise SharefoldError(f"argument {key} of {name} is no plain value: {shown(value)}: give a number, text or list")
-        if not _in_range(value, _MOST_CLASSES if key == "num_classes" else _LARGEST):
+        most = _MOST_CLASSES if key == "num_classes" else _MOST_PARTS if _COUNTS.search(key) else _LARGEST
+        if not _in_range(value, most):
             raise SharefoldError(f"argument {key} of {name} is out of range: {shown(value)}: no architecture is that large")
 
 
@@ -182,10 +202,23 @@ def _literal(value: Any) -> bool:
 
 
 def _in_range(value: Any, largest: int) -> bool:
-    if isinstance(value, (list, tuple, dict)):
-        parts = value.values() if isinstance(value, dict) else value
-        return len(value) <= _LONGEST and all(_in_range(part, largest) for part in parts)
-    return not isinstance(value, (int, float)) or -largest <= value <= largest
+    """Whether no number is larger than ``largest``, and no list long or of numbers that are large together."""
+    parts = list(islice(_leaves(value), _LONGEST + 1))
+    numbers = [abs(part) for part in parts if isinstance(part, (int, float))]
+    if len(parts) > _LONGEST or any(len(part) > _LONGEST_TEXT for part in parts if isinstance(part, str)):
+        return False
+    return all(number <= largest for number in numbers) and (len(numbers) < 2 or sum(numbers) <= _LARGEST_SUM)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What is in nested lists and tables; what is empty counts as one."""
+    if not isinstance(value, (list, tuple, dict)):
+        yield value
+    elif not value:
+        yield None
+    else:
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(part)
 
 
 def _timm() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from sharefold.data.image_files import opened_image
 from sharefold.data.preprocess import Preprocess
 from sharefold.errors import SharefoldError
+from sharefold.untrusted import printable
 
 NO_LABEL = -1
 
@@ -99,6 +101,56 @@ class FileDataset(Dataset):
         path = self.files[index]
         with opened_image(path) as image:
             return self.preprocess.image(image), self.labels[index]
+
+
+class _Foreign:
+    """A data set that another library reads; what it raises is bad input."""
+
+    def __init__(self, dataset: Any, where: str) -> None:
+        self.dataset, self.where = dataset, where
+
+    @property
+    def transform(self) -> Any:
+        """From a PIL image to a tensor."""
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except SharefoldError:
+            raise
+        except Exception as error:
+            reason = printable(" ".join(str(error).split())[:200]) or type(error).__name__
+            raise SharefoldError(f"{self.where}: its images cannot be read ({reason}): repair or remove them") from error
+
+
+class ForeignDataset(_Foreign, Dataset):
+    """One whose items have numbers."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        with self._reading():
+            return self.dataset[index]
+
+
+class ForeignStream(_Foreign, IterableDataset):
+    """One that gives its items in turn."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        items = iter(self.dataset)
+        while True:
+            with self._reading():
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
 
 
 class BatchLoader:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import lzma
 import math
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -12,9 +14,13 @@ import numpy as np
 from numpy.lib import format as npy
 
 from sharefold.errors import SharefoldError
+from sharefold.untrusted import is_int
 
 # Images compress a few times; what inflates further than this is no image data.
 _INFLATED, _FREE_BYTES = 100, 1 << 27
+# What zip archives, and numpy's reading of a header as Python text, trip over.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, NotImplementedError, RuntimeError, TypeError, KeyError,
+           IndexError, OverflowError, SyntaxError, tokenize.TokenError, MemoryError, lzma.LZMAError)  # fmt: skip
 
 
 class NpzFile:
@@ -49,7 +55,7 @@ class NpzFile:
                     raise SharefoldError(f"{self.where}: {name} claims to be {kind} of shape {shape}, which it is not: damaged")
                 stream.seek(0)
                 return npy.read_array(stream, allow_pickle=False)
-        except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+        except _DAMAGE as error:
             raise self._unreadable(error) from None
 
     def _unreadable(self, error: Exception) -> SharefoldError:
@@ -63,4 +69,6 @@ def _head(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
         raise ValueError(f"npy version {version}")
     read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
     shape, _, kind = read(stream)
+    if not all(is_int(side) and side >= 0 for side in shape):
+        raise ValueError(f"a shape of {shape}")
     return shape, kind

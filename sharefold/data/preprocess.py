@@ -14,12 +14,23 @@ from PIL import Image
 from torch import Tensor
 
 from sharefold.errors import SharefoldError
-from sharefold.untrusted import shown
+from sharefold.untrusted import is_number, shown
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 Size = tuple[int, int, int]
-_LARGEST_SIDE = 1 << 16
+LARGEST_SIDE, MOST_CHANNELS = 1 << 16, 4096
+MOST_VALUES = 3 * 4096 * 4096  # of an image: 200 MB as float32
+LEAST_CROP, MOST_CROP = 0.1, 16.0  # crop_pct: an image is first resized to the size over it
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+CROP_MODES = ("center", "squash", "border")
+SIZES = f"from 1 to {LARGEST_SIDE} (C to {MOST_CHANNELS}), together at most {MOST_VALUES:,} values"
+
+
+def is_size(size: Sequence[int]) -> bool:
+    """Whether whole numbers C, H, W are the size of an image that a network may ask for."""
+    return (len(size) == 3 and min(size) >= 1 and max(size) <= LARGEST_SIDE and size[0] <= MOST_CHANNELS
+            and math.prod(size) <= MOST_VALUES)  # fmt: skip
 
 
 def parse_size(size: Sequence[int] | int | str, channels: int = 3) -> Size:
@@ -38,15 +49,15 @@ def parse_size(size: Sequence[int] | int | str, channels: int = 3) -> Size:
         numbers = [channels, numbers[0], numbers[0]]
     elif len(numbers) == 2:
         numbers = [channels, *numbers]
-    if len(numbers) != 3 or min(numbers) < 1 or max(numbers) > _LARGEST_SIDE:
-        raise SharefoldError(f"input size {size!r}: want C,H,W, all from 1 to {_LARGEST_SIDE}, e.g. 3,32,32")
+    if not is_size(numbers):
+        raise SharefoldError(f"input size {shown(size)}: want C,H,W {SIZES}, e.g. 3,32,32")
     return numbers[0], numbers[1], numbers[2]
 
 
 def _per_channel(name: str, values: Sequence[float] | float, channels: int) -> tuple[float, ...]:
     try:
         numbers = (float(values),) if isinstance(values, (int, float)) else tuple(float(v) for v in values)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise SharefoldError(f"{name} {shown(values)}: want numbers, one a channel, e.g. 0.485,0.456,0.406") from None
     if not all(math.isfinite(number) for number in numbers):
         raise SharefoldError(f"{name} {shown(values)}: every value must be a finite number")
@@ -57,6 +68,18 @@ def _per_channel(name: str, values: Sequence[float] | float, channels: int) -> t
     if len(numbers) != channels:
         raise SharefoldError(f"{name} has {len(numbers)} values, the model has {channels} channels: they must agree")
     return numbers
+
+
+def _resizing(cfg: Mapping[str, Any]) -> tuple[str, float, str]:
+    """Interpolation, crop_pct and crop_mode."""
+    interpolation, mode = (str(cfg.get(key) or usual) for key, usual in (("interpolation", "bicubic"), ("crop_mode", "center")))
+    for key, value, known in (("interpolation", interpolation, INTERPOLATIONS), ("crop_mode", mode, CROP_MODES)):
+        if value not in known:
+            raise SharefoldError(f"{key} {shown(value)}: known are {', '.join(known)}")
+    crop: Any = cfg.get("crop_pct") or 0.875
+    if not is_number(crop) or not LEAST_CROP <= crop <= MOST_CROP:
+        raise SharefoldError(f"crop_pct {shown(crop)}: want a number from {LEAST_CROP} to {MOST_CROP:g}")
+    return interpolation, float(crop), mode
 
 
 @dataclass(frozen=True)
@@ -88,7 +111,8 @@ class Preprocess:
         Missing keys take ImageNet's usual values.
 
         Raises:
-            SharefoldError: a size that is no size, a mean or std whose length is not the channel count, std <= 0.
+            SharefoldError: a size that is no size, a mean or std whose length is not the channel count, std <= 0, a way to
+                resize that there is not.
         """
         cfg = cfg or {}
         own = parse_size(cfg.get("input_size") or cls.size)
@@ -97,14 +121,7 @@ class Preprocess:
         stds = _per_channel("std", cfg.get("std") or IMAGENET_STD if std is None else std, size[0])
         if min(stds) <= 0:
             raise SharefoldError(f"std {stds}: every value must be above 0")
-        return cls(
-            size=size,
-            mean=means,
-            std=stds,
-            interpolation=str(cfg.get("interpolation") or cls.interpolation),
-            crop_pct=float(cfg.get("crop_pct") or cls.crop_pct),
-            crop_mode=str(cfg.get("crop_mode") or cls.crop_mode),
-        )
+        return cls(size, means, stds, *_resizing(cfg))
 
     @property
     def cfg(self) -> dict[str, Any]:

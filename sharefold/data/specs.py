@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
-from sharefold.data.datasets import ArrayDataset, FileDataset
+from sharefold.data.datasets import ArrayDataset, FileDataset, ForeignDataset, ForeignStream
 from sharefold.data.image_files import SUFFIXES, forbid_ghostscript
 from sharefold.data.npz_files import NpzFile
 from sharefold.data.preprocess import Preprocess, shape_text
 from sharefold.errors import SharefoldError
+from sharefold.untrusted import printable
 
 # What a split may be called in the data, best first.
 SPLITS: dict[str, tuple[str, ...]] = {
@@ -149,6 +150,9 @@ def _torchvision(name: str, inner: str) -> Callable[[str, str, Preprocess], Data
                 f"data {name.lower()}:{place}: no complete {name} in it (nothing is downloaded): "
                 f"unpack the published archive so that {root / inner} exists"
             ) from error
+        except Exception as error:  # torchvision reads raw files as they come, with whatever that raises
+            reason = printable(" ".join(str(error).split())[:200]) or type(error).__name__
+            raise SharefoldError(f"data {name.lower()}:{place}: {root / inner} is damaged ({reason}): unpack it again") from error
         return ArrayDataset(stored.data, np.asarray(stored.targets), preprocess, classes=stored.classes)
 
     return open_it
@@ -169,10 +173,11 @@ def _timm(place: str, split: str, preprocess: Preprocess) -> Dataset:
     try:
         dataset = create_dataset(name, split=keywords.pop("split", wanted), **keywords)
     except Exception as error:  # timm's readers raise anything, from AssertionError to network errors
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = printable(str(error).splitlines()[0])[:200] if str(error) else type(error).__name__
         raise SharefoldError(f"data timm:{place}: timm could not open it ({reason})") from error
     dataset.transform = preprocess.image
-    return dataset
+    where = f"data timm:{place}"
+    return ForeignStream(dataset, where) if isinstance(dataset, IterableDataset) else ForeignDataset(dataset, where)
 
 
 def _digits(place: str, split: str, preprocess: Preprocess) -> Dataset:

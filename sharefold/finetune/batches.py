@@ -36,6 +36,10 @@ class TrainBatches(Protocol):
         """This process's batches of an epoch, from update ``start`` on."""
         ...
 
+    def expect(self, classes: int) -> None:
+        """Checks that labels, of batches yet to come as well, are those of a network with ``classes`` classes."""
+        ...
+
 
 @dataclass(frozen=True)
 class Deal:
@@ -76,7 +80,51 @@ class Deal:
                 yield step, slice(first, first + own), order[step * self.batch_size : (step + 1) * self.batch_size]
 
 
-class MemoryBatches:
+class _Labelled:
+    """Batches that check their labels once it is known how many classes the network has."""
+
+    classes: int | None = None
+    device: torch.device
+
+    def expect(self, classes: int) -> None:
+        """From now on labels are those of a network with ``classes`` classes.
+
+        Raises:
+            SharefoldError: of what is in memory, others are. Also from taking batches.
+        """
+        self.classes = classes
+
+    def _to_device(self, batches: Any) -> Iterator[Batch]:
+        for batch in batches:
+            images, labels = batch[:2] if isinstance(batch, (tuple, list)) else (batch, None)
+            if labels is None:
+                labels = torch.full((len(images),), -1)
+            if self.classes is not None:
+                check_labels(labels, self.classes)
+            # Copied: augmentations write into them, and a loader may hand out what it keeps.
+            yield images.to(self.device, non_blocking=True, copy=True), labels.to(self.device, non_blocking=True)
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Checks labels (n,), or (n, classes) for shares of classes.
+
+    Raises:
+        SharefoldError: a network with ``classes`` classes has no such one.
+    """
+    if labels.ndim == 2:
+        if labels.shape[1] != classes:
+            raise SharefoldError(f"finetune: the labels are for {labels.shape[1]} classes, the model has {classes}")
+    elif labels.numel() and not labels.is_floating_point():
+        least, most = int(labels.min()), int(labels.max())
+        if least < 0:
+            raise SharefoldError(f"finetune: a label is {least}: images need a class from 0 to {classes - 1}")
+        if most >= classes:
+            raise SharefoldError(
+                f"finetune: labels go up to {most}, the model has {classes} classes: wrong data for this model, or --num-classes"
+            )
+
+
+class MemoryBatches(_Labelled):
     """Images held on the device, uint8 or already normalised float (N, H, W, C), augmented a batch at a time."""
 
     def __init__(
@@ -86,6 +134,9 @@ class MemoryBatches:
         self.pixels, self.labels = images.contiguous().to(device), labels.to(device)
         self.deal, self.augment, self.normalize = deal, augment, normalize
         self.images, self.steps, self.batch_size = deal.images, deal.steps, deal.batch_size
+
+    def expect(self, classes: int) -> None:
+        check_labels(self.labels, classes)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         for step, window, order in self.deal.epoch(number, start):
@@ -124,7 +175,7 @@ class _SeededSamples(Dataset):
             return self.dataset[key[0]]
 
 
-class SampleBatches:
+class SampleBatches(_Labelled):
     """A map-style data set read by loader processes; the seed of each sample is that of its place in the order."""
 
     def __init__(
@@ -145,10 +196,10 @@ class SampleBatches:
             _SeededSamples(self.dataset), batch_sampler=list(self._keys(number, start)), num_workers=self.workers,
             collate_fn=self.collate, pin_memory=self.device.type == "cuda", generator=torch.Generator(),
         )  # fmt: skip
-        yield from _to_device(loader, self.device)
+        yield from self._to_device(loader)
 
 
-class LoaderBatches:
+class LoaderBatches(_Labelled):
     """A user's loader with a sampler of its own: taken as it comes, its start found by skipping batches.
 
     Its order is the sampler's business: seeded before each pass and each batch, so that a resumed run draws what the whole
@@ -169,7 +220,7 @@ class LoaderBatches:
         for sampler in samplers:
             if hasattr(sampler, "set_epoch"):
                 sampler.set_epoch(number)
-        yield from _to_device(islice(self._seeded(number), start * self.accumulate, None), self.device)
+        yield from self._to_device(islice(self._seeded(number), start * self.accumulate, None))
 
     def _seeded(self, number: int) -> Iterator[Any]:
         with seeds.seeded(seeds.mixed("order", self.seed, number)):
@@ -182,22 +233,18 @@ class LoaderBatches:
             yield batch
 
 
-def _to_device(batches: Any, device: torch.device) -> Iterator[Batch]:
-    for batch in batches:
-        images, labels = batch[:2] if isinstance(batch, (tuple, list)) else (batch, None)
-        if labels is None:
-            labels = torch.full((len(images),), -1)
-        # Copied: augmentations write into them, and a loader may hand out what it keeps.
-        yield images.to(device, non_blocking=True, copy=True), labels.to(device, non_blocking=True)
-
-
-class EvalBatches:
+class EvalBatches(_Labelled):
     """Batches of this process's share of the validation images, in order, the last one short."""
 
     def __init__(self, source: MemoryImages | Dataset | DataLoader, batch: int, workers: int, rank: int, size: int,
                  device: torch.device) -> None:  # fmt: skip
         self.source, self.batch, self.workers, self.device = source, batch, workers, device
         self.rank, self.size = rank, size
+
+    def expect(self, classes: int) -> None:
+        self.classes = classes
+        if isinstance(self.source, MemoryImages):
+            check_labels(self.source.labels, classes)
 
     def __iter__(self) -> Iterator[Batch]:
         source = self.source
@@ -209,14 +256,14 @@ class EvalBatches:
         if isinstance(source, DataLoader):
             dataset, collate, workers = source.dataset, source.collate_fn, source.num_workers
             if self.size == 1 or isinstance(dataset, IterableDataset):
-                yield from _to_device(source, self.device)
+                yield from self._to_device(source)
                 return
         else:
             dataset, collate, workers = source, None, self.workers
         own_samples = list(range(self.rank, len(dataset), self.size))  # type: ignore[arg-type]
         loader = DataLoader(torch.utils.data.Subset(dataset, own_samples), self.batch, num_workers=workers,
                             collate_fn=collate)  # fmt: skip
-        yield from _to_device(loader, self.device)
+        yield from self._to_device(loader)
 
 
 @dataclass

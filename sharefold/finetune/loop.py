@@ -168,6 +168,8 @@ class _Run:
         self.schedule = Schedule(self.optimizer, config, batches.steps)
         example, _ = next(batches.epoch(0))
         self.updater = Updater(model, self.teacher, self.optimizer, config, where, example)
+        for labelled in ([batches] if config.labels else []) + ([] if checks is None else [checks]):
+            labelled.expect(self.updater.classes)
         self.ema = ModelEmaV3(model, decay=config.ema, use_warmup=True, warmup_power=0.75) if config.ema else None
         self.log = RunLog(self.folder, show=where.first and not quiet, tensorboard=config.tensorboard)
         # A GPU is asked for numbers only now and then: each question makes it wait.

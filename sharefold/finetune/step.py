@@ -72,8 +72,8 @@ class Updater:
         dtype, self.autocast = autocast_for(config, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
         self.distill = 0.0 if teacher is None else (config.distill if config.labels else 1.0)
-        classes = self._classes(example[:2])
-        self.mixing = Mixing(config, classes, world.device.type)
+        self.classes = self._classes(example[:2])
+        self.mixing = Mixing(config, self.classes, world.device.type)
         self.blocks: list[str] = []
         if teacher is not None and config.block_match:
             self.blocks = matching_blocks(model, teacher, config.block_names)

@@ -1,6 +1,6 @@
 """nn.Modules of the shared form: one bank a group, and members that refer to it."""
 
-from sharefold.layers.bank import Bank, add_bank, bank_key, banks
+from sharefold.layers.bank import Bank, add_bank, bank_key, banks, is_bank_name
 from sharefold.layers.basis_conv import BasisConv
 from sharefold.layers.batchnorm import absorb_scale, affine, make_identity, mean_output, set_affine, shift_output, takes_scale
 from sharefold.layers.codebook_conv import CodebookConv, code_dtype
@@ -18,7 +18,7 @@ from sharefold.layers.tucker_conv import TuckerConv
 __all__ = [
     "Again", "Bank", "BasisConv", "CodebookConv", "ConvForm", "GroupedPointwise", "HybridConv", "RepeatedBlock", "SharedConv",
     "SpatialConv", "TiedConv", "TuckerConv", "absorb_scale", "add_bank", "affine", "bank_key", "banks", "checked_form",
-    "code_dtype", "form_of", "free_columns", "free_moments", "make_identity", "mean_output", "own_modules", "plain_norm",
-    "repeat_blocks", "replace_module", "resolve", "running", "set_affine", "shared_layers", "shared_parameters", "shift_output",
-    "stray_pointers", "takes_scale", "target_weight", "to_dense", "with_pivots",
+    "code_dtype", "form_of", "free_columns", "free_moments", "is_bank_name", "make_identity", "mean_output", "own_modules",
+    "plain_norm", "repeat_blocks", "replace_module", "resolve", "running", "set_affine", "shared_layers", "shared_parameters",
+    "shift_output", "stray_pointers", "takes_scale", "target_weight", "to_dense", "with_pivots",
 ]  # fmt: skip

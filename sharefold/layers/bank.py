@@ -71,9 +71,17 @@ class Banks(nn.ModuleDict):
         return x
 
 
+_NO_BANKS = Banks()
+
+
 def bank_key(group_name: str) -> str:
     """The key of a group's bank: its name without dots, which torch reserves for module paths."""
     return group_name.replace(".", "_")
+
+
+def is_bank_name(group_name: str) -> bool:
+    """Whether a bank can be registered under the name of its group: not where it is empty, or an attribute of modules."""
+    return bool(group_name) and not hasattr(_NO_BANKS, bank_key(group_name))
 
 
 def add_bank(model: nn.Module, group_name: str, bank: Bank) -> Bank:

@@ -6,10 +6,11 @@ from torch import nn
 
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
-from sharefold.layers import bank_key
+from sharefold.layers import bank_key, is_bank_name
 from sharefold.methods.narrowing import blank_narrowed
 from sharefold.methods.registry import step_named
 from sharefold.plans import NARROWING, Plan
+from sharefold.untrusted import quoted
 
 
 def check_plan(model: nn.Module, plan: Plan) -> None:
@@ -24,14 +25,16 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         if dense is model and group.method not in NARROWING:
             model = blank_narrowed(dense, plan)
         step = step_named(group.method)
+        if not is_bank_name(group.name):
+            raise SharefoldError(f"plan: a group cannot be named {quoted(group.name)}, as torch has it taken: rename it")
         if (other := keys.setdefault(bank_key(group.name), group.name)) != group.name:
-            raise SharefoldError(f"plan: groups {other!r} and {group.name!r} differ in dots alone: rename one")
+            raise SharefoldError(f"plan: groups {quoted(other)} and {quoted(group.name)} differ in dots alone: rename one")
         for name in group.members:
             try:
                 model.get_submodule(name)
             except AttributeError:
                 raise SharefoldError(
-                    f"plan: group {group.name!r} names layer {name!r}, which this model does not have: "
+                    f"plan: group {quoted(group.name)} names layer {quoted(name)}, which this model does not have: "
                     "was the plan made for another model?"
                 ) from None
         step.check(model, group)
@@ -47,4 +50,4 @@ def check_layers(graph: NetworkGraph, plan: Plan) -> None:
         for name in step_named(group.method).layers(graph, group):
             if name not in graph.layers:
                 reason = graph.skipped.get(name, "it is not a convertible layer")
-                raise SharefoldError(f"plan: layer {name!r} of group {group.name!r} cannot be converted: {reason}")
+                raise SharefoldError(f"plan: layer {quoted(name)} of group {quoted(group.name)} cannot be converted: {reason}")

@@ -13,8 +13,16 @@ from torch import Tensor, nn
 
 from sharefold import checkpoint
 from sharefold.architectures.arguments import close_matches, parse_options
-from sharefold.architectures.bounded import limited_modules
-from sharefold.architectures.build import build_base, build_on_meta, check_arguments, check_name, note_base, registry
+from sharefold.architectures.bounded import check_buffers, limited_modules
+from sharefold.architectures.build import (
+    build_base,
+    build_on_meta,
+    check_arguments,
+    check_name,
+    make_base,
+    note_base,
+    registry,
+)
 from sharefold.architectures.matching import Match, exact_match, match_architecture, named_architecture
 from sharefold.architectures.shapes import check_fit, load_weights, shapes_of
 from sharefold.errors import SharefoldError, SharefoldWarning
@@ -28,12 +36,13 @@ from sharefold.sources.preprocessing import preprocessing
 from sharefold.sources.read import check_file, read_state_dict
 from sharefold.sources.twins import Look, settled
 from sharefold.sources.unwrap import PREFIXES
-from sharefold.untrusted import parse_json, read_text
+from sharefold.untrusted import parse_json, read_text, shown
 
 _KINDS = {"timm": "timm", "tv": "torchvision", "torchvision": "torchvision", "hf-hub": "hf-hub", "hf_hub": "hf-hub"}
 _PREFIXED = re.compile(r"([A-Za-z][\w-]+):(.*)", re.DOTALL)
 _HUB_FILES = (WEIGHTS_NAME, "pytorch_model.bin")  # what timm's push_to_hf_hub and save_for_hf write
 _HUB_CONFIG = "config.json"
+_LARGEST_NETWORK = 4096  # tensors of what is only looked at
 
 
 @dataclass
@@ -108,6 +117,23 @@ def open_source(
     return Source(note_base(model, base), base, preprocessing(model, base), base["name"], kind)
 
 
+def open_shapes(source: str) -> Source:
+    """As :func:`open_source` for ``timm:NAME`` and ``tv:NAME``, without memory for tensors: what a stranger names costs nothing.
+
+    Raises:
+        SharefoldError: another kind of source, or as :func:`open_source`.
+    """
+    kind, rest = _split(source)
+    if kind not in ("timm", "torchvision"):
+        raise SharefoldError(f"{shown(source)} is no network of timm or torchvision")
+    name, kwargs = _name_and_options(rest, shown(source))
+    check_name(kind, name)
+    base = make_base(kind, name, kwargs)
+    with limited_modules(_LARGEST_NETWORK, shown(source)):
+        model = build_on_meta(base)
+    return Source(model, base, preprocessing(model, base), base["name"], kind)
+
+
 def _split(text: str) -> tuple[str | None, str]:
     """(kind, rest) of a prefixed name; (None, text) of a path."""
     found = _PREFIXED.fullmatch(text)
@@ -170,7 +196,9 @@ def _fill(
         base = {**base, "kwargs": {**kwargs, "num_classes": num_classes}}
         fresh = match.head
     with limited_modules(len(state), str(path)):  # nothing is allocated before it is known to be what the file holds
-        check_fit(build_on_meta(base), shapes_of(state), str(path), base["name"], fresh)
+        blank = build_on_meta(base)
+        check_fit(blank, shapes_of(state), str(path), base["name"], fresh)
+        check_buffers(blank, sum(tensor.nbytes for tensor in state.values()), str(path))
     model = _typed(build_base(base), state, path)
     config = preprocessing(model, base, path)
     config.update({key: value for key, value in hub.get("pretrained_cfg", {}).items() if key in config})

@@ -10,6 +10,7 @@ from torch import nn
 
 from sharefold.architectures.build import torchvision_urls
 from sharefold.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from sharefold.untrusted import is_int
 
 
 def preprocessing(model: nn.Module, base: dict[str, Any], file: str | Path | None = None) -> dict[str, Any]:
@@ -25,12 +26,12 @@ def preprocessing(model: nn.Module, base: dict[str, Any], file: str | Path | Non
     else:
         config = _of_timm(model)
     channels = kwargs.get("in_chans")
-    if channels:
+    if is_int(channels) and channels > 0:
         config = with_channels(config, channels)
     size = kwargs.get("img_size")
-    if size:
-        height, width = (size, size) if isinstance(size, int) else size
-        config["input_size"] = (config["input_size"][0], height, width)
+    sides = size if isinstance(size, (list, tuple)) else (size, size)
+    if len(sides) == 2 and all(is_int(side) and side > 0 for side in sides):
+        config["input_size"] = (config["input_size"][0], *sides)
     config["num_classes"] = kwargs.get("num_classes", class_count(model))
     return config
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import call
 
 NET = "timm:digits_resnet:blocks=3,width=16"
@@ -52,6 +54,34 @@ def test_a_page_about_a_plan(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "bare.json").write_text(json.dumps(bare))
     text = call("report", tmp_path / "bare.json", "-o", tmp_path / "c.html")
     assert text.exit_code == 0 and "no map" in text.stdout and 'class="map"' not in (tmp_path / "c.html").read_text()
+
+
+def test_the_network_that_a_plan_names_costs_nothing(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3.3 GB of classes, and the same map as of the built network."""
+    built: list[bool] = []
+    monkeypatch.setattr("sharefold.sources.opening.build_base", lambda base: built.append(True))
+    data = json.loads((folder / "plan.json").read_text())
+    large = "num_classes=400000"
+    for source, layers in ((f"{NET},{large}", 14), (f"timm:resnet18:{large}", 21), ("tv:regnet_y_400mf", 86)):
+        data.update(source=source)
+        data["plan"]["groups"] = data["plan"]["groups"] if source.startswith(NET) else []
+        (tmp_path / "plan.json").write_text(json.dumps(data))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        done = call("report", tmp_path / "plan.json", "-o", tmp_path / "a.html", "--force", "--json")
+        assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout)["layers"] == layers
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+    assert not built
+
+
+def test_a_network_that_can_not_be_followed_without_values_has_no_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def values(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return x if float(x.sum()) > 0 else -x
+
+    monkeypatch.setattr("sharefold.models.digits_resnet.DigitsResNet.forward", values)
+    (tmp_path / "plan.json").write_text(json.dumps({"source": "timm:digits_resnet", "plan": {"groups": []}}))
+    done = call("report", tmp_path / "plan.json", "-o", tmp_path / "a.html")
+    assert done.exit_code == 0 and "no map" in done.stdout, done.output
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 
 from sharefold.errors import SharefoldError
-from sharefold.finetune import FinetuneConfig, seeds
+from sharefold.finetune import FinetuneConfig, finetune, seeds
 from sharefold.finetune.augmentation import Augment, Draw, shrunk
 from sharefold.finetune.batches import Deal, LoaderBatches, MemoryBatches, SampleBatches
 from sharefold.finetune.distributed import World
@@ -229,3 +229,30 @@ def test_validation_deals_every_image_once_over_processes():
 def test_unusable_data_says_what_is_wrong(data, message):
     with pytest.raises(SharefoldError, match=message):
         _batches(data)
+
+
+def _ways(images: torch.Tensor, labels: torch.Tensor) -> list[object]:
+    """In memory, by index, and in a loader with an order of its own."""
+    normal = TensorDataset(images.float() / 255, labels)
+    sampler = WeightedRandomSampler([1.0] * len(images), len(images))
+    return [(images, labels), normal, DataLoader(normal, batch_size=8, sampler=sampler)]
+
+
+@pytest.mark.parametrize(("label", "words"), [(99, "labels go up to 99, the model has 4 classes"), (-1, "a label is -1")])
+@pytest.mark.parametrize("way", range(3))
+def test_labels_that_the_network_has_no_class_for(label: int, words: str, way: int) -> None:
+    images, labels = images_and_labels(16)
+    wrong = labels.clone()
+    wrong[5] = label
+    config = {"epochs": 1, "batch_size": 8, "lr": 1e-3, "quiet": True, "workers": 0, "device": "cpu"}
+    with pytest.raises(SharefoldError, match=words):
+        finetune(Small(), _ways(images, wrong)[way], **config)
+    if way < 2:
+        with pytest.raises(SharefoldError, match=words):
+            finetune(Small(), (images, labels), _ways(images, wrong)[way], **config)
+
+
+def test_labels_as_shares_of_other_classes() -> None:
+    images, _ = images_and_labels(16)
+    with pytest.raises(SharefoldError, match="the labels are for 7 classes, the model has 4"):
+        finetune(Small(), (images, torch.ones(16, 7) / 7), epochs=1, batch_size=8, quiet=True, device="cpu")
