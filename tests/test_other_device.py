@@ -52,11 +52,10 @@ def test_the_device_refuses_tensors_of_the_cpu() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "method"),
-    [("residual", "auto"), ("residual", "fold"), ("grouped", "basis"), ("depthwise", "fold"), ("convnext", "svd"),
+    [("residual", "fold"), ("grouped", "basis"), ("depthwise", "fold"), ("convnext", "svd"),
      ("std", "spatial"), ("residual", "hybrid")],
 )  # fmt: skip
 def test_planning_repairs_and_refinement(kind: str, method: str) -> None:
-    """``auto`` once: it is one method after another, and this device is slow."""
     def run(model: nn.Module) -> Conversion:
         plan = sharefold.plan(model, budget="70%", calibration=IMAGES, method=method)
         assert plan.groups

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -111,8 +112,13 @@ def _tried(base: dict[str, Any], state: dict[str, Tensor], file: str, look: Look
 
 def _pictures(config: dict[str, Any]) -> Tensor:
     preprocess = Preprocess.from_cfg(config)
-    channels, height, width = preprocess.size
-    return preprocess.normalize(dead_leaves(PICTURES, (height, width), channels, 0))
+    return preprocess.normalize(_leaves(preprocess.size))
+
+
+@lru_cache(maxsize=1)
+def _leaves(size: tuple[int, int, int]) -> Tensor:
+    """The same pictures for every candidate: drawing them takes longer than running a small network on them."""
+    return dead_leaves(PICTURES, size[1:], size[0], 0)
 
 
 def _output(model: nn.Module, images: Tensor) -> Tensor:

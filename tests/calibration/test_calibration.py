@@ -22,6 +22,7 @@ from sharefold.store import quantize_
 
 IMAGES = images(40, 3)
 CONFIG = {"base": None}
+QUICK = ("basis", "svd", "fold")
 PLAN = Plan([GroupPlan("g", "basis", ("stage1.0.conv1", "stage1.1.conv1"), {"rank": 6})], 0, 0)
 
 
@@ -47,7 +48,7 @@ def test_plan_and_conversion_trace_and_collect_once(traces: list[nn.Module]) -> 
     model = net()
     cal = sharefold.calibrate(model, IMAGES)
     assert len(traces) == 1
-    plan = sharefold.plan(model, "50%", cal)
+    plan = sharefold.plan(model, "50%", cal, method=QUICK)
     assert plan.groups and cal.statistics.passes == 1
     sharefold.convert_(model, plan, cal, config=CONFIG)
     assert len(traces) == 1 and cal.statistics.passes == 1
@@ -55,7 +56,7 @@ def test_plan_and_conversion_trace_and_collect_once(traces: list[nn.Module]) -> 
 
 def test_images_instead_are_measured_by_each_verb(traces: list[nn.Module]) -> None:
     model = net()
-    plan = sharefold.plan(model, "50%", IMAGES)
+    plan = sharefold.plan(model, "50%", IMAGES, method=QUICK)
     sharefold.convert_(model, plan, IMAGES, config=CONFIG)
     assert len(traces) == 2
 
@@ -73,8 +74,8 @@ def test_the_same_result_as_without_one() -> None:
     one, two = net(), net()
     given = images(200, 3)
     cal = calibrate(one, given)
-    first = sharefold.plan(one, "50%", cal)
-    second = sharefold.plan(two, "50%", given)
+    first = sharefold.plan(one, "50%", cal, method=QUICK)
+    second = sharefold.plan(two, "50%", given, method=QUICK)
     assert first == second
     done = [sharefold.convert_(one, first, cal, config=CONFIG), sharefold.convert_(two, second, given, config=CONFIG)]
     assert done[0].kl == done[1].kl > 0 and same(state(one), state(two))

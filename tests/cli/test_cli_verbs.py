@@ -123,7 +123,7 @@ def test_expand_writes_an_ordinary_state_dict(shared_cifar: tuple[Path, dict], t
 
 def test_dry_run_writes_a_plan_that_convert_carries_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    result = call("convert", NET, *FAST, "--budget", "70%", "--dry-run", "--json")
+    result = call("convert", NET, *FAST, "--budget", "70%", "--method", "basis,svd", "--dry-run", "--json")
     report = json.loads(result.stdout)
     assert list(tmp_path.iterdir()) == [] and report["output"] is None and report["agreement"] is None
     (tmp_path / "plan.json").write_text(result.stdout)
@@ -167,7 +167,7 @@ def test_a_recipe_is_planned_without_images(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
     for name in ("a", "b"):
         out = tmp_path / f"{name}.safetensors"
-        assert call("convert", NET, *FAST, "-o", out, "--seed", 3, "-q").exit_code == 0
+        assert call("convert", NET, *FAST, "--method", "basis,svd", "-o", out, "--seed", 3, "-q").exit_code == 0
     first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("a", "b"))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
