@@ -162,7 +162,7 @@ def test_repair_does_not_raise_the_divergence() -> None:
     done = sharefold.convert_(repaired, plan, calibration=CALIBRATION)
     blends = calibrate(model, CALIBRATION).decide_blends
     before, after = (agreement(done.original, network, blends).kl for network in (plain, repaired))
-    assert after <= before and without.steps == {} and set(done.steps) == {"refit", "norms", "last_layers"}
+    assert after <= before and without.steps == {} and set(done.steps) == {"refit", "norms", "head"}
     assert done.steps["refit"]["kl_before"] == pytest.approx(before, rel=1e-4, abs=1e-8)
 
 
@@ -261,7 +261,7 @@ def test_every_step_goes_on_from_what_the_one_before_it_left() -> None:
     model = net(blocks=4)
     plan = sharefold.plan(model, budget="35%", calibration=CALIBRATION)
     done = sharefold.convert_(model, plan, calibration=CALIBRATION, refine=1)
-    steps = [done.steps[name] for name in ("refit", "norms", "last_layers", "refine")]
+    steps = [done.steps[name] for name in ("refit", "norms", "head", "refine")]
     measured = [step for step in steps if "kl_before" in step]  # a classifier that is shared is part of the refit
     assert len(measured) >= 3
     for step, following in itertools.pairwise(measured):
@@ -288,7 +288,7 @@ def test_a_network_that_shares_nothing_is_neither_repaired_nor_refined() -> None
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.warns(sharefold.SharefoldWarning, match="not refined: nothing was shared"):
         done = sharefold.convert_(model, Plan([], 0, 0), calibration=images(200), refine=5)
-    assert done.steps.keys() == {"refit", "norms", "last_layers", "refine"}
+    assert done.steps.keys() == {"refit", "norms", "head", "refine"}
     assert all(not step["kept"] and "nothing was shared" in step["reason"] for step in done.steps.values())
     assert done.agreement == 1.0 and done.kl == pytest.approx(0.0, abs=1e-6)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,14 @@ def test_layers_behind_which_nothing_has_a_derivative_are_still_planned() -> Non
         net = torch.ao.quantization.quantize_dynamic(small(), {nn.Linear}, dtype=torch.qint8)
     plan = sharefold.plan(net, "70%", IMAGES)
     assert plan.groups and plan.params_after <= 0.7 * plan.params_before
+
+
+def test_a_network_with_a_dynamically_quantised_classifier_is_planned() -> None:
+    """Its state dict holds types beside tensors."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                          nn.Linear(8, 4)).eval()  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    plan = sharefold.plan(quantised, "80%", torch.randn(40, 3, 12, 12))
+    assert plan.params_after <= 0.8 * plan.params_before and {m for g in plan.groups for m in g.members} <= {"0", "2"}

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sharefold.architectures.build import BASE_NOTE, build_on_meta, make_base
 from sharefold.architectures.matching import exact_match
@@ -26,7 +26,7 @@ def base_of(model: nn.Module) -> dict[str, Any] | None:
     same and its tensors have the same shapes: equal shapes with other strides or activations are not mistaken for it,
     and a network that was changed after it was built is not taken for what it was.
     """
-    printed, shapes = _printed(model), shapes_of(model.state_dict())
+    printed, shapes = _printed(model), shapes_of(_tensors(model))
     for base in _candidates(model):
         try:
             built = build_on_meta(base)
@@ -53,7 +53,7 @@ def _candidates(model: nn.Module) -> list[dict[str, Any]]:
         found.append(make_base("timm", str(name), kwargs))
         if first is not None and first.in_channels != 3:
             found.append(make_base("timm", str(name), {**kwargs, "in_chans": first.in_channels}))
-    match = exact_match(shapes_of(model.state_dict()), "")
+    match = exact_match(shapes_of(_tensors(model)), "")
     if match is not None:
         found.append(match.base)
         for label in match.others:  # equal shapes in the other library
@@ -65,3 +65,8 @@ def _candidates(model: nn.Module) -> list[dict[str, Any]]:
 
 def _printed(model: nn.Module) -> str:
     return _DROP.sub("", str(model))
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Dynamically quantised layers keep types beside tensors."""
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}

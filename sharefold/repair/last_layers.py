@@ -30,7 +30,7 @@ ENTRIES = 1 << 24
 class LastLayers:
     """Least squares for weight and bias of every dense layer whose output is one of the network's."""
 
-    name = "last_layers"
+    name = "head"
 
     def refusal(self, work: Work) -> str:
         return "" if _pairs(work) else "no output is that of a dense Linear or convolution with a bias"

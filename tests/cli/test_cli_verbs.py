@@ -80,7 +80,7 @@ def test_what_each_step_did_is_printed_saved_and_drawn(tmp_path: Path) -> None:
     result = call("convert", "timm:digits_resnet:blocks=1,width=8", *options, "-o", tmp_path / "net", "--json")
     assert result.exit_code == 0, result.output
     steps = json.loads(result.stdout)["steps"]
-    assert [*steps] == ["refit", "norms", "last_layers", "store"] and steps["store"]["kept"] and steps["store"]["images"] == 12
+    assert [*steps] == ["refit", "norms", "head", "store"] and steps["store"]["kept"] and steps["store"]["images"] == 12
     printed = " ".join(result.stderr.split())
     assert "divergence before" in printed and "on 12 decide images, blends of them included" in printed
     saved = {step.name: step for step in sharefold.load(tmp_path / "net").sharefold_config.steps}
@@ -91,7 +91,7 @@ def test_what_each_step_did_is_printed_saved_and_drawn(tmp_path: Path) -> None:
     card = (tmp_path / "net" / "README.md").read_text()
     assert all(f"| {name} | {step.outcome} |" in card for name, step in saved.items())
     drawn = call("report", tmp_path / "net", "-o", tmp_path / "net.html")
-    assert drawn.exit_code == 0 and "<td>last_layers</td>" in (tmp_path / "net.html").read_text()
+    assert drawn.exit_code == 0 and "<td>head</td>" in (tmp_path / "net.html").read_text()
 
 
 def test_the_saved_network_is_what_was_reported(shared_cifar: tuple[Path, dict], npz: str) -> None:

@@ -173,7 +173,7 @@ def test_a_record_is_a_mapping_of_what_it_knows() -> None:
     assert json.loads(json.dumps(record.to_dict())) == record.to_dict()
     idle = StepRecord("norms", False, "there are none")
     assert dict(idle) == {"kept": False, "reason": "there are none"}
-    zero = StepRecord("last_layers", False, "", 0.0, 0.0)
+    zero = StepRecord("head", False, "", 0.0, 0.0)
     assert dict(zero) == {"kept": False, "kl_before": 0.0, "kl_after": 0.0}  # nothing measured is not the same as 0
     with pytest.raises(AttributeError):
         record.kept = False  # type: ignore[misc]
