@@ -11,6 +11,11 @@ from typing import Any
 import pytest
 import torch
 from command_line import npz_file, reported
+from hypothesis import HealthCheck, settings
+
+# The same examples every time, however slow the machine is: a failure is the change's, not the draw's.
+settings.register_profile("sharefold", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("sharefold")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
