@@ -84,9 +84,9 @@ def save(model: nn.Module, path: str | Path, *, metrics: dict[str, Any] | None =
     config = config.of(tensors, aliases, None if spec is None else FORMAT)
     check_finite(tensors, str(target), "a run that diverged? take an earlier state")
     alone = target.suffix == ".safetensors"
-    text = config.text_beside(sum(tensor.nbytes for tensor in tensors.values())) if alone else config.to_text()
-    FileConfig.from_text(text, target)  # what could not be read again is not written
     declared = sum(tensor.nbytes for tensor in tensors.values())
+    text = config.text_beside(declared) if alone else config.to_text()
+    FileConfig.from_text(text, target)  # what could not be read again is not written
     if spec is None:
         check_types(tensors, str(target))
     else:

@@ -143,8 +143,5 @@ class BasisConv(SharedConv):
     def turnable(self) -> bool:
         return self.norm is None and not self.own_columns
 
-    def pointers(self) -> dict[str, int]:
-        return {} if self.pivots is None or self.unique is None else {"pivots": sum(self.unique.shape)}
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank} ({self.own_columns} own)"

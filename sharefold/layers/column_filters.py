@@ -14,6 +14,12 @@ def splits(form: ConvForm) -> bool:
     return not form.same_pad and form.padding_mode == "zeros" and not isinstance(form.padding, str)
 
 
+def column_shape(form: ConvForm) -> tuple[int, int, int]:
+    """(I, h, 1), the shape of one column filter."""
+    channels, height = form.weight_shape[1:3]
+    return channels, height, 1
+
+
 def by_columns(form: ConvForm, x: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
     """The outputs of column filters (G * R, I/G, h, 1), then rows (O, R, 1, w), at the form's stride, padding and dilation."""
     pad, stride, dilation, groups = form.padding, form.stride, form.dilation, form.groups

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sharefold.layers.bank import Bank
 from sharefold.layers.basis_conv import BasisConv, mixed
-from sharefold.layers.column_filters import by_columns, column_moments, compose_columns, in_every_column, splits
+from sharefold.layers.column_filters import by_columns, column_moments, column_shape, compose_columns, in_every_column, splits
 from sharefold.layers.form import ConvForm
 
 
@@ -78,7 +78,7 @@ class HybridConv(BasisConv):
         return "vertical"
 
     def pivoted_shape(self) -> tuple[int, ...]:
-        return (*self.form.weight_shape[1:3], 1)
+        return column_shape(self.form)
 
     def own_moments(self, moments: Tensor) -> Tensor:
         return super().own_moments(column_moments(moments, self.form))
@@ -91,9 +91,6 @@ class HybridConv(BasisConv):
         own = self.coefficients[:, : self.own_columns]
         by_column = own.unflatten(1, (self.verticals, -1)).transpose(1, 2)
         own.copy_(mixed(by_column, matrix).transpose(1, 2).flatten(1))
-
-    def pointers(self) -> dict[str, int]:
-        return {} if self.pivots is None else {"pivots": sum(self.vertical.shape)}
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.verticals} column filters"

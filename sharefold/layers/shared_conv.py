@@ -116,7 +116,8 @@ class SharedConv(Keeper):
 
     def pointers(self) -> dict[str, int]:
         """Integer buffers, and how many things each of their entries may point to."""
-        return {}
+        name = self.pivoted_name
+        return {} if self.pivots is None or name is None else {"pivots": sum(getattr(self, name).shape)}
 
     # What users of a layer may read ------------------------------------------------------------------------------
 

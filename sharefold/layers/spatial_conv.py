@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.layers.basis_conv import mixed
-from sharefold.layers.column_filters import by_columns, column_moments, compose_columns, in_every_column, splits
+from sharefold.layers.column_filters import by_columns, column_moments, column_shape, compose_columns, in_every_column, splits
 from sharefold.layers.form import ConvForm
 from sharefold.layers.pivots import free_moments, whole_factor
 from sharefold.layers.shared_conv import SharedConv
@@ -69,7 +69,7 @@ class SpatialConv(SharedConv):
         return "vertical"
 
     def pivoted_shape(self) -> tuple[int, ...]:
-        return (*self.form.weight_shape[1:3], 1)
+        return column_shape(self.form)
 
     def own_moments(self, moments: Tensor) -> Tensor:
         return free_moments(column_moments(moments, self.form), self.pivots)
@@ -80,6 +80,3 @@ class SpatialConv(SharedConv):
     @torch.no_grad()
     def mix_own(self, matrix: Tensor) -> None:
         self.horizontal.copy_(mixed(self.horizontal.transpose(1, 3), matrix).transpose(1, 3))
-
-    def pointers(self) -> dict[str, int]:
-        return {} if self.pivots is None else {"pivots": sum(self.vertical.shape)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ def settled(match: Match, state: dict[str, Tensor], file: str, look: Look | None
     guessed = match.rule == "plainest name"
     if not match.twins or not (guessed or look is not None) or not any(key.endswith("running_var") for key in state):
         return match
+    look = _pictures() if look is None else look
     candidates = [found for base in (match.base, *match.twins) if (found := _tried(base, state, file, look)) is not None]
     if not candidates or candidates[0].base is not match.base:
         return match
@@ -92,7 +93,7 @@ def _warn(text: str) -> None:
     warnings.warn(text, SharefoldWarning, stacklevel=6)
 
 
-def _tried(base: dict[str, Any], state: dict[str, Tensor], file: str, look: Look | None) -> _Candidate | None:
+def _tried(base: dict[str, Any], state: dict[str, Tensor], file: str, look: Look) -> _Candidate | None:
     """The architecture with the file's weights, run; None where it cannot be built, filled or judged."""
     try:
         with warnings.catch_warnings():
@@ -103,22 +104,25 @@ def _tried(base: dict[str, Any], state: dict[str, Tensor], file: str, look: Look
                 return None
             load_weights(model, state, file, base["name"])
         config = preprocessing(model, base, file)
-        images = _pictures(config) if look is None else look(config)
+        images = look(config)
         fit = fit_of(model, images)
         return None if fit is None else _Candidate(base, fit, config, _output(model, images[:2]))
     except SharefoldError:
         return None
 
 
-def _pictures(config: dict[str, Any]) -> Tensor:
-    preprocess = Preprocess.from_cfg(config)
-    return preprocess.normalize(_leaves(preprocess.size))
+def _pictures() -> Look:
+    """Procedural pictures, the same for every candidate: drawing them takes longer than running a small network on them."""
 
+    @cache
+    def drawn(size: tuple[int, int, int]) -> Tensor:
+        return dead_leaves(PICTURES, size[1:], size[0], 0)
 
-@lru_cache(maxsize=1)
-def _leaves(size: tuple[int, int, int]) -> Tensor:
-    """The same pictures for every candidate: drawing them takes longer than running a small network on them."""
-    return dead_leaves(PICTURES, size[1:], size[0], 0)
+    def look(config: dict[str, Any]) -> Tensor:
+        preprocess = Preprocess.from_cfg(config)
+        return preprocess.normalize(drawn(preprocess.size))
+
+    return look
 
 
 def _output(model: nn.Module, images: Tensor) -> Tensor:
