@@ -34,7 +34,7 @@ _MOST_PACKED = 1 << 14  # integers of one tensor: unpacking takes up to a hundre
 _CHUNK = 1 << 18  # numbers
 _MOST_SIDE = 24  # bytes of one tensor in the stream of types and kinds
 _STORED, _DEFLATED = range(2)
-_FAST = 1 << 16  # bytes beyond which a plane is deflated with less care
+_FAST, _SAMPLE = 1 << 15, 1 << 12  # bytes beyond which a plane is deflated with less care, by four or five parts of so many
 
 
 def can_hold(tensors: Mapping[str, Tensor]) -> bool:
@@ -58,7 +58,7 @@ def encode_exact(tensors: Mapping[str, Tensor]) -> bytes:
             packed += pack(tensor.long() - low, bits).numpy().tobytes()
         else:
             streams.setdefault(place, []).append(tensor)
-    squeezed = _deflate(bytes(side))
+    squeezed = _squeezed(bytes(side), 9, zlib.Z_DEFAULT_STRATEGY)
     parts = [bytes([EXACT_FORMAT]), number_bytes(len(squeezed)), squeezed, bytes(packed)]
     for place in sorted(streams):
         parts += [_coded(chunk, _TYPES[place]) for chunk in _chunks(streams[place], _word(_TYPES[place]))]
@@ -219,9 +219,16 @@ def _is_float(kind: torch.dtype) -> bool:
 
 
 def _deflate(text: bytes) -> bytes:
-    """The shorter of two ways: the exponents of weights repeat, but not in an order."""
-    found = []
-    for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY):
-        squeeze = zlib.compressobj(9 if len(text) < _FAST else 6, zlib.DEFLATED, -15, 9, strategy)
-        found.append(squeeze.compress(text) + squeeze.flush())
-    return min(found, key=len)
+    """The shorter of two ways: the exponents of weights repeat, but not in an order. Of much text, the way that is shorter for
+    parts of it, and ``text`` itself where neither is."""
+    strategies = (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY)
+    if len(text) <= _FAST:
+        return min((_squeezed(text, 9, strategy) for strategy in strategies), key=len)
+    sample = b"".join(text[at : at + _SAMPLE] for at in range(0, len(text), len(text) // 4))
+    best = min(strategies, key=lambda strategy: len(_squeezed(sample, 6, strategy)))
+    return _squeezed(text, 6, best) if len(_squeezed(sample, 6, best)) < len(sample) else text
+
+
+def _squeezed(text: bytes, level: int, strategy: int) -> bytes:
+    squeeze = zlib.compressobj(level, zlib.DEFLATED, -15, 9, strategy)
+    return squeeze.compress(text) + squeeze.flush()
