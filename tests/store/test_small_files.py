@@ -96,8 +96,10 @@ def same_network(one: nn.Module, other: nn.Module) -> None:
         assert second[name].dtype == tensor.dtype and torch.equal(second[name], tensor), name
 
 
-@pytest.mark.parametrize("store", ["", "fp16", "int8", "int2"])
-@pytest.mark.parametrize("name", CASES)
+EVERY = [(name, store) for name in CASES for store in ("", *(("fp16", "int8", "int2") if "layer" in name else ()))]
+
+
+@pytest.mark.parametrize(("name", "store"), [*EVERY, ("shared", "int8")])
 def test_never_larger_and_bit_equal(name: str, store: str, tmp_path: Path) -> None:
     case = CASES[name]
     model, size = converted(case, store), original_bytes(case.make(), tmp_path)
