@@ -63,7 +63,7 @@ def reseal(file: Path, tensors: Mapping[str, torch.Tensor] | None = None, text: 
 def edit_config(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Changes the configuration of a directory or file, in each place where it stands."""
     file = path / WEIGHTS if path.is_dir() else path
-    config = json.loads(config_text(file))
+    config = {"format_version": 1, "checksum": "crc32", **json.loads(config_text(file))}  # one tensor leaves these out
     change(config)
     reseal(file, text=json.dumps(config))
     if path.is_dir():
