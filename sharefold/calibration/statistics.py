@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sharefold.calibration import sensitivity
 from sharefold.calibration.mean_owner import output_mean_owner
+from sharefold.calibration.parts import Parts
 from sharefold.calibration.sample_selection import least_certain
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
@@ -190,10 +191,10 @@ class Statistics:
 
 def statistics_of(
     model: nn.Module, graph: NetworkGraph, images: Tensor, seed: int = 0, divergence: Divergence | None = None,
-    among: Tensor | None = None, apart: Tensor | None = None,
+    parts: Parts | None = None,
 ) -> Statistics:  # fmt: skip
-    """Statistics of all layers of ``graph`` on the images that ``model`` is least certain of; ``among``: indices (m,) of those
-    that may be chosen, by default all; ``apart``: of those to which nothing is fitted.
+    """Statistics of all layers of ``graph`` on the images that ``model`` is least certain of; ``parts``: to ``fit`` they are taken,
+    ``decide`` are those apart; by default all may be taken and none is apart.
 
     A mean that a BatchNorm or bias can absorb is taken out.
 
@@ -212,11 +213,12 @@ def statistics_of(
     batch = batch_for(images)
     if divergence is None:
         divergence = divergence_of(model, images, graph, batch)
-    allowed = torch.arange(len(images)) if among is None else among
+    allowed = torch.arange(len(images)) if parts is None else parts.fit
     chosen = allowed[least_certain(model, images[allowed], batch, divergence.reading)]
     return Statistics(
-        model, images, chosen=chosen, centered=centered, batch_size=batch, seed=seed, divergence=divergence, apart=apart
-    )
+        model, images, chosen=chosen, centered=centered, batch_size=batch, seed=seed, divergence=divergence,
+        apart=None if parts is None else parts.decide,
+    )  # fmt: skip
 
 
 def batch_for(images: Tensor) -> int:

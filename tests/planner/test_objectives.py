@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import sharefold
 from sharefold.calibration.calibrate import calibrate
+from sharefold.calibration.parts import Parts
 from sharefold.calibration.problem import problem_of
 from sharefold.calibration.statistics import statistics_of
 from sharefold.errors import SharefoldError
@@ -22,6 +23,7 @@ from sharefold.planner.objectives import approximation
 from sharefold.plans import GroupPlan, Plan
 
 CALIBRATION = images(32)
+NONE = torch.arange(0)
 
 
 def factors(model: nn.Module, objective: str) -> tuple[dict[str, float], dict[str, float]]:
@@ -117,7 +119,7 @@ def test_fisher_knows_that_a_classifier_errs_where_it_matters():
         model[2].weight.copy_(means / 2)
         model[2].bias.copy_(-means.square().sum(1) / 4)
     graph = analyze(model, given[:1])
-    statistics = statistics_of(model, graph, given, among=torch.arange(400), apart=torch.arange(400, 600))
+    statistics = statistics_of(model, graph, given, parts=Parts(torch.arange(400), torch.arange(400, 600), NONE))
     problem = problem_of(model, graph, ["2"], statistics)
     tried = approximation(problem, 0.1)
     error = float(problem.errors(tried)[0])
@@ -136,7 +138,7 @@ def test_fisher_knows_that_a_classifier_errs_where_it_matters():
 
 def test_vectors_are_those_of_images_apart_and_gradients_those_of_each():
     model, given = net("residual"), images(40)
-    statistics = statistics_of(model, analyze(model, given[:1]), given, among=torch.arange(30), apart=torch.arange(30, 40))
+    statistics = statistics_of(model, analyze(model, given[:1]), given, parts=Parts(torch.arange(30), torch.arange(30, 40), NONE))
     inputs, gradients = statistics.vectors()["fc"]
     assert set(statistics.vectors()) == {"fc"}
     with torch.no_grad():
