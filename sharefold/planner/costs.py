@@ -25,10 +25,12 @@ class Cost(ABC):
     Attributes:
         unit: what is counted, for messages.
         total: of the whole dense network.
+        settles: whether an option that costs and loses no less than another one is of no use.
     """
 
     unit: str
     total: float
+    settles = True
 
     @abstractmethod
     def dense(self, name: str) -> float:
@@ -39,6 +41,11 @@ class Cost(ABC):
         self, names: Sequence[str], forms: Sequence[ConvForm], method: LayerMethod, candidate: Candidate, stay: Sequence[int]
     ) -> float:
         """The members ``stay`` of the group ``names`` under ``candidate``, which was made for all of them."""
+
+    @property
+    def directions(self) -> Sequence[Cost]:
+        """The costs by each of which it is chosen what is worth being offered."""
+        return (self,)
 
     def member(self, names: Sequence[str], forms: Sequence[ConvForm], method: LayerMethod, candidate: Candidate) -> float:
         """What every further member adds."""

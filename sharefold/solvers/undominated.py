@@ -10,7 +10,8 @@ PAIRWISE, THRESHOLDS = 1500, 48
 
 def undominated(points: np.ndarray) -> np.ndarray:
     """Indices, rising, of the rows of (n, d) that no other row is at most equal to in every column; of equal rows the first."""
-    return np.flatnonzero(~_beaten(points))
+    left = np.flatnonzero(~dominated(points)) if len(points) > PAIRWISE else np.arange(len(points))
+    return left[~_beaten(points[left])]
 
 
 def dominated(points: np.ndarray) -> np.ndarray:
