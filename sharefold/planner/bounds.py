@@ -58,7 +58,12 @@ class Bounds:
         """Whether ``spent``, one in each unit, is within all limits."""
         return all(cost <= limit for cost, limit in zip(spent, self.limits, strict=True))
 
-    def expected(self, spent: Sequence[float]) -> str:
-        """What a plan is expected to cost, for its source."""
-        texts = [f"{cost.text(amount)} of {cost.text(cost.total)}" for cost, amount in zip(self.costs, spent, strict=True)]
+    def expected(self, spent: Sequence[float], parameters: int) -> str:
+        """What a plan is expected to cost, for its source.
+
+        Args:
+            parameters: said in place of what is priced, where positions of pivots count too.
+        """
+        said = [parameters if unit == "parameters" else amount for unit, amount in zip(self.units, spent, strict=True)]
+        texts = [f"{cost.text(amount)} of {cost.text(cost.total)}" for cost, amount in zip(self.costs, said, strict=True)]
         return f"{' and '.join(texts)} expected"

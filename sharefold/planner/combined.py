@@ -71,9 +71,9 @@ class Combined(Candidates):
 
     def plan(self, picks: Sequence[int], budget: str) -> Plan:
         chosen = [plan for row, pick in zip(self.options, picks, strict=True) for plan in row[pick].plans]
-        saved = sum(g.params_before - g.params_after for g in chosen)
-        source = f"budget {budget}, method {self.method}: {self.bounds.expected(self.spent_each(picks))}"
-        return Plan(chosen, self.before, self.before - saved, source)
+        after = self.before - sum(g.params_before - g.params_after for g in chosen)
+        source = f"budget {budget}, method {self.method}: {self.bounds.expected(self.spent_each(picks), after)}"
+        return Plan(chosen, self.before, after, source)
 
     def unreachable(self, budget: str) -> Unreachable:
         """What to say where no choice of options meets all bounds: which part cannot be met beside the others, and the floors."""

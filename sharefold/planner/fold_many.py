@@ -63,8 +63,9 @@ class ManyLevels:
             floors = self.totals(self.narrowest)
             each = zip(bounds.costs, bounds.limits, bounds.parts, floors, strict=True)
             raise Unreachable(next(c.below(limit, part, floor, FOLD.name) for c, limit, part, floor in each if floor > limit))
-        source = f"budget {budget}, method {FOLD.name}: {bounds.expected(self.totals(widths))}"
-        return Plan(self.one.plans(widths), self.one.before, self.one.parameters(widths), source)
+        after = self.one.parameters(widths)
+        source = f"budget {budget}, method {FOLD.name}: {bounds.expected(self.totals(widths), after)}"
+        return Plan(self.one.plans(widths), self.one.before, after, source)
 
     def _fits(self, widths: Sequence[int], limits: Sequence[float]) -> bool:
         return all(total <= limit for total, limit in zip(self.totals(widths), limits, strict=True))
