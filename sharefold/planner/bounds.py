@@ -54,10 +54,6 @@ class Bounds:
             known["parameters"] = cost, limit, f"{limit} parameters"
         return self._of(known)
 
-    def met(self, spent: Sequence[float]) -> bool:
-        """Whether ``spent``, one in each unit, is within all limits."""
-        return all(cost <= limit for cost, limit in zip(spent, self.limits, strict=True))
-
     def expected(self, spent: Sequence[float], parameters: int) -> str:
         """What a plan is expected to cost, for its source.
 
