@@ -193,8 +193,8 @@ def statistics_of(
     model: nn.Module, graph: NetworkGraph, images: Tensor, seed: int = 0, divergence: Divergence | None = None,
     parts: Parts | None = None,
 ) -> Statistics:  # fmt: skip
-    """Statistics of all layers of ``graph`` on the images that ``model`` is least certain of; ``parts``: to ``fit`` they are taken,
-    ``decide`` are those apart; by default all may be taken and none is apart.
+    """Statistics of all layers of ``graph`` on the images that ``model`` is least certain of; of ``parts`` they are taken from
+    ``fit``, and ``decide`` are those apart; by default all may be taken and none is apart.
 
     A mean that a BatchNorm or bias can absorb is taken out.
 
