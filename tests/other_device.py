@@ -92,10 +92,9 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func is aten.index.Tensor and there and type(args[0]) is not Elsewhere:
         raise RuntimeError("indices should be on the same device as the indexed tensor or on the CPU")
     elsewhere = bool(there)
-    if options:
-        if options.get("device") is not None:
-            elsewhere = torch.device(options["device"]).type == "meta"
-            options["device"] = torch.device("cpu")
+    if options and options.get("device") is not None:
+        elsewhere = torch.device(options["device"]).type == "meta"
+        options["device"] = torch.device("cpu")
     if func in (aten.copy_.default, aten.index_put_.default):
         elsewhere = type(args[0]) is Elsewhere
     if elsewhere and options and options.get("generator") is not None:
