@@ -23,6 +23,7 @@ import sharefold
 from sharefold.architectures.build import build_base, build_on_meta, make_base
 from sharefold.calibration.images import input_config
 from sharefold.errors import SharefoldError
+from sharefold.format import distinct
 from sharefold.graph import Group, NetworkGraph, analyze, find_groups
 from sharefold.graph.trace import tensors_in
 from sharefold.layers import checked_form
@@ -33,6 +34,7 @@ from sharefold.options import PlanOptions
 from sharefold.planner import find_candidates, find_units
 from sharefold.plans import GroupPlan, Plan
 from sharefold.procedural import dead_leaves
+from sharefold.store.plain_size import plain_bytes
 
 BUDGET = 0.5
 SIZES = (64, 96, 128)  # tried in this order before the network's own input size
@@ -199,7 +201,7 @@ def convert_for_real(
         AssertionError: a promise is broken: size, count, or the outputs of the loaded network.
         Stated: there is nothing to share.
     """
-    before = count_parameters(model)
+    before, original = count_parameters(model), plain_bytes(distinct(model.state_dict())[0])
     cal = sharefold.calibrate(model, images, graph=graph)
     candidates = find_candidates(cal, PlanOptions(method))
     limit = max(int(BUDGET * before), candidates.floor)
@@ -214,6 +216,8 @@ def convert_for_real(
     wanted = outputs(model, images)
     assert all(bool(torch.isfinite(t).all()) for t in wanted), "the outputs are not finite"
     path = sharefold.save(model, folder / "net.safetensors")
+    size = path.stat().st_size
+    assert size <= original, f"the file has {size:,} bytes, that of the original {original:,}"
     loaded = sharefold.load(path, model=None if fresh is None else fresh())
     found = outputs(loaded, images)
     assert len(found) == len(wanted) and all(map(torch.equal, found, wanted)), "the loaded network computes otherwise"

@@ -88,28 +88,30 @@ def main() -> None:
         "calibration": preprocess.normalize(torch.from_numpy(train_x).permute(0, 3, 1, 2)[pick]),
         "normalize": preprocess.normalize,
     }
-    records = [{"method": "original", "size": "100%", "calib": "none", "params_after": count_parameters(source.model),
-                "top1": correct(source.model, *data["test"], preprocess.normalize)}]  # fmt: skip
+    here = hardware()
+
+    def keep(record: dict[str, Any]) -> None:
+        write(options.out, {"network": options.network, **record, "images": len(test_x), "hardware": here})
+
+    keep({"method": "original", "size": "100%", "calib": "none", "params_after": count_parameters(source.model),
+          "top1": correct(source.model, *data["test"], preprocess.normalize)})  # fmt: skip
     for size in options.sizes:
         for method in options.methods:
-            records.append(measure(source, method, size, options.calib, data, options.seed))
-            print(json.dumps(records[-1]), flush=True)
-    here = hardware()
-    write(options.out, [{"network": options.network, **record, "images": len(test_x), "hardware": here}
-                        for record in records])  # fmt: skip
+            record = measure(source, method, size, options.calib, data, options.seed)
+            print(json.dumps(record), flush=True)
+            keep(record)
 
 
-def write(path: Path, records: list[dict[str, Any]]) -> None:
-    """Puts the records into the file, in place of earlier ones of the same setting."""
+def write(path: Path, new: dict[str, Any]) -> None:
+    """Puts a record into the file, in place of an earlier one of the same setting."""
 
     def key(record: dict[str, Any]) -> tuple[Any, ...]:
         return record["network"], record["calib"], record["size"], record["method"]
 
     path.parent.mkdir(parents=True, exist_ok=True)
     old = json.loads(path.read_text()) if path.exists() else []
-    new = {key(record) for record in records}
-    merged = [record for record in old if key(record) not in new] + records
-    path.write_text(json.dumps(merged, indent=1) + "\n")
+    records = [record for record in old if key(record) != key(new)] + [new]
+    path.write_text(json.dumps(records, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from .source import preprocess_options, source_options
 if TYPE_CHECKING:
     from torch import nn
 
-    from sharefold.budget import Budget
+    from sharefold.budget import Budgets
     from sharefold.convert import Conversion
     from sharefold.plans import Plan
 
@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 @click.command("convert")
 @source_options
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory or .safetensors file.")
-@click.option("--budget", metavar="SIZE", help=f"50%, 2.1M, 8MB (of the file), 50% MACs, 4ms ...  [default: {DEFAULT_BUDGET}]")
+@click.option(
+    "--budget", metavar="SIZE",
+    help=f"50%, 2.1M, 8MB (of the file), 50% MACs, 4ms, or several: '50%, 70% MACs'.  [default: {DEFAULT_BUDGET}]",
+)  # fmt: skip
 @click.option("--keep", metavar="FIGURE", help="Smallest size proven to keep: agreement 99%, psnr 40, cosine .99, error 2% ...")
 @click.option("--keep-agreement", metavar="SHARE", help="Smallest size whose predictions agree this often, e.g. 99%.")
 @click.option("--outputs", metavar="KIND", multiple=True, help="What an output is: logits:axis=1, boxes:regression; repeatable.")
@@ -111,7 +114,7 @@ def command(
     with run.progress() as progress:
         planner = Planner(cal, request.what, progress)
 
-        def decide(dense: nn.Module, budget: Budget | float | None) -> Plan:
+        def decide(dense: nn.Module, budget: Budgets | float | None) -> Plan:
             if request.plan is not None:
                 plan = request.plan
             elif request.recipe is not None:
@@ -141,7 +144,7 @@ def command(
     result = {
         "source": request.source.source,
         "method": request.decided_by,
-        **({} if request.recipe is None else {"recipe": request.recipe}),
+        **request.told,
         **{key: {"before": before[key], "after": after[key]} for key in before},
         "groups": group_rows(done.plan),
         "agreement": done.agreement,

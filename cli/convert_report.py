@@ -98,12 +98,14 @@ def _rank(options: Mapping[str, Any]) -> Any:
 def report_plan(run: Run, request: Request, plan: Plan, before: dict[str, int], timer: Timer, memory: int) -> None:
     """The end of ``--dry-run``: nothing was changed, nothing is written."""
     print_plan(run, plan)
+    if request.budget is not None:
+        run.say(plan.source)
     run.say(f"{plan.params_before:,} -> {plan.params_after:,} parameters ({plan.size:.1%} kept); nothing written")
     run.result(
         {
             "source": request.source.source,
             "method": request.decided_by,
-            **({} if request.recipe is None else {"recipe": request.recipe}),
+            **request.told,
             "params": {"before": plan.params_before, "after": plan.params_after},
             "bytes": {"before": before["bytes"], "after": None},
             "macs": {"before": before["macs"], "after": None},

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sharefold.budget import Budget, parse_budget, parse_effort
+from sharefold.budget import Budgets, parse_combined, parse_effort
 from sharefold.errors import SharefoldError
 from sharefold.files import check_output
 from sharefold.options import ConvertOptions, PlanOptions
@@ -45,7 +45,7 @@ class Request:
 
     source: SourceOptions
     output: Path | None
-    budget: Budget | None
+    budget: Budgets | None
     keep: Target | None
     outputs: tuple[str, ...]
     what: PlanOptions
@@ -66,6 +66,12 @@ class Request:
     def decided_by(self) -> str:
         """The ``method`` entry of the JSON."""
         return "plan" if self.plan is not None else "recipe" if self.recipe is not None else ",".join(self.methods) or "auto"
+
+    @property
+    def told(self) -> dict[str, str]:
+        """The ``budget`` or ``recipe`` entry of the JSON."""
+        found = {"budget": None if self.budget is None else self.budget.text, "recipe": self.recipe}
+        return {key: value for key, value in found.items() if value is not None}
 
 
 def share_of(text: str | None, option: str) -> float | None:
@@ -112,10 +118,10 @@ def check_request(
     exclude_pattern(what.exclude)
     bound = None
     if plan is None and recipe is None and keep is None and keep_agreement is None:
-        bound = parse_budget(DEFAULT_BUDGET if budget is None else budget)
-        if bound.unit == "bytes" and store is not None:
+        bound = parse_combined(DEFAULT_BUDGET if budget is None else budget)
+        if "bytes" in bound.units and store is not None:
             raise SharefoldError(
-                f"--budget {bound.text} is the size of the file and chooses its number types: leave --store out, or give "
+                f"--budget {bound.text} bounds the size of the file and chooses its number types: leave --store out, or give "
                 "the budget as a share or in parameters"
             )
     if not dry_run:

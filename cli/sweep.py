@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 @click.command("sweep")
 @source_options
-@click.option("--budgets", default="25%,35%,50%,65%", show_default=True, metavar="SIZES", help="Sizes, with commas.")
+@click.option(
+    "--budgets", default="25%,35%,50%,65%", show_default=True, metavar="SIZES",
+    help="Sizes, with commas; with semicolons where one has several parts: '50%, 70% MACs; 25%'.",
+)  # fmt: skip
 @click.option("--data", required=True, metavar="DATA", help="Labelled images to measure accuracy on.")
 @click.option("--split", default="test", show_default=True, help="Which part of DATA.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only its first N images.")

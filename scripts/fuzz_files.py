@@ -1,10 +1,10 @@
 """Damages files of every kind at random and counts what happens: nothing but a refusal in one line, or the same network.
 
-    python scripts/fuzz_files.py --count 2000 [--kind fp32,stored,directory,plan,pt] [--seed 0] [--json out.json]
+    python scripts/fuzz_files.py --count 2000 [--kind fp32,stored,packed,directory,plan,pt] [--seed 0] [--json out.json]
 
-Kinds: ``fp32`` and ``stored`` files, ``directory``, a ``plan`` as JSON, and a checkpoint of ``torch.save`` (``pt``). Exit code 1
-when a network came back with other logits and without a word, when something else than one line was raised, or when memory
-or time ran away.
+Kinds: ``fp32`` and ``stored`` files, ``packed`` ones (all in one tensor), ``directory``, a ``plan`` as JSON, and a checkpoint of
+``torch.save`` (``pt``). Exit code 1 when a network came back with other logits and without a word, when something else than one
+line was raised, or when memory or time ran away.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sharefold.errors import SharefoldError
 from sharefold.plans import Plan
 from sharefold.untrusted import read_text
 
-KINDS = ("fp32", "stored", "directory", "plan", "pt")
+KINDS = ("fp32", "stored", "packed", "directory", "plan", "pt")
 SECONDS, MEGABYTES = 30, 400
 X = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 Mutation = Callable[[bytearray, random.Random], None]
@@ -94,6 +94,9 @@ def network() -> torch.nn.Module:
 def make(kind: str, folder: Path) -> tuple[Path, list[Path]]:
     """What is opened, and the files that are damaged."""
     model = network()
+    if kind == "packed":  # a network that shares nothing, whose file would be larger than the original's
+        model = sharefold.open_source("timm:digits_resnet").model
+        sharefold.convert_(model, Plan([], 0, 0), X)
     if kind == "pt":
         path = folder / "digits_resnet.pt"
         torch.save(sharefold.open_source("timm:digits_resnet").model.state_dict(), path)

@@ -14,13 +14,13 @@ from sharefold.format import FileConfig
 from sharefold.methods.checks import check_plan
 from sharefold.methods.narrowing import install_blank
 from sharefold.plans import Plan
-
-# Packed weights of few bytes may stand for many: entropy coding goes down to hundredths of a bit. Beyond this no network does.
-_INFLATED, _FREE_BYTES = 1000, 1 << 26
+from sharefold.untrusted import most_inflated
 
 
-def shape_of_network(config: FileConfig, state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Name -> tensor without memory of the network that ``config`` describes, before any of it is allocated.
+def shape_of_network(
+    config: FileConfig, state: Mapping[str, Tensor], where: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+    """Name -> tensor without memory of the network that ``config`` describes, before any of it is allocated, and of the original.
 
     Args:
         state: the tensors of the file, packed or plain; plain ones are compared.
@@ -32,6 +32,7 @@ def shape_of_network(config: FileConfig, state: Mapping[str, Tensor], where: str
     held = sum(t.numel() * t.element_size() for t in state.values())
     with limited_modules(held if config.store is not None else len(state), where):
         model = build_on_meta(config.base)
+        original = dict(model.state_dict())
         with torch.device("meta"):
             install(model, config.plan)
     template = model.state_dict()
@@ -40,7 +41,7 @@ def shape_of_network(config: FileConfig, state: Mapping[str, Tensor], where: str
     declared = sum(t.numel() * t.element_size() for t in template.values())
     check_inflation(declared, held, where)
     check_buffers(model, held if config.store is None else declared, where)
-    return template
+    return template, original
 
 
 def check_inflation(declared: int, held: int, where: str) -> None:
@@ -49,7 +50,7 @@ def check_inflation(declared: int, held: int, where: str) -> None:
     Raises:
         SharefoldError: it is far larger than packing explains.
     """
-    if declared > _INFLATED * held + _FREE_BYTES:
+    if declared > most_inflated(held):
         raise SharefoldError(f"{where}: its network has {declared:,} bytes, far more than its {held:,} explain: it is damaged")
 
 

@@ -1,4 +1,4 @@
-"""Budgets as users write them: ``50%``, ``2.1M``, ``8MB``, ``60% MACs``, ``4ms``."""
+"""Budgets as users write them: ``50%``, ``2.1M``, ``8MB``, ``60% MACs``, ``4ms``; several at once: ``50%, 70% MACs``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ _BYTES = {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 # What the word behind a number says is counted.
 _WORDS = {"parameters": "parameters", "params": "parameters", "macs": "macs", "latency": "seconds"}
+# What a bound is of, for messages.
+_BOUNDED = {"parameters": "parameters", "bytes": "bytes of the file", "macs": "multiply-accumulates", "seconds": "time"}
+# Commas inside of numbers, as in 2,100,000, come before three digits.
+_COMMA = re.compile(r",(?!(?<=\d,)\d{3}(?!\d))")
 # Far beyond any network or patience; what is larger would overflow later.
 LARGEST = 1e18
 _HINT = (
@@ -73,6 +77,49 @@ def parse_budget(budget: str | float | Budget) -> Budget:
     if suffix in _BYTES and not word:
         return Budget(number * _BYTES[suffix], "bytes", text)
     raise SharefoldError(f"budget {text!r} has the unknown unit {' '.join((match[2] + ' ' + match[3]).split())!r}: {_HINT}")
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Upper bounds that hold together, each of another unit.
+
+    Attributes:
+        parts: one or more, as the user ordered them.
+    """
+
+    parts: tuple[Budget, ...]
+
+    @property
+    def text(self) -> str:
+        """As a user writes it."""
+        return ", ".join(part.text for part in self.parts)
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        return tuple(part.unit for part in self.parts)
+
+
+def parse_combined(budget: str | float | Budget | Budgets) -> Budgets:
+    """Reads one budget, or several of different units with commas between them: ``"50%, 70% MACs"``, ``"2MB, 4ms"``.
+
+    Raises:
+        SharefoldError: a part is not what :func:`parse_budget` reads, or empty, or bounds the same as another one.
+    """
+    if isinstance(budget, Budgets):
+        return budget
+    if isinstance(budget, Budget):
+        return Budgets((budget,))
+    whole = str(budget).strip()
+    texts = [text.strip() for text in _COMMA.split(whole)]
+    if len(texts) > 1 and "" in texts:
+        raise SharefoldError(f"budget {whole!r} has an empty part: leave out the comma, or write for example 50%, 4ms")
+    parts = tuple(parse_budget(budget if len(texts) == 1 else text) for text in texts)
+    for index, part in enumerate(parts):
+        for other in parts[:index]:
+            if part.unit == other.unit:
+                both = f"by {other.text} and by {part.text}"
+                raise SharefoldError(f"budget {whole!r} bounds the {_BOUNDED[part.unit]} twice, {both}: give one of them")
+    return Budgets(parts)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,11 @@ from sharefold.methods import step_named
 from sharefold.ownership import network_files
 from sharefold.settings import plain_defaults
 from sharefold.state_dicts import load_tensors
-from sharefold.store import decode, encode
+from sharefold.store import container, decode
+from sharefold.store.blob import NAME as BLOB
+from sharefold.store.file_content import file_content
+from sharefold.store.plain_size import dense_bytes
+from sharefold.store.short_config import config_from
 from sharefold.store.tensor_spec import FORMAT, carried_spec, carry_spec
 
 R = TypeVar("R")
@@ -50,20 +54,28 @@ _ATTEMPTS = 20
 
 
 @plain_defaults()
-def save(model: nn.Module, path: str | Path, *, metrics: dict[str, Any] | None = None, force: bool = False) -> Path:
+def save(
+    model: nn.Module, path: str | Path, *, metrics: dict[str, Any] | None = None, force: bool = False, plain: bool = False
+) -> Path:  # fmt: skip
     """Writes a converted model.
+
+    A weights file that would be larger than the original network's is packed into one tensor, bit for bit.
 
     Args:
         model: a network that ``convert_`` converted, or that ``load`` returned.
         path: a directory, or a file ending in ``.safetensors``.
         metrics: JSON values for the config and the card (accuracy, agreement, seconds ...).
         force: replace what is there.
+        plain: keep every tensor under its name for other readers, at any size.
 
     Returns:
         The path.
 
     Raises:
         SharefoldError: not converted, exists already, or cannot be written; nothing is half-written.
+
+    Warns:
+        SharefoldWarning: the weights changed since they were rounded, or the file is larger than the original's all the same.
     """
     target = check_output(path, force, network_files(Path(path)))
     tensors, aliases = distinct(model.state_dict())
@@ -83,45 +95,34 @@ def save(model: nn.Module, path: str | Path, *, metrics: dict[str, Any] | None =
         carry_config(model, config)
     config = config.of(tensors, aliases, None if spec is None else FORMAT)
     check_finite(tensors, str(target), "a run that diverged? take an earlier state")
-    alone = target.suffix == ".safetensors"
-    declared = sum(tensor.nbytes for tensor in tensors.values())
-    text = config.text_beside(declared) if alone else config.to_text()
-    FileConfig.from_text(text, target)  # what could not be read again is not written
+    FileConfig.from_text(config.to_text(), target)  # what could not be read again is not written
     if spec is None:
         check_types(tensors, str(target))
-    else:
-        tensors = encode(tensors, spec)
-        text = config.packed()
+    declared = sum(tensor.nbytes for tensor in tensors.values())
+    alone = target.suffix == ".safetensors"
+    content = file_content(config, tensors, spec, alone, plain)
     if config.base is not None:
-        check_inflation(declared, sum(tensor.nbytes for tensor in tensors.values()), str(target))
+        check_inflation(declared, sum(tensor.nbytes for tensor in content.tensors.values()), str(target))
         check_buffers(model, declared, str(target))
-    metadata = {METADATA_KEY: text, CHECKSUM_KEY: checksum(text, tensors), "format": "pt"}
     if alone:
-        write_file(target, lambda temporary: save_file(tensors, str(temporary), metadata))
-        _say_if_larger(config, tensors, target)
-        return target
+        write_file(target, lambda temporary: save_file(content.tensors, str(temporary), content.metadata))
+    else:
+        beside = replace(content.config, metrics=config.metrics, steps=config.steps)
 
-    def fill(folder: Path) -> None:
-        save_file(tensors, str(folder / WEIGHTS_NAME), metadata)
-        (folder / CONFIG_NAME).write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-        (folder / CARD_NAME).write_text(model_card(config))
+        def fill(folder: Path) -> None:
+            save_file(content.tensors, str(folder / WEIGHTS_NAME), content.metadata)
+            (folder / CONFIG_NAME).write_text(json.dumps(beside.to_dict(), indent=2) + "\n")
+            (folder / CARD_NAME).write_text(model_card(config))
 
-    write_folder(target, fill)
-    _say_if_larger(config, tensors, target / WEIGHTS_NAME)
-    return target
-
-
-def _say_if_larger(config: FileConfig, tensors: dict[str, Tensor], path: Path) -> None:
-    """Names and plan take some hundred bytes, which tiny networks do not save by sharing."""
-    each = max((tensor.itemsize for tensor in tensors.values() if tensor.is_floating_point()), default=0)
-    size, dense = path.stat().st_size, config.plan.params_before * each
-    if config.store is None and config.plan.groups and size > dense > 0:
+        write_folder(target, fill)
+    if not plain and content.size > content.limit > 0:
         warnings.warn(
-            f"{path} has {size:,} bytes, and the weights of the original network {dense:,}: so small a network is better left as "
-            "it is, or stored in fewer bits (store int8)",
+            f"{target if alone else target / WEIGHTS_NAME} has {content.size:,} bytes, and the file of the original network "
+            f"{content.limit:,}: so small a network is better left as it is, or stored in fewer bits (store int8)",
             SharefoldWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
+    return target
 
 
 @plain_defaults()
@@ -145,14 +146,18 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: str | torc
         raise SharefoldError(f"{path} was made from a network of your own: pass its dense module as load(..., model=...)")
     spec = None
     if model is not None:
+        original = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
         install(model, config.plan)
         template = dict(model.state_dict())
     else:
-        template = shape_of_network(config, state, str(path))
+        template, original = shape_of_network(config, state, str(path))
     if config.store is not None:
         state, spec = decode(state, config.typed(template))
     check_shapes(template, state, config.aliases, str(path))
     check_finite(state, str(path), "it is damaged: download or save it again")
+    floats = min((t.dtype for t in state.values() if t.is_floating_point()), key=lambda kind: kind.itemsize, default=None)
+    original = {name: like for name, like in original.items() if name not in config.aliases}
+    config = replace(config, dense_bytes=dense_bytes(original, floats))
     state |= {alias: state[name] for alias, name in config.aliases.items()}
     if model is None:
         model = blank_network(config)
@@ -226,17 +231,23 @@ def _read(target: Path, tensors: bool = True) -> tuple[FileConfig, dict[str, Ten
     state: dict[str, Tensor] = {}
     try:
         with safe_open(str(file), framework="pt") as handle:
-            metadata = handle.metadata() or {}
-            if tensors and METADATA_KEY in metadata:
+            metadata, packed = handle.metadata() or {}, _is_packed(handle)
+            if packed or (tensors and METADATA_KEY in metadata):
                 # A copy each: in the file tensors lie at odd addresses, for which some kernels round differently.
                 state = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise SharefoldError(f"{file} is damaged or no safetensors file ({error}): download or save it again") from None
-    if METADATA_KEY not in metadata:
+    if packed:
+        data, weights = container.unpacked(state[container.NAME], str(file))
+        config, state = config_from(data, target), {BLOB: weights}
+        if config.store is None:
+            raise SharefoldError(f"{file} is damaged: it does not say how its tensors are packed: download or save it again")
+    elif METADATA_KEY not in metadata:
         raise SharefoldError(f"{file} holds no sharefold configuration: convert it first, or use it as a checkpoint source")
-    config = FileConfig.from_text(metadata[METADATA_KEY], target)
-    if tensors:
-        _check_sum(file, config, metadata, state)
+    else:
+        config = FileConfig.from_text(metadata[METADATA_KEY], target)
+        if tensors:
+            _check_sum(file, config, metadata, state)
     side = target / CONFIG_NAME
     if not target.is_dir() or not side.exists():
         return config, state
@@ -297,6 +308,11 @@ def is_sharefold(path: str | Path) -> bool:
         if target.suffix != ".safetensors" or not target.is_file():
             return False
         with safe_open(str(target), framework="pt") as handle:
-            return METADATA_KEY in (handle.metadata() or {})
+            return METADATA_KEY in (handle.metadata() or {}) or _is_packed(handle)
     except (SafetensorError, OSError):
         return False
+
+
+def _is_packed(handle: Any) -> bool:
+    """Whether the file behind ``handle`` is one tensor that holds all of it."""
+    return list(handle.keys()) == [container.NAME] and METADATA_KEY not in (handle.metadata() or {})

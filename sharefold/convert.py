@@ -19,7 +19,7 @@ from sharefold.budget import parse_effort
 from sharefold.calibration.calibrate import Calibration, calibration_of, copied
 from sharefold.calibration.images import input_config
 from sharefold.errors import SharefoldError, SharefoldWarning
-from sharefold.format import FileConfig, carry_config, check_dense, config_of
+from sharefold.format import FileConfig, aliases_of, carry_config, check_dense, config_of
 from sharefold.graph.preserved import restored_on_error
 from sharefold.layers import Bank, shared_layers
 from sharefold.methods import Solution, step_named
@@ -42,6 +42,7 @@ from sharefold.repair.step_record import StepRecord
 from sharefold.repair.work import Repair, Work, repaired
 from sharefold.settings import with_plain_settings
 from sharefold.store import parse_store, quantize_
+from sharefold.store.plain_size import plain_bytes
 from sharefold.store.tensor_spec import carry_spec
 
 # In the order in which they run.
@@ -256,7 +257,12 @@ def describe(original: nn.Module, plan: Plan, known: Mapping[str, Any] | None = 
     """
     known = known or {}
     base = known["base"] if "base" in known else base_of(original)
-    return FileConfig(plan, base or None, known["pretrained_cfg"] if "pretrained_cfg" in known else input_config(original))
+    state = original.state_dict()
+    aliases = aliases_of(state)
+    return FileConfig(
+        plan, base or None, known["pretrained_cfg"] if "pretrained_cfg" in known else input_config(original),
+        dense_bytes=plain_bytes({name: tensor for name, tensor in state.items() if name not in aliases}),
+    )  # fmt: skip
 
 
 def _freeze(model: nn.Module, frozen: set[str]) -> None:

@@ -152,7 +152,8 @@ def _calm() -> Iterator[None]:
 
 
 def _trace(model: nn.Module, example: Tensor, dynamic: bool) -> torch.export.ExportedProgram:
-    shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic else None
+    # A largest batch: without one torch 2.6 finds that its own largest integer was not tried, and refuses.
+    shapes = ({0: torch.export.Dim("batch", min=1, max=2**31 - 1)},) if dynamic else None
     try:
         # Networks that keep something from call to call (grids, anchors) make it now, of real tensors; tracing finds it.
         run_on(model, example)

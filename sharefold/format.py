@@ -65,6 +65,7 @@ class FileConfig:
         sharefold_version: what wrote the file.
         steps: what the steps of the conversion did, without details; () for files of sharefold before it told, and for single
             files of packed weights, which have no room for it.
+        dense_bytes: bytes of the original network as a safetensors file, 0 where nobody looked; not in the file.
     """
 
     plan: Plan
@@ -77,6 +78,7 @@ class FileConfig:
     checksum: str = ""
     sharefold_version: str = __version__
     steps: tuple[StepRecord, ...] = ()
+    dense_bytes: int = field(default=0, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values as the file holds them; what is empty is left out, but for ``base``, whose absence is a statement."""
@@ -107,9 +109,8 @@ class FileConfig:
         bare = replace(self, metrics={}, steps=())
         least = len(_packed(bare))
         kept: dict[str, Any] = {}
-        for key in sorted(self.metrics, key=lambda key: (key not in PACKED_METRICS, key)):
-            value = _short(self.metrics[key])
-            if value is not None and len(_packed(replace(bare, metrics={**kept, key: value}))) <= least + _METRICS_ROOM:
+        for key, value in short_metrics(self.metrics).items():
+            if len(_packed(replace(bare, metrics={**kept, key: value}))) <= least + _METRICS_ROOM:
                 kept[key] = value
         return _packed(replace(bare, metrics=kept)).ljust(least + _METRICS_ROOM)
 
@@ -150,7 +151,7 @@ class FileConfig:
             raise SharefoldError(
                 f"{where} has format_version {shown(version)}, this sharefold reads up to {FORMAT_VERSION}: upgrade sharefold"
             )
-        known = {"format_version", *(entry.name for entry in fields(cls))}
+        known = {"format_version", *(entry.name for entry in fields(cls) if entry.compare)}
         unknown = sorted(data.keys() - known)
         if unknown:
             warnings.warn(
@@ -216,20 +217,28 @@ def without_figures(config: FileConfig) -> FileConfig:
 
 def distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Every tensor once, contiguous, and alias -> name for tensors that the network itself ties."""
+    aliases = aliases_of(state)
     tensors: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name not in aliases:
+            kept = tensor.detach().cpu().contiguous()
+            # A view into a larger storage would drag the whole storage into the file.
+            whole = kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()
+            tensors[name] = kept if whole else kept.clone()
+    return tensors, aliases
+
+
+def aliases_of(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name -> earlier name of the same tensor."""
     aliases: dict[str, str] = {}
     owners: dict[tuple, str] = {}
     for name, tensor in state.items():
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if tensor.numel() and key in owners:
             aliases[name] = owners[key]
-            continue
-        owners[key] = name
-        kept = tensor.detach().cpu().contiguous()
-        # A view into a larger storage would drag the whole storage into the file.
-        whole = kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()
-        tensors[name] = kept if whole else kept.clone()
-    return tensors, aliases
+        else:
+            owners[key] = name
+    return aliases
 
 
 def read_config_file(file: Path) -> FileConfig:
@@ -281,6 +290,12 @@ def checked_pretrained_cfg(data: Any, where: str | Path) -> dict[str, Any]:
 def _packed(config: FileConfig) -> str:
     text = json.dumps(config.to_dict(), separators=(",", ":"), sort_keys=True)
     return PACKED + base64.b85encode(zlib.compress(text.encode(), 9)).decode()
+
+
+def short_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics that are numbers, in few characters, those of :data:`PACKED_METRICS` first."""
+    found = {key: _short(metrics[key]) for key in sorted(metrics, key=lambda key: (key not in PACKED_METRICS, key))}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _short(value: Any) -> Any:

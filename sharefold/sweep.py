@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sharefold.budget import Budget, parse_budget
+from sharefold.budget import Budget, Budgets, parse_combined
 from sharefold.calibration.calibrate import Calibration
 from sharefold.convert import Conversion, convert_
 from sharefold.errors import SharefoldError
@@ -64,17 +64,19 @@ class SweepOptions:
     keep: Callable[[str, nn.Module, dict[str, Any]], None] | None = None
 
 
-def parse_budgets(text: str | Sequence[str]) -> list[Budget]:
-    """``25%,50%,2M`` as budgets.
+def parse_budgets(text: str | Sequence[str]) -> list[Budgets]:
+    """``25%,50%,2M`` as three budgets; with semicolons, what stands between them may be several that hold together:
+    ``50%, 70% MACs; 25%``.
 
     Raises:
         SharefoldError: none, one that is malformed, or one twice.
     """
-    parts = [part.strip() for part in (text.split(",") if isinstance(text, str) else text) if part.strip()]
+    given = text.split(";" if ";" in text else ",") if isinstance(text, str) else text
+    parts = [part.strip() for part in given if part.strip()]
     if not parts:
         raise SharefoldError("no budgets are given: write for example 25%,50%")
-    budgets = [parse_budget(part) for part in parts]
-    keys = [(budget.value, budget.unit, budget.share) for budget in budgets]
+    budgets = [parse_combined(part) for part in parts]
+    keys = [{(part.value, part.unit, part.share) for part in budget.parts} for budget in budgets]
     for key, part in zip(keys, parts, strict=True):
         if keys.count(key) > 1:
             raise SharefoldError(f"budget {part!r} is there twice: leave one out")
@@ -83,7 +85,7 @@ def parse_budgets(text: str | Sequence[str]) -> list[Budget]:
 
 @with_plain_settings
 def sweep(
-    cal: Calibration, budgets: Sequence[str | Budget], evaluate: Callable[[nn.Module], dict[str, Any]],
+    cal: Calibration, budgets: Sequence[str | Budget | Budgets], evaluate: Callable[[nn.Module], dict[str, Any]],
     options: SweepOptions | None = None, progress: Progress | None = None, **overrides: Any,
 ) -> list[Point]:  # fmt: skip
     """Converts the calibrated network to every budget and measures it; the dense network comes first, as budget ``"dense"``.
@@ -92,7 +94,7 @@ def sweep(
 
     Args:
         cal: of the dense network.
-        budgets: as :func:`sharefold.budget.parse_budget` reads them.
+        budgets: as :func:`sharefold.budget.parse_combined` reads them.
         evaluate: gives ``top1``, ``top5`` and ``loss``.
         options: see :class:`SweepOptions`; its fields may be given by keyword.
 
@@ -100,7 +102,7 @@ def sweep(
         SharefoldError: as :func:`sharefold.plan`.
     """
     wanted = chosen(options, overrides, SweepOptions)
-    bounds = parse_budgets([b.text if isinstance(b, Budget) else b for b in budgets])
+    bounds = parse_budgets([b if isinstance(b, str) else b.text for b in budgets])
     model, example = cal.original, cal.example
     planner = Planner(cal, wanted.plan)
     plans = [planner.plan(bound) for bound in bounds]

@@ -16,6 +16,8 @@ from sharefold.errors import SharefoldError
 JSON_LIMIT = 1 << 22
 # Nothing of ours is nested a tenth as deeply, and what walks through values (asdict, repr) recurses a few times a level.
 _DEEPEST = 64
+# Packed weights of few bytes may stand for many: entropy coding goes down to hundredths of a bit. Beyond this no network does.
+_INFLATED, _FREE_BYTES = 1000, 1 << 26
 _DIGITS = 300  # of a whole number: a float holds 308
 _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
@@ -85,6 +87,11 @@ def is_int(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether ``value`` is a whole or floating number that a float can hold, and neither infinite nor NaN."""
     return (is_int(value) or isinstance(value, float)) and abs(value) <= sys.float_info.max
+
+
+def most_inflated(held: int) -> int:
+    """The most bytes of tensors that ``held`` bytes of a file may stand for."""
+    return _INFLATED * held + _FREE_BYTES
 
 
 class _Brief(reprlib.Repr):

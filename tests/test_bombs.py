@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from file_tools import config_text, edit_config, metadata_of, reseal
+from file_tools import config_text, edit_config, is_one_tensor, metadata_of, parts_of, reseal
 from safetensors.torch import load_file, save_file
 
 import sharefold
@@ -26,20 +26,21 @@ from sharefold.errors import SharefoldError
 from sharefold.format import FileConfig, carry_config
 from sharefold.plans import Plan
 from sharefold.sources import build_base, open_source
+from sharefold.store import container
 from sharefold.untrusted import JSON_LIMIT, parse_json
 
 X = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-def saved(base: dict[str, Any], path: Path, seed: int = 0) -> tuple[torch.nn.Module, Path]:
-    """A network as it is, with values that no builder gives."""
+def saved(base: dict[str, Any], path: Path, seed: int = 0, plain: bool = True) -> tuple[torch.nn.Module, Path]:
+    """A network as it is, with values that no builder gives; its tensors under their names, or all in one."""
     torch.manual_seed(seed)
     model = build_base(base).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
     carry_config(model, FileConfig(Plan([], 0, 0), base))
-    return model, sharefold.save(model, path)
+    return model, sharefold.save(model, path, plain=plain)
 
 
 def base_of(name: str, **kwargs: Any) -> dict[str, Any]:
@@ -92,6 +93,27 @@ def test_architectures_that_the_file_does_not_explain(file: Path, kind: str, fru
     with pytest.raises(SharefoldError, match=words) as error:
         sharefold.load(file)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["classes", "more classes", "rates of 39 million blocks", "deepest", "width"])
+def test_architectures_that_a_file_of_one_tensor_does_not_explain(tmp_path: Path, kind: str, frugal: None) -> None:
+    file = saved(base_of("digits_resnet"), tmp_path / "net.safetensors", plain=False)[1]
+    assert is_one_tensor(file)
+    edit_config(file, lambda config: config.update(base=BASES[kind][0]))
+    with pytest.raises(SharefoldError, match="far more than its|another structure|out of range|cannot be built") as error:
+        sharefold.load(file)
+    assert "\n" not in str(error.value)
+
+
+def test_configurations_of_one_tensor_are_unpacked_within_bounds(tmp_path: Path, frugal: None) -> None:
+    file = saved(base_of("digits_resnet"), tmp_path / "net.safetensors", plain=False)[1]
+    _, weights = parts_of(file)
+    squeeze = zlib.compressobj(1, zlib.DEFLATED, -15)
+    bomb = squeeze.compress(b'{"plan": ') + b"".join(squeeze.compress(b" " * (1 << 20)) for _ in range(256)) + squeeze.flush()
+    save_file({container.NAME: container.packed(bomb, weights)}, file)
+    for read in (sharefold.load, checkpoint.read_config):
+        with pytest.raises(SharefoldError, match="damaged or cut off"):
+            read(file)
 
 
 def test_packed_weights_that_unpack_to_far_more(tmp_path: Path, frugal: None) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import sharefold
+from sharefold.budget import parse_combined
 from sharefold.calibration.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.options import ConvertOptions, PlanOptions
@@ -68,9 +69,24 @@ def test_an_unreachable_budget_is_refused_before_any_conversion(net: nn.Module) 
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("", "no budgets"), (" , ", "no budgets"), ("50%,x", "'x'"), ("50%,0.5", "twice")]
+    ("text", "words"), [
+        ("", "no budgets"), (" , ", "no budgets"), ("50%,x", "'x'"), ("50%,0.5", "twice"), (" ; ", "no budgets"),
+        ("50%, 70% MACs; 70% MACs, 0.5", "twice"), ("50%, 2M;", "bounds the parameters twice"), ("50%,; 4ms", "empty part"),
+    ],
 )
 def test_bad_budgets(text: str, words: str) -> None:
     with pytest.raises(SharefoldError, match=words):
         parse_budgets(text)
     assert [b.text for b in parse_budgets("25%, 2M")] == ["25%", "2M"]
+    assert [b.text for b in parse_budgets("50%,70% MACs; 25%;")] == ["50%, 70% MACs", "25%"]
+    assert [b.text for b in parse_budgets(["50%, 70% MACs", "2,000"])] == ["50%, 70% MACs", "2,000"]
+
+
+def test_budgets_of_several_parts(net: nn.Module) -> None:
+    cal = sharefold.calibrate(net, torch.randn(40, 1, 8, 8))
+    options = SweepOptions(PlanOptions(("svd", "spatial")), ConvertOptions(repair=False))
+    points = sweep(cal, ["60%, 70% MACs", parse_combined("80%, 50% MACs")], scores, options)
+    assert [point.budget for point in points] == ["dense", "60%, 70% MACs", "80%, 50% MACs"]
+    for point, (params, macs) in zip(points[1:], ((0.6, 0.7), (0.8, 0.5)), strict=True):
+        assert point.params <= params * points[0].params and point.macs <= macs * points[0].macs
+    assert list(csv.DictReader(io.StringIO(to_csv(points))))[1]["budget"] == "60%, 70% MACs"

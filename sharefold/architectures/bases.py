@@ -9,13 +9,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sharefold.architectures.build import BASE_NOTE, build_on_meta, make_base
+from sharefold.architectures import segmentation
+from sharefold.architectures.build import BASE_NOTE, SOURCE_PREFIXES, build_on_meta, make_base
 from sharefold.architectures.matching import exact_match
 from sharefold.architectures.shapes import shapes_of
 from sharefold.errors import SharefoldError
 
 # Dropout of any kind is no part of what a network computes at evaluation, and builders' rates are not in the shapes.
 _DROP = re.compile(r"\(?\w*drop\w*\)?: .*|Drop\w+\([^)]*\)", re.I)
+_LIBRARIES = {prefix: library for library, prefix in SOURCE_PREFIXES.items()}
 
 
 def base_of(model: nn.Module) -> dict[str, Any] | None:
@@ -42,6 +44,9 @@ def _candidates(model: nn.Module) -> list[dict[str, Any]]:
     noted = getattr(model, BASE_NOTE, None)
     if isinstance(noted, dict):
         found.append(copy.deepcopy(noted))
+    config = getattr(model, "config", None)
+    if type(model).__module__.startswith(f"{segmentation.PACKAGE}.") and isinstance(config, Mapping):
+        found.append(make_base("smp", type(model).__name__.lower(), segmentation.known_arguments(dict(config))))
     config = getattr(model, "pretrained_cfg", None)
     name = config.get("architecture") if isinstance(config, Mapping) else getattr(config, "architecture", None)
     if name:
@@ -58,7 +63,7 @@ def _candidates(model: nn.Module) -> list[dict[str, Any]]:
         found.append(match.base)
         for label in match.others:  # equal shapes in the other library
             library, _, rest = label.partition(":")
-            same = {**match.base, "library": {"tv": "torchvision"}.get(library, library), "name": rest.split(":")[0]}
+            same = {**match.base, "library": _LIBRARIES[library], "name": rest.split(":")[0]}
             found.append(same)
     return found
 

@@ -1,7 +1,7 @@
-"""Stock architectures by name, from timm's registry (sharefold's own networks included) and torchvision's.
+"""Stock architectures by name, from timm's registry (sharefold's own networks included), torchvision's and smp's.
 
-A *base* is the JSON recipe of an architecture: ``{"library": "timm" | "torchvision", "name": ..., "kwargs": {...}}``.
-It may come from a file, so names are only ever looked up in the two registries and arguments are plain literals.
+A *base* is the JSON recipe of an architecture: ``{"library": "timm" | "torchvision" | "smp", "name": ..., "kwargs": {...}}``.
+It may come from a file, so names are only ever looked up in these registries and arguments are plain literals.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from sharefold import models as models  # registers sharefold's own networks with timm
+from sharefold.architectures import segmentation
 from sharefold.architectures.arguments import close_matches
 from sharefold.errors import SharefoldError
 from sharefold.untrusted import shown
@@ -30,10 +31,13 @@ _LONGEST, _LARGEST_SUM, _LONGEST_TEXT = 64, 20_000, 4096  # of a list, of its nu
 _LARGEST_TABLE = 1 << 22  # numbers in a tensor with values, of builders that calculate with tensors
 # Arguments that say how many of something there are: work grows by them, and often by their product with the next.
 _COUNTS = re.compile(r"depth|heads|layers|blocks|multiplier|repeat|reps|stages|reuse|ratio|groups|window|kernel|patch|stride")
-LIBRARIES = ("timm", "torchvision")
+LIBRARIES = ("timm", "torchvision", "smp")
+SOURCE_PREFIXES = {"timm": "timm", "torchvision": "tv", "smp": "smp"}  # of sources on the command line
 BASE_NOTE = "sharefold_base"  # attribute of a built model that holds its base; copies of the model have it too
 # Arguments that would download or read something, or replace the configuration; `weights` is torchvision's name.
-_BLOCKED = ("pretrained", "weights", "checkpoint", "cache_dir", "progress", "backbone", "features_only", "scriptable")
+_BLOCKED = (
+    "pretrained", "weights", "encoder_weights", "checkpoint", "cache_dir", "progress", "backbone", "features_only", "scriptable",
+)  # fmt: skip
 # torchvision's own pretrained weights for these two were trained with this input transform, which builders switch on.
 _GOOGLE_NETS = ("googlenet", "inception_v3")
 
@@ -47,7 +51,7 @@ def build_base(base: dict[str, Any]) -> nn.Module:
         SharefoldError: unknown library or model, an argument that is no literal or that the model does not take.
     """
     library, name, kwargs = _checked(base)
-    builder = _timm_model if library == "timm" else _torchvision_model
+    builder = {"timm": _timm_model, "torchvision": _torchvision_model, "smp": _smp_model}[library]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -111,7 +115,7 @@ def registry(library: str) -> list[str]:
     """Names that ``build_base`` accepts for a library, sorted."""
     if library == "timm":
         return sorted(_timm().list_models())
-    return sorted(_torchvision().list_models())
+    return sorted(_torchvision().list_models()) if library == "torchvision" else segmentation.names()
 
 
 def own_models() -> list[str]:
@@ -128,16 +132,17 @@ def check_name(library: str, name: str) -> None:
         SharefoldError: unknown library, model or (timm) tag.
     """
     if library not in LIBRARIES:
-        raise SharefoldError(f"unknown model library {shown(library)}: known are {' and '.join(LIBRARIES)}")
-    prefix = "timm" if library == "timm" else "tv"
+        raise SharefoldError(f"unknown model library {shown(library)}: known are {', '.join(LIBRARIES)}")
+    if library == "smp":
+        return segmentation.check_decoder(name)
+    prefix = SOURCE_PREFIXES[library]
     known = registry(library)
     plain, _, tag = name.partition(".") if library == "timm" else (name, "", "")
     if plain not in known:
         hint = close_matches(plain, known)
         if not hint:
-            other = LIBRARIES[1 - LIBRARIES.index(library)]
-            there = plain in registry(other)
-            hint = f"{'tv' if prefix == 'timm' else 'timm'}:{plain} exists" if there else "check the name"
+            there = next((SOURCE_PREFIXES[other] for other in LIBRARIES if plain in registry(other)), None)
+            hint = f"{there}:{plain} exists" if there else "check the name"
         raise SharefoldError(f"unknown model {prefix}:{shown(name)}: {hint}")
     if tag:
         check_tag(plain, tag)
@@ -245,6 +250,13 @@ def _torchvision_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
     if in_chans != 3:
         _replace_stem(model, name, in_chans)
     return model
+
+
+def _smp_model(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    theirs = segmentation.check_encoder(kwargs["encoder_name"]) if "encoder_name" in kwargs else None
+    if theirs is not None:
+        check_name("timm", theirs)  # a name of the Hub would be fetched
+    return segmentation.build_decoder(name, kwargs)
 
 
 def torchvision_builder(name: str) -> Callable[..., nn.Module]:

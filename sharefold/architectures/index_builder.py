@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from sharefold.architectures import segmentation
 from sharefold.architectures.build import build_on_meta, make_base, own_models, registry
 from sharefold.architectures.index import (
     INDEX_FILE,
@@ -115,7 +116,7 @@ def _defaults(library: str, model: nn.Module) -> tuple[int | None, int | None]:
     if library == "timm":
         cfg = getattr(model, "pretrained_cfg", None) or {}
         return getattr(model, "num_classes", cfg.get("num_classes")), (cfg.get("input_size") or (3,))[0]
-    return None, 3
+    return segmentation.counts(model) if library == "smp" else (None, 3)
 
 
 def _record(

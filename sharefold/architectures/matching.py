@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sharefold.architectures.bounded import limited_modules
-from sharefold.architectures.build import build_on_meta, make_base, own_models, torchvision_urls
+from sharefold.architectures.build import SOURCE_PREFIXES, build_on_meta, make_base, own_models, torchvision_urls
 from sharefold.architectures.index import Entry, Record, read_counts
 from sharefold.architectures.index_builder import complete_index, describe
 from sharefold.architectures.shapes import Difference, Shapes, compare
@@ -175,5 +175,4 @@ def _is_torchvision_file(entry: Entry, name: str) -> bool:
 
 def label_of(base: dict[str, Any]) -> str:
     """How ``--arch`` names it."""
-    prefix = "timm" if base["library"] == "timm" else "tv"
-    return f"{prefix}:{base['name']}"
+    return f"{SOURCE_PREFIXES[base['library']]}:{base['name']}"

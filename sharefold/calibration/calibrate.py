@@ -51,7 +51,7 @@ class Calibration:
     @cached_property
     def statistics(self) -> Statistics:
         """Moments of the layers' inputs and what their outputs matter, on the part ``fit``; each collected when first needed."""
-        return statistics_of(self.original, self.graph, self.images, self.seed, self.divergence, self.parts.fit)
+        return statistics_of(self.original, self.graph, self.images, self.seed, self.divergence, self.parts)
 
     @cached_property
     def reading(self) -> OutputReading:

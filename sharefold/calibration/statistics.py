@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sharefold.calibration import sensitivity
 from sharefold.calibration.mean_owner import output_mean_owner
+from sharefold.calibration.parts import Parts
 from sharefold.calibration.sample_selection import least_certain
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
@@ -53,14 +54,17 @@ class Statistics:
         batch_size: images a forward pass.
         seed: of the sampled positions.
         divergence: of conversions from ``model``; by default told from the images where it is asked for.
+        apart: indices of images to which nothing is fitted, for what would look too good on those that count.
     """
 
     def __init__(
         self, model: nn.Module, images: Tensor, *, chosen: Tensor | None = None, centered: dict[str, bool] | None = None,
         batch_size: int = 100, seed: int = 0, cache_bytes: int = CACHE_BYTES, divergence: Divergence | None = None,
+        apart: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.model, self.images = model, images
         self.chosen = torch.arange(len(images)) if chosen is None else chosen
+        self.apart = self.chosen if apart is None or not len(apart) else apart
         self.centered = centered or {}
         self.batch_size, self.seed, self.cache_bytes = batch_size, seed, cache_bytes
         self.cache: dict[str, Tensor] = {}
@@ -69,6 +73,7 @@ class Statistics:
         self.passes = 0
         self._divergence = divergence
         self._sensitivity: dict[str, Tensor] | None = None
+        self._vectors: dict[str, tuple[Tensor, Tensor]] | None = None
 
     def moments(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Moments (G, N, N) of the inputs of the layers ``names``, shrunk so that they are positive definite."""
@@ -94,6 +99,15 @@ class Statistics:
                 self.divergence,
             )  # fmt: skip
         return self._sensitivity
+
+    def vectors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of layers with one position an image: inputs (n, I), and gradients (n, O) of what the network says, of images apart."""
+        if self._vectors is None:
+            images = self.images[self.apart[evenly(len(self.apart), sensitivity.IMAGES)]]
+            self._vectors = sensitivity.vector_gradients(
+                self.model, self.centered, images, max(1, self.batch_size // 2), self.seed, self.divergence
+            )
+        return self._vectors
 
     def sample(self, count: int) -> Tensor:
         """At most ``count`` of the chosen images, evenly spaced."""
@@ -177,10 +191,10 @@ class Statistics:
 
 def statistics_of(
     model: nn.Module, graph: NetworkGraph, images: Tensor, seed: int = 0, divergence: Divergence | None = None,
-    among: Tensor | None = None,
+    parts: Parts | None = None,
 ) -> Statistics:  # fmt: skip
-    """Statistics of all layers of ``graph`` on the images that ``model`` is least certain of; ``among``: indices (m,) of those
-    that may be chosen, by default all.
+    """Statistics of all layers of ``graph`` on the images that ``model`` is least certain of; of ``parts`` they are taken from
+    ``fit``, and ``decide`` are those apart; by default all may be taken and none is apart.
 
     A mean that a BatchNorm or bias can absorb is taken out.
 
@@ -199,11 +213,12 @@ def statistics_of(
     batch = batch_for(images)
     if divergence is None:
         divergence = divergence_of(model, images, graph, batch)
-    allowed = torch.arange(len(images)) if among is None else among
+    allowed = torch.arange(len(images)) if parts is None else parts.fit
     chosen = allowed[least_certain(model, images[allowed], batch, divergence.reading)]
     return Statistics(
-        model, images, chosen=chosen, centered=centered, batch_size=batch, seed=seed, divergence=divergence
-    )
+        model, images, chosen=chosen, centered=centered, batch_size=batch, seed=seed, divergence=divergence,
+        apart=None if parts is None else parts.decide,
+    )  # fmt: skip
 
 
 def batch_for(images: Tensor) -> int:

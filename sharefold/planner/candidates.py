@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from sharefold.planner.objectives import Objective, objective_named
 from sharefold.plans import GroupPlan, Plan, Progress
 from sharefold.solvers import allocate as knapsack
 from sharefold.untrusted import exclude_pattern
+
+# Methods' candidates for some layers: they do not depend on what is counted.
+Known: TypeAlias = dict[tuple[str, tuple[str, ...]], list[Candidate]]
 
 # So many mixtures of its members' own options compete with what a unit can share.
 PRICES = 40
@@ -193,13 +197,16 @@ def unit_options(
     cal: Calibration, units: Sequence[Group], methods: Sequence[LayerMethod], cost: Cost, objective: Objective,
     progress: Progress | None = None,
 ) -> list[list[PricedPlans]]:  # fmt: skip
-    """For every unit its undominated options, "keep" first; statistics are gathered a bounded batch at a time."""
+    """For every unit its undominated options, "keep" first; where several costs count, all that are offered in each direction of
+    ``cost``. Statistics are gathered a bounded batch at a time."""
     result: list[list[PricedPlans]] = []
     for batch in cal.statistics.batches([unit.members for unit in units]):
         cal.statistics.moments([name for index in batch for name in units[index].members])
         for index in batch:
             problem = _weighed(cal, units[index].members, objective)
-            result.append(_Unit(units[index], problem, cost).options(methods))
+            known: Known = {}
+            rows = [_Unit(units[index], problem, one, known).options(methods) for one in cost.directions]
+            result.append([option for row in rows for option in row])
             if progress:
                 progress("planning", len(result), len(units))
     return result
@@ -219,11 +226,12 @@ def _weighed(cal: Calibration, members: Sequence[str], objective: Objective) -> 
 class _Unit:
     """One group, its tensors and what its options cost."""
 
-    def __init__(self, group: Group, problem: GroupProblem | RaggedProblem, cost: Cost) -> None:
-        self.group, self.problem, self.cost = group, problem, cost
+    def __init__(self, group: Group, problem: GroupProblem | RaggedProblem, cost: Cost, known: Known) -> None:
+        self.group, self.problem, self.cost, self.known = group, problem, cost, known
 
     def options(self, methods: Sequence[LayerMethod]) -> list[PricedPlans]:
-        """Undominated ones, "keep" first."""
+        """Undominated ones, "keep" first; all of them where the cost does not settle which are."""
+        worth = _undominated if self.cost.settles else list
         members = self.group.members
         dense = sum(self.cost.dense(name) for name in members)
         if isinstance(self.problem, RaggedProblem):
@@ -233,8 +241,8 @@ class _Unit:
         table = self._per_layer_table([m for m in methods if m.smallest_group == 1])
         options = [PricedPlans(dense, 0.0)]
         if len(table) == 1:
-            return _undominated(options + table[0])
-        shared = [(m, c) for m in methods if m.smallest_group > 1 for c in m.candidates(self.problem)]  # type: ignore[arg-type]
+            return worth(options + table[0])
+        shared = [(m, c) for m in methods if m.smallest_group > 1 for c in self._candidates(m)]
         # What every further member adds, and what each member suffers; the bank left out.
         added = [self.cost.member(members, self.problem.forms, m, c) for m, c in shared]
         values = [(c.errors * self.problem.importance).tolist() for _, c in shared]
@@ -250,17 +258,24 @@ class _Unit:
             for stay, alone in self._partings(cost, each, prices, best):
                 if method.fits([self.problem.forms[k] for k in stay], candidate.options):
                     options.append(_together([self._shared(method, candidate, stay), *alone]))
-        return _undominated(options)
+        return worth(options)
+
+    def _candidates(self, method: LayerMethod) -> list[Candidate]:
+        """What ``method`` offers; found once."""
+        key = method.name, self.group.members
+        if key not in self.known:
+            self.known[key] = list(method.candidates(self.problem))  # type: ignore[arg-type]
+        return self.known[key]
 
     def _per_layer_table(self, methods: Sequence[LayerMethod]) -> list[list[PricedPlans]]:
         """For every member what it may become on its own, "keep" first."""
         table = []
         for index, name in enumerate(self.group.members):
             problem = self.problem.only(index)
-            one = _Unit(replace(self.group, name=name, members=(name,)), problem, self.cost)
+            one = _Unit(replace(self.group, name=name, members=(name,)), problem, self.cost, self.known)
             row = [PricedPlans(self.cost.dense(name), 0.0)]
             for method in methods:
-                row += [one._shared(method, candidate, [0]) for candidate in method.candidates(problem)]
+                row += [one._shared(method, candidate, [0]) for candidate in one._candidates(method)]
             table.append(row)
         return table
 

@@ -25,10 +25,12 @@ class Cost(ABC):
     Attributes:
         unit: what is counted, for messages.
         total: of the whole dense network.
+        settles: whether an option that costs and loses no less than another one is of no use.
     """
 
     unit: str
     total: float
+    settles = True
 
     @abstractmethod
     def dense(self, name: str) -> float:
@@ -39,6 +41,11 @@ class Cost(ABC):
         self, names: Sequence[str], forms: Sequence[ConvForm], method: LayerMethod, candidate: Candidate, stay: Sequence[int]
     ) -> float:
         """The members ``stay`` of the group ``names`` under ``candidate``, which was made for all of them."""
+
+    @property
+    def directions(self) -> Sequence[Cost]:
+        """The costs by each of which it is chosen what is worth being offered."""
+        return (self,)
 
     def member(self, names: Sequence[str], forms: Sequence[ConvForm], method: LayerMethod, candidate: Candidate) -> float:
         """What every further member adds."""
@@ -87,6 +94,16 @@ class _PerLayer(Cost):
 
     def __init__(self, graph: NetworkGraph) -> None:
         self.graph = graph
+        self._shares: dict[tuple[ConvForm, str, str], float | None] = {}
+
+    def share(self, form: ConvForm, method: LayerMethod, options: dict[str, Any]) -> float | None:
+        """What a layer that runs without its composed weight multiplies, of what the dense one does; None where it runs that."""
+        key = form, method.name, json.dumps(options, sort_keys=True)
+        if key not in self._shares:
+            with torch.device("meta"):
+                layer = method.stand_in(form, options)
+            self._shares[key] = layer.factored_share() if layer.runs_factored() else None
+        return self._shares[key]
 
     @abstractmethod
     def _factored(self, record: LayerRecord, form: ConvForm, method: LayerMethod, options: dict[str, Any]) -> float:
@@ -95,12 +112,9 @@ class _PerLayer(Cost):
     def shared(
         self, names: Sequence[str], forms: Sequence[ConvForm], method: LayerMethod, candidate: Candidate, stay: Sequence[int]
     ) -> float:
-        total, factored = 0.0, {}
+        total = 0.0
         for k in stay:
-            if forms[k] not in factored:
-                with torch.device("meta"):
-                    factored[forms[k]] = method.stand_in(forms[k], candidate.options).runs_factored()
-            if factored[forms[k]]:
+            if self.share(forms[k], method, candidate.options) is not None:
                 total += self._factored(self.graph.layers[names[k]], forms[k], method, candidate.options)
             else:  # runs the composed weight, which is cached, as the dense layer ran its own
                 total += self.dense(names[k])
@@ -122,8 +136,7 @@ class Macs(_PerLayer):
         return o * i * h * w * record.output_size[0] * record.output_size[1] * record.calls
 
     def _factored(self, record: LayerRecord, form: ConvForm, method: LayerMethod, options: dict[str, Any]) -> float:
-        with torch.device("meta"):
-            return self.dense(record.name) * method.stand_in(form, options).factored_share()
+        return self.dense(record.name) * (self.share(form, method, options) or 0.0)
 
 
 class Seconds(_PerLayer):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sharefold.budget import Budget, parse_budget
+from sharefold.budget import Budget, Budgets, parse_combined
 from sharefold.calibration.calibrate import Calibration, calibration_of
 from sharefold.calibration.statistics import is_wide
 from sharefold.format import check_dense
@@ -17,9 +17,12 @@ from sharefold.layers import form_of
 from sharefold.methods import AUTO, FOLD
 from sharefold.options import CalibrationOptions, PlanOptions, chosen
 from sharefold.planner.candidates import Candidates, find_candidates, method_text
+from sharefold.planner.combined import Bounds, Combined, Unreachable, find_combined
+from sharefold.planner.combined_mix import CombinedMixer
 from sharefold.planner.costs import Cost, cost_of
-from sharefold.planner.file_budget import plan_bytes
+from sharefold.planner.file_budget import fits_unrounded, plan_bytes
 from sharefold.planner.fold_levels import FoldLevels
+from sharefold.planner.fold_many import ManyLevels
 from sharefold.planner.mixed import Mixer
 from sharefold.planner.objectives import JOINT, objective_named
 from sharefold.planner.search import Trials, search
@@ -29,16 +32,17 @@ from sharefold.settings import with_plain_settings
 
 @with_plain_settings
 def plan(
-    model: nn.Module, budget: str | float | Budget = "50%", calibration: Calibration | Tensor | None = None,
+    model: nn.Module, budget: str | float | Budget | Budgets = "50%", calibration: Calibration | Tensor | None = None,
     options: PlanOptions | None = None, progress: Progress | None = None, **overrides: Any,
 ) -> Plan:  # fmt: skip
     """Decides what every group of ``model`` shares so that the whole model fits ``budget``.
 
     Args:
         model: a dense network; not changed.
-        budget: parameters, bytes, multiply-accumulates or latency, as :func:`sharefold.budget.parse_budget` reads it.
-            Bytes are those of the saved file, whose number types are then part of the plan. Latency is measured here,
-            layer by layer, with torch's present number of threads.
+        budget: parameters, bytes, multiply-accumulates or latency, as :func:`sharefold.budget.parse_budget` reads it, or
+            several of these that hold together, with commas between them (``"50%, 70% MACs"``). Bytes are those of the saved
+            file, whose number types are then part of the plan. Latency is measured here, layer by layer, with torch's present
+            number of threads.
         calibration: of :func:`sharefold.calibrate`, or (n, C, H, W) normalised images, no labels; by default procedural
             images. Make a calibration where more than a plan is wanted: :func:`sharefold.convert_` then measures nothing again.
         options: see :class:`sharefold.options.PlanOptions`; its fields may be given by keyword.
@@ -53,11 +57,11 @@ def plan(
     """
     wanted = chosen(options, overrides, PlanOptions)
     check_dense(model)
-    bound = parse_budget(budget)
+    bounds = parse_combined(budget)
     known = CalibrationOptions(wanted.seed, outputs=wanted.outputs, criterion=wanted.criterion)
     cal = calibration_of(model, calibration, known)
     with preserved(cal.original):  # some networks draw random numbers or write on themselves whenever they run
-        return Planner(cal, wanted, progress).plan(bound)
+        return Planner(cal, wanted, progress).plan(bounds)
 
 
 class Planner:
@@ -76,6 +80,7 @@ class Planner:
         self._costs: dict[str, Cost] = {}
         self._made: dict[str, Candidates] = {}
         self._levels: dict[str, FoldLevels] = {}
+        self._combined: dict[tuple[tuple[str, ...], bool], Combined] = {}
 
     def candidates(self, unit: str = "parameters") -> Candidates:
         """What every group may become, priced in ``unit``; ``"bytes"`` are priced as parameters, for coding to make small.
@@ -92,6 +97,8 @@ class Planner:
     def levels(self, unit: str = "parameters") -> FoldLevels:
         """What the hidden spaces lose with their channels, priced in ``unit``; bytes as parameters."""
         unit = "parameters" if unit == "bytes" else unit
+        if unit not in self._levels and self._levels:  # measured already: the prices alone are others
+            self._levels[unit] = next(iter(self._levels.values())).priced(self.cal, self.cost(unit))
         if unit not in self._levels:
             spaces, _ = hidden_spaces(self.cal.original, self.cal.graph, self.options.exclude)
             # Which channels a wide layer could do without its moments do not say: they are in the space of its rows.
@@ -131,19 +138,65 @@ class Planner:
             source += f": {levels.cost.text(levels.total(widths))} of {levels.cost.text(levels.cost.total)} expected"
         return Plan(levels.plans(widths), levels.before, levels.parameters(widths), source)
 
-    def plan(self, budget: str | float | Budget) -> Plan:
-        """A plan at or under the budget.
+    def plan(self, budget: str | float | Budget | Budgets) -> Plan:
+        """A plan at or under the budget, or under all of several.
 
         Raises:
             SharefoldError: unreachable budget (says the floor), unknown method.
         """
-        return replace(self._plan(parse_budget(budget)), exclude=self.options.exclude or "")
+        return replace(self._plan(parse_combined(budget)), exclude=self.options.exclude or "")
 
-    def _plan(self, bound: Budget) -> Plan:
-        if bound.unit == "bytes":
-            source = f"budget {bound.text}, method {method_text(self.options.method)}"
-            return plan_bytes(self.cal, bound, source, lambda limit: self._coded(limit, bound.text), self.progress)
-        return self.at_most(bound.unit, bound.limit(self.cost(bound.unit).total), bound.text)
+    def _plan(self, budgets: Budgets) -> Plan:
+        file = next((part for part in budgets.parts if part.unit == "bytes"), None)
+        others = [part for part in budgets.parts if part.unit != "bytes"]
+        bounds = Bounds.of(others, [self.cost(part.unit) for part in others])
+        if file is None:
+            return self.all_at_most(bounds, budgets.text)
+        source = f"budget {budgets.text}, method {method_text(self.options.method)}"
+        if not others:
+            return plan_bytes(self.cal, file, source, lambda limit: self._coded(limit, file.text), self.progress)
+        plan = self.all_at_most(bounds, budgets.text)
+        if fits_unrounded(self.cal, plan, file):
+            return plan
+        known = self.cost("parameters")
+
+        def within(limit: int) -> Plan | None:
+            try:
+                return self.all_at_most(bounds.below(known, limit), budgets.text, coded=True)
+            except Unreachable:
+                return None
+
+        return plan_bytes(self.cal, file, source, within, self.progress, free=False)
+
+    def all_at_most(self, bounds: Bounds, budget: str, coded: bool = False) -> Plan:
+        """The plan within all ``bounds``; ``budget`` is what the user wrote.
+
+        Args:
+            coded: whether it is for a file whose tensors are coded.
+
+        Raises:
+            Unreachable, SharefoldError: there is none; says the floors.
+        """
+        if len(bounds.units) == 1:
+            limit = bounds.limits[0]
+            if not coded:
+                return self.at_most(bounds.units[0], limit, budget)
+            plan = self._coded(int(limit), budget)
+            if plan is None:
+                raise Unreachable(f"budget {budget} is below what a file of this network can be shrunk to")
+            return plan
+        levels = ManyLevels([self.levels(unit) for unit in bounds.units]) if self._folds else None
+        if self.methods == (FOLD.name,):
+            assert levels is not None
+            return levels.plan(bounds, budget)
+        options = chosen(self.sharing, {"pivots": self.options.pivots and not coded}, PlanOptions)
+        key = bounds.units, options.pivots
+        if key not in self._combined:
+            self._combined[key] = find_combined(self.cal, options, bounds.costs, self.progress)
+        candidates = self._combined[key].within(bounds)
+        if levels is None or not levels.one.spaces:
+            return self.within(candidates, 0.0, budget)
+        return CombinedMixer(self.cal, candidates, levels, options, self.progress).plan(budget)
 
     def at_most(self, unit: str, limit: float, budget: str) -> Plan:
         """The plan that costs at most ``limit``; ``budget`` is what the user wrote."""

@@ -32,8 +32,9 @@ HEADER = 64 * 1024
 
 
 def plan_bytes(
-    cal: Calibration, budget: Budget, source: str, within: Callable[[int], Plan | None], progress: Progress | None = None
-) -> Plan:
+    cal: Calibration, budget: Budget, source: str, within: Callable[[int], Plan | None], progress: Progress | None = None,
+    free: bool = True,
+) -> Plan:  # fmt: skip
     """The plan whose file fits ``budget`` bytes and whose predictions stay nearest to the original's.
 
     At each of a few shares of the parameters the network is converted without repairs and rounded so that it fits.
@@ -44,6 +45,7 @@ def plan_bytes(
         budget: bytes of the saved ``.safetensors`` file.
         source: what the plan says of itself.
         within: the best plan of at most so many parameters; None where there is none.
+        free: whether the network may stay as it is but for rounding; else ``within`` decides for all of the parameters too.
 
     Returns:
         A plan with ``store`` set, or one that changes nothing where float32 fits.
@@ -54,18 +56,21 @@ def plan_bytes(
     model = cal.original
     limit, before = int(budget.value), count_parameters(model)
     nothing = Plan([], before, before, source)
-    if model_bytes(model) + HEADER <= limit:
+    if free and model_bytes(model) + HEADER <= limit:
         return nothing
     rounding = cal.statistics.sample(TRIAL_IMAGES)
     best: tuple[float, Plan] | None = None
     refusal: SharefoldError | None = None
     worse = 0
+    last: Plan | None = None
     for number, share in enumerate(SHARES):
         if progress:
             progress("fitting bytes", number, len(SHARES))
         if worse == PATIENCE or (best is not None and best[0] < SAME and cal.criterion is None):
             break
-        plan = nothing if share == 1 else within(int(share * before))
+        if not free and last is not None and last.params_after <= int(share * before):
+            continue  # other bounds have made it as small
+        plan = last = nothing if share == 1 and free else within(int(share * before))
         if plan is None:
             break
         trial = copy.deepcopy(model)
@@ -85,6 +90,16 @@ def plan_bytes(
         raise SharefoldError(f"budget {budget.text} is below what a file of this network can be shrunk to") from refusal
     best[1].store = f"mixed:{limit}B"
     return best[1]
+
+
+def fits_unrounded(cal: Calibration, plan: Plan, budget: Budget) -> bool:
+    """Whether the network after ``plan`` fits ``budget`` bytes in its present number types."""
+    model = cal.original
+    if model_bytes(model) * plan.size + HEADER > budget.value:
+        return False
+    trial = copy.deepcopy(model)
+    carry_out(trial, plan, cal, ConvertOptions(repair=False), {})
+    return model_bytes(trial) + HEADER <= budget.value
 
 
 def _divergence(cal: Calibration, trial: nn.Module) -> float:

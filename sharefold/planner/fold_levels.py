@@ -8,8 +8,9 @@ the budget goes back to where it helps most.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +95,21 @@ class FoldLevels:
         self.damages.append((torch.tensor(factors, dtype=torch.float64) @ found.errors)[gone])
         self.losses.append(errors[gone] * (1.0 if probe is None else probe(space, found, shares)))
         self.errors.append(found.errors.mean(0)[gone])
+
+    def priced(self, cal: Calibration, cost: Cost) -> FoldLevels:
+        """The same spaces and damages under another cost."""
+        other = copy.copy(self)
+        other.cost, other.items = cost, _items(cal.original, cal.graph, self.spaces, cost)
+        other.fixed = cost.total - sum(item.amount for item in other.items)
+        return other
+
+    def blended(self, others: Sequence[FoldLevels], scales: Sequence[float]) -> FoldLevels:
+        """The same spaces under the sum of the costs of ``others``, each times its scale."""
+        pairs = [(other, scale) for other, scale in zip(others, scales, strict=True) if scale]
+        result = copy.copy(self)
+        result.items = [replace(item, amount=scale * item.amount) for other, scale in pairs for item in other.items]
+        result.fixed = sum(scale * other.fixed for other, scale in pairs)
+        return result
 
     @property
     def dense(self) -> list[int]:

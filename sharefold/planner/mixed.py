@@ -67,17 +67,7 @@ class Mixer:
             found, floor = self._real(self._widths(DEPTHS, self.levels.floor), limit, budget)
             if not found:
                 raise self.plain.refusal(limit, budget, min(self.plain.floor, floor))
-        least = min(damage for damage, _ in found)
-        close = [plan for damage, plan in found if damage <= CLOSE * least]
-        if len(close) == 1 or not self.cal.comparable:
-            return min(found, key=lambda pair: pair[0])[1]
-        return min(close, key=self._divergence)
-
-    def _divergence(self, plan: Plan) -> float:
-        """From the original, before repairs, on the images that decide."""
-        trial = copied(self.cal.original)
-        carry_out(trial, plan, self.cal, ConvertOptions(repair=False), {})
-        return self.cal.decided.divergence(trial).mean
+        return best_of(self.cal, found)
 
     def _widths(self, depth: int, limit: float) -> list[int]:
         total = self.levels.cost.total
@@ -120,3 +110,19 @@ class Mixer:
         source = shared.source.replace(f"method {candidates.method}", f"method {candidates.method} + fold")
         plan = Plan([*folds, *shared.groups], self.plain.before, shared.params_after, source)
         return [(candidates.damage(picks) + self.levels.damage(widths), plan)], candidates.floor
+
+
+def best_of(cal: Calibration, found: Sequence[tuple[float, Plan]]) -> Plan:
+    """The plan of least expected damage; of those that it does not tell apart, the one of least divergence from the original,
+    before repairs, on the images that decide."""
+    least = min(damage for damage, _ in found)
+    close = [plan for damage, plan in found if damage <= CLOSE * least]
+    if len(close) == 1 or not cal.comparable:
+        return min(found, key=lambda pair: pair[0])[1]
+
+    def divergence(plan: Plan) -> float:
+        trial = copied(cal.original)
+        carry_out(trial, plan, cal, ConvertOptions(repair=False), {})
+        return cal.decided.divergence(trial).mean
+
+    return min(close, key=divergence)

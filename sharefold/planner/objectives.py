@@ -36,7 +36,8 @@ def fisher(statistics: Statistics) -> Objective:
 
     The estimate itself (Martens, arXiv:1412.1193) ranks layers well while errors are small and far too sharply when they
     are large; its square root lies half way, in the logarithm, between it and equal weights. Equal weights where the
-    output has no gradient.
+    output has no gradient. It takes errors and gradients for independent, which they are not in a classifier: there
+    :func:`_together` corrects it.
     """
     sensitivity = statistics.sensitivity()
 
@@ -45,9 +46,30 @@ def fisher(statistics: Statistics) -> Objective:
             return torch.ones_like(problem.importance)
         rows = torch.stack([sensitivity[name] for name in names]).to(problem.weights)
         damage = replace(problem, row_weights=rows).energy / 2
+        damage = damage * torch.tensor([_together(statistics, problem.only(k), name) for k, name in enumerate(names)]).to(damage)
         return damage.clamp_min(SMALLEST).sqrt()
 
     return factors
+
+
+def _together(statistics: Statistics, problem: GroupProblem, name: str) -> float:
+    """What an error of the layer costs over what it would if errors and gradients had nothing to do with each other.
+
+    Half the mean square of their product, image by image, over the sum of products of their mean squares; the error is that of a
+    low-rank weight, on images to which nothing was fitted. For layers with one position an image, else 1. EfficientNet-Lite0's
+    classifier at rank 300: 5 (KL .143 by second order, .030 by the diagonal; the network's, run: .225).
+    """
+    form, found = problem.forms[0], statistics.vectors().get(name)
+    if found is None or form.groups > 1 or form.features != form.in_channels or form.standardize is not None:
+        return 1.0
+    inputs, gradients = (t.to(problem.weights) for t in found)
+    change = problem.full(approximation(problem, PROBE_ERROR) - problem.weights)[0]
+    errors = inputs @ change.T
+    if statistics.centered.get(name):
+        errors = errors - errors.mean(0)
+    apart = (errors.square().mean(0) * gradients.square().mean(0)).sum()
+    together = (errors * gradients).sum(1).square().mean()
+    return float(together / apart) if bool(apart > 0) and bool(together > 0) else 1.0
 
 
 def output_kl(statistics: Statistics) -> Objective:

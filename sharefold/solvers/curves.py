@@ -12,6 +12,9 @@ from torch import Tensor
 from sharefold.errors import SharefoldError
 from sharefold.solvers.data_norm import Problem, moment_floors
 
+# Relative errors below this are as good as none: what they are, and their ratios, is a matter of rounding.
+NEGLIGIBLE = 1e-4
+
 
 @dataclass
 class CurvePoint:
@@ -31,15 +34,18 @@ def default_ranks(limit: int, count: int = 24) -> list[int]:
 def correct_curve(points: Sequence[CurvePoint], evaluate: Callable[[int], Tensor], anchors: int) -> list[CurvePoint]:
     """Replace estimated errors by exact ones at a few ranks and carry the log ratio over to the ranks between.
 
-    ``evaluate(rank)`` returns the exact errors (K,). Ratios are interpolated linearly in log rank.
+    ``evaluate(rank)`` returns the exact errors (K,). Ratios are interpolated linearly in log rank. At the largest rank both
+    errors may be next to nothing, and their ratio anything: it counts as that of errors that are :data:`NEGLIGIBLE` beside it.
     """
     count = len(points)
     picked = sorted({int(i) for i in np.linspace(0, count - 1, min(anchors, count)).round()})
-    tiny = 1e-12
     logs = np.log([p.rank for p in points])
     exact = {i: evaluate(points[i].rank).to(points[i].errors) for i in picked}
     ratios = np.stack(
-        [((exact[i].double() + tiny).log() - (points[i].errors.double() + tiny).log()).cpu().numpy() for i in picked]
+        [
+            ((exact[i].double() + NEGLIGIBLE).log() - (points[i].errors.double() + NEGLIGIBLE).log()).cpu().numpy()
+            for i in picked
+        ]
     )
     result = []
     for i, point in enumerate(points):

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from sharefold.architectures import segmentation
 from sharefold.architectures.build import build_base, build_on_meta, check_arguments, check_name, make_base, torchvision_urls
 from sharefold.architectures.shapes import load_weights, shapes_of
 from sharefold.errors import SharefoldError
@@ -62,6 +63,22 @@ def open_torchvision(name: str, kwargs: dict[str, Any], pretrained: bool) -> tup
         fresh = {key for key, tensor in state.items() if key in target and tuple(tensor.shape) != target[key]}
     load_weights(model, state, f"published weights of {name}", f"tv:{name}", skip=fresh)
     return model, base
+
+
+def open_smp(name: str, kwargs: dict[str, Any], pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """A network of segmentation_models_pytorch with random weights, and its base.
+
+    Raises:
+        SharefoldError: the package is missing, an unknown name, bad arguments, or weights were asked for: there are none by name.
+    """
+    check_name("smp", name)
+    if pretrained:
+        raise SharefoldError(
+            f"smp:{name} has no published weights: give the folder that save_pretrained wrote, or a checkpoint file with "
+            f"--arch smp:{name}:encoder_name=...; --no-pretrained takes random ones"
+        )
+    base = make_base("smp", name, segmentation.known_arguments(kwargs))
+    return build_base(base), base
 
 
 def open_hub(identifier: str, kwargs: dict[str, Any], pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from sharefold import checkpoint
+from sharefold.architectures import segmentation
 from sharefold.architectures.arguments import close_matches, parse_options
 from sharefold.architectures.bounded import check_buffers, limited_modules
 from sharefold.architectures.build import (
+    LIBRARIES,
     build_base,
     build_on_meta,
     check_arguments,
@@ -31,14 +33,16 @@ from sharefold.format import checked_pretrained_cfg, config_of
 from sharefold.hub import shared_folder
 from sharefold.options import OpenOptions, chosen
 from sharefold.ownership import WEIGHTS_NAME
-from sharefold.sources.hub_models import open_hub, open_timm, open_torchvision
+from sharefold.sources.hub_models import open_hub, open_smp, open_timm, open_torchvision
 from sharefold.sources.preprocessing import preprocessing
 from sharefold.sources.read import check_file, read_state_dict
 from sharefold.sources.twins import Look, settled
 from sharefold.sources.unwrap import PREFIXES
 from sharefold.untrusted import parse_json, read_text, shown
 
-_KINDS = {"timm": "timm", "tv": "torchvision", "torchvision": "torchvision", "hf-hub": "hf-hub", "hf_hub": "hf-hub"}
+_KINDS = {
+    "timm": "timm", "tv": "torchvision", "torchvision": "torchvision", "smp": "smp", "hf-hub": "hf-hub", "hf_hub": "hf-hub",
+}  # fmt: skip
 _PREFIXED = re.compile(r"([A-Za-z][\w-]+):(.*)", re.DOTALL)
 _HUB_FILES = (WEIGHTS_NAME, "pytorch_model.bin")  # what timm's push_to_hf_hub and save_for_hf write
 _HUB_CONFIG = "config.json"
@@ -55,7 +59,7 @@ class Source:
             timm nor torchvision has.
         pretrained_cfg: ``input_size`` (C, H, W), ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``num_classes``.
         name: of the architecture.
-        kind: ``timm`` | ``torchvision`` | ``hf-hub`` | ``sharefold`` | ``checkpoint`` | ``pickle``.
+        kind: ``timm`` | ``torchvision`` | ``smp`` | ``hf-hub`` | ``sharefold`` | ``checkpoint`` | ``pickle``.
         shared: whether it is a converted network, from a file or the Hub.
         meta: for checkpoints, what was unwrapped and dropped, extras such as the stored accuracy, other architectures
             with the same tensors (``others``) and why this one was chosen (``rule``), absent buffers (``absent``).
@@ -76,9 +80,9 @@ def open_source(
     """Opens a network.
 
     Args:
-        source: ``timm:NAME``, ``tv:NAME`` (both with ``:key=value,...`` for the builder), ``hf-hub:OWNER/NAME[@REVISION]``
-            (a repository of timm, or one that :func:`sharefold.hub.push_to_hub` wrote), a sharefold directory or file,
-            or a checkpoint file.
+        source: ``timm:NAME``, ``tv:NAME``, ``smp:NAME`` (``:key=value,...`` behind it is for the builder),
+            ``hf-hub:OWNER/NAME[@REVISION]`` (a repository of timm, or one that :func:`sharefold.hub.push_to_hub` wrote), a
+            sharefold directory or file, a checkpoint file, or a folder that timm's or smp's ``save_pretrained`` wrote.
         options: what is known beside; ``settings`` are single fields of it (``arch="timm:resnet50"``).
         look: gives normalised images (n, C, H, W), no labels, for a configuration such as ``pretrained_cfg``. Where several
             architectures have the tensors of a file, they tell by its BatchNorms which one it was trained with; by default
@@ -101,11 +105,13 @@ def open_source(
         return _open_path(Path(text).expanduser(), options, look)
     if options.arch is not None:
         raise SharefoldError(f"--arch is for checkpoint files, and {text} names its architecture: leave --arch out")
+    if kind == "smp" and rest and rest.partition(":")[0] not in registry("smp") and Path(rest).expanduser().exists():
+        return _open_path(Path(rest).expanduser(), options, look)
     name, kwargs = _name_and_options(rest, text) if kind != "hf-hub" else (rest, {})
     for key, value in (("num_classes", options.num_classes), ("in_chans", options.in_chans)):
         if value is not None:
             kwargs[key] = value
-    opener = {"timm": open_timm, "torchvision": open_torchvision, "hf-hub": open_hub}[kind]
+    opener = {"timm": open_timm, "torchvision": open_torchvision, "smp": open_smp, "hf-hub": open_hub}[kind]
     if not name:
         raise SharefoldError(f"no model name in {text!r}: write for example timm:resnet50")
     if kind == "hf-hub":
@@ -124,8 +130,8 @@ def open_shapes(source: str) -> Source:
         SharefoldError: another kind of source, or as :func:`open_source`.
     """
     kind, rest = _split(source)
-    if kind not in ("timm", "torchvision"):
-        raise SharefoldError(f"{shown(source)} is no network of timm or torchvision")
+    if kind not in LIBRARIES:
+        raise SharefoldError(f"{shown(source)} is no network of timm, torchvision or smp")
     name, kwargs = _name_and_options(rest, shown(source))
     check_name(kind, name)
     base = make_base(kind, name, kwargs)
@@ -145,7 +151,7 @@ def _split(text: str) -> tuple[str | None, str]:
     check_path(Path(text))
     if Path(text).exists():
         return None, text
-    raise SharefoldError(f"unknown source {text!r}: known prefixes are timm:, tv: and hf-hub:, anything else is a path")
+    raise SharefoldError(f"unknown source {text!r}: known prefixes are timm:, tv:, smp: and hf-hub:, anything else is a path")
 
 
 def _name_and_options(rest: str, where: str) -> tuple[str, dict[str, Any]]:
@@ -239,8 +245,8 @@ def _architecture(
     """The architecture, and the part of ``state`` that belongs to it."""
     shapes = shapes_of(state)
     if arch is None and hub:
-        check_name("timm", hub["architecture"])
-        return state, named_architecture("timm", hub["architecture"], hub["model_args"], shapes)
+        check_name(hub["library"], hub["architecture"])
+        return state, named_architecture(hub["library"], hub["architecture"], hub["model_args"], shapes)
     if arch is not None:
         library, name, kwargs = _parse_arch(arch)
         return state, named_architecture(library, name, kwargs, shapes)
@@ -262,13 +268,13 @@ def _architecture(
 def _parse_arch(arch: str) -> tuple[str, str, dict[str, Any]]:
     kind, rest = _split(arch) if ":" in arch and arch.partition(":")[0].lower() in _KINDS else (None, arch)
     if kind == "hf-hub":
-        raise SharefoldError(f"--arch {arch}: name a timm or torchvision architecture")
+        raise SharefoldError(f"--arch {arch}: name an architecture of timm, torchvision or smp")
     name, kwargs = _name_and_options(rest, f"--arch {arch}")
     if kind is None:
         plain = name.partition(".")[0]
         kind = "torchvision" if plain not in registry("timm") and plain in registry("torchvision") else "timm"
     check_name(kind, name)
-    return kind, name, kwargs
+    return kind, name, segmentation.known_arguments(kwargs) if kind == "smp" else kwargs
 
 
 def _refuse_options(source: str | Path, options: OpenOptions) -> None:
@@ -292,7 +298,7 @@ def _open_module(module: nn.Module, path: Path, notes: dict[str, Any]) -> Source
 
 
 def _hub_layout(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Weights file and configuration of a folder in the layout that timm writes for the Hub.
+    """Weights file and configuration of a folder in the layout that timm, or segmentation_models_pytorch, writes for the Hub.
 
     Raises:
         SharefoldError: it is none, or its configuration is damaged.
@@ -301,20 +307,27 @@ def _hub_layout(folder: Path) -> tuple[Path, dict[str, Any]]:
     file = next((folder / name for name in _HUB_FILES if (folder / name).is_file()), None)
     if file is None or not config_file.is_file():
         raise SharefoldError(
-            f"{folder} is a directory without a model: it holds neither sharefold_config.json nor timm's config.json "
+            f"{folder} is a directory without a model: it holds neither sharefold_config.json nor timm's or smp's config.json "
             "with weights: name the checkpoint file inside it"
         )
     check_file(config_file)
     config = parse_json(read_text(config_file, str(config_file)), str(config_file))
+    if isinstance(config, dict) and isinstance(config.get("_model_class"), str):
+        name = config.pop("_model_class").lower()
+        arguments = segmentation.known_arguments(config)
+        check_arguments(name, arguments)
+        return file, {"library": "smp", "architecture": name, "model_args": arguments}
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
-        raise SharefoldError(f"{config_file} names no timm 'architecture': name the file {file} and --arch instead")
+        raise SharefoldError(
+            f"{config_file} names neither timm's 'architecture' nor smp's '_model_class': name the file {file} and --arch instead"
+        )
     arguments = config.get("model_args") or {}
     check_arguments(config["architecture"], arguments)
     given = config.get("pretrained_cfg")
     source = given if isinstance(given, dict) else config
     wanted = ("input_size", "mean", "std", "interpolation", "crop_pct")
     cfg = checked_pretrained_cfg({key: source[key] for key in wanted if source.get(key) is not None}, config_file)
-    return file, {"architecture": config["architecture"], "model_args": arguments, "pretrained_cfg": cfg}
+    return file, {"library": "timm", "architecture": config["architecture"], "model_args": arguments, "pretrained_cfg": cfg}
 
 
 def _refuse_missing(path: Path) -> None:

@@ -59,6 +59,7 @@ class _Replay(pickle._Unpickler):  # type: ignore[name-defined,misc]
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
     append: Any
+    read: Any
     stack: list[Any]
     pop_mark: Any
 
@@ -99,6 +100,16 @@ class _Replay(pickle._Unpickler):  # type: ignore[name-defined,misc]
 
     for _code in (pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX):
         dispatch[_code[0]] = refuse
+
+    def load_bytearray8(self) -> None:
+        # Python's own makes room for as many bytes as the stream names before it reads them.
+        count = int.from_bytes(self.read(8), "little")
+        found = bytearray(self.read(count))
+        if len(found) != count:
+            raise Unclear(f"{count} bytes of which the file holds {len(found)}")
+        self.append(found)
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
     # Containers that hash stay empty here: only their keys are looked at.
 

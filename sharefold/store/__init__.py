@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sharefold.errors import SharefoldError
 from sharefold.store.blob import NAME, decode_blob, encode_blob
+from sharefold.store.exact import EXACT_FORMAT, decode_exact
 from sharefold.store.fake import fake_quantize
 from sharefold.store.quantize import StoreReport, plan_store, quantize_, snap_
 from sharefold.store.size import file_bytes
@@ -28,8 +29,8 @@ def encode(tensors: Mapping[str, Tensor], spec: StoreSpec) -> dict[str, Tensor]:
     return {NAME: encode_blob(tensors, spec)}
 
 
-def decode(tensors: Mapping[str, Tensor], template: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], StoreSpec]:
-    """The state dict behind :func:`encode`, and its spec for saving again.
+def decode(tensors: Mapping[str, Tensor], template: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], StoreSpec | None]:
+    """The state dict behind :func:`encode`, and its spec for saving again; None for tensors that were packed as they were.
 
     Args:
         tensors: what the file holds.
@@ -41,4 +42,6 @@ def decode(tensors: Mapping[str, Tensor], template: Mapping[str, Tensor]) -> tup
     blob = tensors.get(NAME)
     if blob is None or blob.dim() != 1 or str(blob.dtype) != "torch.uint8":
         raise SharefoldError("store: the file holds no packed weights: it is damaged")
+    if blob.numel() and int(blob[0]) == EXACT_FORMAT:
+        return decode_exact(blob.numpy().data, template), None
     return decode_blob(blob, template)

@@ -6,12 +6,13 @@ import copy
 from collections.abc import Callable
 
 import torch
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from sharefold.format import CHECKSUM_KEY, METADATA_KEY, config_of, distinct
-from sharefold.store.blob import NAME, blob_bytes, encode_blob
+from sharefold.format import FileConfig, config_of, distinct
+from sharefold.store.blob import NAME, blob_bytes
+from sharefold.store.file_content import file_content, metadata_for
 from sharefold.store.norm_absorption import absorb_statistics
+from sharefold.store.plain_size import plain_bytes
 from sharefold.store.tensor_spec import FORMAT, StoreSpec
 
 
@@ -21,8 +22,8 @@ def file_bytes(model: nn.Module, spec: StoreSpec) -> int:
     Raises:
         SharefoldError: a tensor is not one that ``spec`` can hold: :func:`quantize_` (or ``snap_``) first.
     """
-    tensors, text = _content(model)
-    return _size(encode_blob(tensors, spec), text)
+    config, tensors = _content(model)
+    return file_content(config, tensors, spec).size
 
 
 def size_predictor(model: nn.Module) -> Callable[[StoreSpec], int]:
@@ -30,8 +31,8 @@ def size_predictor(model: nn.Module) -> Callable[[StoreSpec], int]:
     values that the spec holds. What does not depend on the spec is done here, once."""
     model = copy.deepcopy(model)
     absorb_statistics(model)
-    tensors, text = _content(model)
-    rest = _size(torch.empty(0, dtype=torch.uint8), text)
+    config, tensors = _content(model)
+    rest = plain_bytes({NAME: torch.empty(0, dtype=torch.uint8)}, metadata_for(config.packed()))
 
     def predicted(spec: StoreSpec) -> int:
         nearest = {n: spec.tensors[n].snapped(t) if n in spec.tensors else t for n, t in tensors.items()}
@@ -40,11 +41,6 @@ def size_predictor(model: nn.Module) -> Callable[[StoreSpec], int]:
     return predicted
 
 
-def _content(model: nn.Module) -> tuple[dict[str, Tensor], str]:
-    """The tensors of the file, and its metadata."""
+def _content(model: nn.Module) -> tuple[FileConfig, dict[str, Tensor]]:
     tensors, aliases = distinct(model.state_dict())
-    return tensors, config_of(model).of(tensors, aliases, FORMAT).packed()
-
-
-def _size(blob: Tensor, text: str) -> int:
-    return len(to_bytes({NAME: blob}, {METADATA_KEY: text, CHECKSUM_KEY: "0" * 8, "format": "pt"}))
+    return config_of(model).of(tensors, aliases, FORMAT), tensors

@@ -10,6 +10,7 @@ import pytest
 from command_line import call
 
 import sharefold
+from sharefold.ownership import network_folder
 
 
 def test_table_plot_and_networks(grey_npz: str, tmp_path: Path) -> None:
@@ -31,8 +32,9 @@ def test_table_plot_and_networks(grey_npz: str, tmp_path: Path) -> None:
         assert sum(p.numel() for p in model.parameters()) == point["params"]
         again = json.loads(call("eval", out / point["budget"].strip("%"), "--data", grey_npz, "--json").stdout)
         assert again["top1"] == pytest.approx(point["top1"])
-    text = call(*arguments, "--budgets", "60%", "-o", tmp_path / "second", "--no-save", "--limit", 10)
-    assert text.exit_code == 0 and "top-1" in text.stdout and "dense" in text.stdout
+    text = call(*arguments, "--budgets", "60%, 100% MACs;", "-o", tmp_path / "second", "--no-save", "--limit", 10)
+    assert text.exit_code == 0 and "top-1" in text.stdout and "dense" in text.stdout and "60%, 100% MACs" in text.stdout
+    assert network_folder("60%, 100% MACs") == "60-100-MACs"
     assert sorted(path.name for path in (tmp_path / "second").iterdir()) == sorted(report["files"])
     refused = call(*arguments, "--budgets", "60%", "-o", out)
     assert refused.exit_code == 2 and "exists" in refused.stderr

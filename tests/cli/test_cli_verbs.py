@@ -156,6 +156,26 @@ def test_a_budget_in_macs_and_an_objective(tmp_path: Path) -> None:
     assert source.startswith("budget 60% MACs, method svd: ") and "40,551,040 MACs expected" in source
 
 
+def test_budgets_that_hold_together_are_told_everywhere(tmp_path: Path) -> None:
+    options = ["--budget", "60%, 70% MACs", "--objective", "error", "--method", "svd,spatial"]
+    result = call("convert", NET, *FAST, *options, "-o", tmp_path / "net", "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["budget"] == "60%, 70% MACs"
+    assert report["params"]["after"] <= 0.6 * report["params"]["before"]
+    assert report["macs"]["after"] <= 0.7 * report["macs"]["before"]
+    source = sharefold.load(tmp_path / "net").sharefold_config.plan.source
+    assert source == (
+        f"budget 60%, 70% MACs, method svd + spatial: {report['params']['after']:,} parameters of 269,722 parameters and "
+        f"{report['macs']['after']:,} MACs of 40,551,040 MACs expected"
+    )
+    assert source in (tmp_path / "net" / "README.md").read_text()
+    assert call("report", tmp_path / "net", "-o", tmp_path / "page.html").exit_code == 0
+    assert source in (tmp_path / "page.html").read_text()
+    dry = call("convert", NET, *FAST, *options, "--dry-run")
+    assert dry.exit_code == 0 and source in " ".join(dry.output.split())
+
+
 def test_a_recipe_is_planned_without_images(monkeypatch: pytest.MonkeyPatch) -> None:
     def drawn(*arguments: object, **options: object) -> None:
         raise AssertionError("images were drawn")
@@ -187,6 +207,12 @@ def test_the_same_seed_gives_the_same_file(tmp_path: Path) -> None:
         (["--budget", "1% MACs", "--method", "svd"], "the floor is"),
         (["--budget", "0.001us", "--method", "svd"], "the floor is"),
         (["--budget", "5 latency"], "unknown unit"),
+        (["--budget", "50%, 2M"], "bounds the parameters twice"),
+        (["--budget", "50%,"], "has an empty part"),
+        (["--budget", "90%, 1% MACs", "--method", "svd"], "budget 1% MACs"),
+        (["--budget", "50%, 70% MACs", "--keep-agreement", "99%"], "both decide the size"),
+        (["--budget", "50%, 70% MACs", "--recipe", "sharesnet"], "no effect with --recipe"),
+        (["--budget", "70% MACs, 0.2MB", "--store", "int8"], "chooses its number types"),
         (["--exclude", "["], "not a regular expression"),
         (["--plan", "/no/plan.json"], "no such file"),
         (["--plan", "/no/plan.json", "--budget", "50%"], "no effect with --plan"),

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 import sharefold
 from sharefold.architectures.arguments import parse_options
@@ -21,7 +23,10 @@ from sharefold.plans import Plan
 from sharefold.sources import read_state_dict
 from sharefold.sources.pickle_sizes import TooLarge, Unclear, check_pickle
 from sharefold.sources.unwrap import unwrap
+from sharefold.store import container
 from sharefold.store.blob import decode_blob
+from sharefold.store.exact import decode_exact
+from sharefold.store.short_config import _DICTIONARY, config_from, short_bytes, shorter
 from sharefold.untrusted import is_int
 
 _PLACE = Path(tempfile.mkdtemp(prefix="sharefold-fuzz-"))
@@ -50,6 +55,27 @@ def header(data: bytes) -> None:
 def blob(data: bytes) -> None:
     if data:
         decode_blob(torch.frombuffer(bytearray(data), dtype=torch.uint8), _TEMPLATE)
+
+
+def exact(data: bytes) -> None:
+    if data:
+        decode_exact(memoryview(data), _TEMPLATE)
+
+
+def short_config(data: bytes) -> None:
+    """As a deflate stream, and as the text in one."""
+    squeeze = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, _DICTIONARY)
+    for stream in (squeeze.compress(data) + squeeze.flush(), data):
+        for form in shorter(config_from(memoryview(stream), "file")):
+            short_bytes(form)
+
+
+def one_tensor(data: bytes) -> None:
+    """What follows the checksum of a file that is one tensor, for a network in a registry."""
+    head = bytes([container.VERSION]) + zlib.crc32(data).to_bytes(4, "little")
+    content = torch.frombuffer(bytearray(head + data), dtype=torch.uint8)
+    save_file({container.NAME: content}, str(_PLACE / "one.safetensors"))
+    sharefold.load(_PLACE / "one.safetensors")
 
 
 def state_dict(data: bytes) -> None:
@@ -91,7 +117,8 @@ def options(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    "config": config, "plan": plan, "header": header, "blob": blob, "state_dict": state_dict, "checkpoint": checkpoint,
+    "config": config, "plan": plan, "header": header, "blob": blob, "exact": exact,
+    "short_config": short_config, "one_tensor": one_tensor, "state_dict": state_dict, "checkpoint": checkpoint,
     "pickled": pickled, "run_state": run_state, "options": options,
 }  # fmt: skip
 

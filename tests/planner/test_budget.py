@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sharefold.budget import parse_budget
+from sharefold.budget import parse_budget, parse_combined
 from sharefold.errors import SharefoldError
 
 
@@ -49,3 +49,43 @@ def test_what_is_not(text):
 def test_limits():
     assert parse_budget("50%").limit(101) == 50 and parse_budget("2k").limit(101) == 2000
     assert parse_budget("50% latency").limit(0.003) == pytest.approx(0.0015)
+
+
+@pytest.mark.parametrize(
+    ("text", "units", "values", "said"),
+    [
+        ("50%, 70% MACs", ["parameters", "macs"], [0.5, 0.7], "50%, 70% MACs"),
+        ("50%,5ms", ["parameters", "seconds"], [0.5, 0.005], "50%, 5ms"),
+        (" 2MB , 70% MACs ", ["bytes", "macs"], [2e6, 0.7], "2MB, 70% MACs"),
+        ("80% latency, 40k params", ["seconds", "parameters"], [0.8, 4e4], "80% latency, 40k params"),
+        ("2,100,000, 40M MACs, 4ms", ["parameters", "macs", "seconds"], [2.1e6, 4e7, 0.004], "2,100,000, 40M MACs, 4ms"),
+        ("50%,250k MACs", ["parameters", "macs"], [0.5, 2.5e5], "50%, 250k MACs"),
+        ("1,234,567", ["parameters"], [1234567], "1,234,567"),
+        (0.5, ["parameters"], [0.5], "0.5"),
+    ],
+)
+def test_budgets_that_hold_together(text, units, values, said):
+    budgets = parse_combined(text)
+    assert list(budgets.units) == units and budgets.text == said
+    assert [part.value for part in budgets.parts] == pytest.approx(values)
+    assert parse_combined(budgets) is budgets and parse_combined(budgets.parts[0]).parts == budgets.parts[:1]
+    assert parse_combined(budgets.text) == budgets
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("50%, 2M", "bounds the parameters twice, by 50% and by 2M"),
+        ("4ms, 50%, 80% latency", "bounds the time twice, by 4ms and by 80% latency"),
+        ("1,5M", "bounds the parameters twice"),
+        ("50%,", "has an empty part"),
+        (", 50%", "has an empty part"),
+        ("50%,, 4ms", "has an empty part"),
+        ("50%, lots", "budget 'lots' is not understood"),
+        ("50%, 120% MACs", "more than the whole model"),
+    ],
+)
+def test_budgets_that_do_not(text, words):
+    with pytest.raises(SharefoldError, match=words) as caught:
+        parse_combined(text)
+    assert "\n" not in str(caught.value)

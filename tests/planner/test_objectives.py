@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from networks import BLOCKS, Boxes, Mute, images, net
-from torch import nn
+from torch import Tensor, nn
 
 import sharefold
 from sharefold.calibration.calibrate import calibrate
+from sharefold.calibration.parts import Parts
 from sharefold.calibration.problem import problem_of
 from sharefold.calibration.statistics import statistics_of
 from sharefold.errors import SharefoldError
@@ -21,6 +23,7 @@ from sharefold.planner.objectives import approximation
 from sharefold.plans import GroupPlan, Plan
 
 CALIBRATION = images(32)
+NONE = torch.arange(0)
 
 
 def factors(model: nn.Module, objective: str) -> tuple[dict[str, float], dict[str, float]]:
@@ -98,3 +101,50 @@ def test_kl_needs_something_to_compare():
         sharefold.plan(Mute(net("residual")), budget="70%", calibration=CALIBRATION, objective="kl")
     plan = sharefold.plan(Boxes(net("residual")), budget="70%", calibration=CALIBRATION, objective="kl")
     assert plan.groups
+
+
+def of_classes(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Sixty class means (60, 24), and so many images (n, 24, 1, 1) around them."""
+    means = torch.randn(60, 24, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(seed)
+    shown = torch.randint(60, (count,), generator=generator)
+    return means, (means[shown] + 0.5 * torch.randn(count, 24, generator=generator))[:, :, None, None]
+
+
+def test_fisher_knows_that_a_classifier_errs_where_it_matters():
+    means, given = of_classes(600, 1)
+    model = nn.Sequential(nn.Conv2d(24, 24, 1, bias=False), nn.Flatten(), nn.Linear(24, 60)).eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(24)[:, :, None, None])
+        model[2].weight.copy_(means / 2)
+        model[2].bias.copy_(-means.square().sum(1) / 4)
+    graph = analyze(model, given[:1])
+    statistics = statistics_of(model, graph, given, parts=Parts(torch.arange(400), torch.arange(400, 600), NONE))
+    problem = problem_of(model, graph, ["2"], statistics)
+    tried = approximation(problem, 0.1)
+    error = float(problem.errors(tried)[0])
+    claimed = float(OBJECTIVES["fisher"](statistics)(problem, ["2"])[0]) ** 2 * error
+    rows = statistics.sensitivity()["2"]
+    diagonal = float(replace(problem, row_weights=rows[None].to(problem.weights)).energy / 2) * error
+    change = (tried - problem.weights)[0].float()
+    converted = copy.deepcopy(model)
+    with torch.no_grad():
+        converted[2].weight.add_(change)
+        converted[2].bias.sub_(change @ given[:400].flatten(1).mean(0))
+    true = agreement(model, converted, of_classes(2000, 5)[1]).kl
+    assert true > 5 * diagonal
+    assert claimed == pytest.approx(true, rel=0.6)
+
+
+def test_vectors_are_those_of_images_apart_and_gradients_those_of_each():
+    model, given = net("residual"), images(40)
+    statistics = statistics_of(model, analyze(model, given[:1]), given, parts=Parts(torch.arange(30), torch.arange(30, 40), NONE))
+    inputs, gradients = statistics.vectors()["fc"]
+    assert set(statistics.vectors()) == {"fc"}
+    with torch.no_grad():
+        logits = model(given[30:])
+    torch.testing.assert_close(model.fc(inputs), logits, rtol=1e-4, atol=1e-5)
+    # The gradient of the cross-entropy of a drawn label: probabilities, less one at that label.
+    drawn = (logits.softmax(1) - gradients).round()
+    assert torch.equal(drawn.sum(1), torch.ones(10)) and set(drawn.unique().tolist()) == {0.0, 1.0}
+    torch.testing.assert_close(gradients, logits.softmax(1) - drawn, rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sharefold.errors import SharefoldError
 from sharefold.solvers import shared_basis
-from sharefold.solvers.curves import nested_errors
+from sharefold.solvers.curves import CurvePoint, correct_curve, nested_errors
 from sharefold.solvers.data_norm import Problem
 
 from .problems import non_increasing, problem, sqrt_psd
@@ -150,3 +150,14 @@ def test_moments_that_are_not_finite_end_with_an_error() -> None:
     problem = Problem(torch.randn(2, 4, 9), torch.eye(9).repeat(2, 1, 1) * float("nan"))
     with pytest.raises(SharefoldError, match="not finite"):
         nested_errors(problem, torch.eye(9)[:3], 1e-6)
+
+
+def test_what_is_next_to_nothing_does_not_tell_of_errors_that_are_not() -> None:
+    """Where both errors are rounding their ratio is anything: the points before the last must not be multiplied by it."""
+    estimates = torch.tensor([[0.4, 0.3], [0.04, 0.03], [0.004, 0.003], [1e-12, 1e-9]])
+    points = [CurvePoint(rank, rank, errors) for rank, errors in zip((4, 16, 32, 64), estimates, strict=True)]
+    exact = {4: 0.8 * estimates[0], 64: torch.tensor([2e-7, 1e-11])}
+    found = correct_curve(points, exact.__getitem__, 2)
+    for point, estimate in list(zip(found, estimates, strict=True))[1:3]:
+        assert bool((point.errors > 0.79 * estimate).all()) and bool((point.errors < 1.01 * estimate).all())
+    assert torch.equal(found[-1].errors, exact[64])

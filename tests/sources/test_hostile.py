@@ -16,7 +16,7 @@ from limits import within
 
 from sharefold.errors import SharefoldError
 from sharefold.sources import read_state_dict
-from sharefold.sources.pickle_sizes import TooLarge, check_pickle
+from sharefold.sources.pickle_sizes import TooLarge, Unclear, check_pickle
 from sharefold.sources.unwrap import unwrap
 
 
@@ -156,6 +156,16 @@ def test_an_index_of_the_memo_takes_no_memory() -> None:
     check_pickle(io.BytesIO(b"\x80\x02Nr\xff\xff\xff\x7f."), 9)
     with pytest.raises(TooLarge):
         check_pickle(io.BytesIO(b"\x80\x02" + BOMBS["bytearray"] + b"."), 60)
+
+
+def test_bytes_of_newer_protocols_are_no_longer_than_the_file() -> None:
+    import io
+
+    body = pickle.dumps(bytearray(b"abc"), 5)
+    check_pickle(io.BytesIO(body), len(body))
+    longer = b"\x80\x05" + pickle.BYTEARRAY8 + struct.pack("<Q", BIG) + b"abc."
+    with pytest.raises(Unclear, match=f"{BIG} bytes of which the file holds"):
+        check_pickle(io.BytesIO(longer), len(longer))
 
 
 def test_damaged_archives_are_told_by_their_own_checksums(tmp_path: Path) -> None:
