@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 from command_line import call
@@ -14,11 +17,28 @@ ROOT = Path(__file__).parent.parent
 # What needs a download or files of the reader's -> a stand-in that a test can make.
 STAND_INS = (
     ("timm:resnet50 ", "timm:resnet20_cifar --no-pretrained --calib-count 20 "),
+    ("tv:resnet18 --budget 5M", "tv:mobilenet_v3_small --no-pretrained --method svd --calib-count 4 --budget 2M"),
     ("tv:resnet18", "tv:resnet18 --no-pretrained --method svd --calib-count 4 --input-size 3,32,32"),
     ("tv:resnet50 --recipe sharesnet -o resnet50-shares", "tv:resnet50 --recipe sharesnet --dry-run"),  # minutes
     ("imagefolder:/data/imagenet", "imagefolder:pictures"),
-    ("--keep-agreement 97%", "--keep-agreement 1% --method svd"),
+    ("--keep-agreement 97%", "--keep-agreement 1% --method svd --no-repair"),
+    # Seconds instead of a fraction of a minute, each.
+    ('--keep "agreement 97%" --method basis', '--keep "agreement 50%" --method svd'),
+    ("cluster-kernel --budget 60%", "cluster-kernel --budget 90% --exclude ^layer2"),
+    ("cluster-filter --budget 60%", "cluster-filter --budget 90% --exclude ^layer2"),
+    ("hybrid --budget 30%", "hybrid --budget 90% --exclude ^layer2"),
+    ("spatial --budget 30%", "spatial --budget 90% --exclude ^layer2"),
+    ("timm:resnet56_cifar", "timm:resnet20_cifar"),
+    ("--budget 60kB", "--budget 60kB --method svd"),
+    ("--epochs 4", "--epochs 1"),
 )
+# Where a line leaves them open, fewer images are taken, and of the methods that compete the two quick ones do; what all four
+# make of the network is seen in tests/test_demo.py.
+IN_SHORT = {
+    "sharefold.calibration.images.COUNT": 200,
+    "sharefold.planner.candidates.AUTO": ("basis", "svd"),
+    "sharefold.planner.decide.AUTO": ("basis", "svd"),
+}
 
 # Any other pretrained network gets random weights and a small input, so that no test depends on the network.
 DOWNLOADED = re.compile(r"\b(?:timm|tv):(?!digits_resnet)\w+")
@@ -51,17 +71,26 @@ def run_command(line: str) -> None:
         Path(target.strip()).write_text(result.stdout)
 
 
+@contextmanager
+def in_short() -> Iterator[None]:
+    with ExitStack() as stack:
+        for place, value in IN_SHORT.items():
+            stack.enter_context(patch(place, value))
+        yield
+
+
 def run_document(path: Path) -> None:
     """Runs all sharefold lines and all Python blocks of a document, each kind in order of appearance."""
     text = path.read_text()
     names: dict[str, object] = {}
-    for match in re.finditer(r"^```(bash|python)\n(.*?)^```", text, flags=re.M | re.S):
-        if match[1] == "python":
-            exec(compile(match[2], f"{path.name}:{text[: match.start()].count(chr(10)) + 2}", "exec"), names)
-            continue
-        for line in match[2].replace("\\\n", " ").splitlines():
-            if line.startswith("sharefold "):
-                run_command(line)
+    with in_short():
+        for match in re.finditer(r"^```(bash|python)\n(.*?)^```", text, flags=re.M | re.S):
+            if match[1] == "python":
+                exec(compile(match[2], f"{path.name}:{text[: match.start()].count(chr(10)) + 2}", "exec"), names)
+                continue
+            for line in match[2].replace("\\\n", " ").splitlines():
+                if line.startswith("sharefold "):
+                    run_command(line)
 
 
 def make_files(folder: Path) -> None:

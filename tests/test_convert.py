@@ -136,7 +136,7 @@ def test_dense_copy_is_untouched_and_original_is_returned() -> None:
     model = net()
     state = copy.deepcopy(model.state_dict())
     cal = calibrate(model, images(200))
-    plan = sharefold.plan(model, budget="50%", calibration=cal)
+    plan = sharefold.plan(model, budget="50%", calibration=cal, method=("basis", "svd"))
     assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
     done = sharefold.convert_(model, plan, calibration=cal)
     assert all(torch.equal(done.original.state_dict()[key], value) for key, value in state.items())
@@ -148,15 +148,17 @@ def test_dense_copy_is_untouched_and_original_is_returned() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_seed_same_network(kind: str) -> None:
-    one, two = net(kind), net(kind)
+    one, two = net(kind, blocks=2), net(kind, blocks=2)
+    method = "auto" if kind == "residual" else ("basis", "svd", "fold")
     for model in (one, two):
-        sharefold.convert_(model, sharefold.plan(model, budget="60%", calibration=CALIBRATION), calibration=CALIBRATION)
+        plan = sharefold.plan(model, budget="60%", calibration=CALIBRATION, method=method)
+        sharefold.convert_(model, plan, calibration=CALIBRATION)
     assert torch.equal(logits(one), logits(two))
 
 
 def test_repair_does_not_raise_the_divergence() -> None:
     model = net(blocks=4)
-    plan = sharefold.plan(model, budget="35%", calibration=CALIBRATION)
+    plan = sharefold.plan(model, budget="35%", calibration=CALIBRATION, method=("basis", "svd"))
     plain, repaired = copy.deepcopy(model), copy.deepcopy(model)
     without = sharefold.convert_(plain, plan, calibration=CALIBRATION, repair=False)
     done = sharefold.convert_(repaired, plan, calibration=CALIBRATION)
@@ -252,7 +254,7 @@ def test_procedural_images_stand_in() -> None:
     model = net()
     cal = calibrate(model)
     assert cal.images.shape[1:] == (3, 12, 12) and len(cal.images) >= 500
-    done = sharefold.convert_(model, sharefold.plan(model, "60%", cal), cal)
+    done = sharefold.convert_(model, sharefold.plan(model, "60%", cal, method="svd"), cal, repair=False)
     assert done.plan.size <= 0.6 and any(isinstance(m, SharedConv) for m in model.modules())
     assert torch.isfinite(logits(model)).all()
 

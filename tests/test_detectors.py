@@ -37,7 +37,7 @@ def test_boxes_are_no_logits() -> None:
 def test_a_detector_is_repaired_by_what_its_parts_give() -> None:
     torch.manual_seed(0)
     model = Detector()
-    plan = sharefold.plan(model, budget="70%", calibration=images())
+    plan = sharefold.plan(model, budget="70%", calibration=images(), method=("basis", "svd"))
     done = sharefold.convert_(model, plan, calibration=images(200), refine=1)
     assert sum(p.numel() for p in model.parameters()) == plan.params_after < 0.7 * plan.params_before + 1
     assert math.isnan(done.agreement) and 0 < done.kl < 1 and done.report_images == 50
@@ -49,7 +49,7 @@ def test_a_detector_is_repaired_by_what_its_parts_give() -> None:
 def test_what_cannot_be_compared_is_converted_without_repairs() -> None:
     torch.manual_seed(0)
     model = Mute(net())
-    plan = sharefold.plan(model, budget="70%", calibration=images())
+    plan = sharefold.plan(model, budget="70%", calibration=images(), method=("basis", "svd"))
     done = sharefold.convert_(model, plan, calibration=images())
     assert math.isnan(done.agreement) and math.isnan(done.kl) and done.outputs == []
     assert not done.steps["refit"]["kept"] and "nothing to decide by" in done.steps["refit"]["reason"]
@@ -59,7 +59,7 @@ def test_refinement_of_what_cannot_be_compared_is_refused_before_anything_change
     torch.manual_seed(0)
     model = Mute(net())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    plan = sharefold.plan(model, budget="70%", calibration=images())
+    plan = sharefold.plan(model, budget="70%", calibration=images(), method=("basis", "svd"))
     with pytest.raises(SharefoldError, match="nothing to learn from"):
         sharefold.convert_(model, plan, calibration=images(), refine=1)
     after = model.state_dict()

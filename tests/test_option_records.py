@@ -84,7 +84,7 @@ def test_a_record_and_its_keywords_give_the_same_plan() -> None:
     by_record = sharefold.plan(model, "60%", cal, PlanOptions(method="svd", exclude="^stem"))
     assert by_record == sharefold.plan(model, "60%", cal, method="svd", exclude="^stem")
     assert by_record == sharefold.plan(model, "60%", cal, PlanOptions(method="svd"), exclude="^stem")
-    assert by_record != sharefold.plan(model, "60%", cal)
+    assert by_record != sharefold.plan(model, "60%", cal, method="svd") and {g.method for g in by_record.groups} == {"svd"}
 
 
 # The command line ------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def test_table_says_every_group_the_totals_and_the_store(plan: Plan) -> None:
 def test_a_plan_from_the_planner_survives_json_and_is_carried_out_the_same() -> None:
     from networks import images, logits, net
 
-    model, twin = net(), net()
+    model, twin = net(blocks=2), net(blocks=2)
     plan = sharefold.plan(model, budget="50%", calibration=images())
     done = sharefold.convert_(model, plan, calibration=images())
     sharefold.convert_(twin, Plan.from_json(plan.to_json()), calibration=images())

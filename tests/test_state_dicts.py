@@ -48,7 +48,7 @@ def test_a_plain_dictionary_gets_the_versions_of_the_model() -> None:
 
 def test_a_network_with_versions_is_refined_saved_and_loaded(tmp_path: Path) -> None:
     model = Versioned().eval()
-    plan = sharefold.plan(model, budget="60%", calibration=images())
+    plan = sharefold.plan(model, budget="60%", calibration=images(), method=("basis", "svd"))
     sharefold.convert_(model, plan, calibration=images(), refine=1)
     path = sharefold.save(model, tmp_path / "net.safetensors")
     loaded = sharefold.load(path, model=Versioned())

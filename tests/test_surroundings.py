@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import sys
 import threading
@@ -13,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import images, net
+from networks import images
+from networks import net as full_net
 from repair_works import done_by, work_of
 from torch import Tensor, nn
 from torch.nn.parallel.replicate import replicate
@@ -31,6 +33,7 @@ from sharefold.repair.batchnorm_statistics import NormStatistics
 from sharefold.store import quantize_
 
 IMAGES = images(40, 3)
+net = functools.partial(full_net, blocks=2)
 CONFIG = {"base": None}
 QUICK = ("basis", "svd", "spatial")  # most of these tests are about what lies around a method
 
@@ -115,11 +118,12 @@ def test_networks_that_cannot_be_converted_say_so_and_stay() -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
-def test_procedural_images_have_the_networks_type(kind: torch.dtype) -> None:
+def test_procedural_images_have_the_networks_type(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sharefold.calibration.images.COUNT", 40)
     model = net().to(kind)
     cal = sharefold.calibrate(model)
     assert cal.images.dtype == kind
-    sharefold.convert_(model, sharefold.plan(model, "70%", cal), cal, config=CONFIG)
+    sharefold.convert_(model, sharefold.plan(model, "70%", cal, method=QUICK), cal, config=CONFIG)
     assert shared_layers(model) and all(p.dtype == kind for p in model.parameters())
 
 
@@ -276,7 +280,7 @@ def test_frozen_parameters_stay_frozen(method: str) -> None:
 def test_a_calibration_stays_that_of_the_dense_network() -> None:
     """Layer reuse reorders channels of a copy; the next conversion must not see them."""
     def run(reused: bool) -> nn.Module:
-        model = net(blocks=3)
+        model = full_net(blocks=3)
         cal = sharefold.calibrate(model, IMAGES)
         if reused:
             first = copy.deepcopy(model)

@@ -27,7 +27,7 @@ def scores(model: nn.Module) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def net() -> nn.Module:
     torch.manual_seed(0)
-    return sharefold.open_source("timm:digits_resnet", pretrained=False).model
+    return sharefold.open_source("timm:digits_resnet:blocks=2,width=16", pretrained=False).model
 
 
 def test_every_budget_is_kept_and_the_network_stays(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,12 +41,12 @@ def test_every_budget_is_kept_and_the_network_stays(net: nn.Module, monkeypatch:
         cal, ["60%", "40%"], scores, BASIS, keep=lambda budget, model, metrics: kept.update({budget: (model, metrics)})
     )
     assert [point.budget for point in points] == ["dense", "60%", "40%"] and len(made) == 1 and made[0].passes == 1
-    assert points[0].params == 198_898 and points[0].share == 1 and points[0].agreement == 1
-    assert points[1].params <= 0.6 * 198_898 and points[2].params <= 0.4 * 198_898 < points[1].params
+    assert points[0].params == 42_362 and points[0].share == 1 and points[0].agreement == 1
+    assert points[1].params <= 0.6 * 42_362 and points[2].params <= 0.4 * 42_362 < points[1].params
     for point in points[1:]:
         model, metrics = kept[point.budget]
         assert sum(p.numel() for p in model.parameters()) == point.params == point.loss == metrics["params"]
-        assert point.share == point.params / 198_898 and 0 < point.macs <= points[0].macs and 0 <= point.agreement <= 1
+        assert point.share == point.params / 42_362 and 0 < point.macs <= points[0].macs and 0 <= point.agreement <= 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     rows = list(csv.DictReader(io.StringIO(to_csv(points))))
     assert [row["budget"] for row in rows] == ["dense", "60%", "40%"] and float(rows[2]["share"]) == points[2].share

@@ -24,9 +24,9 @@ from sharefold.errors import SharefoldError
 from sharefold.files import check_output, write_folder
 from sharefold.finetune.loop import finetune
 from sharefold.measure import agreement, count_parameters, evaluate, model_bytes
-from sharefold.options import chosen
+from sharefold.options import PlanOptions, chosen
 from sharefold.ownership import DEMO_NAME, DEMO_NETWORK, WEIGHTS_NAME, check_names
-from sharefold.planner import plan
+from sharefold.planner import Planner
 from sharefold.plans import Progress
 from sharefold.sources import open_source
 
@@ -71,10 +71,12 @@ def run_demo(
     total = len(METHODS) * (1 + len(wanted.sizes)) + 1
     done_count = 0
 
+    planners = {method: Planner(cal, PlanOptions(method)) for method in METHODS}
+
     def converted(method: str, size: str | float | int) -> tuple[nn.Module, Row]:
         begin = time.perf_counter()
         model = copy.deepcopy(dense)
-        done = convert_(model, plan(model, size, cal, method=method), cal)
+        done = convert_(model, planners[method].plan(size), cal)
         params = count_parameters(model)
         seconds = time.perf_counter() - begin
         agreed = None if math.isnan(done.agreement) else done.agreement

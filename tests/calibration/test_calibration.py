@@ -30,7 +30,7 @@ PLAN = Plan([GroupPlan("g", "basis", ("stage1.0.conv1", "stage1.1.conv1"), {"ran
 def traces(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
     """The networks whose graphs were read, but for those that are left of them when channels are folded."""
     seen: list[nn.Module] = []
-    real, whole = analysis._trace, sum(p.numel() for p in net().parameters())
+    real, whole = analysis._trace, sum(p.numel() for p in net(blocks=2).parameters())
 
     def noted(model: nn.Module, *rest: Any) -> Any:
         if sum(p.numel() for p in model.parameters()) == whole:
@@ -45,7 +45,7 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
 
 
 def test_plan_and_conversion_trace_and_collect_once(traces: list[nn.Module]) -> None:
-    model = net()
+    model = net(blocks=2)
     cal = sharefold.calibrate(model, IMAGES)
     assert len(traces) == 1
     plan = sharefold.plan(model, "50%", cal, method=QUICK)
@@ -55,7 +55,7 @@ def test_plan_and_conversion_trace_and_collect_once(traces: list[nn.Module]) -> 
 
 
 def test_images_instead_are_measured_by_each_verb(traces: list[nn.Module]) -> None:
-    model = net()
+    model = net(blocks=2)
     plan = sharefold.plan(model, "50%", IMAGES, method=QUICK)
     sharefold.convert_(model, plan, IMAGES, config=CONFIG)
     assert len(traces) == 2
@@ -71,7 +71,7 @@ def test_nothing_is_measured_before_it_is_asked_for() -> None:
 
 
 def test_the_same_result_as_without_one() -> None:
-    one, two = net(), net()
+    one, two = net(blocks=2), net(blocks=2)
     given = images(200, 3)
     cal = calibrate(one, given)
     first = sharefold.plan(one, "50%", cal, method=QUICK)

@@ -15,7 +15,7 @@ from sharefold.ownership import network_folder
 
 def test_table_plot_and_networks(grey_npz: str, tmp_path: Path) -> None:
     out = tmp_path / "curve"
-    arguments = ["sweep", "timm:digits_resnet", "--no-pretrained", "--data", grey_npz, "--no-repair"]
+    arguments = ["sweep", "timm:digits_resnet:blocks=2,width=16", "--no-pretrained", "--data", grey_npz, "--no-repair"]
     arguments += ["--method", "basis"]
     result = call(*arguments, "--budgets", "40%,60%", "-o", out, "--json")
     assert result.exit_code == 0, result.output
@@ -43,7 +43,7 @@ def test_table_plot_and_networks(grey_npz: str, tmp_path: Path) -> None:
 
 
 def test_refusals_leave_nothing(grey_npz: str, tmp_path: Path) -> None:
-    base = ["sweep", "timm:digits_resnet", "--no-pretrained", "--data", grey_npz, "-o", tmp_path / "out"]
+    base = ["sweep", "timm:digits_resnet:blocks=2,width=16", "--no-pretrained", "--data", grey_npz, "-o", tmp_path / "out"]
     for more, words in ((["--budgets", "x"], "'x'"), (["--method", "magic"], "magic"), (["--budgets", "0.1%"], "floor")):
         result = call(*base, *more)
         assert result.exit_code == 2 and words in result.stderr

@@ -42,7 +42,8 @@ def test_outputs_and_gradients_equal(name: str, converted: bool) -> None:
     images = torch.randn(8, 3, 32, 32)
     graph = analyze(model, images[:1])
     if converted:
-        plan = sharefold.plan(model, budget="60%", calibration=sharefold.calibrate(model, images, graph=graph))
+        cal = sharefold.calibrate(model, images, graph=graph)
+        plan = sharefold.plan(model, budget="95%", calibration=cal, exclude="^layer3")
         sharefold.convert_(model, plan, calibration=images, repair=False)
         assert plan.groups
     norms = {layer: record.norm for layer, record in graph.layers.items()}

@@ -77,7 +77,7 @@ def vectors() -> Spine:
 
 
 def converted(model: nn.Module, budget: str, **options: Any) -> sharefold.Conversion:
-    plan = sharefold.plan(model, budget, IMAGES)
+    plan = sharefold.plan(model, budget, IMAGES, method=("basis", "svd"))
     return sharefold.convert_(model, plan, IMAGES, **options)
 
 
@@ -143,7 +143,7 @@ def test_the_budget_is_used_whatever_the_outputs_are() -> None:
 def test_half_precision_is_repaired() -> None:
     model = net("residual").half()
     images = IMAGES.half()
-    done = sharefold.convert_(model, sharefold.plan(model, "60%", images), images)
+    done = sharefold.convert_(model, sharefold.plan(model, "60%", images, method=("basis", "svd")), images)
     refit = done.steps["refit"]
     assert refit.kept and math.isfinite(done.kl) and 0 < refit.kl_after < refit.kl_before
     assert all(p.dtype == torch.float16 for p in model.parameters())
@@ -153,7 +153,7 @@ def test_the_user_says_what_an_output_is_and_what_counts() -> None:
     model = restorer()
     cal = calibrate(model, IMAGES, outputs="logits:axis=1")
     assert cal.reading.classes is not None
-    done = sharefold.convert_(model, sharefold.plan(model, "60%", cal), cal)
+    done = sharefold.convert_(model, sharefold.plan(model, "60%", cal, method="svd"), cal)
     assert done.outputs[0].metric == "agreement" and not math.isnan(done.agreement)
     with pytest.raises(SharefoldError, match="give them to calibrate"):
         sharefold.plan(restorer(), "60%", calibrate(restorer(), IMAGES), outputs="image")
@@ -162,7 +162,7 @@ def test_the_user_says_what_an_output_is_and_what_counts() -> None:
         return (original - other)[:, 0].square().mean((1, 2))
 
     model = restorer()
-    done = sharefold.convert_(model, sharefold.plan(model, "60%", IMAGES), IMAGES, criterion=red, refine=2)
+    done = sharefold.convert_(model, sharefold.plan(model, "60%", IMAGES, method="svd"), IMAGES, criterion=red, refine=2)
     report = calibrate(done.original, IMAGES).report_images
     with torch.no_grad():
         assert done.kl == pytest.approx(float(red(done.original(report), model(report)).mean()), rel=1e-4)

@@ -44,7 +44,7 @@ def test_a_budget_in_macs_is_kept_to_the_last_one(kind):
 
 
 def test_a_share_of_macs_through_plan():
-    model = net("residual")
+    model = net("residual", blocks=2)
     plan = sharefold.plan(model, "80% MACs", CALIBRATION)
     converted = copy.deepcopy(model)
     sharefold.convert_(converted, plan, calibration=CALIBRATION, repair=False)

@@ -102,7 +102,7 @@ def close(first: Tensor, second: Tensor, rtol: float = 1e-4) -> bool:
 def small(recipe: str) -> tuple[nn.Module, int]:
     """A network that the recipe applies to, and its input size."""
     if recipe.startswith("grouped"):
-        model = efficientnet._gen_efficientnet("efficientnet_b0", channel_multiplier=0.25, num_classes=10)
+        model = efficientnet._gen_efficientnet("efficientnet_b0", channel_multiplier=0.25, depth_multiplier=0.3, num_classes=10)
         return settled(model, 32), 32
     return randomise(narrow_cifar_resnet(blocks=3)), 16
 

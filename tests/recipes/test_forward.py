@@ -33,8 +33,8 @@ def narrow_se_resnet() -> SeResNet:
 
 
 def narrow_efficientnet() -> nn.Module:
-    """EfficientNet-B0 of three tenths of the width."""
-    return efficientnet._gen_efficientnet("efficientnet_b0", channel_multiplier=0.3, num_classes=10)
+    """EfficientNet-B0 of three tenths of the width and of the depth."""
+    return efficientnet._gen_efficientnet("efficientnet_b0", channel_multiplier=0.3, depth_multiplier=0.3, num_classes=10)
 
 
 def by_stage(kernels: list[Tensor], first: int = 1) -> dict[int, Tensor]:
@@ -172,12 +172,12 @@ def norm_of(norm: nn.Module | None) -> ref.BatchNorm | None:
 
 @torch.no_grad()
 def test_grouped_pointwise_efficientnet() -> None:
-    model = settled(narrow_efficientnet(), 64)
+    model = settled(narrow_efficientnet(), 48)
     expected = {
         name: ref.keffnet_groups(layer.in_channels, layer.out_channels, 16)
         for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)
     }  # fmt: skip
-    converted(model, "grouped-pointwise:min_channels=16", 64, images=4)
+    converted(model, "grouped-pointwise:min_channels=16", 48, images=4)
     pairs = {
         name: ref.Pair(
             layer.groups, layer.first.weight, layer.first.bias, norm_of(layer.first_norm),
@@ -187,5 +187,5 @@ def test_grouped_pointwise_efficientnet() -> None:
         for name, layer in model.named_modules() if isinstance(layer, GroupedPointwise)
     }  # fmt: skip
     assert {name: pair.groups for name, pair in pairs.items()} == {n: g for n, g in expected.items() if g > 1}
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(2, 3, 48, 48)
     assert close(model(x), ref.keffnet(x, model.state_dict(), pairs), rtol=1e-3)
