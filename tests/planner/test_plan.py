@@ -35,7 +35,7 @@ class Prepared:
     """A network that is calibrated once."""
 
     def __init__(self, kind: str) -> None:
-        self.model = net(kind)
+        self.model = net(kind, blocks=2)
         self.cal = calibrate(self.model, CALIBRATION)
         self.graph = self.cal.graph
         self.planners: dict[PlanOptions, Planner] = {}  # candidates do not depend on the budget
@@ -68,7 +68,7 @@ def residual() -> Prepared:
     return Prepared("residual")
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0.45, 0.99))
 def test_the_plan_keeps_its_budget_and_its_word(prepared: Prepared, share: float) -> None:
     budget = max(int(share * prepared.params), math.ceil(prepared.floor))
