@@ -264,7 +264,7 @@ class TestCheckpoints:
         text = fails(tmp_path / "w.pt", "does not fit resnet18: .*unexpected, first conv1.0", arch="resnet18")
         assert "missing" in text and "choose another --arch" in text
         fails(tmp_path / "w.pt", "unknown model timm:resnet18dd: did you mean resnet18d", arch="resnet18dd")
-        fails(tmp_path / "w.pt", "name a timm or torchvision", arch="hf-hub:a/b")
+        fails(tmp_path / "w.pt", "name an architecture of timm, torchvision or smp", arch="hf-hub:a/b")
 
     def test_lightning_style_extras(self, tmp_path: Path) -> None:
         """Metrics and losses beside the network keep the prefix from being common to all names."""
@@ -335,7 +335,7 @@ class TestHubLayout:
         ("config", "words"),
         [
             ({"architecture": "os.system"}, "unknown model timm:os.system"),
-            ({"architecture": 3}, "names no timm 'architecture'"),
+            ({"architecture": 3}, "names neither timm's 'architecture' nor smp's '_model_class'"),
             ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "not allowed"),
             ({"model_args": {"frills": 1}}, "cannot be built"),
         ],
