@@ -33,7 +33,7 @@ def work_of(
     original: nn.Module, model: nn.Module, fitting: Tensor, held_out: Tensor, groups: Sequence[GroupPlan] = (),
     *, graph: NetworkGraph | None = None, now: float | None = None,
 ) -> Work:  # fmt: skip
-    """``model``, a conversion of ``original``; all of ``held_out`` decide, without blends."""
+    """``model``, a conversion of ``original``; all of ``held_out`` decide, without views."""
     cal = calibration_on(original, fitting, held_out, graph)
     return Work(cal, model, Plan(list(groups), 0, 0), Guard(cal.comparison(held_out), now), cal)
 

@@ -154,7 +154,7 @@ def test_steps_are_kept_beside_the_weights_and_shown_in_the_card(packed: bool, t
     assert config_of(sharefold.load(single)).steps == (() if packed else STEPS)
     card = (path / "README.md").read_text()
     assert "| refit | kept | 0.5 | 0.25 |  |\n| norms | not run |  |  | it \\| has 'none' |" in card
-    assert "on 20 decide images, blends of them included" in card
+    assert "on 20 decide images, views of them included" in card
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (bare, path)]
     assert sizes[0] == sizes[1] or not packed
     edit_side = json.loads((path / "sharefold_config.json").read_text())

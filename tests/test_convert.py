@@ -162,20 +162,28 @@ def test_repair_does_not_raise_the_divergence() -> None:
     plain, repaired = copy.deepcopy(model), copy.deepcopy(model)
     without = sharefold.convert_(plain, plan, calibration=CALIBRATION, repair=False)
     done = sharefold.convert_(repaired, plan, calibration=CALIBRATION)
-    blends = calibrate(model, CALIBRATION).decide_blends
-    before, after = (agreement(done.original, network, blends).kl for network in (plain, repaired))
+    views = calibrate(model, CALIBRATION).decide_views
+    before, after = (agreement(done.original, network, views).kl for network in (plain, repaired))
     assert after <= before and without.steps == {} and set(done.steps) == {"refit", "norms", "head"}
     assert done.steps["refit"]["kl_before"] == pytest.approx(before, rel=1e-4, abs=1e-8)
 
 
-def test_blends_stand_beside_the_decide_images() -> None:
-    model, given = net(), torch.randn(60, 3, 12, 12)
+def test_views_stand_beside_the_decide_images() -> None:
+    model, given = net(), images(60)
     plain = given[parts_of(60).decide]
-    blends = calibrate(model, given).decide_blends
-    assert torch.equal(blends[:9], plain) and torch.equal(blends, calibrate(model, given).decide_blends)
-    apart = (blends[9:, None] - plain[None]).flatten(2).norm(dim=2)
-    assert bool((apart.argmin(1) == torch.arange(9)).all())  # at most half of the weight is another image's
-    assert int((apart.amin(1) > 1e-3).sum()) >= 5
+    views = calibrate(model, given).decide_views
+    assert torch.equal(views[:9], plain) and torch.equal(views, calibrate(model, given).decide_views)
+    apart = (views[9:, None] - plain[None]).flatten(2).norm(dim=2)
+    assert bool((apart.argmin(1) == torch.arange(9)).all()) and bool((apart.amin(1) > 1e-3).all())
+
+
+def test_views_alone_decide_where_the_network_knows_the_images_by_heart(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = images(300)
+    plain = given[parts_of(300).decide]
+    for known in (False, True):
+        monkeypatch.setattr("sharefold.calibration.calibrate.seen_before", lambda *_, known=known: known)
+        views = calibrate(net(), given).decide_views
+        assert len(views) == 2 * len(plain) and torch.equal(views[: len(plain)], plain) == (not known)
 
 
 def test_moments_are_taken_from_the_dense_network_alone() -> None:
@@ -268,8 +276,8 @@ def test_every_step_goes_on_from_what_the_one_before_it_left() -> None:
     assert len(measured) >= 3
     for step, following in itertools.pairwise(measured):
         assert following["kl_before"] == step["kl_after" if step["kept"] else "kl_before"]
-    blends = calibrate(done.original, CALIBRATION).decide_blends
-    assert agreement(done.original, model, blends).kl == pytest.approx(steps[-1]["kl_after"], rel=1e-3, abs=1e-7)
+    views = calibrate(done.original, CALIBRATION).decide_views
+    assert agreement(done.original, model, views).kl == pytest.approx(steps[-1]["kl_after"], rel=1e-3, abs=1e-7)
 
 
 def test_every_modules_own_mode_comes_back() -> None:

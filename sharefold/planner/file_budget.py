@@ -38,7 +38,7 @@ def plan_bytes(
     """The plan whose file fits ``budget`` bytes and whose predictions stay nearest to the original's.
 
     At each of a few shares of the parameters the network is converted without repairs and rounded so that it fits.
-    The divergence from the original on the images that decide, and blends of them, is compared. Shares are tried in falling order
+    The divergence from the original on the images that decide, and views of them, is compared. Shares are tried in falling order
     until two are worse than the best before.
 
     Args:

@@ -31,7 +31,7 @@ STEP = 0.2
 
 
 class Trials:
-    """Divergence from the original of any picks, before repairs, on a few of the decide images and their blends.
+    """Divergence from the original of any picks, before repairs, on a few of the decide images and their views.
 
     Raises:
         SharefoldError: there is nothing to compare.
@@ -39,11 +39,11 @@ class Trials:
 
     def __init__(self, cal: Calibration, candidates: Candidates) -> None:
         self.cal, self.candidates = cal, candidates
-        images, blends = len(cal.statistics.chosen), cal.decide_blends
+        images, views = len(cal.statistics.chosen), cal.decide_views
         self.rounds = min(ROUNDS, int(WORK / max(self._work(), 1)))
         groups = sum(len(row) > 1 for row in candidates.options)
         count = min(IMAGES, max(FEWEST, PASSES * images // max(ROUNDS * groups, 1)))
-        sample = blends[evenly(len(blends), count)]
+        sample = views[evenly(len(views), count)]
         self.comparison = cal.comparison(sample, cal.statistics.batch_size)
         self.norms = {name: record.norm for name, record in cal.graph.layers.items()}
         self.known: dict[tuple[int, ...], float] = {}

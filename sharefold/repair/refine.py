@@ -58,7 +58,7 @@ def refine(
             were.
         cal: its network is the teacher; the images of its part ``fit`` are learned from, those that decide are never.
         options: see :class:`sharefold.options.RefineOptions`; its fields may be given by keyword.
-        guard: what decides; by default on the calibration's ``decide_blends``.
+        guard: what decides; by default on the calibration's ``decide_views``.
         progress: called with ("refining", parts done, parts) as time or epochs pass.
 
     Returns:

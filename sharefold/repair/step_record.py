@@ -26,7 +26,7 @@ class StepRecord(Mapping[str, Any]):
             nats); None where it was not measured.
         seconds: wall-clock.
         details: what else the step has to say, JSON values.
-        images: how many images the divergences were taken on: in a conversion the decide images and as many blends of them;
+        images: how many images the divergences were taken on: in a conversion the decide images and as many views of them;
             0 where nothing was measured.
     """
 
@@ -113,7 +113,7 @@ def measured_on(steps: Sequence[StepRecord]) -> str:
         return ""
     number = " or ".join(f"{count:,}" for count in counts)
     return (
-        f"Divergence from the original on {number} decide images, blends of them included. They also chose what is kept, so that "
+        f"Divergence from the original on {number} decide images, views of them included. They also chose what is kept, so that "
         "it may be larger on new ones."
     )
 

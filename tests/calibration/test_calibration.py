@@ -63,7 +63,7 @@ def test_images_instead_are_measured_by_each_verb(traces: list[nn.Module]) -> No
 
 def test_nothing_is_measured_before_it_is_asked_for() -> None:
     cal = calibrate(net(), IMAGES)
-    assert not {"statistics", "comparable", "decide_blends"} & vars(cal).keys()
+    assert not {"statistics", "comparable", "decide_views"} & vars(cal).keys()
     assert cal.statistics is cal.statistics and cal.statistics.passes == 0
     cal.statistics.moments(["stem"])
     cal.statistics.moments(["stem"])
@@ -210,4 +210,4 @@ def test_what_is_fitted_to_is_the_part_fit_and_the_least_certain_of_it(monkeypat
     assert torch.equal(cal.refit_images[cal.refit_parts.fit], IMAGES[cal.statistics.chosen])
     assert torch.equal(cal.refit_images[cal.refit_parts.decide], IMAGES[cal.parts.decide])
     decided = len(cal.parts.decide)
-    assert torch.equal(cal.decide_blends[:decided], IMAGES[cal.parts.decide]) and len(cal.decide_blends) == 2 * decided
+    assert torch.equal(cal.decide_views[:decided], IMAGES[cal.parts.decide]) and len(cal.decide_views) == 2 * decided

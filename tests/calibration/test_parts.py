@@ -88,10 +88,17 @@ def test_nothing_but_the_figures_depends_on_the_images_of_the_report(options: di
 
 
 def test_what_is_solved_and_rounded_does_not_depend_on_the_images_that_decide() -> None:
-    (first, _), (second, _) = (converted(x, repair=False, store="int4") for x in (images(), replaced("decide")))
+    plan = sharefold.plan(net(), "50%", sharefold.calibrate(net(), images()), method=("basis", "svd"))
+    plan.store = "int4"
+
+    def converted(given: Tensor) -> tuple[nn.Module, sharefold.Conversion]:
+        model = net()
+        return model, sharefold.convert_(model, plan, sharefold.calibrate(model, given), repair=False)
+
+    (first, _), (second, _) = (converted(x) for x in (images(), replaced("decide")))
     mine, theirs = first.state_dict(), second.state_dict()
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
-    third, _ = converted(replaced("fit"), repair=False, store="int4")
+    third, _ = converted(replaced("fit"))
     assert any(not torch.equal(mine[name], tensor) for name, tensor in third.state_dict().items() if name in mine)
 
 
@@ -114,7 +121,7 @@ def test_the_parts_of_a_calibration() -> None:
     cal = sharefold.calibrate(net(), images(), seed=5, held_out=70)
     parts = parts_of(240, 5, 70)
     assert len(parts.report) == 70 and torch.equal(cal.report_images, images()[parts.report])
-    assert torch.equal(cal.decide_blends[:70], images()[parts.decide]) and torch.equal(cal.fit_images, images()[parts.fit])
+    assert torch.equal(cal.decide_views[:70], images()[parts.decide]) and torch.equal(cal.fit_images, images()[parts.fit])
     assert set(cal.statistics.chosen.tolist()) <= set(parts.fit.tolist())
     assert torch.equal(cal.refit_images, images()[torch.cat([cal.statistics.chosen, cal.parts.decide])])
     assert torch.equal(cal.of(copy.deepcopy(cal.original)).parts.report, parts.report)

@@ -47,7 +47,7 @@ def test_a_trial_is_the_conversion_without_repairs(kind):
     sharefold.convert_(converted, planner.candidates().plan(picks, ""), planner.cal, repair=False)
     wanted = agreement(planner.cal.original, converted, trials.comparison.images).kl
     assert wanted > 0 and trials.divergence(picks) == pytest.approx(wanted, rel=1e-3)
-    assert 0 < len(trials.comparison.images) <= len(planner.cal.decide_blends) < len(CALIBRATION)
+    assert 0 < len(trials.comparison.images) <= len(planner.cal.decide_views) < len(CALIBRATION)
 
 
 @pytest.mark.parametrize("kind", BLOCKS)

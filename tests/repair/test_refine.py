@@ -101,10 +101,10 @@ def test_the_end_counts_and_not_the_states_on_the_way(monkeypatch, divergences, 
 def test_without_a_guard_the_decide_images_judge(pair) -> None:
     teacher, model, images, _ = pair
     cal = calibrate(teacher, images)
-    before = agreement(teacher, model, cal.decide_blends).kl
+    before = agreement(teacher, model, cal.decide_views).kl
     record = refine(model, cal, epochs=2, batch_size=16)
     assert record.kept and record.name == "refine" and record.kl_before == pytest.approx(before, rel=1e-6)
-    after = agreement(teacher, model, cal.decide_blends).kl
+    after = agreement(teacher, model, cal.decide_views).kl
     assert record.kl_after == pytest.approx(after, rel=1e-5) and after < before
 
 
