@@ -22,7 +22,6 @@ from sharefold.outputs.comparison import BATCH
 from sharefold.running import device_of
 from sharefold.settings import with_plain_settings
 
-
 # Of fewer images a mean certainty says nothing of whether the network has seen them.
 FEWEST_SEEN = 30
 
