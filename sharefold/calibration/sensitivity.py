@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
+from sharefold.graph.preserved import preserved
 from sharefold.outputs import Divergence, divergence_of
 from sharefold.running import device_of, evaluating, evenly
 
@@ -95,7 +96,8 @@ def _gradients(
         divergence = divergence_of(model, images) if divergence is None else divergence
         for name in names:
             watch(name)
-        with evaluating(model), torch.enable_grad():
+        # What a network keeps of this run would hold on to its gradients, and could not be copied.
+        with preserved(model), evaluating(model), torch.enable_grad():
             for batch in images[index].split(batch_size):
                 leaf = batch.to(device).detach().requires_grad_(True)
                 scalar = divergence.fisher_seed(divergence.reading.run(model, leaf), generator)
