@@ -257,7 +257,8 @@ def describe(original: nn.Module, plan: Plan, known: Mapping[str, Any] | None = 
     """
     known = known or {}
     base = known["base"] if "base" in known else base_of(original)
-    state = original.state_dict()
+    # Dynamically quantised layers keep types beside tensors.
+    state = {name: value for name, value in original.state_dict().items() if isinstance(value, Tensor)}
     aliases = aliases_of(state)
     return FileConfig(
         plan, base or None, known["pretrained_cfg"] if "pretrained_cfg" in known else input_config(original),
