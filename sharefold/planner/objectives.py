@@ -59,8 +59,11 @@ def _together(statistics: Statistics, problem: GroupProblem, name: str) -> float
     low-rank weight, on images to which nothing was fitted. For layers with one position an image, else 1. EfficientNet-Lite0's
     classifier at rank 300: 5 (KL .143 by second order, .030 by the diagonal; the network's, run: .225).
     """
-    form, found = problem.forms[0], statistics.vectors().get(name)
-    if found is None or form.groups > 1 or form.features != form.in_channels or form.standardize is not None:
+    form = problem.forms[0]
+    if form.groups > 1 or form.features != form.in_channels or form.standardize is not None:
+        return 1.0
+    found = statistics.vectors().get(name)
+    if found is None:
         return 1.0
     inputs, gradients = (t.to(problem.weights) for t in found)
     change = problem.full(approximation(problem, PROBE_ERROR) - problem.weights)[0]

@@ -19,6 +19,7 @@ from torch import Tensor
 from sharefold.errors import SharefoldError
 from sharefold.solvers.grid import pack, unpack
 from sharefold.store import rans
+from sharefold.store.byte_reader import ByteReader, damaged
 from sharefold.store.tensor_spec import FORMAT, KINDS, StoreSpec, TensorSpec
 
 NAME = "blob"
@@ -106,22 +107,22 @@ def decode_blob(blob: Tensor, template: Mapping[str, Tensor]) -> tuple[dict[str,
     """
     data = bytes(blob.numpy())
     if len(data) < _HEAD.size:
-        raise _damaged()
+        raise damaged()
     form, checksum, side_size, plain_size, largest = _HEAD.unpack_from(data)
     if form > FORMAT:
         raise SharefoldError(f"store: packed weights of format {form}, this sharefold reads up to {FORMAT}: upgrade it")
     rest = data[_HEAD.size :]
     if zlib.crc32(rest) != checksum or side_size + plain_size > len(rest) or largest > rans.LARGEST:
-        raise _damaged()
-    side = _Reader(_unzipped(rest[:side_size], sum(_most_side_bytes(like) for like in template.values())))
-    plain = _Reader(rest[side_size : side_size + plain_size])
+        raise damaged()
+    side = _Reader(memoryview(_unzipped(rest[:side_size], sum(map(_most_side_bytes, template.values())))))
+    plain = _Reader(memoryview(rest)[side_size : side_size + plain_size])
     found: dict[str, Tensor] = {}
     specs: dict[str, TensorSpec] = {}
     waiting: list[tuple[str, Tensor, TensorSpec]] = []
     for name, like in template.items():
         kind = side.number("B")
         if kind >= len(KINDS):
-            raise _damaged()
+            raise damaged()
         entry = TensorSpec(KINDS[kind])
         if entry.kind == "raw":
             found[name] = plain.tensor(_type_of(like), like.numel()).reshape(like.shape).to(like.dtype)
@@ -168,7 +169,7 @@ def _decode_matrix(
     waiting: list[tuple[str, Tensor, TensorSpec]],
 ) -> None:  # fmt: skip
     if like.dim() == 0:
-        raise _damaged()
+        raise damaged()
     entry.top = side.number("f")
     entry.scales = list(side.take(like.shape[0]))
     if entry.kind == "coded":
@@ -176,14 +177,14 @@ def _decode_matrix(
         return
     entry.bits = side.number("B")
     if not 2 <= entry.bits <= 8:
-        raise _damaged()
+        raise damaged()
     if entry.kind == "codebook":
         entry.levels = side.tensor(torch.float16, side.number("H")).float().tolist()
     codes = plain.codes(entry.bits, like.numel())
     if entry.kind == "grid":
         codes = codes - entry.limit
     elif codes.numel() and int(codes.max()) >= len(entry.levels):
-        raise _damaged()
+        raise damaged()
     found[name] = entry.values(codes.reshape(like.shape[0], -1)).reshape(like.shape).to(like.dtype)
 
 
@@ -196,7 +197,7 @@ def _decode_coded(
         classes.append(rans.element_classes(rows, columns).ravel())
     if not waiting:
         if stream:
-            raise _damaged()
+            raise damaged()
         return
     codes = torch.from_numpy(rans.decode(stream, np.concatenate(classes), largest))
     for (name, like, entry), part in zip(waiting, codes.split([like.numel() for _, like, _ in waiting]), strict=True):
@@ -214,9 +215,9 @@ def _unzipped(data: bytes, most: int) -> bytes:
         unzip = zlib.decompressobj()
         found = unzip.decompress(data, most + 1)
     except zlib.error:
-        raise _damaged() from None
+        raise damaged() from None
     if len(found) > most or not unzip.eof:
-        raise _damaged()
+        raise damaged()
     return found
 
 
@@ -235,21 +236,8 @@ def _read_classes(side: _Reader, rows: int, columns: int) -> tuple[np.ndarray, n
     return (np.repeat(found, rows) if flags & 1 else found), offsets
 
 
-class _Reader:
-    """Takes values off the front of some bytes; running out means that the file is damaged."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
-
-    @property
-    def done(self) -> bool:
-        return self._at == len(self._data)
-
-    def take(self, count: int) -> bytes:
-        if self._at + count > len(self._data):
-            raise _damaged()
-        self._at += count
-        return self._data[self._at - count : self._at]
+class _Reader(ByteReader):
+    """Takes numbers, tensors and codes off the front of some bytes."""
 
     def number(self, form: str) -> int:
         return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))[0]
@@ -281,7 +269,3 @@ def _is_exact(tensor: Tensor) -> bool:
 
 def _bytes_of(tensor: Tensor) -> bytes:
     return bytes(tensor.detach().contiguous().reshape(-1).view(torch.uint8).tolist()) if tensor.numel() else b""
-
-
-def _damaged() -> SharefoldError:
-    return SharefoldError("store: the packed weights are damaged or cut off: download or save the file again")
