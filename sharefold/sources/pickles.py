@@ -131,8 +131,12 @@ def _collect(stream: IO[bytes], found: set[str]) -> None:
 
 
 def _collect_one(stream: IO[bytes], found: set[str]) -> None:
-    """One pickle, up to its STOP. Strings and the memo are followed because STACK_GLOBAL takes its names from there."""
+    """One pickle, up to its STOP. Strings and the memo are followed because STACK_GLOBAL takes its names from there.
+
+    Codes of the extension registry count in a whole pickle only: any byte may be their opcode, and no name speaks for them.
+    """
     pushed: list[str | None] = []
+    codes: set[str] = set()
     memo: dict[int, str | None] = {}
     for opcode, argument, _ in pickletools.genops(stream):
         name = opcode.name
@@ -145,7 +149,7 @@ def _collect_one(stream: IO[bytes], found: set[str]) -> None:
             found.add(f"{module}.{attribute}" if known else "(a name computed while unpickling)")
             pushed.append(None)
         elif name in ("EXT1", "EXT2", "EXT4"):
-            found.add(f"(extension code {argument})")
+            codes.add(f"(extension code {argument})")
             pushed.append(None)
         elif name in _STRING_OPS:
             pushed.append(argument if isinstance(argument, str) else None)
@@ -157,6 +161,7 @@ def _collect_one(stream: IO[bytes], found: set[str]) -> None:
             memo[len(memo)] = pushed[-1] if pushed else None
         elif opcode.stack_after:
             pushed.append(None)
+    found |= codes
 
 
 def _is_harmless(name: str) -> bool:

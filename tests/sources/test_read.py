@@ -237,3 +237,9 @@ def test_empty_and_missing_values(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(1, device="meta")}, tmp_path / "m.pt")
     with pytest.raises(SharefoldError, match="tensor without values: a"):
         read_state_dict(tmp_path / "m.pt")
+
+
+def test_extension_codes_of_a_whole_pickle_are_named(tmp_path: Path) -> None:
+    (tmp_path / "m.pt").write_bytes(pickle.PROTO + b"\x02" + pickle.EXT1 + b"\x05" + pickle.STOP)
+    with pytest.raises(SharefoldError, match=r"would import and run code: \(extension code 5\)"):
+        read_state_dict(tmp_path / "m.pt")
