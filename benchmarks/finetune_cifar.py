@@ -27,11 +27,14 @@ from torch import nn
 
 import sharefold
 from sharefold.data import Preprocess, calibration_images, open_data
+from sharefold.finetune.distributed import pick_device
 from sharefold.finetune.loaders import limited
 from sharefold.finetune.loop import finetune
 from sharefold.sources import open_source
 
 RESULTS = Path(__file__).parent / "results"
+# Updates of the shorter of the two runs that images a second come from: without a GPU, and with one.
+UPDATES = (10, 100)
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ def hardware() -> dict[str, Any]:
 def converted(
     dense: nn.Module, data: str, cfg: dict[str, Any], params: int, method: str, seed: int, pivots: bool = True
 ) -> nn.Module:
-    """A copy of ``dense`` within ``params`` parameters, from a thousand unlabelled training images."""
+    """A copy of ``dense``, on its device, within ``params`` parameters, from a thousand unlabelled training images."""
     model = copy.deepcopy(dense)
     images = calibration_images(data, Preprocess.from_cfg(cfg), 1000, seed, "train")
     cal = sharefold.calibrate(model, images, seed=seed)
@@ -77,12 +80,15 @@ def converted(
 
 
 def throughput(model: nn.Module, teacher: nn.Module, train: Any, settings: dict[str, Any], images: int) -> float:
-    """Training images a second of a copy of ``model``, over some updates after as many to warm up."""
-    model = copy.deepcopy(model)
-    few = limited(train, images)
-    for _ in range(2):
+    """Training images a second of a copy of ``model``: what twice as many images take longer, so that warming up and the
+    recording of CUDA graphs, which a run pays for once, do not count."""
+    model, seconds, count = copy.deepcopy(model), [], []
+    for part in (images, 3 * images):
+        few = limited(train, part)
         report = finetune(model, few, teacher=teacher, **{**settings, "epochs": 1, "warmup_epochs": 0.0}, quiet=True)
-    return report.images_per_second
+        seconds.append(report.seconds)
+        count.append(report.updates * settings.get("batch_size", 128))
+    return round((count[1] - count[0]) / (seconds[1] - seconds[0]), 1)
 
 
 def measure(name: str, case: Case, source: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -94,10 +100,14 @@ def measure(name: str, case: Case, source: str, options: argparse.Namespace, see
     if options.limit:
         train, test = limited(train, options.limit), limited(test, options.limit)
     start = time.perf_counter()
-    model = converted(dense, options.data, cfg, case.params, options.method, seed)
+    model = converted(dense.to(pick_device(options.device)), options.data, cfg, case.params, options.method, seed)
     convert_seconds = time.perf_counter() - start
     settings = {"device": options.device, "seed": seed, **case.settings, **options.set}
+    few = options.limit or UPDATES[torch.cuda.is_available()] * settings.get("batch_size", 128)
     settings["epochs"] = options.epochs or case.epochs
+    if options.minutes:
+        rate = throughput(model, dense, train, settings, few)
+        settings["epochs"] = max(1, int(60 * options.minutes * rate / len(train)))
     start, cpu = time.perf_counter(), time.process_time()
     folder = options.run_dir / f"{name}-{options.method}-{seed}" if options.run_dir else None
     report = finetune(
@@ -105,7 +115,6 @@ def measure(name: str, case: Case, source: str, options: argparse.Namespace, see
     )
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     # After the run that is timed: with --set compile=true a warm cache of compiled code would flatter it.
-    few = options.limit or 20 * settings.get("batch_size", 128)
     rates = [throughput(network, dense, train, settings, few) for network in (model, dense)]
     return {
         "case": name, "source": opened.name, "method": options.method, "seed": seed,
@@ -134,6 +143,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--method", default="auto")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0")
     parser.add_argument("--epochs", type=int, help="instead of the case's")
+    parser.add_argument("--minutes", type=float, help="as many epochs as fit, by the images a second of a few updates")
     parser.add_argument("--limit", type=int, help="only so many training and test images")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int)

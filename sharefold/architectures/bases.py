@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sharefold.architectures import segmentation
+from sharefold.architectures import segmentation, yolo
 from sharefold.architectures.build import BASE_NOTE, SOURCE_PREFIXES, build_on_meta, make_base
 from sharefold.architectures.matching import exact_match
 from sharefold.architectures.shapes import shapes_of
@@ -47,6 +47,8 @@ def _candidates(model: nn.Module) -> list[dict[str, Any]]:
     config = getattr(model, "config", None)
     if type(model).__module__.startswith(f"{segmentation.PACKAGE}.") and isinstance(config, Mapping):
         found.append(make_base("smp", type(model).__name__.lower(), segmentation.known_arguments(dict(config))))
+    if yolo.is_network(model):
+        found.append(make_base("ultralytics", *yolo.recipe_of(model)))
     config = getattr(model, "pretrained_cfg", None)
     name = config.get("architecture") if isinstance(config, Mapping) else getattr(config, "architecture", None)
     if name:

@@ -1,6 +1,6 @@
-"""Stock architectures by name, from timm's registry (sharefold's own networks included), torchvision's and smp's.
+"""Stock architectures by name, from timm's registry (sharefold's own networks included), torchvision's, smp's and ultralytics'.
 
-A *base* is the JSON recipe of an architecture: ``{"library": "timm" | "torchvision" | "smp", "name": ..., "kwargs": {...}}``.
+A *base* is the JSON recipe of an architecture: ``{"library": ..., "name": ..., "kwargs": {...}}`` with one of :data:`LIBRARIES`.
 It may come from a file, so names are only ever looked up in these registries and arguments are plain literals.
 """
 
@@ -20,7 +20,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from sharefold import models as models  # registers sharefold's own networks with timm
-from sharefold.architectures import segmentation
+from sharefold.architectures import segmentation, yolo
 from sharefold.architectures.arguments import close_matches
 from sharefold.errors import SharefoldError
 from sharefold.untrusted import shown
@@ -31,8 +31,8 @@ _LONGEST, _LARGEST_SUM, _LONGEST_TEXT = 64, 20_000, 4096  # of a list, of its nu
 _LARGEST_TABLE = 1 << 22  # numbers in a tensor with values, of builders that calculate with tensors
 # Arguments that say how many of something there are: work grows by them, and often by their product with the next.
 _COUNTS = re.compile(r"depth|heads|layers|blocks|multiplier|repeat|reps|stages|reuse|ratio|groups|window|kernel|patch|stride")
-LIBRARIES = ("timm", "torchvision", "smp")
-SOURCE_PREFIXES = {"timm": "timm", "torchvision": "tv", "smp": "smp"}  # of sources on the command line
+LIBRARIES = ("timm", "torchvision", "smp", "ultralytics")
+SOURCE_PREFIXES = {"timm": "timm", "torchvision": "tv", "smp": "smp", "ultralytics": "yolo"}  # of sources on the command line
 BASE_NOTE = "sharefold_base"  # attribute of a built model that holds its base; copies of the model have it too
 # Arguments that would download or read something, or replace the configuration; `weights` is torchvision's name.
 _BLOCKED = (
@@ -51,7 +51,9 @@ def build_base(base: dict[str, Any]) -> nn.Module:
         SharefoldError: unknown library or model, an argument that is no literal or that the model does not take.
     """
     library, name, kwargs = _checked(base)
-    builder = {"timm": _timm_model, "torchvision": _torchvision_model, "smp": _smp_model}[library]
+    builder = {
+        "timm": _timm_model, "torchvision": _torchvision_model, "smp": _smp_model, "ultralytics": yolo.build_network,
+    }[library]  # fmt: skip
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -115,7 +117,9 @@ def registry(library: str) -> list[str]:
     """Names that ``build_base`` accepts for a library, sorted."""
     if library == "timm":
         return sorted(_timm().list_models())
-    return sorted(_torchvision().list_models()) if library == "torchvision" else segmentation.names()
+    if library == "torchvision":
+        return sorted(_torchvision().list_models())
+    return segmentation.names() if library == "smp" else yolo.names()
 
 
 def own_models() -> list[str]:
@@ -135,6 +139,8 @@ def check_name(library: str, name: str) -> None:
         raise SharefoldError(f"unknown model library {shown(library)}: known are {', '.join(LIBRARIES)}")
     if library == "smp":
         return segmentation.check_decoder(name)
+    if library == "ultralytics":
+        return yolo.check_network(name)
     prefix = SOURCE_PREFIXES[library]
     known = registry(library)
     plain, _, tag = name.partition(".") if library == "timm" else (name, "", "")

@@ -80,9 +80,10 @@ class Augment:
             return images[index]
         height, width = images.shape[1:3]
         device = images.device
-        rows = torch.arange(height, device=device) + draw.dy.to(device)[:, None]
-        cols = torch.arange(width, device=device) + draw.dx.to(device)[:, None]
-        cols = torch.where(draw.flip.to(device)[:, None], cols.flip(1), cols)
+        draw = draw.to(device)
+        rows = torch.arange(height, device=device) + draw.dy[:, None]
+        cols = torch.arange(width, device=device) + draw.dx[:, None]
+        cols = torch.where(draw.flip[:, None], cols.flip(1), cols)
         if self.reflect:
             rows, cols = _reflected(rows, height), _reflected(cols, width)
             return images[index[:, None, None], rows[:, :, None], cols[:, None, :]]
@@ -96,7 +97,7 @@ class Augment:
         """The affine part on float images (B, C, H, W); outside is 0."""
         if draw.theta is None:
             return images
-        grid = F.affine_grid(draw.theta.to(images.device), list(images.shape), align_corners=False)
+        grid = F.affine_grid(sent(draw.theta, images.device), list(images.shape), align_corners=False)
         return F.grid_sample(images, grid, padding_mode="zeros", align_corners=False)
 
 
@@ -119,6 +120,16 @@ class Draw:
         """The numbers of some of the images."""
         theta = None if self.theta is None else self.theta[where]
         return Draw(self.dy[where], self.dx[where], self.flip[where], theta)
+
+    def to(self, device: torch.device) -> Draw:
+        """The same numbers on a device."""
+        theta = None if self.theta is None else sent(self.theta, device)
+        return Draw(sent(self.dy, device), sent(self.dx, device), sent(self.flip, device), theta)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the CPU on ``device``. CUDA copies it aside at once, so nobody waits for the work before it."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def _reflected(index: Tensor, size: int) -> Tensor:

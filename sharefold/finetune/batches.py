@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 from sharefold.data import ArrayDataset, FileDataset, Preprocess
 from sharefold.errors import SharefoldError
 from sharefold.finetune import seeds
-from sharefold.finetune.augmentation import Augment
+from sharefold.finetune.augmentation import Augment, sent
 
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float32, labels (B,) int64 (-1: none) or (B, classes) float
 Data = Any  # a DATA string, (images, labels), images, a Dataset, a DataLoader
@@ -142,7 +142,7 @@ class MemoryBatches(_Labelled):
         for step, window, order in self.deal.epoch(number, start):
             random = seeds.generator("augment", self.deal.seed, number, step)
             draw = self.augment.draw(len(order), random).part(window)
-            index = order[window].to(self.pixels.device)
+            index = sent(order[window], self.pixels.device)
             images = self.augment.apply(self.pixels, index, draw)
             images = images.float() if self.normalize is None else self.normalize.scaled(images)
             images = self.augment.warp(images.permute(0, 3, 1, 2), draw)

@@ -42,7 +42,7 @@ class FinetuneConfig:
 
     # optimizer and schedule
     optimizer: str = option("adamw", "Any optimizer of timm.optim.")
-    lr: float = option(3e-3, "Peak learning rate.")
+    lr: float = option(1e-3, "Peak learning rate.")
     momentum: float = option(0.9, "Momentum, where the optimizer has one.")
     eps: float = option(0.0, "The optimizer's eps; 0 keeps its own default.")
     weight_decay: float = option(0.01, "Weight decay.")
@@ -88,6 +88,7 @@ class FinetuneConfig:
     channels_last: bool = option(True, "Keep tensors in channels-last order.")
     find_unused: bool = option(False, "Several processes: look for parameters that a step leaves unused.")
     compile: bool = option(False, "Compile student and teacher by torch.compile.")
+    cuda_graphs: bool = option(True, "On one CUDA GPU: record loss and gradients once and replay them as one launch.")
 
     # reliability and log
     checkpoint_steps: int = option(0, "Save the run each so many updates; 0 leaves it to the minutes.")

@@ -98,11 +98,16 @@ def optimizer_of(groups: list[dict[str, Any]], config: FinetuneConfig) -> torch.
     if config.eps:
         options["eps"] = config.eps
     try:
-        return create_optimizer_v2(groups, opt=config.optimizer, **options)
+        optimizer = create_optimizer_v2(groups, opt=config.optimizer, **options)
     except (ValueError, AssertionError, TypeError) as error:
         raise SharefoldError(
             f"finetune: optimizer={config.optimizer!r}: {error}: use one of timm.optim, e.g. adamw, sgd, lamb"
         ) from None
+    on_gpu = all(p.device.type == "cuda" for group in groups for p in group["params"])
+    if on_gpu and type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD):
+        for group in optimizer.param_groups:  # a few kernels for all tensors, which are many and small
+            group["fused"], group["foreach"] = True, False
+    return optimizer
 
 
 class Schedule:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from sharefold.finetune.batches import Batch
 from sharefold.finetune.block_outputs import Taps, matching_blocks
 from sharefold.finetune.config import FinetuneConfig
 from sharefold.finetune.distributed import World
+from sharefold.finetune.graphed import GraphedGradients
 from sharefold.finetune.losses import block_error, collect_bases, distillation, moments, orthogonality, spread
 from sharefold.finetune.mixing import Mixing
 from sharefold.graph import analyze
@@ -69,8 +70,8 @@ class Updater:
         world: World, example: Tensor,
     ) -> None:  # fmt: skip
         self.model, self.teacher, self.optimizer, self.config, self.world = model, teacher, optimizer, config, world
-        dtype, self.autocast = autocast_for(config, world.device)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+        self.dtype, self.autocast = autocast_for(config, world.device)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.distill = 0.0 if teacher is None else (config.distill if config.labels else 1.0)
         self.classes = self._classes(example[:2])
         self.mixing = Mixing(config, self.classes, world.device.type)
@@ -90,6 +91,12 @@ class Updater:
         self.forward: Any = torch.compile(forward) if config.compile else forward
         self.wrapped = forward
         self.teacher_forward: Any = torch.compile(teacher) if config.compile and teacher is not None else teacher
+        self.gradients: Callable[[Tensor, Tensor], dict[str, Tensor]] = self._gradients
+        # Slices add up, processes talk and fp16 looks for its factor: none of it belongs into a recorded update.
+        alone = world.size == 1 and config.accumulate == 1 and self.dtype != torch.float16
+        if config.cuda_graphs and world.device.type == "cuda" and alone and not config.compile:
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            self.gradients = GraphedGradients(self._gradients, trained, world.device)
         self.norms = {} if teacher is None or config.compile else _norms_of(teacher, example[:1])
 
     def _classes(self, example: Tensor) -> int:
@@ -122,7 +129,7 @@ class Updater:
         with ExitStack() as stack:
             stack.enter_context(running(self.model, "composed"))
             if self.teacher is not None:
-                stack.enter_context(norms_fused(self.teacher, self.norms))
+                stack.enter_context(norms_fused(self.teacher, self.norms, constant=True, dtype=self.dtype))
                 # One class wires its layers in one way, whatever they share.
                 if self.config.freeze_norm and type(self.model) is type(self.teacher):
                     freeze_norms(self.model)
@@ -160,6 +167,12 @@ class Updater:
             parts["top1"] = (logits.argmax(1) == labels).float().mean()
         return {"loss": total, **parts}
 
+    def _gradients(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Adds the gradients of one slice of a batch to those of the parameters; returns the loss's parts."""
+        parts = self.losses(images, labels)
+        self.scaler.scale(parts["loss"] / self.config.accumulate).backward()
+        return parts
+
     def update(self, batches: Iterator[Batch], small: bool = False) -> dict[str, Tensor]:
         """Takes ``accumulate`` batches, makes one step, returns the mean of the loss's parts (detached).
 
@@ -176,8 +189,7 @@ class Updater:
                 images = images.contiguous(memory_format=torch.channels_last)
             images, labels = self.mixing(images, labels)
             with self._no_sync() if i < count - 1 else nullcontext():
-                parts = self.losses(images, labels)
-                self.scaler.scale(parts["loss"] / count).backward()
+                parts = self.gradients(images, labels)
             for name, value in parts.items():
                 share = value.detach() / count
                 sums[name] = sums[name] + share if name in sums else share

@@ -12,21 +12,26 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
+import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from sharefold.layers.batchnorm import affine
-from sharefold.layers.shared_conv import SharedConv
+from sharefold.layers.shared_conv import SharedConv, rounded_once
 
 
 @contextmanager
-def norms_fused(model: nn.Module, norms: Mapping[str, str | None]) -> Iterator[list[str]]:
+def norms_fused(
+    model: nn.Module, norms: Mapping[str, str | None], *, constant: bool = False, dtype: torch.dtype | None = None
+) -> Iterator[list[str]]:
     """While active, ``model`` runs the named layers and the norms behind them as one convolution each.
 
     Args:
         model: in eval mode; its modules run as before afterwards.
         norms: for every layer the norm that alone reads its output, or None (as in ``NetworkGraph.layers``). Pairs
             that cannot be fused (Linears, subclasses of Conv2d, standardised weights, other norms) run as they are.
+        constant: nothing in it changes while this is active: what the filters become is computed once, and gets no gradient.
+        dtype: of the constant filters (default: their own).
 
     Yields:
         The layers that were fused.
@@ -39,7 +44,7 @@ def norms_fused(model: nn.Module, norms: Mapping[str, str | None]) -> Iterator[l
             fused[name] = layer, norm
     try:
         for layer, norm in fused.values():
-            layer.__dict__["forward"] = partial(_both, layer, norm)
+            layer.__dict__["forward"] = _constant(layer, norm, dtype) if constant else partial(_both, layer, norm)
             norm.__dict__["forward"] = _rest(norm)
         yield list(fused)
     finally:
@@ -60,13 +65,30 @@ def _fusable(layer: nn.Module, norm: nn.Module) -> bool:
 
 def _both(layer: Any, norm: Any, x: Tensor) -> Tensor:
     """The layer and its norm on (B, I, H, W)."""
+    weight, shift = rounded_once(x, partial(_merged, layer, norm))
+    return _applied(layer, x, weight, shift)
+
+
+def _merged(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
+    """Weight (O, I/groups, h, w) and bias (O,) of both."""
     scale, shift = affine(norm)
     if layer.bias is not None:
         shift = shift + layer.bias * scale
+    weight = layer.compose() if isinstance(layer, SharedConv) else layer.weight
+    return weight * scale[:, None, None, None], shift
+
+
+def _applied(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if isinstance(layer, SharedConv):
-        return layer.form.apply(x, layer.compose() * scale[:, None, None, None], shift)
-    weight = layer.weight * scale[:, None, None, None]
-    return cast(Tensor, layer._conv_forward(x, weight, shift))
+        return layer.form.apply(x, weight, bias)
+    return cast(Tensor, layer._conv_forward(x, weight, bias))
+
+
+@torch.no_grad()
+def _constant(layer: Any, norm: Any, dtype: torch.dtype | None) -> Any:
+    weight, shift = _merged(layer, norm)
+    weight, shift = weight.to(dtype or weight.dtype), shift.to(dtype or shift.dtype)
+    return lambda x: _applied(layer, x, weight, shift)
 
 
 def _rest(norm: Any) -> Any:

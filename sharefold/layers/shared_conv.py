@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +11,14 @@ from torch import Tensor, nn
 from sharefold.errors import SharefoldError
 from sharefold.layers.bank import Bank, not_replicated, refer
 from sharefold.layers.form import ConvForm, form_of
-from sharefold.layers.weight_cache import Keeper, Kept
+from sharefold.layers.weight_cache import Keeper, Kept, symbolic
 
 RUNTIMES = ("auto", "factored", "composed")
 # `auto` runs two small convolutions instead of one when they need at most this share of its multiplications
 # (benchmarks/runtime.py; its results are of one CPU).
 FACTORED_SHARE = 0.8
+# A weight that is set is a multiple of the old one within this error, relative to it.
+SAME_WEIGHT = 1e-3
 
 
 class SharedConv(Keeper):
@@ -132,6 +135,46 @@ class SharedConv(Keeper):
         """The effective bias (O,), or None."""
         return self.own_bias
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As for any module; ``weight`` and ``bias`` may be set as those who merge a BatchNorm into a convolution set them.
+
+        Raises:
+            SharefoldError: the weight is not the present one with every filter multiplied by a number.
+        """
+        if name == "weight" and isinstance(value, Tensor):
+            self._rescale(value)
+        elif name == "bias":
+            self._set_bias(value)
+        else:
+            super().__setattr__(name, value)
+
+    @torch.no_grad()
+    def _rescale(self, weight: Tensor) -> None:
+        old, new = self.weight.double().flatten(1), weight.double().flatten(1)
+        part = self.linear_part()
+        if part is None or new.shape != old.shape:
+            raise SharefoldError(f"{type(self).__name__}: its weight is put together and cannot be set: expand the network first")
+        scale = (new * old).sum(1) / old.square().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
+        if (new - scale[:, None] * old).norm() > SAME_WEIGHT * new.norm():
+            raise SharefoldError(
+                f"{type(self).__name__}: its weight is put together, so that only multiples of its filters can be set: expand "
+                "the network first"
+            )
+        self.set_linear_part(part[1] * scale[:, None].to(part[1]))
+
+    @torch.no_grad()
+    def _set_bias(self, bias: Tensor | None) -> None:
+        """Takes the effective bias (O,), to which a norm within the layer may add and for which a bank may stand."""
+        before, effective = self.own_bias, self.bias
+        wanted = torch.zeros(self.out_channels) if bias is None else bias.detach()
+        own = wanted if effective is None else wanted.to(effective) - effective
+        own = own if before is None else own + before
+        trained = bias is not None and bias.requires_grad
+        self.own_bias = None if bias is None and effective is before else nn.Parameter(own.clone(), trained)
+        if self.bias is not None and not torch.allclose(self.bias, wanted.to(self.bias), atol=1e-5):
+            self.own_bias = before
+            raise SharefoldError(f"{type(self).__name__}: its bias is shared and cannot be set: expand the network first")
+
     @property
     def in_channels(self) -> int:
         return self.form.in_channels
@@ -176,7 +219,9 @@ class SharedConv(Keeper):
         def make() -> tuple[Tensor, Tensor | None]:
             return self.form.standardized(self.compose(), self.gain), self.bias
 
-        return make() if self.training else self._kept.get(x, self._sources(), make)
+        if not self.training:
+            return self._kept.get(x, self._sources(), make)
+        return rounded_once(x, make)
 
     def _sources(self) -> Iterator[Tensor]:
         for owner in (self, self.bank):
@@ -196,6 +241,21 @@ class SharedConv(Keeper):
         form = self.form
         text = f"{form.in_channels}, {form.out_channels}, kernel_size={form.kernel_size}, stride={form.stride}"
         return text + (f", groups={form.groups}" if form.groups > 1 else "")
+
+
+def rounded_once(x: Tensor, make: Callable[[], tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """A weight and a bias as ``make`` makes them; under autocast in full precision, the weight rounded at the end.
+
+    The factors are small: rounding each of them, and each of their gradients, takes longer than the products do. A weight that
+    stands in the order of the images' channels is not put in order again by the convolution.
+    """
+    if symbolic(x) or not torch.is_autocast_enabled(kind := x.device.type):
+        return make()
+    with torch.autocast(kind, enabled=False):
+        weight, bias = make()
+    last = weight.ndim == 4 and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.preserve_format
+    return weight.to(torch.get_autocast_dtype(kind), memory_format=layout), bias
 
 
 def checked_form(name: str, layer: nn.Module) -> ConvForm:

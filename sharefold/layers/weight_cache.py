@@ -25,7 +25,7 @@ class Kept:
         torch counts no writes through ``.data`` and by collectives: :class:`Keeper` says what else makes it forget. Those of
         fused optimizers it does not count either; steps are counted here.
         """
-        if x is None or _symbolic(x):
+        if x is None or symbolic(x):
             return make()
         if torch.is_grad_enabled():
             self.clear()  # somebody trains
@@ -109,6 +109,6 @@ def _uncounted(t: Tensor) -> bool:
     return t.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
-def _symbolic(x: Tensor) -> bool:
+def symbolic(x: Tensor) -> bool:
     """Tracers and compilers must see the composition itself. On the meta device there are no values to keep."""
     return isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.is_meta

@@ -80,7 +80,7 @@ def refine(
         wanted = replace(wanted, blocks=tuple(cal.graph.blocks))
     before = guard.current(model)
     with (
-        _training(original, model) as parameters, norms_fused(original, norms), norms_fused(model, norms),
+        _training(original, model) as parameters, norms_fused(original, norms, constant=True), norms_fused(model, norms),
         trial(model) as tried, closing(_train(cal, model, parameters, clock, wanted)) as loop,
     ):  # fmt: skip
         checks = _Checks(guard, model, before, tried)

@@ -81,6 +81,21 @@ def open_smp(name: str, kwargs: dict[str, Any], pretrained: bool) -> tuple[nn.Mo
     return build_base(base), base
 
 
+def open_yolo(name: str, kwargs: dict[str, Any], pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """A network of ultralytics with random weights, and its base.
+
+    Raises:
+        SharefoldError: the package is missing, an unknown name, bad arguments, or weights were asked for: they come from a file.
+    """
+    check_name("ultralytics", name)
+    if pretrained:
+        raise SharefoldError(
+            f"yolo:{name}: give the trained file, yolo:{name}.pt --trust-pickle; --no-pretrained takes random weights"
+        )
+    base = make_base("ultralytics", name, kwargs)
+    return build_base(base), base
+
+
 def open_hub(identifier: str, kwargs: dict[str, Any], pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
     """A timm model of the Hugging Face Hub, ``owner/name[@revision]``.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sharefold import checkpoint
 from sharefold.architectures import segmentation
 from sharefold.architectures.arguments import close_matches, parse_options
+from sharefold.architectures.bases import base_of
 from sharefold.architectures.bounded import check_buffers, limited_modules
 from sharefold.architectures.build import (
     LIBRARIES,
@@ -33,7 +34,7 @@ from sharefold.format import checked_pretrained_cfg, config_of
 from sharefold.hub import shared_folder
 from sharefold.options import OpenOptions, chosen
 from sharefold.ownership import WEIGHTS_NAME
-from sharefold.sources.hub_models import open_hub, open_smp, open_timm, open_torchvision
+from sharefold.sources.hub_models import open_hub, open_smp, open_timm, open_torchvision, open_yolo
 from sharefold.sources.preprocessing import preprocessing
 from sharefold.sources.read import check_file, read_state_dict
 from sharefold.sources.twins import Look, settled
@@ -41,7 +42,8 @@ from sharefold.sources.unwrap import PREFIXES
 from sharefold.untrusted import parse_json, read_text, shown
 
 _KINDS = {
-    "timm": "timm", "tv": "torchvision", "torchvision": "torchvision", "smp": "smp", "hf-hub": "hf-hub", "hf_hub": "hf-hub",
+    "timm": "timm", "tv": "torchvision", "torchvision": "torchvision", "smp": "smp", "yolo": "ultralytics",
+    "ultralytics": "ultralytics", "hf-hub": "hf-hub", "hf_hub": "hf-hub",
 }  # fmt: skip
 _PREFIXED = re.compile(r"([A-Za-z][\w-]+):(.*)", re.DOTALL)
 _HUB_FILES = (WEIGHTS_NAME, "pytorch_model.bin")  # what timm's push_to_hf_hub and save_for_hf write
@@ -55,11 +57,11 @@ class Source:
 
     Attributes:
         model: in eval mode, on the CPU.
-        base: recipe of the stock architecture for :func:`build_base`; ``{}`` for a trusted pickle whose class neither
-            timm nor torchvision has.
+        base: recipe of the stock architecture for :func:`build_base`; ``{}`` for a trusted pickle that no library can
+            build again.
         pretrained_cfg: ``input_size`` (C, H, W), ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``num_classes``.
         name: of the architecture.
-        kind: ``timm`` | ``torchvision`` | ``smp`` | ``hf-hub`` | ``sharefold`` | ``checkpoint`` | ``pickle``.
+        kind: ``timm`` | ``torchvision`` | ``smp`` | ``ultralytics`` | ``hf-hub`` | ``sharefold`` | ``checkpoint`` | ``pickle``.
         shared: whether it is a converted network, from a file or the Hub.
         meta: for checkpoints, what was unwrapped and dropped, extras such as the stored accuracy, other architectures
             with the same tensors (``others``) and why this one was chosen (``rule``), absent buffers (``absent``).
@@ -80,7 +82,8 @@ def open_source(
     """Opens a network.
 
     Args:
-        source: ``timm:NAME``, ``tv:NAME``, ``smp:NAME`` (``:key=value,...`` behind it is for the builder),
+        source: ``timm:NAME``, ``tv:NAME``, ``smp:NAME``, ``yolo:NAME`` (``:key=value,...`` behind it is for the builder),
+            ``yolo:FILE.pt`` (a pickle of ultralytics),
             ``hf-hub:OWNER/NAME[@REVISION]`` (a repository of timm, or one that :func:`sharefold.hub.push_to_hub` wrote), a
             sharefold directory or file, a checkpoint file, or a folder that timm's or smp's ``save_pretrained`` wrote.
         options: what is known beside; ``settings`` are single fields of it (``arch="timm:resnet50"``).
@@ -105,13 +108,16 @@ def open_source(
         return _open_path(Path(text).expanduser(), options, look)
     if options.arch is not None:
         raise SharefoldError(f"--arch is for checkpoint files, and {text} names its architecture: leave --arch out")
-    if kind == "smp" and rest and rest.partition(":")[0] not in registry("smp") and Path(rest).expanduser().exists():
+    files = kind in ("smp", "ultralytics") and rest and rest.partition(":")[0] not in registry(kind)
+    if files and (Path(rest).expanduser().exists() or rest.endswith(".pt")):
         return _open_path(Path(rest).expanduser(), options, look)
     name, kwargs = _name_and_options(rest, text) if kind != "hf-hub" else (rest, {})
     for key, value in (("num_classes", options.num_classes), ("in_chans", options.in_chans)):
         if value is not None:
             kwargs[key] = value
-    opener = {"timm": open_timm, "torchvision": open_torchvision, "smp": open_smp, "hf-hub": open_hub}[kind]
+    opener = {
+        "timm": open_timm, "torchvision": open_torchvision, "smp": open_smp, "ultralytics": open_yolo, "hf-hub": open_hub,
+    }[kind]  # fmt: skip
     if not name:
         raise SharefoldError(f"no model name in {text!r}: write for example timm:resnet50")
     if kind == "hf-hub":
@@ -131,7 +137,7 @@ def open_shapes(source: str) -> Source:
     """
     kind, rest = _split(source)
     if kind not in LIBRARIES:
-        raise SharefoldError(f"{shown(source)} is no network of timm, torchvision or smp")
+        raise SharefoldError(f"{shown(source)} is no network of {', '.join(LIBRARIES)}")
     name, kwargs = _name_and_options(rest, shown(source))
     check_name(kind, name)
     base = make_base(kind, name, kwargs)
@@ -151,7 +157,9 @@ def _split(text: str) -> tuple[str | None, str]:
     check_path(Path(text))
     if Path(text).exists():
         return None, text
-    raise SharefoldError(f"unknown source {text!r}: known prefixes are timm:, tv:, smp: and hf-hub:, anything else is a path")
+    raise SharefoldError(
+        f"unknown source {text!r}: known prefixes are timm:, tv:, smp:, yolo: and hf-hub:, anything else is a path"
+    )
 
 
 def _name_and_options(rest: str, where: str) -> tuple[str, dict[str, Any]]:
@@ -268,7 +276,7 @@ def _architecture(
 def _parse_arch(arch: str) -> tuple[str, str, dict[str, Any]]:
     kind, rest = _split(arch) if ":" in arch and arch.partition(":")[0].lower() in _KINDS else (None, arch)
     if kind == "hf-hub":
-        raise SharefoldError(f"--arch {arch}: name an architecture of timm, torchvision or smp")
+        raise SharefoldError(f"--arch {arch}: name an architecture of timm, torchvision, smp or ultralytics")
     name, kwargs = _name_and_options(rest, f"--arch {arch}")
     if kind is None:
         plain = name.partition(".")[0]
@@ -293,8 +301,11 @@ def _open_sharefold(path: Path) -> Source:
 
 
 def _open_module(module: nn.Module, path: Path, notes: dict[str, Any]) -> Source:
-    name = type(module).__name__
-    return Source(module.eval(), {}, preprocessing(module, {}, path), name, "pickle", meta=notes)
+    # Trainers of detectors keep halves; all is computed in float32, which holds each value.
+    module = module.float().eval()
+    base = base_of(module) or {}
+    name = base.get("name", type(module).__name__)
+    return Source(module, base, preprocessing(module, base, path), name, "pickle", meta=notes)
 
 
 def _hub_layout(folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from sharefold.architectures import yolo
 from sharefold.architectures.build import torchvision_urls
 from sharefold.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from sharefold.untrusted import is_int
@@ -18,11 +19,13 @@ def preprocessing(model: nn.Module, base: dict[str, Any], file: str | Path | Non
     and ``num_classes`` (-1 if unknown).
 
     timm models tell their own; torchvision's come from the published weights, by the name of ``file`` if it is one
-    of theirs, else the default ones; anything else gets ImageNet's.
+    of theirs, else the default ones; ultralytics' see pixels from 0 to 1; anything else gets ImageNet's.
     """
     library, kwargs = base.get("library"), base.get("kwargs", {})
     if library == "torchvision":
         config = _of_torchvision(base["name"], Path(file).name if file else "")
+    elif yolo.is_network(model):
+        config = yolo.preprocessing_of(model)
     else:
         config = _of_timm(model)
     channels = kwargs.get("in_chans")

@@ -65,3 +65,18 @@ def test_training_norms_are_left_alone() -> None:
     norms = {name: record.norm for name, record in analyze(model, torch.randn(1, 3, 32, 32)).layers.items()}
     with norms_fused(copy.deepcopy(model).train(), norms) as fused:
         assert fused == []
+
+
+def test_constant_filters_are_computed_once_in_the_dtype_asked_for() -> None:
+    model = trained("resnet20_cifar")
+    images = torch.randn(4, 3, 32, 32)
+    norms = {name: record.norm for name, record in analyze(model, images[:1]).layers.items()}
+    wanted = model(images).detach()
+    with norms_fused(model, norms, constant=True) as fused, torch.no_grad():
+        assert len(fused) == 19
+        assert torch.allclose(model(images), wanted, atol=1e-4 * float(wanted.abs().max()))
+    with norms_fused(model, norms, constant=True, dtype=torch.bfloat16), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rounded = model(images)
+        assert rounded.dtype == torch.bfloat16 and not torch.equal(rounded.float(), wanted)
+        assert torch.allclose(rounded.float(), wanted, atol=0.05 * float(wanted.abs().max()))
+    assert torch.equal(model(images), wanted)

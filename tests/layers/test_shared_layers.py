@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import nn
 
+from sharefold.errors import SharefoldError
 from sharefold.layers import (
     Bank,
     BasisConv,
     CodebookConv,
+    HybridConv,
     SpatialConv,
     TiedConv,
     TuckerConv,
@@ -290,6 +292,18 @@ def test_dtype_memory_format_and_autocast(net, image):
         torch.testing.assert_close(low.float(), expected, rtol=0.1, atol=0.2)
 
 
+def test_training_under_autocast_rounds_the_weight_once(net, image):
+    layer = net.body[0].train()
+    x = torch.randn(2, layer.form.in_channels, 8, 8).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = layer.form.apply(x.bfloat16(), layer.compose().bfloat16(), None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = layer(x)
+    found.float().square().sum().backward()
+    assert torch.equal(found, expected) and found.is_contiguous(memory_format=torch.channels_last)
+    assert layer.coefficients.grad.dtype == torch.float32 and layer.coefficients.grad.abs().sum() > 0
+
+
 def test_fx_trace_and_export_see_one_bank(net, image):
     traced = torch.fx.symbolic_trace(net)
     torch.testing.assert_close(traced(image), net(image), rtol=1e-5, atol=1e-5)
@@ -303,3 +317,33 @@ def test_to_dense_is_the_same_function_without_a_bank(net, image):
     assert not shared_layers(dense) and not banks(dense)
     assert all(type(m) is nn.Conv2d for m in dense.body)
     torch.testing.assert_close(dense(image), net(image), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["basis", "spatial", "hybrid"])
+def test_batchnorms_are_merged_as_into_any_convolution(kind):
+    """As torch's and ultralytics' fusing does: ``conv.weight, conv.bias = fused(...)``."""
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(4, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+    norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2), norm.weight.data.normal_(), norm.bias.data.normal_()
+    form, mix = form_of(conv), torch.randn(6, 3)
+    layer = {
+        "basis": lambda: BasisConv(form, mix, unique=torch.randn(3, 4, 3, 3)),
+        "spatial": lambda: SpatialConv(form, torch.randn(3, 4, 3, 1), torch.randn(6, 3, 1, 3)),
+        "hybrid": lambda: HybridConv(
+            form, torch.randn(6, 8), Bank({"basis": torch.randn(2, 4, 3, 3)}, uses=1), vertical=torch.randn(2, 4, 3, 1)
+        ),
+    }[kind]().eval()
+    norm.eval()
+    images = torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        expected = norm(layer(images))
+        layer.weight, layer.bias = nn.utils.fusion.fuse_conv_bn_weights(
+            layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        torch.testing.assert_close(layer(images), expected, rtol=1e-4, atol=1e-4)
+    state = layer.state_dict()
+    assert "weight" not in state and "own_bias" in state
+    before = {name: value.clone() for name, value in state.items()}
+    with pytest.raises(SharefoldError, match="only multiples of its filters"):
+        layer.weight = nn.Parameter(torch.randn(6, 4, 3, 3))
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())

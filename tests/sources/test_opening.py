@@ -201,17 +201,16 @@ class TestDownloads:
 
 class TestCheckpoints:
     @pytest.mark.parametrize(
-        ("name", "kwargs", "size"),
+        ("form", "name", "kwargs", "size"),
         [
-            ("resnet18", {"num_classes": 37}, 64),
-            ("resnet20_cifar", {"num_classes": 10}, 32),
-            ("lrunet", {"reuse": 5, "width": 1, "num_classes": 10}, 32),
-            ("mobilenetv3_small_050", {"num_classes": 6}, 64),
-            ("resnet10t", {"num_classes": 3, "in_chans": 1}, 64),
+            *((form, "resnet20_cifar", {"num_classes": 10}, 32) for form in ("plain", "wrapped", "safetensors", "legacy")),
+            ("plain", "resnet18", {"num_classes": 37}, 64),
+            ("safetensors", "lrunet", {"reuse": 5, "width": 1, "num_classes": 10}, 32),
+            ("wrapped", "mobilenetv3_small_050", {"num_classes": 6}, 64),
+            ("legacy", "resnet10t", {"num_classes": 3, "in_chans": 1}, 64),
         ],
     )
-    @pytest.mark.parametrize("form", ["plain", "wrapped", "safetensors", "legacy"])
-    def test_round_trip(self, tmp_path: Path, name: str, kwargs: dict[str, Any], size: int, form: str) -> None:
+    def test_round_trip(self, tmp_path: Path, form: str, name: str, kwargs: dict[str, Any], size: int) -> None:
         model = random_model(name, **kwargs)
         state = model.state_dict()
         file = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth")
@@ -232,7 +231,7 @@ class TestCheckpoints:
             assert source.meta["unwrapped"] == ["state_dict", "module."] and source.meta["extras"] == {"epoch": 3}
 
     def test_counters_may_be_missing(self, tmp_path: Path) -> None:
-        model = random_model("resnet18", num_classes=2)
+        model = random_model("resnet20_cifar", num_classes=2)
         state = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
         torch.save(state, tmp_path / "w.pt")
         with warnings.catch_warnings():
@@ -241,10 +240,10 @@ class TestCheckpoints:
         assert torch.equal(logits(source.model), logits(model)) and source.meta["absent"] == []
 
     def test_half_precision_file(self, tmp_path: Path) -> None:
-        state = {k: v.half() if v.is_floating_point() else v for k, v in random_model("resnet18").state_dict().items()}
+        state = {k: v.half() if v.is_floating_point() else v for k, v in random_model("resnet20_cifar").state_dict().items()}
         torch.save(state, tmp_path / "w.pt")
         model = open_source(tmp_path / "w.pt").model
-        assert model.fc.weight.dtype == torch.float32 and torch.equal(model.fc.weight, state["fc.weight"].float())
+        assert model.linear.weight.dtype == torch.float32 and torch.equal(model.linear.weight, state["linear.weight"].float())
 
     def test_tie_is_reported(self, tmp_path: Path) -> None:
         torch.save(torchvision.models.resnet18(num_classes=5).state_dict(), tmp_path / "w.pt")
@@ -267,7 +266,7 @@ class TestCheckpoints:
 
     def test_lightning_style_extras(self, tmp_path: Path) -> None:
         """Metrics and losses beside the network keep the prefix from being common to all names."""
-        model = random_model("resnet18", num_classes=3)
+        model = random_model("resnet20_cifar", num_classes=3)
         state = {f"model.{key}": value for key, value in model.state_dict().items()}
         torch.save({"state_dict": {**state, "criterion.weight": torch.ones(3)}}, tmp_path / "w.ckpt")
         source = open_source(tmp_path / "w.ckpt")
@@ -275,11 +274,11 @@ class TestCheckpoints:
         assert source.meta["dropped"] == ["criterion.weight"] and source.meta["unwrapped"] == ["state_dict", "model."]
 
     def test_other_class_count(self, tmp_path: Path) -> None:
-        model = random_model("resnet18", num_classes=3)
+        model = random_model("resnet20_cifar", num_classes=3)
         torch.save(model.state_dict(), tmp_path / "w.pt")
         with pytest.warns(SharefoldWarning, match="has 3 classes, not 8: the classifier starts from random weights"):
             source = open_source(tmp_path / "w.pt", num_classes=8)
-        assert source.model.fc.out_features == 8 and source.base["kwargs"]["num_classes"] == 8
+        assert source.model.linear.out_features == 8 and source.base["kwargs"]["num_classes"] == 8
         assert torch.equal(source.model.layer1[0].conv1.weight, model.layer1[0].conv1.weight)
         fails(tmp_path / "w.pt", "takes 3 input channels, not 1", in_chans=1)
 

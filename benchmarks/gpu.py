@@ -1,0 +1,155 @@
+"""Conversion and run time on a GPU: seconds of every phase, accuracy beside the CPU's, latency and memory against dense.
+
+    python benchmarks/gpu.py convert resnet56 --weights resnet56.th --data cifar10.npz --budget 50% --out convert.json
+    python benchmarks/gpu.py convert lite0 --weights lite0.safetensors --data imagenet.npz --budget 80% --out convert.json
+    python benchmarks/gpu.py latency resnet56 --weights resnet56.th --data cifar10.npz --budget 50% --out latency.json
+
+A data file holds ``train_x`` (calibration, no label of it is read) and ``test_x``, ``test_y``, uint8 (n, H, W, 3). ``convert``
+converts twice and reports the second time, since the first one also loads libraries. ``latency`` times dense and converted
+networks in turns, in float32 and bf16, batch 1 and 256. ``benchmarks/gpu.sh`` runs all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from finetune_cifar import hardware
+from torch import Tensor, nn
+
+import sharefold
+from sharefold.bench import race
+from sharefold.data import Preprocess, calibration_images, loader, open_data
+from sharefold.finetune.distributed import pick_device
+from sharefold.measure import count_macs, count_parameters
+
+ARCHITECTURES = {
+    "resnet20": "resnet20_cifar", "resnet56": "resnet56_cifar", "lite0": "timm:tf_efficientnet_lite0",
+}  # fmt: skip
+
+
+@torch.no_grad()
+def measured(original: nn.Module, model: nn.Module, dataset: Any, device: torch.device) -> dict[str, float]:
+    """Top-1 of both, agreement and mean KL(original || model) on labelled images."""
+    sums = torch.zeros(4, device=device)
+    total = 0
+    for pixels, labels in loader(dataset, 250):
+        images, labels = pixels.to(device), labels.to(device)
+        a, b = original(images), model(images)
+        divergence = F.kl_div(b.log_softmax(1), a.log_softmax(1), reduction="sum", log_target=True)
+        hits = [(a.argmax(1) == labels).sum(), (b.argmax(1) == labels).sum(), (a.argmax(1) == b.argmax(1)).sum()]
+        sums += torch.stack([*(hit.float() for hit in hits), divergence])
+        total += len(labels)
+    names = ("top1_dense", "top1", "agreement", "kl")
+    return {**dict(zip(names, (sums / total).tolist(), strict=True)), "test_images": total}
+
+
+def seconds(device: torch.device) -> float:
+    """Now, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def convert(network: nn.Module, images: Tensor, options: argparse.Namespace, device: torch.device) -> tuple[nn.Module, Any, Any]:
+    """A converted copy, what the conversion says, seconds of its phases."""
+    model = copy.deepcopy(network)
+    times = [seconds(device)]
+    cal = sharefold.calibrate(model, images, seed=options.seed)
+    times.append(seconds(device))
+    plan = sharefold.plan(model, options.budget, cal)
+    times.append(seconds(device))
+    done = sharefold.convert_(model, plan, cal)
+    times.append(seconds(device))
+    names = ("calibrate", "plan", "convert")
+    phases = {name: round(b - a, 2) for name, a, b in zip(names, times, times[1:], strict=False)}
+    return model, done, {**phases, "whole": round(times[-1] - times[0], 2)}
+
+
+def latency(network: nn.Module, model: nn.Module, images: Tensor, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each batch and precision: milliseconds dense and converted, the ratio, and peak memory of a pass."""
+    device, rows = images.device, []
+    for batch in options.batch:
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs = images[:1].expand(batch, -1, -1, -1).to(dtype).contiguous(memory_format=torch.channels_last)
+            pair = {"dense": network, "converted": model}
+            ready = {k: copy.deepcopy(m).to(dtype).to(memory_format=torch.channels_last).eval() for k, m in pair.items()}
+            with torch.inference_mode():
+                runs = {name: functools.partial(m, inputs) for name, m in ready.items()}
+                times = race(runs, options.repeats, device)
+                memory = {name: peak(m, inputs) for name, m in ready.items()}
+            rows.append({
+                "batch": batch, "dtype": str(dtype).removeprefix("torch."),
+                **{f"{name}_ms": round(1e3 * t.median, 3) for name, t in times.items()},
+                "ratio": round(times["converted"].ratio, 3), **{f"{name}_peak_bytes": n for name, n in memory.items()},
+            })  # fmt: skip
+            print(rows[-1], flush=True)
+    return rows
+
+
+def peak(model: nn.Module, inputs: Tensor) -> int | None:
+    """Bytes allocated at most during one pass, beyond what lay there before; None off the GPU."""
+    if inputs.device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(inputs.device)
+    torch.cuda.reset_peak_memory_stats(inputs.device)
+    model(inputs)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(inputs.device) - before
+
+
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Adds a record to a JSON list, at once: a run that is cut off keeps what it found."""
+    known = json.loads(path.read_text()) if path.exists() else []
+    path.write_text(json.dumps([*known, record], indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["convert", "latency"])
+    parser.add_argument("network", choices=ARCHITECTURES)
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--budget", default="50%")
+    parser.add_argument("--count", type=int, default=1000, help="calibration images")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 256])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--times", type=int, default=2, help="how often it is converted; the last time counts")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    device = pick_device(options.device)
+    source = sharefold.open_source(options.weights, arch=ARCHITECTURES[options.network])
+    preprocess = Preprocess.from_cfg(source.pretrained_cfg)
+    network = source.model.eval().to(device)
+    images = calibration_images(f"npz:{options.data}", preprocess, options.count, options.seed, "train")
+    for _ in range(options.times):
+        model, done, phases = convert(network, images, options, device)
+        print(phases, flush=True)
+    record: dict[str, Any] = {
+        "what": options.what, "network": options.network, "budget": options.budget, "seed": options.seed,
+        "kept": count_parameters(model) / count_parameters(network), "hardware": hardware(), "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    if options.what == "convert":
+        tested = open_data(f"npz:{options.data}", "test", transform_cfg=preprocess)
+        record |= {"seconds": phases, **measured(network, model, tested, device), "said_agreement": done.agreement,
+                   "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None}  # fmt: skip
+    else:
+        example = images[:1].to(device)
+        record["macs_kept"] = count_macs(model, example) / count_macs(network, example)
+        record["rows"] = latency(network, model, example, options)
+    append(options.out, record)
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Networks of ultralytics: by name, from a trained file, converted, saved, and back in its own YOLO. Needs `sharefold[yolo]`."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sharefold
+from sharefold.architectures import yolo
+from sharefold.architectures.bases import base_of
+from sharefold.architectures.build import build_base
+from sharefold.errors import SharefoldError
+
+ultralytics = pytest.importorskip("ultralytics")
+IMAGES = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """With statistics and biases as a trained one may have them."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.2, 0.2), module.running_var.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def detector() -> Any:
+    """ultralytics' own object around YOLOv8n."""
+    found = ultralytics.YOLO("yolov8n.yaml")
+    trained(found.model)
+    return found
+
+
+@pytest.fixture(scope="module")
+def file(detector: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As its trainer writes it: a pickle of the network in halves."""
+    path = tmp_path_factory.mktemp("yolo") / "best.pt"
+    torch.save({"epoch": 3, "best_fitness": None, "model": copy.deepcopy(detector.model).half(), "ema": None}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(detector: Any) -> nn.Module:
+    model = copy.deepcopy(detector.model)
+    cal = sharefold.calibrate(model, IMAGES)
+    sharefold.convert_(model, sharefold.plan(model, "60%", cal, method=["spatial", "svd"]), cal, repair=False)
+    return model
+
+
+def boxes(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(IMAGES)[0]
+
+
+def test_networks_are_known_by_their_sizes() -> None:
+    assert {"yolov8n", "yolov8x-seg", "yolo11s", "yolo11n-cls", "yolov8n-pose"} <= set(yolo.names())
+    assert "yolov8" not in yolo.names()
+
+
+@pytest.mark.parametrize(("name", "side"), [("yolov8n", 640), ("yolo11n-seg", 640), ("yolov8n-cls", 224)])
+def test_named(name: str, side: int, capfd: pytest.CaptureFixture[str]) -> None:
+    source = sharefold.open_source(f"yolo:{name}:num_classes=3", pretrained=False)
+    assert source.kind == "ultralytics" and source.base == {"library": "ultralytics", "name": name, "kwargs": {"num_classes": 3}}
+    assert source.pretrained_cfg["input_size"] == (3, side, side) and source.pretrained_cfg["std"] == (1.0, 1.0, 1.0)
+    assert base_of(source.model) == source.base
+    assert type(build_base(source.base)) is type(source.model)
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("yolo:yolov8q", "unknown model yolo:yolov8q: did you mean yolov8"),
+        ("yolo:yolov8n", "give the trained file, yolo:yolov8n.pt --trust-pickle"),
+        ("yolo:absent.pt", "absent.pt does not exist"),
+    ],
+)
+def test_refusals(source: str, words: str) -> None:
+    with pytest.raises(SharefoldError, match=words):
+        sharefold.open_source(source)
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(SharefoldError, match="unexpected arguments weight"):
+        sharefold.open_source("yolo:yolov8n:weight=2", pretrained=False)
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(yolo, "find_spec", lambda _: None)
+    with pytest.raises(SharefoldError, match="needs ultralytics: pip install ultralytics"):
+        sharefold.open_source("yolo:yolov8n", pretrained=False)
+
+
+def test_a_trained_file_opens_with_consent_alone(file: Path, detector: Any) -> None:
+    with pytest.raises(SharefoldError, match="--trust-pickle"):
+        sharefold.open_source(f"yolo:{file}")
+    for given in (f"yolo:{file}", str(file)):
+        source = sharefold.open_source(given, trust_pickle=True)
+        assert source.base == {"library": "ultralytics", "name": "yolov8n", "kwargs": {"num_classes": 80}}
+        assert source.pretrained_cfg["input_size"] == (3, 640, 640)
+        assert next(source.model.parameters()).dtype == torch.float32
+        assert torch.allclose(boxes(source.model), boxes(detector.model), rtol=2e-2, atol=0.5)
+
+
+def test_a_converted_one_is_saved_and_loaded(converted: nn.Module, detector: Any, tmp_path: Path) -> None:
+    before = sum(p.numel() for p in detector.model.parameters())
+    assert sum(p.numel() for p in converted.parameters()) <= 0.6 * before
+    sharefold.save(converted, tmp_path / "net")
+    loaded = sharefold.load(tmp_path / "net")
+    assert type(loaded) is type(detector.model) and torch.equal(boxes(loaded), boxes(converted))
+    assert loaded.task == "detect" and torch.equal(loaded.stride, detector.model.stride)
+
+
+def test_it_goes_back_into_its_own_yolo(converted: nn.Module, tmp_path: Path) -> None:
+    """Which merges BatchNorms into convolutions before it predicts."""
+    expected = boxes(converted)
+    sharefold.save(converted, tmp_path / "net")
+    user = ultralytics.YOLO("yolov8n.yaml")
+    names = user.model.names
+    user.model = sharefold.load(tmp_path / "net")
+    user.model.names = names
+    results = user.predict(IMAGES[:2], verbose=False, conf=0.0001, imgsz=64)
+    assert len(results) == 2 and results[0].names == names
+    merged = copy.deepcopy(converted).fuse(verbose=False)
+    assert merged.is_fused() and not any(isinstance(m, nn.BatchNorm2d) for m in merged.modules())
+    assert torch.allclose(boxes(merged), expected, rtol=1e-3, atol=1e-2)
