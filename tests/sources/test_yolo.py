@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import call
+from doc_blocks import ROOT, blocks
+from PIL import Image
 from torch import Tensor, nn
 
 import sharefold
@@ -130,3 +133,21 @@ def test_it_goes_back_into_its_own_yolo(converted: nn.Module, tmp_path: Path) ->
     merged = copy.deepcopy(converted).fuse(verbose=False)
     assert merged.is_fused() and not any(isinstance(m, nn.BatchNorm2d) for m in merged.modules())
     assert torch.allclose(boxes(merged), expected, rtol=1e-3, atol=1e-2)
+
+
+def test_the_page_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("best.pt").write_bytes(file.read_bytes())
+    Path("pictures").mkdir()
+    for index, image in enumerate(IMAGES):
+        Image.fromarray((255 * image).byte().permute(1, 2, 0).numpy()).save(f"pictures/{index}.png")
+    page = ROOT / "docs" / "yolo.md"
+    (line,) = (line for text in blocks(page, "sh") for line in text.splitlines())
+    shorter = ("--input-size", "3,64,64", "--method", "svd", "--no-repair")
+    done = call(*line.split()[1:], *shorter)
+    assert done.exit_code == 0, done.output
+    seen: dict[str, Any] = {"images": IMAGES}
+    for code in blocks(page, "py"):
+        exec(code.replace('"60%", cal', '"60%", cal, method="svd"').replace(", cal)", ", cal, repair=False)"), seen)
+        assert len(seen["results"]) == len(IMAGES)
+        assert sum(p.numel() for p in seen["yolo"].model.parameters()) < 0.61 * 3_157_200
