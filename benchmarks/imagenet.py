@@ -29,6 +29,7 @@ import sharefold
 from sharefold.calibration.images import matched
 from sharefold.data import Preprocess, calibration_images, loader, open_data
 from sharefold.measure import count_macs, count_parameters, peak_memory
+from sharefold_cli.heap import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results" / "imagenet.json"
 ARCHITECTURE = "timm:tf_efficientnet_lite0"
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    keep_freed_memory()  # as the command line does
     torch.set_num_threads(options.threads)
     source = sharefold.open_source(options.weights, arch=ARCHITECTURE)
     preprocess = Preprocess.from_cfg(source.pretrained_cfg)

@@ -251,7 +251,12 @@ def label_free() -> str | None:
         return None
     found: dict[tuple[str, int, str], dict[str, list[float]]] = {}
     refined: dict[tuple[str, str], list[float]] = {}
+    dense_macs = {row["network"]: row["macs"] for row in data["rows"] if row["method"] == "original" and "macs" in row}
+    macs: dict[tuple[str, int, str], list[float]] = {}
     for row in data["rows"]:
+        if row["method"] == "auto" and not row["refine"] and "macs" in row and row["network"] in dense_macs:
+            share = 100 * row["macs"] / dense_macs[row["network"]]
+            macs.setdefault((row["network"], row["images"], row["size"]), []).append(share)
         if row["size"] and "top1" in row:
             column = row["method"] + (" + refine" if row["refine"] else "")
             found.setdefault((row["network"], row["images"], row["size"]), {}).setdefault(column, []).append(100 * row["top1"])
@@ -269,7 +274,9 @@ def label_free() -> str | None:
     for network, images, size in sorted(found, key=place):
         cells = found[network, images, size]
         shown = size + ("" if images == most else f", {images:,} images" if images else ", no images")
-        rows.append([named(network), shown, *[_mean_cell(cells.get(c, [])) for c in columns]])
+        own = macs.get((network, images, size))
+        share = [f"{sum(own) / len(own):.0f} %" if own else ""] if macs else []
+        rows.append([named(network), shown, *[_mean_cell(cells.get(c, [])) for c in columns], *share])
     names = {"auto": "**sharefold**", "auto + refine": "**`--refine`**", "svd": "low rank", "spatial": "spatial low rank"}
     rounded = dict.fromkeys(
         f"{row['network'].replace('resnet', 'ResNet-')} {row['method'].partition('-')[2]} bits {100 * row['top1']:.2f} "
@@ -285,7 +292,8 @@ def label_free() -> str | None:
             f"of the whole file. Refined: {times}. The originals: {dense}; rounded to nearest, a scale a row: "
             + ", ".join(rounded) + f". `python benchmarks/label_free.py`, {machine(data['hardware'])}. "
             + taken("label_free.json"))  # fmt: skip
-    return table(["network", "size", *[names.get(c, c) for c in columns]], rows) + "\n\n" + note
+    head = ["network", "size", *[names.get(c, c) for c in columns], *(["MACs"] if macs else [])]
+    return table(head, rows) + "\n\n" + note
 
 
 def onnx() -> str | None:

@@ -16,6 +16,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("accelerate", "tensorboard"),
     "plots": ("matplotlib",),
     "demo": ("scikit-learn", "matplotlib"),
+    "smp": ("segmentation-models-pytorch",),
+    "yolo": ("ultralytics",),
 }
 
 

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import click
 
 from .boundary import BoundedGroup
+from .heap import CHOICES, VARIABLE, keep_freed_memory
 
 # Verb -> (module with a `command`, one line of help).
 VERBS: dict[str, tuple[str, str]] = {
@@ -61,13 +62,19 @@ def _version() -> str:
     cls=LazyGroup,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="SOURCE is timm:NAME, tv:NAME, hf-hub:ID, a sharefold directory or file, or a checkpoint "
+    epilog="SOURCE is timm:NAME, tv:NAME, smp:NAME, yolo:FILE, hf-hub:ID, a sharefold directory or file, or a checkpoint "
     "(.pt .pth .th .safetensors). DATA is imagefolder:DIR, npz:FILE, cifar10:DIR, cifar100:DIR, fashionmnist:DIR, "
     "timm:NAME or digits.",
 )
 @click.version_option(_version(), prog_name="sharefold", message="%(prog)s %(version)s")
+@click.option(
+    "--heap", type=click.Choice(CHOICES), default=CHOICES[0], envvar=VARIABLE, show_envvar=True,
+    help="keep: freed memory stays with the process, which is much faster on large images (Linux); system: as everywhere.",
+)  # fmt: skip
 @click.pass_context
-def cli(ctx: click.Context) -> None:
+def cli(ctx: click.Context, heap: str) -> None:
     """Turn a pretrained CNN into a smaller one whose layers share parameters."""
+    if heap == "keep":
+        keep_freed_memory()
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
 
+# Pixels of an image from which on channels last is faster.
+LARGE_IMAGE = 96 * 96
 COMPUTED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -25,8 +27,14 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def as_input(model: nn.Module, images: Tensor) -> Tensor:
-    """A copy of ``images`` where ``model`` computes, and, if they are of a floating type, in the type that it computes in."""
-    return images.to(device_of(model), dtype_of(model) if images.is_floating_point() else images.dtype, copy=True)
+    """A copy of ``images`` where ``model`` computes, and, if they are of a floating type, in the type that it computes in.
+
+    Large images lie channels last on a CPU, which its convolutions take in half the time; networks keep the order on their way.
+    """
+    device, dtype = device_of(model), dtype_of(model) if images.is_floating_point() else images.dtype
+    large = device.type == "cpu" and images.ndim == 4 and images.shape[2] * images.shape[3] >= LARGE_IMAGE
+    layout = torch.channels_last if large else torch.preserve_format
+    return images.to(device, dtype, copy=True, memory_format=layout)
 
 
 def check_shapes(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sharefold.errors import SharefoldError
 from sharefold.graph.preserved import preserved
 from sharefold.outputs import Divergence, divergence_of
-from sharefold.running import device_of, evaluating, evenly
+from sharefold.running import as_input, evaluating, evenly
 
 IMAGES = 256
 
@@ -91,7 +91,6 @@ def _gradients(
 
         handles.append(model.get_submodule(name).register_forward_hook(hook))
 
-    device = device_of(model)
     try:
         divergence = divergence_of(model, images) if divergence is None else divergence
         for name in names:
@@ -99,7 +98,7 @@ def _gradients(
         # What a network keeps of this run would hold on to its gradients, and could not be copied.
         with preserved(model), evaluating(model), torch.enable_grad():
             for batch in images[index].split(batch_size):
-                leaf = batch.to(device).detach().requires_grad_(True)
+                leaf = as_input(model, batch).requires_grad_(True)
                 scalar = divergence.fisher_seed(divergence.reading.run(model, leaf), generator)
                 if scalar is None:
                     return 0

@@ -16,7 +16,7 @@ from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.layers import ConvForm, form_of, target_weight
 from sharefold.outputs import Divergence, divergence_of
-from sharefold.running import batch_within, device_of, evaluating, evenly, has_doubles, runs_within
+from sharefold.running import batch_within, device_of, evaluating, evenly, has_doubles, run_on, runs_within
 from sharefold.solvers.data_norm import Window, sample_patches
 from sharefold.solvers.moments import Moments
 
@@ -129,7 +129,6 @@ class Statistics:
     def _collect(self, names: list[str]) -> None:
         self.passes += 1
         forms = {name: _form(self.model, name) for name in names}
-        device = device_of(self.model)
         for name, form in forms.items():
             if is_wide(form) and name not in self.frames:
                 rows = target_weight(self.model.get_submodule(name), form).float()
@@ -163,7 +162,7 @@ class Statistics:
                 for index in self.chosen.split(min(self.batch_size, -(-len(self.chosen) // FEWEST_BATCHES))):
                     waiting.update(names)
                     try:
-                        self.model(self.images[index].to(device))
+                        run_on(self.model, self.images[index])
                     except _Done:
                         continue
         finally:

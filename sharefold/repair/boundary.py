@@ -68,6 +68,12 @@ class Shelf:
 
     def _on_disk(self, tensor: Tensor) -> Tensor:
         assert self._map is not None
+        if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+            return self._placed(tensor.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # in the order that it is computed in
+        return self._placed(tensor)
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        assert self._map is not None
         flat = tensor.cpu().contiguous()
         size = flat.numel() * flat.element_size()
         start = -(-self._free // 16) * 16

@@ -20,7 +20,7 @@ from sharefold.layers import ConvForm, resolve
 from sharefold.repair.boundary import Shelf, Values, elements, shelf_for
 from sharefold.repair.rectifier import Rectifier, rectifier_behind
 from sharefold.repair.samples import Collector, Samples
-from sharefold.running import batch_within, device_of, evaluating, run_on
+from sharefold.running import as_input, batch_within, device_of, evaluating, run_on
 
 # Bytes that values between two layers may take.
 MEMORY_BYTES = 4 << 30
@@ -168,7 +168,7 @@ class _Walk:
         """The values of both networks for every batch; None for the student's where they are the teacher's still."""
         for index, batch in enumerate(self.batches):
             if shelf is None:
-                yield {_IMAGES: batch.to(self.device)}, None
+                yield {_IMAGES: as_input(self.teacher, batch)}, None
             else:
                 theirs = shelf.get(2 * index)
                 yield theirs, None if start <= self.first_different else shelf.get(2 * index + 1)

@@ -128,9 +128,14 @@ def sample_patches(
     cols = torch.arange(kernel[1], device=x.device) * spread[1]
     offsets = (rows.unsqueeze(1) + cols.unsqueeze(0)).flatten()
     taps = offsets.numel()
-    flat = (corner.unsqueeze(2) + offsets).reshape(images, 1, -1).expand(-1, channels, -1)
-    picked = x.flatten(2).gather(2, flat).reshape(images, channels, -1, taps)
-    return picked.transpose(1, 2).reshape(-1, window.groups, channels // window.groups * taps)
+    places = (corner.unsqueeze(2) + offsets).flatten(1)
+    if x.is_contiguous(memory_format=torch.channels_last):  # the channels of a place are neighbours
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
+        found = pixels[torch.arange(images, device=x.device)[:, None], places].unflatten(1, (-1, taps)).transpose(2, 3)
+    else:
+        flat = places.unsqueeze(1).expand(-1, channels, -1)
+        found = x.flatten(2).gather(2, flat).reshape(images, channels, -1, taps).transpose(1, 2)
+    return found.reshape(-1, window.groups, channels // window.groups * taps)
 
 
 def working_dtype(columns: int, dtype: torch.dtype) -> torch.dtype:

@@ -43,6 +43,17 @@ def test_sampled_patches_are_distinct_patches_of_their_image() -> None:
         assert len(set(hits)) == 5
 
 
+@pytest.mark.parametrize("positions", [None, 5])
+@pytest.mark.parametrize("window", [Window(3, 2, 1, 1, 2), Window((1, 3), 1, (0, 2), 2), Window(1)], ids=str)
+def test_the_order_of_channels_in_memory_changes_nothing(window: Window, positions: int | None) -> None:
+    x = torch.randn(3, 4, 8, 9)
+    draws = [
+        sample_patches(given, window, positions, torch.Generator().manual_seed(3))
+        for given in (x, x.to(memory_format=torch.channels_last))
+    ]
+    assert torch.equal(*draws)
+
+
 def test_sampling_is_repeatable() -> None:
     x = torch.randn(2, 3, 8, 8)
     draws = [sample_patches(x, Window(3), positions=4, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
