@@ -88,7 +88,7 @@ def throughput(model: nn.Module, teacher: nn.Module, train: Any, settings: dict[
         report = finetune(model, few, teacher=teacher, **{**settings, "epochs": 1, "warmup_epochs": 0.0}, quiet=True)
         seconds.append(report.seconds)
         count.append(report.updates * settings.get("batch_size", 128))
-    return round((count[1] - count[0]) / (seconds[1] - seconds[0]), 1)
+    return round((count[1] - count[0]) / max(seconds[1] - seconds[0], 1e-9), 1)
 
 
 def measure(name: str, case: Case, source: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -103,7 +103,8 @@ def measure(name: str, case: Case, source: str, options: argparse.Namespace, see
     model = converted(dense.to(pick_device(options.device)), options.data, cfg, case.params, options.method, seed)
     convert_seconds = time.perf_counter() - start
     settings = {"device": options.device, "seed": seed, **case.settings, **options.set}
-    few = options.limit or UPDATES[torch.cuda.is_available()] * settings.get("batch_size", 128)
+    batch = settings.get("batch_size", 128)
+    few = max(batch, min(UPDATES[torch.cuda.is_available()] * batch, len(train) // 3))
     settings["epochs"] = options.epochs or case.epochs
     if options.minutes:
         rate = throughput(model, dense, train, settings, few)

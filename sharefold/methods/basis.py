@@ -33,7 +33,7 @@ class Basis(TwoFactors):
         ranks = self.ranks(rows, widest, sum(form.out_channels * form.features for form in forms))
         if not ranks:
             return []
-        flat = problem.flat()
+        flat = problem.flat().for_estimates()
         points = shared_basis.curve(flat, ranks, **curve_effort(widest))
         return [
             Candidate(self.options(p.rank), self.price(p.rank, rows, widest), per_layer(len(forms), flat, p.errors))

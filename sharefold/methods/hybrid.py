@@ -44,7 +44,7 @@ class Hybrid(TwoFactors):
     takes_ragged = True
 
     def candidates(self, problem: GroupProblem | RaggedProblem) -> list[Candidate]:
-        forms, flat = problem.forms, problem.flat()
+        forms, flat = problem.forms, problem.flat().for_estimates()
         dense = sum(form.out_channels * form.features for form in forms)
         sizes = [self._sizes(forms, dense, share) for share in SHARES]
         if not any(sizes):

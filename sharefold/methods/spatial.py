@@ -31,7 +31,7 @@ class Spatial(TwoFactors):
         ranks = self.ranks(rows, columns, form.out_channels * form.features)
         if not ranks:
             return []
-        points = low_rank.spatial_curve(problem.flat(), ranks, **curve_effort(form.features))
+        points = low_rank.spatial_curve(problem.flat().for_estimates(), ranks, **curve_effort(form.features))
         return [Candidate(self.options(p.rank), layers * self.price(p.rank, rows, columns), p.errors) for p in points]
 
     def solve(self, problem: GroupProblem, options: dict[str, Any]) -> Solution:

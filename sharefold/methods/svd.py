@@ -31,7 +31,7 @@ class Svd(TwoFactors):
         ranks = [r for r in self.ranks(rows, columns, rows * columns) if r <= rows]
         if not ranks:
             return []
-        points = low_rank.svd_curve(problem.flat(), ranks)
+        points = low_rank.svd_curve(problem.flat().for_estimates(), ranks)
         return [
             Candidate(self.options(p.rank), layers * self.price(p.rank, rows, columns), p.errors) for p in points
         ]  # fmt: skip

@@ -21,6 +21,8 @@ from sharefold.errors import SharefoldError
 
 Pair = int | Sequence[int]
 FLOAT64_LIMIT = 1024
+# The same where errors are estimated, for plans: in float32 they agree to four digits, in half the time.
+ESTIMATE_LIMIT = 200
 # Floor that solvers add to moments, relative to their mean diagonal.
 RIDGE = 1e-6
 PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
@@ -138,11 +140,10 @@ def sample_patches(
     return found.reshape(-1, window.groups, channels // window.groups * taps)
 
 
-def working_dtype(columns: int, dtype: torch.dtype) -> torch.dtype:
-    """float64 where it is affordable (``columns`` up to 1024) or already used, else float32."""
-    if dtype == torch.float64 or columns <= FLOAT64_LIMIT:
-        return torch.float64
-    return torch.float32
+def working_dtype(columns: int, dtype: torch.dtype, estimate: bool = False) -> torch.dtype:
+    """float64 where it is affordable (``columns`` up to 1024, 200 for estimates) or already used, else float32."""
+    most = min(ESTIMATE_LIMIT, FLOAT64_LIMIT) if estimate else FLOAT64_LIMIT
+    return torch.float64 if dtype == torch.float64 or columns <= most else torch.float32
 
 
 def eigen_psd(matrix: Tensor, floor: float = 1e-10) -> tuple[Tensor, Tensor]:
@@ -185,6 +186,7 @@ class Problem:
         row_weights: squared output scales ``D^2`` (K, O); None means ones.
         kernel: (h, w).
         layer_weights: (K,) factors of the layers in the summed error; None means 1 / energy (relative errors).
+        estimate: errors are wanted to compare forms by, not a solution to keep.
     """
 
     weights: Tensor
@@ -192,6 +194,7 @@ class Problem:
     row_weights: Tensor | None = None
     kernel: tuple[int, int] = (1, 1)
     layer_weights: Tensor | None = None
+    estimate: bool = False
     _energy: Tensor | None = field(default=None, repr=False, compare=False)
     _weighted: Tensor | None = field(default=None, repr=False, compare=False)
 
@@ -286,8 +289,12 @@ class Problem:
         return float((self.objective_weights * self.squared_errors(approx)).sum())
 
     def working(self) -> Problem:
-        """The same problem in the working precision (float64 up to 1024 columns, else float32)."""
-        return self.to(working_dtype(self.columns, self.weights.dtype))
+        """The same problem in the working precision (:func:`working_dtype`)."""
+        return self.to(working_dtype(self.columns, self.weights.dtype, self.estimate))
+
+    def for_estimates(self) -> Problem:
+        """The same problem, solved in as little precision as estimates of errors need."""
+        return Problem(self.weights, self.moments, self.row_weights, self.kernel, self.layer_weights, True)
 
     def to(self, dtype: torch.dtype) -> Problem:
         """The same problem with every tensor in ``dtype``; itself when nothing changes."""
@@ -296,13 +303,13 @@ class Problem:
             return self
         weights, moments, row_weights, layer_weights = (None if t is None else t.to(dtype) for t in tensors)
         assert weights is not None
-        return Problem(weights, moments, row_weights, self.kernel, layer_weights)
+        return Problem(weights, moments, row_weights, self.kernel, layer_weights, self.estimate)
 
     def select(self, index: Sequence[int] | Tensor) -> Problem:
         """The problem restricted to some of its layers."""
         index = torch.as_tensor(index, device=self.weights.device)
         factors = None if self.layer_weights is None else self.layer_weights[index]
-        return Problem(self.weights[index], self.second[index], self.row_metric[index], self.kernel, factors)
+        return Problem(self.weights[index], self.second[index], self.row_metric[index], self.kernel, factors, self.estimate)
 
 
 def moment_floors(problem: Problem, ridge: float) -> Tensor:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from sharefold.solvers import align, block_diagonal, data_norm, kmeans, low_rank, shared_basis, tie, tucker_als
+from sharefold.solvers import align, block_diagonal, data_norm, kmeans, low_rank, shared_and_own, shared_basis, tie, tucker_als
 from sharefold.solvers.data_norm import Problem
+from sharefold.solvers.variable_projection import VariableProjection
 
 from .problems import non_increasing, problem
 
@@ -68,3 +70,18 @@ def test_curves_and_pairs_in_single_precision(deficient: bool, monkeypatch: pyte
         ]
     )
     assert again.history[-1] == pytest.approx(moves.history[-1], rel=1e-2)
+
+
+def test_estimates_of_middling_problems_are_single_and_agree() -> None:
+    group = problem(3, 16, 288, kernel=(3, 3)).to(torch.float32)
+    assert group.working().weights.dtype == torch.float64
+    rough = group.for_estimates()
+    assert rough.working().weights.dtype == torch.float32 and rough.working().estimate
+    assert problem(3, 16, 144, kernel=(3, 3)).to(torch.float32).for_estimates().working().weights.dtype == torch.float64
+    sizes, efforts = [(4, 2), (12, 6)], [8, 12]
+    for curve in (shared_basis.curve, low_rank.svd_curve, partial(low_rank.spatial_curve, als_rounds=1, als_ranks=2)):
+        for a, b in zip(curve(group), curve(rough), strict=True):
+            torch.testing.assert_close(a.errors.float(), b.errors.float(), rtol=5e-3, atol=1e-4)
+    exact = shared_and_own.curve(VariableProjection(group), sizes, efforts)
+    for a, b in zip(exact, shared_and_own.curve(VariableProjection(rough), sizes, efforts), strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=5e-3, atol=1e-4)
