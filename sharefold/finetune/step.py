@@ -23,6 +23,7 @@ from sharefold.finetune.mixing import Mixing
 from sharefold.graph import analyze
 from sharefold.layers import running
 from sharefold.layers.norm_fusion import norms_fused
+from sharefold.layers.together import composed_together
 
 
 def autocast_for(config: FinetuneConfig, device: torch.device) -> tuple[torch.dtype | None, Any]:
@@ -145,7 +146,8 @@ class Updater:
             if self.teacher is not None and (self.distill or self.blocks):
                 with torch.no_grad():
                     goal = self.teacher_forward(images)
-            logits = self.forward(images).float()
+            with nullcontext() if config.compile else composed_together(self.model):
+                logits = self.forward(images).float()
         total = torch.zeros((), device=logits.device)
         if config.labels and self.distill < 1:
             smoothing = 0.0 if labels.ndim == 2 else config.label_smoothing

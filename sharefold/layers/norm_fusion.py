@@ -74,7 +74,12 @@ def _merged(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
     scale, shift = affine(norm)
     if layer.bias is not None:
         shift = shift + layer.bias * scale
-    weight = layer.compose() if isinstance(layer, SharedConv) else layer.weight
+    if not isinstance(layer, SharedConv):
+        weight = layer.weight
+    elif layer.given is not None and layer.given.dtype == scale.dtype:
+        weight = layer.given
+    else:
+        weight = layer.compose()
     return weight * scale[:, None, None, None], shift
 
 

@@ -47,6 +47,7 @@ class SharedConv(Keeper):
         self.register_parameter("own_bias", None if bias is None else nn.Parameter(bias.detach().clone()))
         self.register_parameter("gain", None if gain is None else nn.Parameter(gain.detach().clone()))
         self.runtime = "auto"
+        self.given: Tensor | None = None  # the weight while :func:`composed_together` is active
         self._kept = Kept()
 
     # What subclasses say -----------------------------------------------------------------------------------------
@@ -219,6 +220,8 @@ class SharedConv(Keeper):
         def make() -> tuple[Tensor, Tensor | None]:
             return self.form.standardized(self.compose(), self.gain), self.bias
 
+        if self.given is not None:
+            return self.given, self.bias
         if not self.training:
             return self._kept.get(x, self._sources(), make)
         return rounded_once(x, make)
@@ -249,13 +252,19 @@ def rounded_once(x: Tensor, make: Callable[[], tuple[Tensor, Tensor | None]]) ->
     The factors are small: rounding each of them, and each of their gradients, takes longer than the products do. A weight that
     stands in the order of the images' channels is not put in order again by the convolution.
     """
-    if symbolic(x) or not torch.is_autocast_enabled(kind := x.device.type):
+    if symbolic(x) or (dtype := autocast_dtype(kind := x.device.type)) is None:
         return make()
     with torch.autocast(kind, enabled=False):
         weight, bias = make()
     last = weight.ndim == 4 and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.preserve_format
-    return weight.to(torch.get_autocast_dtype(kind), memory_format=layout), bias
+    return weight.to(dtype, memory_format=layout), bias
+
+
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """The type that autocast computes in on devices of this kind, None where it is off."""
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
 
 
 def checked_form(name: str, layer: nn.Module) -> ConvForm:
