@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from sharefold.errors import SharefoldError
 
 # Pixels of an image from which on channels last is faster.
 LARGE_IMAGE = 96 * 96
+# Packages whose networks take them so.
+LIBRARIES = ("timm.", "torchvision.", "segmentation_models_pytorch.", "ultralytics.", "sharefold.")
+_PLAIN: WeakSet[type] = WeakSet()  # but not these
 COMPUTED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -29,12 +33,21 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 def as_input(model: nn.Module, images: Tensor) -> Tensor:
     """A copy of ``images`` where ``model`` computes, and, if they are of a floating type, in the type that it computes in.
 
-    Large images lie channels last on a CPU, which its convolutions take in half the time; networks keep the order on their way.
+    Large images lie channels last on a CPU, which its convolutions take faster; networks keep the order on their way. Those of
+    libraries alone: code that calls ``view`` on a map, as users' often does, wants the other order.
     """
     device, dtype = device_of(model), dtype_of(model) if images.is_floating_point() else images.dtype
     large = device.type == "cpu" and images.ndim == 4 and images.shape[2] * images.shape[3] >= LARGE_IMAGE
+    large = large and type(model).__module__.startswith(LIBRARIES) and type(model) not in _PLAIN
     layout = torch.channels_last if large else torch.preserve_format
     return images.to(device, dtype, copy=True, memory_format=layout)
+
+
+def keep_plain(model: nn.Module) -> bool:
+    """From now on networks of this class get images in the plain order; False where they do already."""
+    known = type(model) in _PLAIN or not type(model).__module__.startswith(LIBRARIES)
+    _PLAIN.add(type(model))
+    return not known
 
 
 def check_shapes(model: nn.Module) -> None:

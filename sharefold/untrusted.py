@@ -141,3 +141,15 @@ def exclude_pattern(text: str | None) -> re.Pattern[str] | None:
         return re.compile(text) if text else None
     except re.error as error:
         raise SharefoldError(f"--exclude {quoted(text)} is not a regular expression: {error}") from None
+
+
+def expanded(text: str) -> Path:
+    """The path, with the reader's home folder in it where it begins with ~.
+
+    Raises:
+        SharefoldError: there is no such user.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise SharefoldError(f"{text}: there is no such home folder: write the path in full") from None

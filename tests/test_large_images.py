@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from weakref import WeakSet
+
 import pytest
+import timm
 import torch
 from networks import images, net
 from torch import Tensor, nn
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 import sharefold
 from sharefold import running
 from sharefold.measure import agreement
+from sharefold.plans import GroupPlan, Plan
 from sharefold.repair.boundary import Shelf
 
 IMAGES, NEW = images(30, 3), images(100, 9)
@@ -34,6 +38,7 @@ def test_the_order_of_channels_changes_nothing(kind: str, method: tuple[str, ...
     model, plan = converted(kind, method, plain)
     assert plain and not any(plain)
     monkeypatch.setattr(running, "LARGE_IMAGE", 1)
+    monkeypatch.setattr(running, "LIBRARIES", ("networks",))
     last: list[bool] = []
     again, other = converted(kind, method, last)
     assert sum(last) > 0.9 * len(last)
@@ -41,13 +46,39 @@ def test_the_order_of_channels_changes_nothing(kind: str, method: tuple[str, ...
     assert agreement(model, again, NEW).kl < 2e-2
 
 
-def test_large_images_alone_change_their_order() -> None:
-    model = net("residual")
+def test_large_images_of_libraries_networks_alone_change_their_order() -> None:
+    model = timm.create_model("resnet20_cifar").eval()
     side = int(running.LARGE_IMAGE**0.5)
-    for size, order in ((side, torch.channels_last), (side - 1, torch.contiguous_format)):
+    for network, size, order in (
+        (model, side, torch.channels_last), (model, side - 1, torch.contiguous_format), (net(), side, torch.contiguous_format),
+    ):  # fmt: skip
         given = torch.rand(2, 3, size, size)
-        made = running.as_input(model, given)
+        made = running.as_input(network, given)
         assert torch.equal(made, given) and made.is_contiguous(memory_format=order) and given.is_contiguous()
+
+
+class Viewed(nn.Module):
+    """Calls ``view`` on a map, which has to lie in the plain order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3, 4), nn.Conv2d(4, 4, 3, 4)
+        self.head = nn.Linear(4 * 36, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(torch.relu(self.conv1(x)))
+        return self.head(x.view(x.size(0), -1))
+
+
+@pytest.mark.parametrize("library", [False, True])
+def test_networks_that_view_their_maps_get_them_in_the_plain_order(library: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if library:
+        monkeypatch.setattr(running, "LIBRARIES", (Viewed.__module__,))
+    monkeypatch.setattr(running, "_PLAIN", WeakSet())
+    model, given = Viewed().eval(), torch.rand(12, 3, 96, 96)
+    plan = Plan([GroupPlan("a", "svd", ("head",), {"rank": 3})], 0, 0)
+    done = sharefold.convert_(model, plan, given)
+    assert done.plan.groups and (Viewed in running._PLAIN) == library
 
 
 @pytest.mark.parametrize("half", [True, False])

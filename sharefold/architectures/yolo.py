@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import re
 import sys
@@ -21,13 +22,15 @@ from torch import nn
 
 from sharefold.architectures.arguments import close_matches
 from sharefold.errors import SharefoldError
-from sharefold.untrusted import shown
+from sharefold.untrusted import is_int, shown
 
 PACKAGE = "ultralytics"
 _CLASSES = {
     "detect": "DetectionModel", "segment": "SegmentationModel", "classify": "ClassificationModel", "pose": "PoseModel",
     "obb": "OBBModel",
 }  # fmt: skip
+# The package names every class, and runs an image of so many channels while it builds.
+_MOST = {"num_classes": 1 << 16, "in_chans": 256}
 _SIDES = {"classify": 224, "obb": 1024}  # what the published ones were trained with; all others with 640
 # yolov8-seg.yaml and the sizes that stand in it: yolov8n-seg, yolov8s-seg, ...
 _NAMED = re.compile(r"(yolov?\d+)((?:-(?:seg|cls|pose|obb|p2|p6))*)")
@@ -42,16 +45,21 @@ def installed() -> bool:
 
 
 @cache
+def _shipped() -> dict[str, tuple[Path, str]]:
+    """Name -> configuration file of the package, and size; empty where it is missing."""
+    spec = find_spec(PACKAGE) if installed() else None
+    found: dict[str, tuple[Path, str]] = {}
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(folder, "cfg", "models").rglob("*.yaml")):
+            named, scales = _NAMED.fullmatch(file.stem), _SIZES.search(file.read_text(encoding="utf-8"))
+            for size in re.findall(r"^\s+([a-z]):", scales[1], re.M) if named and scales else ():
+                found[f"{named[1]}{size}{named[2]}"] = file, size  # type: ignore[index]
+    return found
+
+
 def names() -> list[str]:
     """Networks with a size, sorted; none where the package is missing."""
-    spec = find_spec(PACKAGE) if installed() else None
-    found: set[str] = set()
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        for file in Path(folder, "cfg", "models").rglob("*.yaml"):
-            named, scales = _NAMED.fullmatch(file.stem), _SIZES.search(file.read_text(encoding="utf-8"))
-            if named and scales:
-                found |= {f"{named[1]}{size}{named[2]}" for size in re.findall(r"^\s+([a-z]):", scales[1], re.M)}
-    return sorted(found)
+    return sorted(_shipped())
 
 
 def check_network(name: str) -> None:
@@ -69,12 +77,17 @@ def check_network(name: str) -> None:
 
 def build_network(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """The network with random weights; bad arguments raise whatever the package raises."""
-    unknown = sorted(set(kwargs) - {"num_classes", "in_chans"})
+    unknown = sorted(set(kwargs) - set(_MOST))
     if unknown:
         raise TypeError(f"unexpected arguments {', '.join(unknown)}: num_classes and in_chans are known")
+    for key, value in kwargs.items():
+        if not is_int(value) or not 1 <= value <= _MOST[key]:
+            raise ValueError(f"{key} must be a whole number from 1 to {_MOST[key]}")
+    file, size = _shipped()[name]
     with _aside():
-        tasks, utils = (importlib.import_module(f"{PACKAGE}.{part}") for part in ("nn.tasks", "utils"))
-        config = tasks.yaml_model_load(f"{name}.yaml")
+        tasks, utils, yaml = (importlib.import_module(part) for part in (f"{PACKAGE}.nn.tasks", f"{PACKAGE}.utils", "yaml"))
+        # Not by the package's own reader: it looks in the current folder first, and expressions of such a file are evaluated.
+        config = {**yaml.safe_load(file.read_text(encoding="utf-8")), "scale": size, "yaml_file": f"{name}.yaml"}
         task = tasks.guess_model_task(config)
         made = getattr(tasks, _CLASSES[task])
         model = made(config, ch=kwargs.get("in_chans", 3), nc=kwargs.get("num_classes"), verbose=False)
@@ -111,10 +124,18 @@ def preprocessing_of(model: nn.Module) -> dict[str, Any]:
 def _aside() -> Iterator[None]:
     """The package greets on stdout, where machines read our JSON, and looks for its servers when it is imported."""
     before = os.environ.get("YOLO_OFFLINE")
-    os.environ["YOLO_OFFLINE"] = before or "true"
+    os.environ["YOLO_OFFLINE"] = "true"
+    log = logging.getLogger(PACKAGE)
+    level = log.level
     try:
         with contextlib.redirect_stdout(sys.stderr):
+            importlib.import_module(PACKAGE)  # which sets its level
+            level = log.level
+            log.setLevel(logging.ERROR)
             yield
     finally:
+        log.setLevel(level)
         if before is None:
             del os.environ["YOLO_OFFLINE"]
+        else:
+            os.environ["YOLO_OFFLINE"] = before

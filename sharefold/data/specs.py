@@ -14,7 +14,7 @@ from sharefold.data.image_files import SUFFIXES, forbid_ghostscript
 from sharefold.data.npz_files import NpzFile
 from sharefold.data.preprocess import Preprocess, shape_text
 from sharefold.errors import SharefoldError
-from sharefold.untrusted import printable
+from sharefold.untrusted import expanded, printable
 
 # What a split may be called in the data, best first.
 SPLITS: dict[str, tuple[str, ...]] = {
@@ -79,7 +79,7 @@ def open_stored(spec: str, split: str, preprocess: Preprocess) -> Dataset:
 
 
 def _npz(place: str, split: str, preprocess: Preprocess) -> Dataset:
-    path = Path(place).expanduser()
+    path = expanded(place)
     if not path.is_file():
         raise SharefoldError(f"data npz:{place}: no such file")
     archive = NpzFile(path, f"data npz:{place}")
@@ -108,7 +108,7 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _imagefolder(place: str, split: str, preprocess: Preprocess) -> Dataset:
-    root = Path(place).expanduser()
+    root = expanded(place)
     if not root.is_dir():
         raise SharefoldError(f"data imagefolder:{place}: no such directory")
     folder = next((root / name for name in split_names(split) if (root / name).is_dir()), None)
@@ -137,7 +137,7 @@ def _torchvision(name: str, inner: str) -> Callable[[str, str, Preprocess], Data
     def open_it(place: str, split: str, preprocess: Preprocess) -> Dataset:
         import torchvision
 
-        root = Path(place).expanduser()
+        root = expanded(place)
         if root.name == inner.split("/")[0] and root.is_dir():  # the user named the inner folder
             root = root.parent
         if not root.is_dir():

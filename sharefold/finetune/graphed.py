@@ -19,6 +19,8 @@ from sharefold.errors import SharefoldWarning
 
 # Updates made one kernel at a time before an update is recorded: libraries choose their algorithms and make room.
 WARM_UP = 3
+# Shapes of batches that are recorded; each keeps memory for its own activations. Others are computed a kernel at a time.
+MOST = 3
 
 Parts = dict[str, Tensor]
 Compute = Callable[[Tensor, Tensor], Parts]
@@ -62,10 +64,11 @@ class GraphedGradients:
             self.seen[key] = self.seen.get(key, 0) + 1
             if self.seen[key] <= WARM_UP:
                 return self._aside(images, labels)
-            try:
-                self.recorded[key] = self._record(images, labels)
-            except RuntimeError as error:
-                self._refuse(error)
+            if len(self.recorded) == MOST:
+                return self._aside(images, labels)
+            reason = self._try(key, images, labels)
+            if reason:  # outside of the exception, which would hold on to all that the recording took
+                self._refuse(reason)
                 return self.compute(images, labels)
         return self._replay(self.recorded[key], images, labels)
 
@@ -77,6 +80,14 @@ class GraphedGradients:
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
         return parts
 
+    def _try(self, key: object, images: Tensor, labels: Tensor) -> str:
+        """Records a shape; the reason why that cannot be, or ""."""
+        try:
+            self.recorded[key] = self._record(images, labels)
+        except RuntimeError as error:
+            return " ".join(str(error).split())[:200] or type(error).__name__
+        return ""
+
     def _record(self, images: Tensor, labels: Tensor) -> _Recorded:
         """Records without computing: the first replay makes the update."""
         graph = torch.cuda.CUDAGraph()
@@ -85,7 +96,8 @@ class GraphedGradients:
         random = torch.cuda.default_generators[self.device.index or 0]
         state = random.clone_state()
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
+            # Threads that load images may take pinned memory meanwhile.
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 parts = {name: value.detach() for name, value in self.compute(images, labels).items()}
         except RuntimeError:
             random.graphsafe_set_state(state)  # the one that was recorded waits for an end of the recording
@@ -100,12 +112,11 @@ class GraphedGradients:
         recorded.graph.replay()
         return recorded.parts
 
-    def _refuse(self, error: RuntimeError) -> None:
+    def _refuse(self, reason: str) -> None:
         self.refused = True
         self.recorded.clear()
         for parameter in self.parameters:
             parameter.grad = None
-        reason = " ".join(str(error).split())[:200]
         warnings.warn(
             f"finetune: the network cannot be recorded as a CUDA graph ({reason}): it trains one kernel at a time, which is "
             "slower; --no-cuda-graphs says so from the start",

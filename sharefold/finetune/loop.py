@@ -23,7 +23,7 @@ from sharefold.finetune.evaluate import evaluate
 from sharefold.finetune.interrupt import Interrupted, StopRequest
 from sharefold.finetune.loaders import training_batches, validation_batches, warn_about_teacher
 from sharefold.finetune.log import RunLog, draw_curve
-from sharefold.finetune.optimizer_state import check_optimizer
+from sharefold.finetune.optimizer_state import check_optimizer, with_own_kernels
 from sharefold.finetune.run_state import check_progress, check_same_run, check_tensors, read_state, write_state
 from sharefold.finetune.schedule import Schedule, build_optimizer
 from sharefold.finetune.step import Updater, freeze_norms
@@ -383,7 +383,7 @@ class _Run:
             stepped = self.updates > 0 and not state["scaler"]
             check_optimizer(self.optimizer, state["optimizer"], self.config, stepped=stepped)
             load_tensors(self.model, state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(with_own_kernels(self.optimizer, state["optimizer"]))
             self.updater.scaler.load_state_dict(state["scaler"])
             if self.ema is not None:
                 load_tensors(self.ema.module, state["ema"])

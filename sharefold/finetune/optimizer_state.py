@@ -19,6 +19,19 @@ from sharefold.untrusted import is_int, is_number
 Key = tuple[int, tuple[int, ...]]
 
 
+# How an optimizer computes, which depends on the device; what it computes is the same.
+KERNELS = ("fused", "foreach", "capturable")
+
+
+def with_own_kernels(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """``saved``, a state dict that was checked, as if this optimizer's kernels had made it."""
+    groups = [
+        {**group, **{name: own[name] for name in KERNELS if name in own}}
+        for group, own in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    return {**saved, "param_groups": groups}
+
+
 def check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], config: FinetuneConfig, *, stepped: bool) -> None:
     """Compares ``saved``, an optimizer's state dict, with ``optimizer``, which is left as it is.
 
@@ -39,7 +52,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], con
         indices = range(len(places), len(places) + len(own["params"]))
         if group.get("params") != [*indices]:
             raise ValueError("the optimizer's parameters")
-        for name in own.keys() & group.keys() - {"params"}:
+        for name in own.keys() & group.keys() - {"params", *KERNELS}:
             if not _alike(group[name], own[name]):
                 raise ValueError(f"the optimizer's {name}")
         places.update((i, (at, tuple(p.shape))) for i, p in zip(indices, own["params"], strict=True))

@@ -25,7 +25,7 @@ from sharefold.untrusted import is_int, is_number, shown
 STATE_VERSION = 1
 # Settings that may differ when a run goes on: they change where and how often, not what.
 FREE = {"device", "workers", "checkpoint_steps", "checkpoint_minutes", "log_steps", "tensorboard", "compile",
-        "find_unused", "eval_epochs"}  # fmt: skip
+        "cuda_graphs", "find_unused", "eval_epochs"}  # fmt: skip
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:

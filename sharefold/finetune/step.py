@@ -146,8 +146,7 @@ class Updater:
             if self.teacher is not None and (self.distill or self.blocks):
                 with torch.no_grad():
                     goal = self.teacher_forward(images)
-            with nullcontext() if config.compile else composed_together(self.model):
-                logits = self.forward(images).float()
+            logits = self.forward(images).float()
         total = torch.zeros((), device=logits.device)
         if config.labels and self.distill < 1:
             smoothing = 0.0 if labels.ndim == 2 else config.label_smoothing
@@ -171,8 +170,13 @@ class Updater:
 
     def _gradients(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Adds the gradients of one slice of a batch to those of the parameters; returns the loss's parts."""
-        parts = self.losses(images, labels)
-        self.scaler.scale(parts["loss"] / self.config.accumulate).backward()
+        with ExitStack() as stack:
+            if not self.config.compile:  # a compiler sees to that by itself
+                with self.autocast():
+                    stack.enter_context(composed_together(self.model))
+            parts = self.losses(images, labels)
+            # Within: checkpointed blocks run again in here, and must find the same weights.
+            self.scaler.scale(parts["loss"] / self.config.accumulate).backward()
         return parts
 
     def update(self, batches: Iterator[Batch], small: bool = False) -> dict[str, Tensor]:

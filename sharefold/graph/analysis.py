@@ -22,7 +22,7 @@ from sharefold.graph.spaces import Flow, propagate
 from sharefold.graph.stages import Size, find_stages, number_blocks
 from sharefold.graph.trace import ShapeRecorder, same_output, trace
 from sharefold.layers import ConvForm
-from sharefold.running import as_input, check_shapes
+from sharefold.running import as_input, check_shapes, keep_plain
 
 # fx patches nn.Module for the whole process while it traces.
 _TRACING = threading.RLock()
@@ -48,7 +48,7 @@ def analyze(model: nn.Module, example_input: Any, *, symbolic: bool = True) -> N
     check_shapes(model)
     with _TRACING, preserved(model):
         layers, skipped = find_layers(model)
-        run = run_with_hooks(model, _copied(example_input, model), layers)
+        run = _first_run(model, example_input, layers)
         graph, note = _trace(model, example_input, run, set(skipped)) if symbolic else (None, "not asked for")
         for name in [name for name in layers if name not in run.layers]:
             skipped[name] = "never called as a module: unused, or its weight is used by other code"
@@ -73,6 +73,16 @@ def analyze(model: nn.Module, example_input: Any, *, symbolic: bool = True) -> N
         fx_graph=graph if self_contained else None,
         trace_note=note,
     )
+
+
+def _first_run(model: nn.Module, example: Any, layers: dict[str, ConvForm]) -> Run:
+    """As :func:`run_with_hooks`; a part of the network may want the plain order of channels, and the network gets it then."""
+    try:
+        return run_with_hooks(model, _copied(example, model), layers)
+    except SharefoldError as error:
+        if "view size is not compatible" not in str(error) or not keep_plain(model):
+            raise
+    return run_with_hooks(model, _copied(example, model), layers)
 
 
 def _copied(value: Any, model: nn.Module) -> Any:

@@ -17,7 +17,7 @@ RUNTIMES = ("auto", "factored", "composed")
 # `auto` runs two small convolutions instead of one when they need at most this share of its multiplications
 # (benchmarks/runtime.py; its results are of one CPU).
 FACTORED_SHARE = 0.8
-# A weight that is set is a multiple of the old one within this error, relative to it.
+# Filters that are set are multiples of the old ones within this error, relative to each.
 SAME_WEIGHT = 1e-3
 
 
@@ -36,6 +36,7 @@ class SharedConv(Keeper):
     pivots: Tensor | None  # of the own factor, where it is kept without its pivots
     own_bias: nn.Parameter | None
     gain: nn.Parameter | None
+    given: Tensor | None = None  # the weight while :func:`composed_together` is active
 
     def __init__(
         self, form: ConvForm, bank: Bank | None = None, bias: Tensor | None = None, gain: Tensor | None = None
@@ -47,7 +48,6 @@ class SharedConv(Keeper):
         self.register_parameter("own_bias", None if bias is None else nn.Parameter(bias.detach().clone()))
         self.register_parameter("gain", None if gain is None else nn.Parameter(gain.detach().clone()))
         self.runtime = "auto"
-        self.given: Tensor | None = None  # the weight while :func:`composed_together` is active
         self._kept = Kept()
 
     # What subclasses say -----------------------------------------------------------------------------------------
@@ -156,7 +156,8 @@ class SharedConv(Keeper):
         if part is None or new.shape != old.shape:
             raise SharefoldError(f"{type(self).__name__}: its weight is put together and cannot be set: expand the network first")
         scale = (new * old).sum(1) / old.square().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
-        if (new - scale[:, None] * old).norm() > SAME_WEIGHT * new.norm():
+        allowed = max(SAME_WEIGHT, 4 * torch.finfo(weight.dtype).eps, 4 * torch.finfo(part[1].dtype).eps) * new.norm(dim=1)
+        if not bool(((new - scale[:, None] * old).norm(dim=1) <= allowed).all()):
             raise SharefoldError(
                 f"{type(self).__name__}: its weight is put together, so that only multiples of its filters can be set: expand "
                 "the network first"
@@ -166,6 +167,9 @@ class SharedConv(Keeper):
     @torch.no_grad()
     def _set_bias(self, bias: Tensor | None) -> None:
         """Takes the effective bias (O,), to which a norm within the layer may add and for which a bank may stand."""
+        if bias is not None and (not isinstance(bias, Tensor) or tuple(bias.shape) != (self.out_channels,)):
+            shape = tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
+            raise SharefoldError(f"{type(self).__name__}: bias: {shape}: give a tensor of {self.out_channels} numbers, or None")
         before, effective = self.own_bias, self.bias
         wanted = torch.zeros(self.out_channels) if bias is None else bias.detach()
         own = wanted if effective is None else wanted.to(effective) - effective
@@ -256,6 +260,8 @@ def rounded_once(x: Tensor, make: Callable[[], tuple[Tensor, Tensor | None]]) ->
         return make()
     with torch.autocast(kind, enabled=False):
         weight, bias = make()
+    if torch.float64 in (weight.dtype, x.dtype):  # which autocast leaves alone
+        return weight, bias
     last = weight.ndim == 4 and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.preserve_format
     return weight.to(dtype, memory_format=layout), bias

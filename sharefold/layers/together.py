@@ -29,7 +29,7 @@ _NOT_COMPOSED = ("own_bias", "gain")  # parameters that are no part of the weigh
 def composed_together(model: nn.Module) -> Iterator[int]:
     """While active, layers of ``model`` that are alike use weights that were put together at once, as they are now.
 
-    For one forward pass in training: the weights carry gradients to the layers' tensors, and do not follow changes of those.
+    For one forward and backward pass: the weights carry gradients to the layers' tensors, and do not follow changes of those.
     Under autocast they are rounded once, to its type. Layers that are alone in their kind put theirs together as ever.
 
     Yields:
@@ -81,5 +81,7 @@ def _weights(layers: list[SharedConv]) -> list[Tensor]:
     wanted = autocast_dtype(kind)
     with nullcontext() if wanted is None else torch.autocast(kind, enabled=False):
         weights = torch.vmap(lambda tensors: functional_call(composer, tensors, ()))(stacked)
-    last = weights.movedim(2, -1).to(wanted or weights.dtype, memory_format=torch.contiguous_format)
+    if wanted is None or weights.dtype == torch.float64:  # which autocast leaves alone
+        wanted = weights.dtype
+    last = weights.movedim(2, -1).to(wanted, memory_format=torch.contiguous_format)
     return list(last.movedim(-1, 2).unbind(0))

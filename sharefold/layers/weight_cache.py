@@ -25,7 +25,7 @@ class Kept:
         torch counts no writes through ``.data`` and by collectives: :class:`Keeper` says what else makes it forget. Those of
         fused optimizers it does not count either; steps are counted here.
         """
-        if x is None or symbolic(x):
+        if x is None or symbolic(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):  # recorded: no values yet
             return make()
         if torch.is_grad_enabled():
             self.clear()  # somebody trains

@@ -39,7 +39,7 @@ from sharefold.sources.preprocessing import preprocessing
 from sharefold.sources.read import check_file, read_state_dict
 from sharefold.sources.twins import Look, settled
 from sharefold.sources.unwrap import PREFIXES
-from sharefold.untrusted import parse_json, read_text, shown
+from sharefold.untrusted import expanded, parse_json, read_text, shown
 
 _KINDS = {
     "timm": "timm", "tv": "torchvision", "torchvision": "torchvision", "smp": "smp", "yolo": "ultralytics",
@@ -105,12 +105,14 @@ def open_source(
     text = str(source)
     kind, rest = _split(text)
     if kind is None:
-        return _open_path(Path(text).expanduser(), options, look)
+        return _open_path(expanded(text), options, look)
     if options.arch is not None:
         raise SharefoldError(f"--arch is for checkpoint files, and {text} names its architecture: leave --arch out")
-    files = kind in ("smp", "ultralytics") and rest and rest.partition(":")[0] not in registry(kind)
-    if files and (Path(rest).expanduser().exists() or rest.endswith(".pt")):
-        return _open_path(Path(rest).expanduser(), options, look)
+    if kind in ("smp", "ultralytics") and rest and rest.partition(":")[0] not in registry(kind):
+        if expanded(rest).exists() or rest.endswith(".pt"):
+            return _open_path(expanded(rest), options, look)
+        if ".pt:" in rest:
+            raise SharefoldError(f"{text}: a file knows its architecture: leave out what stands behind .pt")
     name, kwargs = _name_and_options(rest, text) if kind != "hf-hub" else (rest, {})
     for key, value in (("num_classes", options.num_classes), ("in_chans", options.in_chans)):
         if value is not None:

@@ -35,6 +35,10 @@ _GET_OPS = frozenset({"GET", "BINGET", "LONG_BINGET"})
 _PUT_OPS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
 
 
+# In place of a name: behind some byte the pickle cannot be followed.
+UNREAD = "(and what cannot be read)"
+
+
 def harmless_globals() -> list[Any]:
     """Types and functions beyond torch's own list that can neither run code nor touch files when unpickled."""
     # Its name since numpy 2; numpy 1.26 has an empty `_core` beside the old one.
@@ -66,14 +70,15 @@ def _plain_dict(*_: Any) -> dict[Any, Any]:
 def globals_of(path: Path) -> list[str]:
     """Everything but tensors and harmless values that unpickling ``path`` would import, sorted.
 
-    Works for zip archives of ``torch.save``, for its older format and for plain pickles; nothing is run. Damaged
-    streams are read up to the damage.
+    Works for zip archives of ``torch.save``, for its older format and for plain pickles; nothing is run. Damaged streams are
+    read up to the damage, and :data:`UNREAD` is among the names then.
     """
     found: set[str] = set()
     for stream in _pickle_streams(path):
         with stream:
             _collect(stream, found)
-    return sorted(name for name in found if not _is_harmless(name))
+    names = sorted(name for name in found if not _is_harmless(name))
+    return [] if names == [UNREAD] else names  # damaged, and nothing of it is run
 
 
 def check_sizes(path: Path) -> None:
@@ -122,12 +127,17 @@ def _pickle_streams(path: Path) -> list[IO[bytes]]:
 
 
 def _collect(stream: IO[bytes], found: set[str]) -> None:
-    try:
-        for _ in range(LEGACY_PICKLES):
+    """All pickles of a stream; where one breaks off and others' names were found, :data:`UNREAD` says that there may be more."""
+    for _ in range(LEGACY_PICKLES):
+        start = stream.tell()
+        try:
             _collect_one(stream, found)
-    except Exception:
-        # Whatever follows the damage (or, in the older format, raw tensor bytes) is no pickle.
-        return
+        except Exception:
+            # Whatever follows the damage is no pickle to us, but torch's reader may go on where ours stops.
+            stream.seek(start)
+            if found and stream.read(1):
+                found.add(UNREAD)
+            return
 
 
 def _collect_one(stream: IO[bytes], found: set[str]) -> None:
@@ -138,13 +148,15 @@ def _collect_one(stream: IO[bytes], found: set[str]) -> None:
     pushed: list[str | None] = []
     codes: set[str] = set()
     memo: dict[int, str | None] = {}
+    texts = 0  # so many of the opcodes just before pushed a text
     for opcode, argument, _ in pickletools.genops(stream):
         name = opcode.name
         if name in ("GLOBAL", "INST"):
             found.add(str(argument).replace(" ", ".", 1))
             pushed.append(None)
         elif name == "STACK_GLOBAL":
-            module, attribute = [None, None, *pushed][-2:]
+            # Both texts must have been pushed just before: what is popped in between would leave others on the stack.
+            module, attribute = [None, None, *pushed][-2:] if texts >= 2 else (None, None)
             known = module is not None and attribute is not None
             found.add(f"{module}.{attribute}" if known else "(a name computed while unpickling)")
             pushed.append(None)
@@ -161,6 +173,10 @@ def _collect_one(stream: IO[bytes], found: set[str]) -> None:
             memo[len(memo)] = pushed[-1] if pushed else None
         elif opcode.stack_after:
             pushed.append(None)
+        if name in _STRING_OPS or name in _GET_OPS:
+            texts += 1
+        elif name not in _PUT_OPS and name not in ("MEMOIZE", "FRAME"):
+            texts = 0
     found |= codes
 
 

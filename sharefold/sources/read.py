@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
 from sharefold.sources.pickle_sizes import TooLarge, Unclear
-from sharefold.sources.pickles import check_sizes, globals_of, harmless_globals, is_archive
+from sharefold.sources.pickles import UNREAD, check_sizes, globals_of, harmless_globals, is_archive
 from sharefold.sources.unwrap import check_finite, unwrap
 from sharefold.untrusted import printable
 
@@ -86,6 +86,10 @@ def _read(file: Path, trust_pickle: bool) -> tuple[Any, str]:
         # Any exception type can come out of a damaged stream; each becomes one line below.
         reason = error
     imports = globals_of(file)
+    if imports and trust_pickle and UNREAD in imports:
+        raise SharefoldError(
+            f"{file} is damaged, or hides what it would run ({', '.join(imports)}): download it again, or save model.state_dict()"
+        ) from None
     if imports and trust_pickle:
         return _read_trusted(file), "pickle"
     if imports:

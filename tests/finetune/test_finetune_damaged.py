@@ -176,3 +176,16 @@ def test_an_old_pickle_with_an_archive_behind_it_is_no_state(tmp_path: Path) -> 
     (tmp_path / "state.pt").write_bytes(b"".join(parts))
     with pytest.raises(SharefoldError, match=r"state\.pt: not a readable run state \(ValueError\)"):
         read_state(tmp_path / "state.pt")
+
+
+def test_a_run_goes_on_where_the_optimizer_computes_with_other_kernels(stopped: tuple[Path, str], tmp_path: Path) -> None:
+    """As one that was begun on a GPU, by an older version, and with its graphs turned off."""
+    shutil.copytree(stopped[0], tmp_path / "run")
+    file, model = tmp_path / "run" / "state.pt", shared_net(seed=5)
+    state = torch.load(file, weights_only=True)
+    for saved in state["optimizer"]["param_groups"]:
+        saved.update(fused=True, foreach=False, capturable=True)
+    del state["config"]["cuda_graphs"]
+    torch.save(state, file)
+    tune(model, tmp_path / "run", resume=True)
+    assert digest(model) == stopped[1]

@@ -42,7 +42,7 @@ class StandIn:
                 self.again()
 
         @contextlib.contextmanager
-        def graph(_: Graph, stream: Stream) -> Iterator[None]:
+        def graph(_: Graph, stream: Stream, capture_error_mode: str) -> Iterator[None]:
             outer.recording += 1
             if outer.fails:
                 raise RuntimeError("operation not permitted when stream is capturing")

@@ -8,8 +8,10 @@ import pytest
 import torch
 from networks import images, net
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import sharefold
+from sharefold.finetune import finetune
 from sharefold.finetune.whole import whole_factors
 from sharefold.layers import running, shared_layers
 from sharefold.layers.norm_fusion import norms_fused
@@ -87,3 +89,23 @@ def test_an_exception_leaves_nothing_behind() -> None:
     with pytest.raises(RuntimeError), running(model, "composed"), composed_together(model):
         raise RuntimeError
     assert all(layer.given is None for layer in shared_layers(model).values())
+
+
+class Checkpointed(nn.Module):
+    """Runs its blocks again in the backward pass instead of keeping what they computed."""
+
+    def __init__(self, body: nn.Module, again: bool) -> None:
+        super().__init__()
+        self.body, self.again = body, again
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(self.body, x, use_reentrant=False) if self.again else self.body(x)
+
+
+def test_checkpointed_networks_train() -> None:
+    data, losses = (torch.randint(0, 256, (32, 3, 8, 8), dtype=torch.uint8), torch.arange(32) % 4), []
+    for again in (True, False):
+        model = Checkpointed(shared("basis"), again)
+        report = finetune(model, data, epochs=1, batch_size=8, lr=0.01, augment="none", ema=0, seed=1, quiet=True)
+        losses.append(report.history[-1]["train_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

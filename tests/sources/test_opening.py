@@ -262,7 +262,7 @@ class TestCheckpoints:
         text = fails(tmp_path / "w.pt", "does not fit resnet18: .*unexpected, first conv1.0", arch="resnet18")
         assert "missing" in text and "choose another --arch" in text
         fails(tmp_path / "w.pt", "unknown model timm:resnet18dd: did you mean resnet18d", arch="resnet18dd")
-        fails(tmp_path / "w.pt", "name an architecture of timm, torchvision or smp", arch="hf-hub:a/b")
+        fails(tmp_path / "w.pt", "name an architecture of timm, torchvision, smp or ultralytics", arch="hf-hub:a/b")
 
     def test_lightning_style_extras(self, tmp_path: Path) -> None:
         """Metrics and losses beside the network keep the prefix from being common to all names."""
@@ -303,6 +303,7 @@ class TestCheckpoints:
     def test_paths(self, tmp_path: Path) -> None:
         fails(tmp_path / "absent.pth", "does not exist: check the path")
         fails(tmp_path, "directory without a model")
+        fails("~nosuchuser/w.pt", "no such home folder: write the path in full")
         # The second one begins with the opcode of an extension code, which alone makes no pickle.
         for noise in (bytes(range(1, 256)), b"\x84\x01\x02\x03\x84" + bytes(range(1, 200))):
             (tmp_path / "w.pt").write_bytes(noise)

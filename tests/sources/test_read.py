@@ -243,3 +243,26 @@ def test_extension_codes_of_a_whole_pickle_are_named(tmp_path: Path) -> None:
     (tmp_path / "m.pt").write_bytes(pickle.PROTO + b"\x02" + pickle.EXT1 + b"\x05" + pickle.STOP)
     with pytest.raises(SharefoldError, match=r"would import and run code: \(extension code 5\)"):
         read_state_dict(tmp_path / "m.pt")
+
+
+HIDDEN = {
+    # Texts that are popped again before the name is taken from the stack.
+    "popped": b"\x80\x02cfractions\nFraction\n0X\x02\x00\x00\x00osX\x06\x00\x00\x00systemX\x0b\x00\x00\x00collections"
+    b"X\x0b\x00\x00\x00OrderedDict00\x93X\x04\x00\x00\x00true\x85R.",
+    # A text that Python's own reader of opcodes refuses, and torch's does not.
+    "unreadable": b"cfractions\nFraction\n0S'\xc3\xa9'\n0cos\nsystem\nX\x04\x00\x00\x00true\x85R.",
+}
+
+
+@pytest.mark.parametrize("kind", HIDDEN)
+def test_what_a_pickle_hides_is_told_or_not_run(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.pt").write_bytes(HIDDEN[kind])
+    told = r"computed while unpickling" if kind == "popped" else r"\(and what cannot be read\)"
+    with pytest.raises(SharefoldError, match=told):
+        read_state_dict(tmp_path / "m.pt")
+    ran: list[str] = []
+    monkeypatch.setattr("os.system", ran.append)
+    if kind == "unreadable":
+        with pytest.raises(SharefoldError, match="damaged, or hides what it would run"):
+            read_state_dict(tmp_path / "m.pt", trust_pickle=True)
+        assert ran == []

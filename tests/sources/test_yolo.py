@@ -82,6 +82,7 @@ def test_named(name: str, side: int, capfd: pytest.CaptureFixture[str]) -> None:
         ("yolo:yolov8q", "unknown model yolo:yolov8q: did you mean yolov8"),
         ("yolo:yolov8n", "give the trained file, yolo:yolov8n.pt --trust-pickle"),
         ("yolo:absent.pt", "absent.pt does not exist"),
+        ("yolo:best.pt:num_classes=3", "a file knows its architecture"),
     ],
 )
 def test_refusals(source: str, words: str) -> None:
@@ -89,9 +90,27 @@ def test_refusals(source: str, words: str) -> None:
         sharefold.open_source(source)
 
 
-def test_bad_arguments() -> None:
-    with pytest.raises(SharefoldError, match="unexpected arguments weight"):
-        sharefold.open_source("yolo:yolov8n:weight=2", pretrained=False)
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("weight=2", "unexpected arguments weight"), ("num_classes=0", "from 1 to 65536"),
+        ("num_classes=16000000", "from 1 to 65536"), ("in_chans=5000", "from 1 to 256"), ("in_chans=True", "from 1 to 256"),
+    ],
+)  # fmt: skip
+def test_bad_arguments(arguments: str, words: str) -> None:
+    with pytest.raises(SharefoldError, match=words):
+        sharefold.open_source(f"yolo:yolov8n:{arguments}", pretrained=False)
+
+
+def test_configurations_in_the_current_folder_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's own reader takes them first, and evaluates what they say of activations."""
+    monkeypatch.chdir(tmp_path)
+    shipped, _ = yolo._shipped()["yolov8n-cls"]
+    bad = 'activation: "__import__(\'pathlib\').Path(\'ran\').touch() or torch.nn.SiLU()"\n'
+    for name in ("yolov8n-cls.yaml", "yolov8-cls.yaml"):
+        Path(name).write_text(shipped.read_text() + bad)
+    model = sharefold.open_source("yolo:yolov8n-cls:num_classes=3", pretrained=False).model
+    assert base_of(model) is not None and not Path("ran").exists()
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
