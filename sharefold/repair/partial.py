@@ -1,4 +1,4 @@
-"""A repair of many layers of which the first alone can be kept: errors add up with depth, so that the late ones may spoil it."""
+"""A repair of which a part can be kept: the first layers, since errors add up with depth, or a part of the way."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Partial:
-    """What a repair of several layers has done.
+    """What a repair of several parts has done.
 
     Attributes:
-        count: layers that it has changed, in forward order.
+        count: parts that it has changed, for example layers in forward order.
         keep: leaves the network with the changes of the first so many alone; may be called with any number in any order.
-        details: for the record, where so many layers keep their changes.
+        details: for the record, where so many parts are kept.
     """
 
     count: int

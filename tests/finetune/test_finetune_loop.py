@@ -119,7 +119,7 @@ def test_frozen_norms_run_inside_of_the_convolutions_and_learn_the_same(monkeypa
     tune(fused, **settings)
     handle.remove()
     assert len(passes) > 4 and all(passes[1:]), "once training begins the norm hands on what the convolution gave"
-    monkeypatch.setattr(sharefold.finetune.step, "norms_fused", lambda *_: nullcontext())
+    monkeypatch.setattr(sharefold.finetune.step, "norms_fused", lambda *_, **__: nullcontext())
     tune(plain, **settings)
     assert not torch.equal(fused.layer1[0].bn1.weight, start)
     for name, tensor in plain.state_dict().items():

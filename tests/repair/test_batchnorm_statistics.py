@@ -93,3 +93,20 @@ def test_networks_without_batchnorm_are_left_alone() -> None:
     done = reestimated(copy.deepcopy(model), model)
     assert done.to_dict() == {"kept": False, "reason": "the network has no BatchNorm with running statistics"}
     assert torch.equal(logits(model), before)
+
+
+def test_any_part_of_the_way_can_be_kept() -> None:
+    original = net()
+    model = copy.deepcopy(original)
+    with torch.no_grad():
+        model.stem.weight.mul_(1.15)
+    old = model.bn.running_mean.clone(), model.bn.running_var.clone()
+
+    work = work_of(original, model, FITTING, HELD_OUT)
+    partial = NormStatistics().run(work)
+    new = model.bn.running_mean.clone(), model.bn.running_var.clone()
+    for parts in (1, 4, 0, 2):
+        partial.keep(parts)
+        for value, first, last in zip((model.bn.running_mean, model.bn.running_var), old, new, strict=True):
+            torch.testing.assert_close(value, first + (last - first) * parts / 4)
+    assert partial.details(3) == {"step": 0.75}
