@@ -33,6 +33,7 @@ from sharefold.outputs.intervals import wilson
 from sharefold.outputs.leaf import LOGITS
 from sharefold.plans import GroupPlan, Plan, Progress
 from sharefold.repair.batchnorm_statistics import NormStatistics
+from sharefold.repair.confidence import Confidence, scales_of
 from sharefold.repair.guard import Guard
 from sharefold.repair.last_layers import LastLayers
 from sharefold.repair.means import absorb_means
@@ -46,7 +47,7 @@ from sharefold.store.plain_size import plain_bytes
 from sharefold.store.tensor_spec import carry_spec
 
 # In the order in which they run.
-REPAIRS: tuple[Repair, ...] = (Refit(), NormStatistics(), LastLayers())
+REPAIRS: tuple[Repair, ...] = (Confidence(), Refit(), NormStatistics(), LastLayers())
 
 
 @dataclass
@@ -221,7 +222,7 @@ def _mended(
     for phase, steps in (("repair", repairs), ("refine", refinement)):
         if steps:
             with _timed(seconds, phase):
-                records += repaired(work, steps)
+                records += repaired(work, steps, scales_of(work) if phase == "repair" else None)
     return records
 
 

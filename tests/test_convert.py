@@ -164,8 +164,8 @@ def test_repair_does_not_raise_the_divergence() -> None:
     done = sharefold.convert_(repaired, plan, calibration=CALIBRATION)
     views = calibrate(model, CALIBRATION).decide_views
     before, after = (agreement(done.original, network, views).kl for network in (plain, repaired))
-    assert after <= before and without.steps == {} and set(done.steps) == {"refit", "norms", "head"}
-    assert done.steps["refit"]["kl_before"] == pytest.approx(before, rel=1e-4, abs=1e-8)
+    assert after <= before and without.steps == {} and set(done.steps) == {"scale", "refit", "norms", "head"}
+    assert done.steps["scale"]["kl_before"] == pytest.approx(before, rel=1e-4, abs=1e-8)
 
 
 def test_views_stand_beside_the_decide_images() -> None:
@@ -271,7 +271,7 @@ def test_every_step_goes_on_from_what_the_one_before_it_left() -> None:
     model = net(blocks=4)
     plan = sharefold.plan(model, budget="35%", calibration=CALIBRATION)
     done = sharefold.convert_(model, plan, calibration=CALIBRATION, refine=1)
-    steps = [done.steps[name] for name in ("refit", "norms", "head", "refine")]
+    steps = [done.steps[name] for name in ("scale", "refit", "norms", "head", "refine")]
     measured = [step for step in steps if "kl_before" in step]  # a classifier that is shared is part of the refit
     assert len(measured) >= 3
     for step, following in itertools.pairwise(measured):

@@ -104,6 +104,12 @@ class Comparison:
             self._kept[index] = found
         return found
 
+    def answers(self, model: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """What the original and ``model`` say, leaf by leaf in the order of the reading, batch by batch; both in eval mode."""
+        with evaluating(self.original, model):
+            for _, theirs, _, ours in self._pairs(model):
+                yield theirs, ours
+
     def _pairs(self, model: nn.Module) -> Iterator[tuple[Any, list[Tensor], Any, list[Tensor]]]:
         """(raw, leaves) of the original and of ``model``, batch by batch; both in eval mode."""
         for index, batch in enumerate(self.batches):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -12,6 +13,27 @@ from sharefold.outputs import Comparison
 from sharefold.repair.partial import Partial, best_start
 from sharefold.repair.step_record import StepRecord
 from sharefold.state_dicts import trial
+
+
+class Scaled(Protocol):
+    """Something about a network that is settled anew in every state of it."""
+
+    def settle(self) -> object: ...
+
+    def undo(self) -> None: ...
+
+
+def _scaled(done: Mapping[str, Any] | Partial, scales: Scaled) -> Mapping[str, Any] | Partial:
+    """``done`` whose states are settled as well."""
+    if not isinstance(done, Partial):
+        return done
+
+    def keep(count: int) -> None:
+        scales.undo()
+        done.keep(count)
+        scales.settle()
+
+    return replace(done, keep=keep)
 
 
 class Guard:
@@ -50,9 +72,12 @@ class Guard:
         return len(self.comparison.images)
 
     def attempt(
-        self, model: nn.Module, name: str, change: Callable[[], Mapping[str, Any] | Partial | StepRecord | None]
-    ) -> StepRecord:
+        self, model: nn.Module, name: str, change: Callable[[], Mapping[str, Any] | Partial | StepRecord | None],
+        scales: Scaled | None = None,
+    ) -> StepRecord:  # fmt: skip
         """Runs ``change``, which writes into ``model`` and returns details (None: it could not), and keeps or undoes it.
+
+        ``scales`` gives every state of the network its own best scale before it is compared.
 
         What changes layer by layer returns a :class:`Partial`: where all of it does harm, its first layers may still help. What
         has judged itself by this guard returns its record, and its network stays.
@@ -67,6 +92,9 @@ class Guard:
             if done is None:
                 reason = "it has no finite solution"
                 return StepRecord(name, False, reason, before, None, time.perf_counter() - start, images=self.images)
+            if scales is not None:
+                scales.settle()
+                done = _scaled(done, scales)
             after = self.divergence(model)
             kept = self.better(after, before)
             details: Mapping[str, Any]

@@ -6,8 +6,7 @@ features that badly damaged layers no longer give.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sharefold.outputs import OutputReading
-from sharefold.outputs.leaves import tensors_of
-from sharefold.outputs.taps import listening
 from sharefold.repair.coefficients import Linear, best_ridge, best_step, fitted, halves_of, sums_of
+from sharefold.repair.output_layers import output_layers, watched
 from sharefold.repair.work import Work
 from sharefold.running import evaluating, run_on
 
@@ -31,6 +28,7 @@ class LastLayers:
     """Least squares for weight and bias of every dense layer whose output is one of the network's."""
 
     name = "head"
+    settles = False
 
     def refusal(self, work: Work) -> str:
         return "" if _pairs(work) else "no output is that of a dense Linear or convolution with a bias"
@@ -67,7 +65,7 @@ def _fit(head: Any, fit: Rows, decide: Rows) -> float | None:
 def _pairs(work: Work) -> list[tuple[Any, nn.Module]]:
     """Dense layers of the converted network whose outputs are its own, and those of the original that give the same outputs."""
     reading, images = work.cal.reading, work.cal.images[work.cal.parts.fit[:2]]
-    ours, theirs = _heads(reading, work.model, images), _heads(reading, work.cal.original, images)
+    ours, theirs = (output_layers(reading, net, images, _dense) for net in (work.model, work.cal.original))
     found = [(ours[name], theirs[name]) for name in ours if name in theirs]
     names = {id(module): name for name, module in work.model.named_modules()}
     return [
@@ -76,20 +74,8 @@ def _pairs(work: Work) -> list[tuple[Any, nn.Module]]:
     ]  # fmt: skip
 
 
-def _heads(reading: OutputReading, model: nn.Module, images: Tensor) -> dict[str, nn.Module]:
-    """Layers that run once and whose output is one of the network's, by the name of that; found in one run."""
-    sources = {leaf.source for leaf in reading.leaves}
-    with ExitStack() as stack:
-        layers = [module for module in model.modules() if type(module) in (nn.Linear, nn.Conv2d)]
-        runs = [(layer, stack.enter_context(_watched(layer))) for layer in layers]
-        stack.enter_context(evaluating(model))
-        seen = stack.enter_context(listening(model, reading.taps))
-        output = run_on(model, images)
-        returned = tensors_of(seen if reading.taps else output)
-    once = [(layer, run[0][1]) for layer, run in runs if len(run) == 1]
-    return {
-        name: layer for name, tensor in returned.items() if name in sources for layer, given in once if _is_view(given, tensor)
-    }
+def _dense(module: nn.Module) -> bool:
+    return type(module) in (nn.Linear, nn.Conv2d)
 
 
 def _solvable(module: nn.Module) -> bool:
@@ -100,26 +86,6 @@ def _solvable(module: nn.Module) -> bool:
         return False
     own = dict(module.named_parameters(recurse=False))
     return set(own) == {"weight", "bias"} and all(p.requires_grad and p.is_floating_point() for p in own.values())
-
-
-def _is_view(output: Any, returned: Tensor) -> bool:
-    """Whether what the network returns is all of a layer's output, in whatever shape and order."""
-    if not isinstance(output, Tensor) or output.numel() != returned.numel():
-        return False
-    if output.untyped_storage().data_ptr() == returned.untyped_storage().data_ptr():
-        return True
-    return output.shape == returned.shape and torch.equal(output, returned)
-
-
-@contextmanager
-def _watched(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Inputs and outputs of every run of ``module``."""
-    seen: list[tuple[Tensor, Tensor]] = []
-    handle = module.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 @dataclass(frozen=True)
@@ -139,7 +105,7 @@ class Rows:
 def _rows_of(original: nn.Module, model: nn.Module, head: nn.Module, wanted_head: nn.Module, images: Tensor) -> Rows:
     features, wanted, index = [], [], []
     done = 0
-    with _watched(head) as seen, _watched(wanted_head) as seen_wanted, evaluating(original, model):
+    with watched(head) as seen, watched(wanted_head) as seen_wanted, evaluating(original, model):
         for batch in images.split(BATCH):
             seen.clear()
             seen_wanted.clear()

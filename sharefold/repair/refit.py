@@ -46,6 +46,7 @@ class Refit:
     """
 
     name = "refit"
+    settles = False
 
     def refusal(self, work: Work) -> str:
         if work.cal.graph.fx_graph is None:

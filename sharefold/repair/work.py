@@ -11,7 +11,7 @@ from torch import nn
 
 from sharefold.calibration.calibrate import Calibration
 from sharefold.plans import Plan, Progress
-from sharefold.repair.guard import Guard
+from sharefold.repair.guard import Guard, Scaled
 from sharefold.repair.partial import Partial
 from sharefold.repair.step_record import StepRecord
 
@@ -36,6 +36,7 @@ class Repair(Protocol):
     """One repair: it says whether it applies, and writes into the network; the guard keeps what helps."""
 
     name: str
+    settles: bool  # the scale of the logits itself; after others it is settled anew
 
     def refusal(self, work: Work) -> str:
         """Why it does not apply to this network; "" where it does."""
@@ -45,13 +46,14 @@ class Repair(Protocol):
         where it has asked the guard already."""
 
 
-def repaired(work: Work, repairs: Sequence[Repair]) -> list[StepRecord]:
-    """Runs ``repairs`` in order, each under the guard; one record each."""
+def repaired(work: Work, repairs: Sequence[Repair], scales: Scaled | None = None) -> list[StepRecord]:
+    """Runs ``repairs`` in order, each under the guard; one record each. ``scales``: as for :meth:`Guard.attempt`."""
     records = []
     for repair in repairs:
         reason = repair.refusal(work)
         if reason:
             records.append(StepRecord(repair.name, False, reason))
         else:
-            records.append(work.guard.attempt(work.model, repair.name, partial(repair.run, work)))
+            settled = None if repair.settles else scales
+            records.append(work.guard.attempt(work.model, repair.name, partial(repair.run, work), settled))
     return records

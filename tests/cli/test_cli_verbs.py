@@ -81,7 +81,7 @@ def test_what_each_step_did_is_printed_saved_and_drawn(tmp_path: Path) -> None:
     result = call("convert", "timm:digits_resnet:blocks=1,width=8", *options, "-o", tmp_path / "net", "--json")
     assert result.exit_code == 0, result.output
     steps = json.loads(result.stdout)["steps"]
-    assert [*steps] == ["refit", "norms", "head", "store"] and steps["store"]["kept"] and steps["store"]["images"] == 12
+    assert [*steps] == ["scale", "refit", "norms", "head", "store"] and steps["store"]["kept"] and steps["store"]["images"] == 12
     printed = " ".join(result.stderr.split())
     assert "divergence before" in printed and "on 12 decide images, views of them included" in printed
     saved = {step.name: step for step in sharefold.load(tmp_path / "net").sharefold_config.steps}

@@ -168,7 +168,7 @@ def test_repairs_and_refinement_run_on_folded_networks() -> None:
     cal = sharefold.calibrate(model, images())
     done = sharefold.convert_(model, sharefold.plan(model, "70%", cal, method="fold"), cal, refine=1)
     assert agreement(done.original, model, images()).kl < 1
-    assert set(done.steps) >= {"refit", "norms", "head", "refine"}
+    assert set(done.steps) >= {"scale", "refit", "norms", "head", "refine"}
 
 
 @pytest.mark.parametrize(

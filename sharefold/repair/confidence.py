@@ -1,0 +1,149 @@
+"""How sure a converted network is: its logits, times one number.
+
+What a layer loses it loses of its outputs' variance, and least squares on damaged inputs give answers nearer to the mean still:
+layer by layer the signal shrinks, and at the end the network says the same as the original, half as surely. That hides from a
+divergence what a repair has brought. So each state of a network is compared at its own best scale of the logits, which the layer
+in front of them takes up (temperature scaling: Guo et al., https://arxiv.org/abs/1706.04599, here against the original instead of
+labels).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+
+from sharefold.layers import SharedConv
+from sharefold.outputs import Comparison
+from sharefold.outputs.leaf import LOGITS
+from sharefold.repair.output_layers import output_layers
+from sharefold.repair.work import Work
+
+# The scale is sought between one over this and this.
+WIDEST = 64.0
+# Numbers of an output that are looked at; of maps for segmentation the first images alone.
+ENTRIES = 1 << 25
+
+
+class Confidence:
+    """Scales logits in front of every repair, and within each (:meth:`of`)."""
+
+    name = "scale"
+    settles = True  # it is what others are settled by
+
+    def refusal(self, work: Work) -> str:
+        return "" if scales_of(work).layers else "no logits are the output of a layer that can be scaled"
+
+    def run(self, work: Work) -> Mapping[str, Any] | None:
+        found = scales_of(work).settle()
+        return {"factors": {name: round(factor, 4) for name, factor in found.items()}}
+
+
+@dataclass
+class Scales:
+    """The layers behind the logits of a network, and what they were before the last scaling.
+
+    Attributes:
+        layers: by the name of the output.
+    """
+
+    model: nn.Module
+    comparison: Comparison
+    layers: dict[str, nn.Module]
+    _before: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    @torch.no_grad()
+    def settle(self) -> dict[str, float]:
+        """Gives the logits the scale of least divergence; the factors, by the name of the output."""
+        factors = {}
+        self._before = [(p, p.detach().clone()) for layer in self.layers.values() for p in layer.parameters(recurse=False)]
+        if self.layers:
+            for name, factor in _best_factors(self.comparison, self.model, list(self.layers)).items():
+                _scale(self.layers[name], factor)
+                factors[name] = factor
+        return factors
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Takes the last scaling back."""
+        for tensor, value in self._before:
+            tensor.copy_(value)
+        self._before = []
+
+
+def scales_of(work: Work) -> Scales:
+    """Of the logits that are a layer's output: a dense layer or a shared one with coefficients, free to change, used once."""
+    reading = work.cal.reading
+    logits = {leaf.source for leaf in reading.leaves if leaf.kind == LOGITS}
+    if work.guard.comparison.criterion is not None or not logits:
+        return Scales(work.model, work.guard.comparison, {})
+    images = work.cal.images[work.cal.parts.fit[:2]]
+    names = {id(module): name for name, module in work.model.named_modules()}
+    owners: dict[int, int] = {}
+    for module in work.model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    found = {
+        source: layer for source, layer in output_layers(reading, work.model, images, _scalable).items()
+        if source in logits and not work.plan.protects(names[id(layer)])
+        and all(owners[id(p)] == 1 for p in layer.parameters(recurse=False))
+    }  # fmt: skip
+    return Scales(work.model, work.guard.comparison, found)
+
+
+def _scalable(module: nn.Module) -> bool:
+    own = list(module.parameters(recurse=False))
+    if not own or not all(p.requires_grad and p.is_floating_point() for p in own):
+        return False
+    return type(module) in (nn.Linear, nn.Conv2d) or (isinstance(module, SharedConv) and module.linear_part() is not None)
+
+
+def _scale(layer: Any, factor: float) -> None:
+    if isinstance(layer, SharedConv):
+        part = layer.linear_part()
+        assert part is not None
+        layer.set_linear_part(part[1] * factor)
+        if layer.own_bias is not None:
+            layer.own_bias.mul_(factor)
+    else:
+        for parameter in layer.parameters(recurse=False):
+            parameter.mul_(factor)
+
+
+def _best_factors(comparison: Comparison, model: nn.Module, names: list[str]) -> dict[str, float]:
+    leaves = {leaf.source: (index, leaf.axis) for index, leaf in enumerate(comparison.reading.leaves)}
+    gathered: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+    room = dict.fromkeys(names, ENTRIES)
+    for theirs, ours in comparison.answers(model):
+        for name in names:
+            index, axis = leaves[name]
+            a, b = theirs[index], ours[index]
+            if a.shape == b.shape and axis is not None and room[name] >= a.numel():
+                room[name] -= a.numel()
+                gathered[name].append((a.float().movedim(axis, -1).flatten(0, -2), b.float().movedim(axis, -1).flatten(0, -2)))
+    found = {}
+    for name, pairs in gathered.items():
+        factor = _best_factor(*(torch.cat(part) for part in zip(*pairs, strict=True))) if pairs else None
+        if factor is not None:
+            found[name] = factor
+    return found
+
+
+def _best_factor(wanted: Tensor, given: Tensor) -> float | None:
+    """The number that minimises the mean KL(softmax(wanted) || softmax(factor * given)), rows (n, classes); None without one."""
+    if not bool(torch.isfinite(wanted).all() and torch.isfinite(given).all()):
+        return None
+    shares = wanted.softmax(1)
+    along = float((shares * given).sum(1).double().mean())  # the cross-entropy is log-sum-exp less this, times the factor
+
+    def entropy(logarithm: float) -> float:
+        factor = float(torch.tensor(logarithm).exp())
+        return float((factor * given).logsumexp(1).double().mean()) - factor * along
+
+    limit = float(torch.tensor(WIDEST).log())
+    best = minimize_scalar(entropy, bounds=(-limit, limit), method="bounded", options={"xatol": 1e-3})
+    return float(torch.tensor(float(best.x)).exp())

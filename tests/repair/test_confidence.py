@@ -1,0 +1,111 @@
+"""The scale of the logits: restored in front of the repairs, and in every state that they are compared in."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from networks import images, logits, net
+from repair_works import done_by, work_of
+from torch import nn
+
+import sharefold
+from sharefold.measure import agreement
+from sharefold.plans import GroupPlan, Plan
+from sharefold.repair.confidence import Confidence, scales_of
+from sharefold.repair.partial import Partial
+from sharefold.repair.work import Work, repaired
+
+FITTING, HELD_OUT = images(40, 3), images(40, 4)
+
+
+def weakened(factor: float = 0.4) -> tuple[nn.Module, nn.Module]:
+    """A network, and one that says the same less surely."""
+    original = net()
+    model = copy.deepcopy(original)
+    with torch.no_grad():
+        model.fc.weight.mul_(factor), model.fc.bias.mul_(factor)
+    return original, model
+
+
+@pytest.mark.parametrize("factor", [0.4, 2.5])
+def test_the_scale_is_found_and_taken_up_by_the_layer_before_the_logits(factor: float) -> None:
+    original, model = weakened(factor)
+    record = done_by(Confidence(), work_of(original, model, FITTING, HELD_OUT))
+    assert record["kept"] and record["kl_after"] < 1e-4 < record["kl_before"]
+    assert record["factors"] == pytest.approx({"output": 1 / factor}, rel=1e-2)
+    torch.testing.assert_close(model.fc.weight, original.fc.weight, rtol=1e-2, atol=1e-3)
+    assert all(torch.equal(a, b) for (n, a), (_, b) in zip(model.named_parameters(), original.named_parameters(), strict=True)
+               if not n.startswith("fc."))  # fmt: skip
+
+
+def test_a_shared_classifier_is_scaled_by_its_coefficients() -> None:
+    original = net()
+    model = copy.deepcopy(original)
+    sharefold.convert_(model, Plan([GroupPlan("a", "svd", ("fc",), {"rank": 4})], 0, 0), FITTING, repair=False)
+    with torch.no_grad():
+        model.fc.coefficients.mul_(0.4), model.fc.own_bias.mul_(0.4)
+    before = logits(model)
+    record = done_by(Confidence(), work_of(original, model, FITTING, HELD_OUT))
+    assert record["kept"]
+    torch.testing.assert_close(logits(model), before * record["factors"]["output"], rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_protected_frozen_or_used_twice_stays() -> None:
+    original, model = weakened()
+    work = work_of(original, model, FITTING, HELD_OUT)
+    assert set(scales_of(work).layers) == {"output"}
+    model.fc.weight.requires_grad_(False)
+    assert scales_of(work).layers == {} and Confidence().refusal(work).startswith("no logits are the output")
+    model.fc.weight.requires_grad_(True)
+    model.other = nn.Linear(1, 1)
+    model.other.weight = model.fc.weight
+    assert scales_of(work).layers == {}
+    del model.other
+    kept = work_of(original, model, FITTING, HELD_OUT)
+    kept.plan.exclude = "^fc"
+    assert scales_of(kept).layers == {}
+
+
+class Halving:
+    """A repair that mends a layer and weakens the logits, in two parts of which the second does harm."""
+
+    name, settles = "halving", False
+
+    def refusal(self, work: Work) -> str:
+        return ""
+
+    def run(self, work: Work) -> Mapping[str, Any] | Partial:
+        model, original = work.model, work.cal.original
+        broken = model.stem.weight.detach().clone()
+
+        @torch.no_grad()
+        def keep(count: int) -> None:
+            model.stem.weight.copy_(original.stem.weight if count else broken)
+            if count == 2:
+                model.stem.weight.mul_(-5)
+
+        with torch.no_grad():
+            model.fc.weight.mul_(0.3), model.fc.bias.mul_(0.3)
+        keep(2)
+        return Partial(2, keep, lambda count: {"parts": count})
+
+
+def test_every_state_of_a_repair_is_compared_at_its_own_scale() -> None:
+    original = net()
+    model = copy.deepcopy(original)
+    with torch.no_grad():
+        model.stem.weight.mul_(3)
+    work = work_of(original, model, FITTING, HELD_OUT)
+    (alone,) = repaired(work, [Halving()])
+    assert not alone["kept"] or alone["kl_after"] > 1e-2
+    model.load_state_dict(copy.deepcopy(original).state_dict())
+    with torch.no_grad():
+        model.stem.weight.mul_(3)
+    work = work_of(original, model, FITTING, HELD_OUT)
+    _, settled = repaired(work, [Confidence(), Halving()], scales_of(work))
+    assert settled["kept"] and settled["parts"] == 1 and settled["kl_after"] < 1e-3
+    assert agreement(original, model, HELD_OUT).kl < 1e-3
