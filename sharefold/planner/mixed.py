@@ -19,6 +19,9 @@ from sharefold.planner.candidates import Candidates, find_candidates
 from sharefold.planner.costs import cost_of
 from sharefold.planner.fold_levels import FoldLevels
 from sharefold.plans import Plan, Progress
+from sharefold.repair.confidence import scales_of
+from sharefold.repair.guard import Guard
+from sharefold.repair.work import Work
 from sharefold.solvers import allocate as knapsack
 
 # Depths of folding that are compared, evenly spaced in the logarithm from nothing to the whole budget.
@@ -114,7 +117,7 @@ class Mixer:
 
 def best_of(cal: Calibration, found: Sequence[tuple[float, Plan]]) -> Plan:
     """The plan of least expected damage; of those that it does not tell apart, the one of least divergence from the original,
-    before repairs, on the images that decide."""
+    before repairs but for the scale of the logits, on the images that decide."""
     least = min(damage for damage, _ in found)
     close = [plan for damage, plan in found if damage <= CLOSE * least]
     if len(close) == 1 or not cal.comparable:
@@ -123,6 +126,7 @@ def best_of(cal: Calibration, found: Sequence[tuple[float, Plan]]) -> Plan:
     def divergence(plan: Plan) -> float:
         trial = copied(cal.original)
         carry_out(trial, plan, cal, ConvertOptions(repair=False), {})
+        scales_of(Work(cal, trial, plan, Guard(cal.decided), cal)).settle()  # as the repairs will
         return cal.decided.divergence(trial).mean
 
     return min(close, key=divergence)
