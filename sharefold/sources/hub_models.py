@@ -8,7 +8,15 @@ from typing import Any
 from torch import nn
 
 from sharefold.architectures import segmentation
-from sharefold.architectures.build import build_base, build_on_meta, check_arguments, check_name, make_base, torchvision_urls
+from sharefold.architectures.build import (
+    SOURCE_PREFIXES,
+    build_base,
+    build_on_meta,
+    check_arguments,
+    check_name,
+    make_base,
+    torchvision_urls,
+)
 from sharefold.architectures.shapes import load_weights, shapes_of
 from sharefold.errors import SharefoldError
 from sharefold.offline import offline_when_unreachable
@@ -71,14 +79,11 @@ def open_smp(name: str, kwargs: dict[str, Any], pretrained: bool) -> tuple[nn.Mo
     Raises:
         SharefoldError: the package is missing, an unknown name, bad arguments, or weights were asked for: there are none by name.
     """
-    check_name("smp", name)
-    if pretrained:
-        raise SharefoldError(
-            f"smp:{name} has no published weights: give the folder that save_pretrained wrote, or a checkpoint file with "
-            f"--arch smp:{name}:encoder_name=...; --no-pretrained takes random ones"
-        )
-    base = make_base("smp", name, segmentation.known_arguments(kwargs))
-    return build_base(base), base
+    instead = (
+        f" has no published weights: give the folder that save_pretrained wrote, or a checkpoint file with "
+        f"--arch smp:{name}:encoder_name=..."
+    )
+    return _unpublished("smp", name, segmentation.known_arguments(kwargs), pretrained, instead)
 
 
 def open_yolo(name: str, kwargs: dict[str, Any], pretrained: bool) -> tuple[nn.Module, dict[str, Any]]:
@@ -87,12 +92,16 @@ def open_yolo(name: str, kwargs: dict[str, Any], pretrained: bool) -> tuple[nn.M
     Raises:
         SharefoldError: the package is missing, an unknown name, bad arguments, or weights were asked for: they come from a file.
     """
-    check_name("ultralytics", name)
+    return _unpublished("ultralytics", name, kwargs, pretrained, f": give the trained file, yolo:{name}.pt --trust-pickle")
+
+
+def _unpublished(
+    library: str, name: str, kwargs: dict[str, Any], pretrained: bool, instead: str
+) -> tuple[nn.Module, dict[str, Any]]:
+    check_name(library, name)
     if pretrained:
-        raise SharefoldError(
-            f"yolo:{name}: give the trained file, yolo:{name}.pt --trust-pickle; --no-pretrained takes random weights"
-        )
-    base = make_base("ultralytics", name, kwargs)
+        raise SharefoldError(f"{SOURCE_PREFIXES[library]}:{name}{instead}; --no-pretrained takes random weights")
+    base = make_base(library, name, kwargs)
     return build_base(base), base
 
 
