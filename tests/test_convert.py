@@ -298,7 +298,7 @@ def test_a_network_that_shares_nothing_is_neither_repaired_nor_refined() -> None
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.warns(sharefold.SharefoldWarning, match="not refined: nothing was shared"):
         done = sharefold.convert_(model, Plan([], 0, 0), calibration=images(200), refine=5)
-    assert done.steps.keys() == {"refit", "norms", "head", "refine"}
+    assert done.steps.keys() == {"scale", "refit", "norms", "head", "refine"}
     assert all(not step["kept"] and "nothing was shared" in step["reason"] for step in done.steps.values())
     assert done.agreement == 1.0 and done.kl == pytest.approx(0.0, abs=1e-6)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
