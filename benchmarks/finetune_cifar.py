@@ -16,12 +16,12 @@ import argparse
 import copy
 import json
 import os
-import platform
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cifar
 import torch
 from torch import nn
 
@@ -58,14 +58,8 @@ CASES = {
 
 
 def hardware() -> dict[str, Any]:
-    """What the figures were taken on."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        models = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
-        name = models[0] if models else name
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": name, "cores": cores, "threads": torch.get_num_threads(), "gpu": gpu, "torch": torch.__version__}
+    """What the figures were taken on, the GPU included."""
+    return {**cifar.hardware(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
 def converted(

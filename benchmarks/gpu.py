@@ -20,35 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from finetune_cifar import hardware
+from measuring import measured
 from torch import Tensor, nn
 
 import sharefold
 from sharefold.bench import race
-from sharefold.data import Preprocess, calibration_images, loader, open_data
+from sharefold.data import Preprocess, calibration_images, open_data
 from sharefold.finetune.distributed import pick_device
 from sharefold.measure import count_macs, count_parameters
 
 ARCHITECTURES = {
     "resnet20": "resnet20_cifar", "resnet56": "resnet56_cifar", "lite0": "timm:tf_efficientnet_lite0",
 }  # fmt: skip
-
-
-@torch.no_grad()
-def measured(original: nn.Module, model: nn.Module, dataset: Any, device: torch.device) -> dict[str, float]:
-    """Top-1 of both, agreement and mean KL(original || model) on labelled images."""
-    sums = torch.zeros(4, device=device)
-    total = 0
-    for pixels, labels in loader(dataset, 250):
-        images, labels = pixels.to(device), labels.to(device)
-        a, b = original(images), model(images)
-        divergence = F.kl_div(b.log_softmax(1), a.log_softmax(1), reduction="sum", log_target=True)
-        hits = [(a.argmax(1) == labels).sum(), (b.argmax(1) == labels).sum(), (a.argmax(1) == b.argmax(1)).sum()]
-        sums += torch.stack([*(hit.float() for hit in hits), divergence])
-        total += len(labels)
-    names = ("top1_dense", "top1", "agreement", "kl")
-    return {**dict(zip(names, (sums / total).tolist(), strict=True)), "test_images": total}
 
 
 def seconds(device: torch.device) -> float:
@@ -141,7 +125,7 @@ def main() -> None:
     }  # fmt: skip
     if options.what == "convert":
         tested = open_data(f"npz:{options.data}", "test", transform_cfg=preprocess)
-        record |= {"seconds": phases, **measured(network, model, tested, device), "said_agreement": done.agreement,
+        record |= {"seconds": phases, **measured(network, model, tested, 250), "said_agreement": done.agreement,
                    "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None}  # fmt: skip
     else:
         example = images[:1].to(device)

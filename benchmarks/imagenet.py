@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from cifar import hardware
+from measuring import measured
 from torch import Tensor, nn
 
 import sharefold
 from sharefold.calibration.images import matched
-from sharefold.data import Preprocess, calibration_images, loader, open_data
+from sharefold.data import Preprocess, calibration_images, open_data
 from sharefold.measure import count_macs, count_parameters, peak_memory
 from sharefold_cli.heap import keep_freed_memory
 
@@ -35,24 +35,6 @@ RESULTS = Path(__file__).parent / "results" / "imagenet.json"
 ARCHITECTURE = "timm:tf_efficientnet_lite0"
 # A row of the same settings takes the place of an older one.
 KEY = ("size", "method", "refine", "calib", "calib_images", "seed")
-
-
-@torch.no_grad()
-def measured(original: nn.Module, model: nn.Module, dataset: Any) -> dict[str, float]:
-    """Top-1 of both, agreement and mean KL(original || model) on labelled images."""
-    right = dense = same = total = 0
-    divergence = 0.0
-    original.eval(), model.eval()
-    for images, labels in loader(dataset, 50):
-        images = images.contiguous(memory_format=torch.channels_last)
-        a, b = original(images), model(images)
-        dense += int((a.argmax(1) == labels).sum())
-        right += int((b.argmax(1) == labels).sum())
-        same += int((a.argmax(1) == b.argmax(1)).sum())
-        divergence += float(F.kl_div(b.log_softmax(1), a.log_softmax(1), reduction="sum", log_target=True))
-        total += len(labels)
-    shares = {"top1_dense": dense / total, "top1": right / total, "agreement": same / total}
-    return {**shares, "kl": divergence / total, "images": total}
 
 
 def run(model: nn.Module, images: Tensor, size: str, options: argparse.Namespace, dataset: Any) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from sharefold.outputs.intervals import wilson
 from sharefold.outputs.leaf import LOGITS
 from sharefold.plans import GroupPlan, Plan, Progress
 from sharefold.repair.batchnorm_statistics import NormStatistics
-from sharefold.repair.confidence import Confidence, scales_of
+from sharefold.repair.confidence import Confidence
 from sharefold.repair.guard import Guard
 from sharefold.repair.last_layers import LastLayers
 from sharefold.repair.means import absorb_means
@@ -47,7 +47,7 @@ from sharefold.store.plain_size import plain_bytes
 from sharefold.store.tensor_spec import carry_spec
 
 # In the order in which they run.
-REPAIRS: tuple[Repair, ...] = (Confidence(), Refit(), NormStatistics(), LastLayers())
+REPAIRS: tuple[Repair, ...] = (Refit(), NormStatistics(), LastLayers())
 
 
 @dataclass
@@ -216,13 +216,17 @@ def _mended(
     if reason:
         if effort is not None:
             warnings.warn(f"not refined: {reason}", SharefoldWarning, stacklevel=5)
-        return [StepRecord(step.name, False, reason) for step in (*repairs, *refinement)]
+        names = [Confidence.name] if repairs else []
+        return [StepRecord(name, False, reason) for name in (*names, *(step.name for step in (*repairs, *refinement)))]
     records: list[StepRecord] = []
     work = Work(cal, model, plan, Guard(cal.decided), base, progress)
-    for phase, steps in (("repair", repairs), ("refine", refinement)):
-        if steps:
-            with _timed(seconds, phase):
-                records += repaired(work, steps, scales_of(work) if phase == "repair" else None)
+    if repairs:
+        with _timed(seconds, "repair"):
+            confidence = Confidence(work)
+            records += repaired(work, (confidence, *repairs), confidence)
+    if refinement:
+        with _timed(seconds, "refine"):
+            records += repaired(work, refinement)
     return records
 
 

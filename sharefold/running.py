@@ -15,7 +15,7 @@ from sharefold.errors import SharefoldError
 # Pixels of an image from which on channels last is faster.
 LARGE_IMAGE = 96 * 96
 # Packages whose networks take them so.
-LIBRARIES = ("timm.", "torchvision.", "segmentation_models_pytorch.", "ultralytics.", "sharefold.")
+PACKAGES = ("timm.", "torchvision.", "segmentation_models_pytorch.", "ultralytics.", "sharefold.")
 _PLAIN: WeakSet[type] = WeakSet()  # but not these
 COMPUTED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -38,16 +38,19 @@ def as_input(model: nn.Module, images: Tensor) -> Tensor:
     """
     device, dtype = device_of(model), dtype_of(model) if images.is_floating_point() else images.dtype
     large = device.type == "cpu" and images.ndim == 4 and images.shape[2] * images.shape[3] >= LARGE_IMAGE
-    large = large and type(model).__module__.startswith(LIBRARIES) and type(model) not in _PLAIN
-    layout = torch.channels_last if large else torch.preserve_format
+    layout = torch.channels_last if large and _takes_channels_last(model) else torch.preserve_format
     return images.to(device, dtype, copy=True, memory_format=layout)
 
 
 def keep_plain(model: nn.Module) -> bool:
     """From now on networks of this class get images in the plain order; False where they do already."""
-    known = type(model) in _PLAIN or not type(model).__module__.startswith(LIBRARIES)
+    changed = _takes_channels_last(model)
     _PLAIN.add(type(model))
-    return not known
+    return changed
+
+
+def _takes_channels_last(model: nn.Module) -> bool:
+    return type(model).__module__.startswith(PACKAGES) and type(model) not in _PLAIN
 
 
 def check_shapes(model: nn.Module) -> None:

@@ -38,7 +38,7 @@ def test_the_order_of_channels_changes_nothing(kind: str, method: tuple[str, ...
     model, plan = converted(kind, method, plain)
     assert plain and not any(plain)
     monkeypatch.setattr(running, "LARGE_IMAGE", 1)
-    monkeypatch.setattr(running, "LIBRARIES", ("networks",))
+    monkeypatch.setattr(running, "PACKAGES", ("networks",))
     last: list[bool] = []
     again, other = converted(kind, method, last)
     assert sum(last) > 0.9 * len(last)
@@ -73,7 +73,7 @@ class Viewed(nn.Module):
 @pytest.mark.parametrize("library", [False, True])
 def test_networks_that_view_their_maps_get_them_in_the_plain_order(library: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if library:
-        monkeypatch.setattr(running, "LIBRARIES", (Viewed.__module__,))
+        monkeypatch.setattr(running, "PACKAGES", (Viewed.__module__,))
     monkeypatch.setattr(running, "_PLAIN", WeakSet())
     model, given = Viewed().eval(), torch.rand(12, 3, 96, 96)
     plan = Plan([GroupPlan("a", "svd", ("head",), {"rank": 3})], 0, 0)

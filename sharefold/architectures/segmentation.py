@@ -7,12 +7,12 @@
 from __future__ import annotations
 
 import importlib
-from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
 
 from sharefold.architectures.arguments import close_matches
+from sharefold.architectures.optional import installed
 from sharefold.errors import SharefoldError
 from sharefold.untrusted import shown
 
@@ -21,16 +21,9 @@ _OWN = {"classes": "num_classes", "in_channels": "in_chans"}
 _TIMM = "tu-"  # before the name of an encoder that timm makes
 
 
-def installed() -> bool:
-    try:
-        return find_spec(PACKAGE) is not None
-    except ValueError:  # None stands for it among the modules
-        return False
-
-
 def names() -> list[str]:
     """Decoders, sorted; none where the package is missing."""
-    return sorted(_package().MODEL_ARCHITECTURES_MAPPING) if installed() else []
+    return sorted(_package().MODEL_ARCHITECTURES_MAPPING) if installed(PACKAGE) else []
 
 
 def known_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +39,7 @@ def check_decoder(name: str) -> None:
     Raises:
         SharefoldError: unknown name, or the package is missing.
     """
-    if not installed():
+    if not installed(PACKAGE):
         raise SharefoldError(f"smp:{shown(name)} needs segmentation_models_pytorch: pip install segmentation-models-pytorch")
     known = names()
     if name not in known:

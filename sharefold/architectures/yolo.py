@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from sharefold.architectures.arguments import close_matches
+from sharefold.architectures.optional import installed
 from sharefold.errors import SharefoldError
 from sharefold.untrusted import is_int, shown
 
@@ -37,17 +38,10 @@ _NAMED = re.compile(r"(yolov?\d+)((?:-(?:seg|cls|pose|obb|p2|p6))*)")
 _SIZES = re.compile(r"^scales:.*\n((?:[ \t]+.*\n|[ \t]*#.*\n|\n)*)", re.M)
 
 
-def installed() -> bool:
-    try:
-        return find_spec(PACKAGE) is not None
-    except ValueError:  # None stands for it among the modules
-        return False
-
-
 @cache
 def _shipped() -> dict[str, tuple[Path, str]]:
     """Name -> configuration file of the package, and size; empty where it is missing."""
-    spec = find_spec(PACKAGE) if installed() else None
+    spec = find_spec(PACKAGE) if installed(PACKAGE) else None
     found: dict[str, tuple[Path, str]] = {}
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for file in sorted(Path(folder, "cfg", "models").rglob("*.yaml")):
@@ -68,7 +62,7 @@ def check_network(name: str) -> None:
     Raises:
         SharefoldError: unknown name, or the package is missing.
     """
-    if not installed():
+    if not installed(PACKAGE):
         raise SharefoldError(f"yolo:{shown(name)} needs ultralytics: pip install ultralytics")
     if name not in names():
         hint = close_matches(name, names()) or "write for example yolo:yolov8n"

@@ -62,9 +62,7 @@ class GraphedGradients:
             return self.compute(images, labels)
         if key not in self.recorded:
             self.seen[key] = self.seen.get(key, 0) + 1
-            if self.seen[key] <= WARM_UP:
-                return self._aside(images, labels)
-            if len(self.recorded) == MOST:
+            if self.seen[key] <= WARM_UP or len(self.recorded) == MOST:
                 return self._aside(images, labels)
             reason = self._try(key, images, labels)
             if reason:  # outside of the exception, which would hold on to all that the recording took

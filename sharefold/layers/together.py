@@ -77,7 +77,7 @@ def _weights(layers: list[SharedConv]) -> list[Tensor]:
     """The weights (O, I/groups, h, w) of layers that are alike, in the order in memory of the images' channels last."""
     every = [_own(layer) for layer in layers]
     stacked = {f"layer.{name}": torch.stack([own[name] for own in every]) for name in every[0]}
-    composer, kind = _Composer(layers[0]), every[0]["coefficients" if "coefficients" in every[0] else "vertical"].device.type
+    composer, kind = _Composer(layers[0]), next(iter(every[0].values())).device.type
     wanted = autocast_dtype(kind)
     with nullcontext() if wanted is None else torch.autocast(kind, enabled=False):
         weights = torch.vmap(lambda tensors: functional_call(composer, tensors, ()))(stacked)

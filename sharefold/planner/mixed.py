@@ -19,7 +19,7 @@ from sharefold.planner.candidates import Candidates, find_candidates
 from sharefold.planner.costs import cost_of
 from sharefold.planner.fold_levels import FoldLevels
 from sharefold.plans import Plan, Progress
-from sharefold.repair.confidence import scales_of
+from sharefold.repair.confidence import Confidence
 from sharefold.repair.guard import Guard
 from sharefold.repair.work import Work
 from sharefold.solvers import allocate as knapsack
@@ -126,7 +126,7 @@ def best_of(cal: Calibration, found: Sequence[tuple[float, Plan]]) -> Plan:
     def divergence(plan: Plan) -> float:
         trial = copied(cal.original)
         carry_out(trial, plan, cal, ConvertOptions(repair=False), {})
-        scales_of(Work(cal, trial, plan, Guard(cal.decided), cal)).settle()  # as the repairs will
+        Confidence(Work(cal, trial, plan, Guard(cal.decided), cal)).settle()  # as the repairs will
         return cal.decided.divergence(trial).mean
 
     return min(close, key=divergence)

@@ -27,7 +27,6 @@ class NormStatistics:
     """Moves running means and variances to those of the images; where that does harm, a part of the way."""
 
     name = "norms"
-    settles = False
 
     def refusal(self, work: Work) -> str:
         return "" if _norms(work) else "the network has no BatchNorm with running statistics"

@@ -9,8 +9,8 @@ labels).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,41 +30,33 @@ ENTRIES = 1 << 25
 
 
 class Confidence:
-    """Scales logits in front of every repair, and within each (:meth:`of`)."""
-
-    name = "scale"
-    settles = True  # it is what others are settled by
-
-    def refusal(self, work: Work) -> str:
-        return "" if scales_of(work).layers else "no logits are the output of a layer that can be scaled"
-
-    def run(self, work: Work) -> Mapping[str, Any] | None:
-        found = scales_of(work).settle()
-        return {"factors": {name: round(factor, 4) for name, factor in found.items()}}
-
-
-@dataclass
-class Scales:
-    """The layers behind the logits of a network, and what they were before the last scaling.
+    """The scale of one network's logits: a repair of its own, and what every state that a repair leaves is settled by.
 
     Attributes:
-        layers: by the name of the output.
+        layers: that give the logits, by the name of the output: dense ones or shared ones with coefficients, free to change and
+            used once.
     """
 
-    model: nn.Module
-    comparison: Comparison
-    layers: dict[str, nn.Module]
-    _before: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    name = "scale"
+
+    def __init__(self, work: Work) -> None:
+        self.model, self.comparison = work.model, work.guard.comparison
+        self.layers = _layers(work)
+        self._before: list[tuple[Tensor, Tensor]] = []
+
+    def refusal(self, work: Work) -> str:
+        return "" if self.layers else "no logits are the output of a layer that can be scaled"
+
+    def run(self, work: Work) -> Mapping[str, Any]:
+        return {"factors": {name: round(factor, 4) for name, factor in self.settle().items()}}
 
     @torch.no_grad()
     def settle(self) -> dict[str, float]:
         """Gives the logits the scale of least divergence; the factors, by the name of the output."""
-        factors = {}
         self._before = [(p, p.detach().clone()) for layer in self.layers.values() for p in layer.parameters(recurse=False)]
-        if self.layers:
-            for name, factor in _best_factors(self.comparison, self.model, list(self.layers)).items():
-                _scale(self.layers[name], factor)
-                factors[name] = factor
+        factors = _best_factors(self.comparison, self.model, list(self.layers)) if self.layers else {}
+        for name, factor in factors.items():
+            _scale(self.layers[name], factor)
         return factors
 
     @torch.no_grad()
@@ -75,24 +67,19 @@ class Scales:
         self._before = []
 
 
-def scales_of(work: Work) -> Scales:
-    """Of the logits that are a layer's output: a dense layer or a shared one with coefficients, free to change, used once."""
+def _layers(work: Work) -> dict[str, nn.Module]:
     reading = work.cal.reading
     logits = {leaf.source for leaf in reading.leaves if leaf.kind == LOGITS}
     if work.guard.comparison.criterion is not None or not logits:
-        return Scales(work.model, work.guard.comparison, {})
+        return {}
     images = work.cal.images[work.cal.parts.fit[:2]]
     names = {id(module): name for name, module in work.model.named_modules()}
-    owners: dict[int, int] = {}
-    for module in work.model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    found = {
+    owners = Counter(id(p) for module in work.model.modules() for p in module.parameters(recurse=False))
+    return {
         source: layer for source, layer in output_layers(reading, work.model, images, _scalable).items()
         if source in logits and not work.plan.protects(names[id(layer)])
         and all(owners[id(p)] == 1 for p in layer.parameters(recurse=False))
     }  # fmt: skip
-    return Scales(work.model, work.guard.comparison, found)
 
 
 def _scalable(module: nn.Module) -> bool:

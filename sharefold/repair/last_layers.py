@@ -28,7 +28,6 @@ class LastLayers:
     """Least squares for weight and bias of every dense layer whose output is one of the network's."""
 
     name = "head"
-    settles = False
 
     def refusal(self, work: Work) -> str:
         return "" if _pairs(work) else "no output is that of a dense Linear or convolution with a bias"

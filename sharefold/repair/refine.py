@@ -98,7 +98,6 @@ class Refinement:
     """:func:`refine` as a step of a conversion; it judges itself, by states on the way where it is cut short."""
 
     name = "refine"
-    settles = False
 
     def __init__(self, options: RefineOptions) -> None:
         self.options = options

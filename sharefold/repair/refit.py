@@ -46,7 +46,6 @@ class Refit:
     """
 
     name = "refit"
-    settles = False
 
     def refusal(self, work: Work) -> str:
         if work.cal.graph.fx_graph is None:

@@ -36,7 +36,6 @@ class Repair(Protocol):
     """One repair: it says whether it applies, and writes into the network; the guard keeps what helps."""
 
     name: str
-    settles: bool  # the scale of the logits itself; after others it is settled anew
 
     def refusal(self, work: Work) -> str:
         """Why it does not apply to this network; "" where it does."""
@@ -54,6 +53,6 @@ def repaired(work: Work, repairs: Sequence[Repair], scales: Scaled | None = None
         if reason:
             records.append(StepRecord(repair.name, False, reason))
         else:
-            settled = None if repair.settles else scales
+            settled = None if repair is scales else scales
             records.append(work.guard.attempt(work.model, repair.name, partial(repair.run, work), settled))
     return records

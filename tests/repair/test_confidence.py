@@ -15,7 +15,7 @@ from torch import nn
 import sharefold
 from sharefold.measure import agreement
 from sharefold.plans import GroupPlan, Plan
-from sharefold.repair.confidence import Confidence, scales_of
+from sharefold.repair.confidence import Confidence
 from sharefold.repair.partial import Partial
 from sharefold.repair.work import Work, repaired
 
@@ -34,7 +34,8 @@ def weakened(factor: float = 0.4) -> tuple[nn.Module, nn.Module]:
 @pytest.mark.parametrize("factor", [0.4, 2.5])
 def test_the_scale_is_found_and_taken_up_by_the_layer_before_the_logits(factor: float) -> None:
     original, model = weakened(factor)
-    record = done_by(Confidence(), work_of(original, model, FITTING, HELD_OUT))
+    work = work_of(original, model, FITTING, HELD_OUT)
+    record = done_by(Confidence(work), work)
     assert record["kept"] and record["kl_after"] < 1e-4 < record["kl_before"]
     assert record["factors"] == pytest.approx({"output": 1 / factor}, rel=1e-2)
     torch.testing.assert_close(model.fc.weight, original.fc.weight, rtol=1e-2, atol=1e-3)
@@ -49,7 +50,8 @@ def test_a_shared_classifier_is_scaled_by_its_coefficients() -> None:
     with torch.no_grad():
         model.fc.coefficients.mul_(0.4), model.fc.own_bias.mul_(0.4)
     before = logits(model)
-    record = done_by(Confidence(), work_of(original, model, FITTING, HELD_OUT))
+    work = work_of(original, model, FITTING, HELD_OUT)
+    record = done_by(Confidence(work), work)
     assert record["kept"]
     torch.testing.assert_close(logits(model), before * record["factors"]["output"], rtol=1e-3, atol=1e-4)
 
@@ -57,23 +59,23 @@ def test_a_shared_classifier_is_scaled_by_its_coefficients() -> None:
 def test_what_is_protected_frozen_or_used_twice_stays() -> None:
     original, model = weakened()
     work = work_of(original, model, FITTING, HELD_OUT)
-    assert set(scales_of(work).layers) == {"output"}
+    assert set(Confidence(work).layers) == {"output"}
     model.fc.weight.requires_grad_(False)
-    assert scales_of(work).layers == {} and Confidence().refusal(work).startswith("no logits are the output")
+    assert Confidence(work).layers == {} and Confidence(work).refusal(work).startswith("no logits are the output")
     model.fc.weight.requires_grad_(True)
     model.other = nn.Linear(1, 1)
     model.other.weight = model.fc.weight
-    assert scales_of(work).layers == {}
+    assert Confidence(work).layers == {}
     del model.other
     kept = work_of(original, model, FITTING, HELD_OUT)
     kept.plan.exclude = "^fc"
-    assert scales_of(kept).layers == {}
+    assert Confidence(kept).layers == {}
 
 
 class Halving:
     """A repair that mends a layer and weakens the logits, in two parts of which the second does harm."""
 
-    name, settles = "halving", False
+    name = "halving"
 
     def refusal(self, work: Work) -> str:
         return ""
@@ -106,6 +108,7 @@ def test_every_state_of_a_repair_is_compared_at_its_own_scale() -> None:
     with torch.no_grad():
         model.stem.weight.mul_(3)
     work = work_of(original, model, FITTING, HELD_OUT)
-    _, settled = repaired(work, [Confidence(), Halving()], scales_of(work))
+    confidence = Confidence(work)
+    _, settled = repaired(work, [confidence, Halving()], confidence)
     assert settled["kept"] and settled["parts"] == 1 and settled["kl_after"] < 1e-3
     assert agreement(original, model, HELD_OUT).kl < 1e-3

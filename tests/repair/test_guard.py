@@ -144,8 +144,6 @@ def test_repairs_run_in_order_and_those_that_do_not_apply_say_why(monkeypatch: p
     ran: list[str] = []
 
     class Step:
-        settles = False
-
         def __init__(self, name: str, reason: str) -> None:
             self.name, self.reason = name, reason
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def test_configurations_in_the_current_folder_are_not_read(tmp_path: Path, monke
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(yolo, "find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "ultralytics", None)
     with pytest.raises(SharefoldError, match="needs ultralytics: pip install ultralytics"):
         sharefold.open_source("yolo:yolov8n", pretrained=False)
 
