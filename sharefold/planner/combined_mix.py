@@ -16,7 +16,8 @@ from sharefold.options import PlanOptions
 from sharefold.planner.combined import Combined, find_combined
 from sharefold.planner.costs import cost_of
 from sharefold.planner.fold_many import ManyLevels
-from sharefold.planner.mixed import DEPTHS, WORTH, best_of
+from sharefold.planner.mixed import DEPTHS, WORTH
+from sharefold.planner.run_plans import Expected, PlanRuns, Rates
 from sharefold.plans import Plan, Progress
 from sharefold.solvers.allocate_many import ManyOption, allocate_many
 
@@ -42,18 +43,18 @@ class CombinedMixer:
     progress: Progress | None = None
 
     def plan(self, budget: str) -> Plan:
-        """The plan of least damage within the bounds: expected, and where that hardly differs, measured.
+        """The plan of least damage within the bounds: sharing alone, folding alone, or a mixture, as the networks that they leave
+        show it.
 
         Raises:
             Unreachable: neither folding nor sharing nor both meet them; says the floors.
         """
-        found: list[tuple[float, Plan]] = []
-        picks = self.plain.chosen()
-        if picks is not None:
-            found.append((self.plain.damage(picks), self.plain.plan(picks, budget)))
-        promising = sorted(self._estimates(), key=lambda pair: pair[0])[:TRIED]
-        for expected, widths in promising:
-            if picks is not None and expected >= WORTH * found[0][0]:
+        runs = PlanRuns(self.cal)
+        found = self._alone(budget)
+        rates = runs.rates(found)
+        least = min((rates.of(one.sharing, one.folding) for one in found), default=math.inf)
+        for expected, widths in sorted(self._estimates(rates), key=lambda pair: pair[0])[:TRIED]:
+            if expected >= WORTH * least:
                 break
             folded, _ = self._real(widths, budget)
             found += folded
@@ -63,7 +64,18 @@ class CombinedMixer:
             found, narrowest = self._real(self.levels.narrowest, budget)
             if not found:
                 raise narrowest.unreachable(budget)
-        return best_of(self.cal, found)
+        return runs.best(found)
+
+    def _alone(self, budget: str) -> list[Expected]:
+        """The plan by sharing alone and the one by folding alone, as far as they meet the bounds."""
+        found = []
+        picks = self.plain.chosen()
+        if picks is not None:
+            found.append(Expected(self.plain.plan(picks, budget), self.plain.damage(picks), 0.0))
+        widths = self.levels.within(self.plain.bounds.limits)
+        if widths is not None:
+            found.append(Expected(self.levels.plan(self.plain.bounds, budget), 0.0, self.levels.one.damage(widths)))
+        return found
 
     def _widths(self) -> Iterator[list[int]]:
         """Every depth of folding towards each of the bounds alone and towards all, once; nothing folded is none of them."""
@@ -83,7 +95,7 @@ class CombinedMixer:
                     seen.add(tuple(widths))
                     yield widths
 
-    def _estimates(self) -> Iterator[tuple[float, list[int]]]:
+    def _estimates(self, rates: Rates) -> Iterator[tuple[float, list[int]]]:
         """Expected damage of folding to some widths and sharing together; those that cannot meet the bounds are left out."""
         plain, limits = self.plain, self.plain.bounds.limits
         dense = [[[cost.dense(name) for name in members] for members in plain.members] for cost in plain.costs]
@@ -107,10 +119,11 @@ class CombinedMixer:
             room = [limit - fixed for limit, fixed in zip(limits, rest, strict=True)]
             picks = allocate_many(rows, room, exact=False)
             if picks is not None:
-                yield sum(row[p].value for row, p in zip(rows, picks, strict=True)) + self.levels.one.damage(widths), widths
+                sharing = sum(row[p].value for row, p in zip(rows, picks, strict=True))
+                yield rates.of(sharing, self.levels.one.damage(widths)), widths
 
-    def _real(self, widths: Sequence[int], budget: str) -> tuple[list[tuple[float, Plan]], Combined]:
-        """Expected damage, and the plan that folds to ``widths`` and shares what is left, where there is one; and its options."""
+    def _real(self, widths: Sequence[int], budget: str) -> tuple[list[Expected], Combined]:
+        """The plan that folds to ``widths`` and shares what is left, where there is one; and its options."""
         folds = self.levels.one.plans(widths)
         if not folds:
             return [], self.plain
@@ -122,4 +135,4 @@ class CombinedMixer:
             return [], candidates
         shared = replace(candidates, method=f"{candidates.method} + fold").plan(picks, budget)
         plan = Plan([*folds, *shared.groups], self.plain.before, shared.params_after, shared.source)
-        return [(candidates.damage(picks) + self.levels.one.damage(widths), plan)], candidates
+        return [Expected(plan, candidates.damage(picks), self.levels.one.damage(widths))], candidates

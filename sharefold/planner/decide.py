@@ -130,14 +130,6 @@ class Planner:
         names = tuple(name for name in self.methods if name != FOLD.name)
         return self.options if self.options.method == "auto" else chosen(self.options, {"method": names}, PlanOptions)
 
-    def folded(self, levels: FoldLevels, limit: float, budget: str) -> Plan:
-        """The plan by method fold alone that costs at most ``limit``; ``budget`` is what the user wrote."""
-        widths = levels.within(limit, budget)
-        source = f"budget {budget}, method {FOLD.name}"
-        if levels.cost.unit != "parameters":
-            source += f": {levels.cost.text(levels.total(widths))} of {levels.cost.text(levels.cost.total)} expected"
-        return Plan(levels.plans(widths), levels.before, levels.parameters(widths), source)
-
     def plan(self, budget: str | float | Budget | Budgets) -> Plan:
         """A plan at or under the budget, or under all of several.
 
@@ -201,13 +193,14 @@ class Planner:
     def at_most(self, unit: str, limit: float, budget: str) -> Plan:
         """The plan that costs at most ``limit``; ``budget`` is what the user wrote."""
         if self.methods == (FOLD.name,):
-            return self.folded(self.levels(unit), limit, budget)
+            levels = self.levels(unit)
+            return levels.plan(levels.within(limit, budget), budget)
         candidates = self.candidates(unit)
-        levels = self.levels(unit) if self._folds else None
-        if levels is None or not levels.spaces:
+        both = self.levels(unit) if self._folds else None
+        if both is None or not both.spaces:
             return self.within(candidates, limit, budget)
         options = chosen(self.sharing, {"pivots": self.options.pivots and unit != "bytes"}, PlanOptions)
-        return Mixer(self.cal, candidates, levels, options, unit, self.progress).plan(limit, budget)
+        return Mixer(self.cal, candidates, both, options, unit, self.progress).plan(limit, budget)
 
     def _coded(self, limit: int, budget: str) -> Plan | None:
         """The plan of at most so many parameters that are to be coded; None below the floor."""

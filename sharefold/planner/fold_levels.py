@@ -26,7 +26,7 @@ from sharefold.options import PlanOptions
 from sharefold.planner.costs import Cost, Parameters
 from sharefold.planner.fold_probe import FoldProbe
 from sharefold.planner.objectives import Objective, objective_named
-from sharefold.plans import GroupPlan, Progress
+from sharefold.plans import GroupPlan, Plan, Progress
 from sharefold.solvers.channel_elimination import Elimination
 
 SWEEPS, BISECTIONS = 8, 60
@@ -219,6 +219,13 @@ class FoldLevels:
             places[index] -= 1
             widths[index] = self.choices[index][places[index]]
             spent += price
+
+    def plan(self, widths: Sequence[int], budget: str) -> Plan:
+        """The plan that folds to these widths and does nothing else; ``budget`` is what the user wrote."""
+        source = f"budget {budget}, method {FOLD.name}"
+        if self.cost.unit != "parameters":
+            source += f": {self.cost.text(self.total(widths))} of {self.cost.text(self.cost.total)} expected"
+        return Plan(self.plans(widths), self.before, self.parameters(widths), source)
 
     def plans(self, widths: Sequence[int]) -> list[GroupPlan]:
         """Group plans of the spaces that lose channels; a part that two spaces shrink counts for the first."""
