@@ -68,7 +68,7 @@ def test_planning_repairs_and_refinement(kind: str, method: str) -> None:
 def test_methods_that_auto_does_not_try(method: str) -> None:
     def run(model: nn.Module) -> Conversion:
         plan = sharefold.plan(model, budget="80%", calibration=IMAGES, method=method, exclude="^stage1")
-        return sharefold.convert_(model, plan, calibration=IMAGES, config={"base": None})
+        return sharefold.convert_(model, plan, calibration=IMAGES, repair=False, config={"base": None})
 
     compared("residual", run)
 
@@ -85,7 +85,7 @@ def test_every_objective(objective: str) -> None:
 @pytest.mark.parametrize("store", ["int4", "kmeans3", "mixed:step=0.01"])
 def test_every_store(store: str) -> None:
     def run(model: nn.Module) -> Conversion:
-        return sharefold.convert_(model, replace(PLAN, store=store), calibration=IMAGES, config={"base": None})
+        return sharefold.convert_(model, replace(PLAN, store=store), calibration=IMAGES, repair=False, config={"base": None})
 
     compared("residual", run)
 
@@ -100,6 +100,6 @@ def test_images_made_for_the_network() -> None:
 def test_budgets_in_bytes() -> None:
     def run(model: nn.Module) -> Conversion:
         plan = sharefold.plan(model, budget="12kB", calibration=IMAGES, method="basis")
-        return sharefold.convert_(model, plan, calibration=IMAGES, config={"base": None})
+        return sharefold.convert_(model, plan, calibration=IMAGES, repair=False, config={"base": None})
 
     compared("residual", run)
