@@ -97,7 +97,9 @@ def test_the_command_prints_one_object(tmp_path: Path) -> None:
         "import socket, sys\n"
         "def no(*a, **k): raise OSError('no network')\n"
         "socket.socket.connect = no\n"
+        "from sharefold.demo import run\n"
         "from sharefold.planner import candidates, decide\n"
+        "run.CALIBRATION = 120\n"
         "candidates.AUTO = decide.AUTO = ('basis', 'svd')\n"  # what all four make of it is seen above
         "from sharefold_cli.entry import main\n"
         "sys.argv = ['sharefold', 'demo', '-o', 'out', '--epochs', '1', '--json']\n"

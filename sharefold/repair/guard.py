@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from sharefold.outputs import Comparison
-from sharefold.repair.partial import Partial, best_start
+from sharefold.repair.partial import Partial, best_start, best_way
 from sharefold.repair.step_record import StepRecord
 from sharefold.state_dicts import trial
 
@@ -33,7 +33,13 @@ def _scaled(done: Mapping[str, Any] | Partial, scales: Scaled) -> Mapping[str, A
         done.keep(count)
         scales.settle()
 
-    return replace(done, keep=keep)
+    def go(share: float) -> None:
+        assert done.go is not None
+        scales.undo()
+        done.go(share)
+        scales.settle()
+
+    return replace(done, keep=keep, go=None if done.go is None else go)
 
 
 class Guard:
@@ -118,8 +124,14 @@ class Guard:
     def _first_layers(
         self, model: nn.Module, done: Partial, before: float, after: float
     ) -> tuple[Mapping[str, Any], bool, float]:
-        """(details, whether something is kept, divergence): of all layers, of the first of them, or of nothing."""
+        """(details, whether something is kept, divergence): of all layers, of a part of the way, of the first layers, or of
+        nothing."""
         if self.better(after, before):
             return done.details(done.count), True, after
-        count, least = best_start(done, lambda: self.divergence(model), self.better, before)
+        share, nearest = best_way(done, lambda: self.divergence(model), self.better, before)
+        count, least = best_start(done, lambda: self.divergence(model), self.better, nearest)
+        if share and not count:
+            assert done.go is not None
+            done.go(share)
+            return {**done.details(done.count), "way": share}, True, nearest
         return done.details(count), count > 0, least if count else after

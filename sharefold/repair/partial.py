@@ -19,11 +19,14 @@ class Partial:
         count: parts that it has changed, for example layers in forward order.
         keep: leaves the network with the changes of the first so many alone; may be called with any number in any order.
         details: for the record, where so many parts are kept.
+        go: leaves the network a share of the way between what it was and what all changes made of it; None where there is nothing
+            between.
     """
 
     count: int
     keep: Callable[[int], None]
     details: Callable[[int], Mapping[str, Any]]
+    go: Callable[[float], None] | None = None
 
 
 class Journal:
@@ -32,6 +35,7 @@ class Journal:
     def __init__(self) -> None:
         self._entries: list[list[tuple[Tensor, Tensor, Tensor]]] = []  # (tensor, value before, value after)
         self._now = 0
+        self._between = False
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -48,6 +52,10 @@ class Journal:
     @torch.no_grad()
     def keep(self, count: int) -> None:
         """Gives all tensors the values that they had after the first ``count`` changes."""
+        if self._between:  # what the tensors hold is no state of the journal: from the start again
+            self._between = False
+            self._now = len(self)
+            self.keep(0)
         while self._now > count:
             self._now -= 1
             for tensor, old, _ in self._entries[self._now]:
@@ -56,6 +64,34 @@ class Journal:
             for tensor, _, new in self._entries[self._now]:
                 tensor.copy_(new)
             self._now += 1
+
+    @torch.no_grad()
+    def go(self, share: float) -> None:
+        """Gives all tensors values between those before (0) and after (1) all changes; integers those after."""
+        self.keep(len(self))
+        first = {id(tensor): (tensor, old) for entry in reversed(self._entries) for tensor, old, _ in entry}
+        for tensor, old in first.values():
+            if tensor.is_floating_point():
+                tensor.copy_(old.lerp(tensor, share))
+        self._between = True
+
+
+WAYS = (0.5, 0.25)
+
+
+def best_way(
+    partial: Partial, divergence: Callable[[], float], better: Callable[[float, float], bool], before: float
+) -> tuple[float, float]:
+    """How far to go where all of it does harm; as :func:`best_start`, (share, divergence there); (0, ``before``) where none of
+    ``WAYS`` helps, and the network is then left somewhere."""
+    best, least = 0.0, before
+    for share in WAYS if partial.go is not None and partial.count else ():
+        assert partial.go is not None
+        partial.go(share)
+        now = divergence()
+        if better(now, least):
+            best, least = share, now
+    return best, least
 
 
 def best_start(

@@ -1,4 +1,4 @@
-"""What stands between a layer and the ReLU behind it: a norm, an addition, or nothing."""
+"""What is behind a layer and its norm: an addition, a ReLU, or both."""
 
 from __future__ import annotations
 
@@ -13,13 +13,19 @@ from sharefold.layers import resolve
 
 @dataclass(frozen=True)
 class Rectifier:
-    """A ReLU behind a layer; ``addend`` is what is added in front of it, or None."""
+    """A ReLU behind a layer, an addition, or one behind the other.
+
+    Attributes:
+        addend: what is added to the layer's output, a shortcut for example; None where nothing is.
+        rectified: whether a ReLU comes next.
+    """
 
     addend: fx.Node | None = None
+    rectified: bool = True
 
 
 def rectifier_behind(node: fx.Node, model: nn.Module, norm: str | None) -> Rectifier | None:
-    """The ReLU behind the layer at ``node``; None where something else is, or stands in between.
+    """The addition and the ReLU behind the layer at ``node``; None where neither is, or something stands in between.
 
     Args:
         model: the network whose modules are asked.
@@ -40,9 +46,7 @@ def rectifier_behind(node: fx.Node, model: nn.Module, norm: str | None) -> Recti
     if behind is None or not _calls(behind, ADDITIONS) or len(behind.all_input_nodes) != 2 or "alpha" in behind.kwargs:
         return None
     after, others = _behind(behind, model), [n for n in behind.all_input_nodes if not _leads_to(last, n, model)]
-    if after is None or len(others) != 1 or not _is_relu(after, model):
-        return None
-    return Rectifier(others[0])
+    return Rectifier(others[0], after is not None and _is_relu(after, model)) if len(others) == 1 else None
 
 
 def _behind(node: fx.Node, model: nn.Module) -> fx.Node | None:

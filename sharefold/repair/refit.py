@@ -28,21 +28,26 @@ from sharefold.repair.lockstep import Visited, Wanted, walk
 from sharefold.repair.means import give_mean
 from sharefold.repair.own_factors import has_own_factors, own_factors
 from sharefold.repair.partial import Journal, Partial
-from sharefold.repair.rectified import Front, best_step_behind, rectified
+from sharefold.repair.rectified import SMALLEST_SCALE, Front, best_step_behind, rectified
 from sharefold.repair.samples import Samples
 from sharefold.repair.work import Work
 from sharefold.solvers.moments import Moments
 from sharefold.state_dicts import trial
 
+# A channel's outputs are made stronger or weaker at most so many times.
+MOST_RESTORED = 2.0
+
 
 class Refit:
     """Solves the linear part of every shared layer again, in forward order, for the original layer's output.
 
-    Of a layer that shares nothing all factors are solved again, as its group in the plan says. With a = F x~ the responses of
-    the layer's filters on the converted prefix and y the original output, both centred: C = (Y A^T + rho C0)(A A^T + rho I)^-1;
-    the difference of the means goes into the bias or the BatchNorm's mean; behind a ReLU coefficients are solved once more for
-    what it lets through. The pull rho is chosen by cross-validation, and how far each layer goes on images that decide.
-    Where all of it does harm, the first layers alone may keep what they got; the record's ``steps`` are theirs.
+    Of a layer that shares nothing all factors are solved again, as its group in the plan says. With a = F x~ the responses
+    of the layer's filters on the converted prefix and y the original output, both centred: C = (Y A^T + rho C0)(A A^T + rho
+    I)^-1; the difference of the means goes into the bias or the BatchNorm's mean; behind a ReLU coefficients are solved
+    once more for what it lets through, elsewhere every output gets the variance that it should have. The pull rho is chosen
+    by cross-validation, and how far each layer goes on images that decide. Where all of it does harm, all layers may go a
+    part of the way (``way`` in the record), or the first layers alone keep what they got; the record's ``steps`` are
+    theirs.
     """
 
     name = "refit"
@@ -65,7 +70,8 @@ class Refit:
 
         def visit(at: Visited) -> None:
             at = replace(at, original=work.base.original)  # whose norms have the widths of the converted network's
-            fit, decide = at.samples.of(parts.fit), at.samples.of(parts.decide)
+            samples = _with_addend(at)
+            fit, decide = samples.of(parts.fit), samples.of(parts.decide)
             with journal.entry(_tensors(at)):
                 step = _visit(at, fit, decide if len(decide) else fit, plans.get(at.name), at.name in readers)
             steps[at.name] = round(step, 3)
@@ -78,13 +84,27 @@ class Refit:
         def details(kept: int) -> Mapping[str, Any]:
             return {"layers": len(steps), "kept_layers": kept, "steps": dict(list(steps.items())[: kept or None])}
 
-        return Partial(len(journal), journal.keep, details)
+        return Partial(len(journal), journal.keep, details, journal.go)
 
 
 def _tensors(at: Visited) -> list[Tensor]:
     """All that a visit may write into."""
     modules = [at.layer, *([] if at.norm is None else [resolve(at.model, at.norm)])]
     return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+
+def _with_addend(at: Visited) -> Samples:
+    """The samples of a layer that is added to a shortcut without a ReLU behind: its wanted output makes up for the error that
+    came through there. Behind a ReLU :meth:`_Task.rectify` sees to that."""
+    samples = at.samples
+    if at.rectifier is None or at.rectifier.rectified or samples.wanted is None or samples.given is None:
+        return samples
+    missing = samples.wanted - samples.given
+    if at.norm is not None:
+        scale, _ = affine(resolve(at.original, at.norm))
+        usable = scale.abs() > SMALLEST_SCALE * scale.abs().mean()
+        missing = torch.where(usable, missing / torch.where(usable, scale, 1.0), 0.0).to(missing)
+    return replace(samples, y=samples.y + missing)
 
 
 def _visit(at: Visited, fit: Samples, decide: Samples, plan: GroupPlan | None, reader: bool) -> float:
@@ -102,7 +122,10 @@ def _visit(at: Visited, fit: Samples, decide: Samples, plan: GroupPlan | None, r
             if other.error() < task.error():
                 task, task.step = other, 1.0
                 tried.keep()
-    task.rectify()
+    if at.rectifier is not None and at.rectifier.rectified:
+        task.rectify()
+    else:
+        task.restore()
     task.settle()
     return task.step
 
@@ -159,12 +182,30 @@ class _Task:
 
     def rectify(self) -> None:
         """Solves once more for what a ReLU behind the layer lets through."""
-        if self.at.rectifier is None or not self.free:
+        if not self.free:
             return
         new = rectified(self._responses(self.fit), self._front(self.fit), self.map, self.ridge)
         if new is not None:
             step = best_step_behind(self.map, new, self._responses(self.decide), self._front(self.decide))
             self.map, self.step = self.map.towards(new, step), max(self.step, step)
+
+    def restore(self) -> None:
+        """Gives every output the variance that it should have.
+
+        Least squares on damaged inputs answers nearer to the mean than it should, and so do the layers behind, until little is
+        left of what the network has to say (as where networks are averaged: https://arxiv.org/abs/2211.08403).
+        """
+        sums = self.fit_sums
+        if not self.free or sums is None:
+            return
+        weight, constant = self.map.weight, self.map.constant
+        covariance = sums.gram - sums.mean.unsqueeze(2) * sums.mean.unsqueeze(1)
+        given = ((weight @ covariance) * weight).sum(2)
+        wanted = sums.variance.reshape(constant.shape) - sums.mean_y.square()
+        factor = (wanted / given).sqrt().clamp(1 / MOST_RESTORED, MOST_RESTORED)
+        factor = torch.where((wanted > 0) & (given > 0), factor, 1.0)
+        mean = (weight @ sums.mean.unsqueeze(2)).squeeze(2)  # of the outputs, which stays
+        self.map = Linear(weight * factor.unsqueeze(2), constant + (1 - factor) * mean)
 
     def _front(self, samples: Samples) -> Front:
         ones = samples.y.new_ones(self.outputs)

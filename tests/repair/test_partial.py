@@ -1,4 +1,4 @@
-"""A refit that does harm as a whole keeps its first layers where those help."""
+"""A refit that does harm as a whole goes a part of the way, or keeps its first layers, where that helps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sharefold.outputs import Comparison
 from sharefold.repair import refit as refit_module
 from sharefold.repair.guard import Guard
 from sharefold.repair.lockstep import Visited
-from sharefold.repair.partial import Journal, Partial, best_start
+from sharefold.repair.partial import Journal, Partial, best_start, best_way
 from sharefold.repair.refit import Refit
 from sharefold.repair.step_record import StepRecord
 
@@ -37,6 +37,55 @@ def test_a_journal_goes_back_and_forth_bit_for_bit() -> None:
     for count in (4, 1, 3, 0, 0, 4, 2):
         journal.keep(count)
         assert all(torch.equal(t, wanted) for t, wanted in zip(tensors, states[count], strict=True)), count
+
+
+def test_a_journal_goes_a_part_of_the_way_and_back() -> None:
+    tensors = [torch.randn(3), torch.zeros(2, dtype=torch.long)]
+    states, journal = [[t.clone() for t in tensors]], Journal()
+    for _ in range(3):
+        with journal.entry(tensors):
+            tensors[0].mul_(1 / 3)
+            tensors[1][0] += 1
+        states.append([t.clone() for t in tensors])
+    for share in (0.25, 0.75):
+        journal.go(share)
+        torch.testing.assert_close(tensors[0], states[0][0].lerp(states[3][0], share))
+        assert torch.equal(tensors[1], states[3][1])
+        for count in (3, 1):
+            journal.keep(count)
+            assert all(torch.equal(t, wanted) for t, wanted in zip(tensors, states[count], strict=True)), (share, count)
+
+
+@pytest.mark.parametrize(
+    ("divergences", "found"),
+    [({0.5: 0.6, 0.25: 0.8}, (0.5, 0.6)), ({0.5: 1.2, 0.25: 0.8}, (0.25, 0.8)), ({0.5: 1.2, 0.25: math.nan}, (0, 1.0))],
+)
+def test_the_best_part_of_the_way(divergences: dict[float, float], found: tuple[float, float]) -> None:
+    at: list[float] = []
+    partial = Partial(3, lambda _: None, lambda _: {}, at.append)
+    assert best_way(partial, lambda: divergences[at[-1]], lambda a, b: a < b, 1.0) == found
+    assert best_way(Partial(3, lambda _: None, lambda _: {}), lambda: 0.0, lambda a, b: a < b, 1.0) == (0, 1.0)
+
+
+@pytest.mark.parametrize(("quarter", "kept"), [(0.3, True), (0.6, False)])
+def test_a_part_of_the_way_is_kept_where_it_helps(quarter: float, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four changes of one tensor by one each: its value tells the state."""
+    model, journal = nn.Linear(1, 1), Journal()
+    torch.nn.init.zeros_(model.weight)
+
+    def change() -> Partial:
+        for _ in range(4):
+            with journal.entry([model.weight]), torch.no_grad():
+                model.weight.add_(1.0)
+        return Partial(4, journal.keep, lambda count: {"parts": count}, journal.go)
+
+    guard = Guard(Comparison(model, torch.ones(1, 1)), now=0.5)
+    told = iter([0.9, 0.7, quarter, 0.8, 0.8])  # all of it, half of the way, a quarter, the first two changes, the first
+    monkeypatch.setattr(Guard, "divergence", lambda self, net: next(told))
+    record = guard.attempt(model, "one", change)
+    assert record.kept is kept and not list(told) and float(model.weight.detach()) == (1.0 if kept else 0.0)
+    if kept:
+        assert (record["way"], record["parts"], record["kl_after"]) == (0.25, 4, 0.3)
 
 
 def test_a_journal_takes_numbers_that_are_none_and_parameters() -> None:

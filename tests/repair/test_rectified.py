@@ -65,7 +65,7 @@ def found(norm: nn.Module, end: Callable[[nn.Module, Tensor, Tensor], Tensor]) -
     """The convolution of a :class:`One`, if a ReLU was seen behind it."""
     at = come_to(One(norm, end).eval(), torch.randn(2, 4, 5, 5))
     assert at.rectifier is not None or at.samples.given is at.samples.wanted is None
-    return at if at.rectifier is not None else None
+    return at if at.rectifier is not None and at.rectifier.rectified else None
 
 
 @pytest.mark.parametrize(
@@ -138,6 +138,37 @@ def test_an_activation_inside_of_the_norm_is_seen() -> None:
 )
 def test_anything_else_is_not_taken_for_one(end: Callable) -> None:
     assert found(nn.BatchNorm2d(4), end) is None
+
+
+@pytest.mark.parametrize("end", [lambda m, y, x: y + x, lambda m, y, x: m.gelu(x + m.drop(y))])
+def test_an_addition_without_a_relu_behind_gives_the_shortcut_alone(end: Callable) -> None:
+    at = come_to(One(nn.BatchNorm2d(4), end).eval(), torch.randn(2, 4, 5, 5))
+    assert at.rectifier is not None and not at.rectifier.rectified
+    assert at.samples.given is not None and torch.equal(at.samples.given, at.samples.x.reshape(-1, 4, 9)[:, :, 4])
+
+
+def test_a_layer_that_is_added_aims_at_what_the_sum_should_be() -> None:
+    """Its output that is aimed at, behind the norm, plus the shortcut as the network now has it, is the original's sum."""
+    norm = nn.BatchNorm2d(4)
+    with torch.no_grad():
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            tensor.uniform_(0.5, 2.0)
+        norm.weight[1] = 1e-6  # nothing that this channel could say would be heard
+    at = come_to(One(norm, lambda m, y, x: y + x).eval(), torch.randn(2, 4, 5, 5))
+    plain = at.samples
+    assert plain.given is not None and plain.wanted is not None
+    damaged = replace(plain, given=plain.given + 0.3 * torch.randn_like(plain.given))
+    aim = refit_module._with_addend(replace(at, samples=damaged)).y
+    given, heard = damaged.given, torch.tensor([True, False, True, True])
+    assert given is not None
+
+    def behind(y: Tensor) -> Tensor:
+        return norm.eval()(y[:, :, None, None])[:, :, 0, 0]
+
+    torch.testing.assert_close((behind(aim) + given)[:, heard], (behind(plain.y) + plain.wanted)[:, heard])
+    assert torch.equal(aim[:, ~heard], plain.y[:, ~heard])
+    with_relu = come_to(One(norm, lambda m, y, x: m.relu(y + x)).eval(), torch.randn(2, 4, 5, 5))
+    assert refit_module._with_addend(with_relu) is with_relu.samples
 
 
 @pytest.mark.parametrize(
@@ -234,9 +265,27 @@ def test_the_last_layer_of_a_block_makes_up_for_errors_of_its_shortcut(monkeypat
     assert original_shortcut < 0.98 * own_shortcut < 0.98**2 * without, errors
 
 
+def test_a_layer_without_a_relu_behind_it_gets_the_variance_of_its_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coefficients, "RIDGES", (1e-9,))
+    monkeypatch.setattr(refit_module, "best_step", lambda *_: 1.0)
+    at = come_to(One(nn.BatchNorm2d(4), lambda m, y, x: m.gelu(y)).eval(), torch.randn(40, 4, 5, 5))
+    noisy = replace(at.samples, x=at.samples.x + 0.8 * torch.randn_like(at.samples.x))
+    task = refit_module._Task(at, at.model.conv, noisy, noisy)
+    task.refit()
+    responses = task._responses(noisy)
+    wanted = noisy.y.T.double()
+    shrunk = task.map(responses)[0].double()
+    task.restore()
+    restored = task.map(responses)[0].double()
+    assert bool((shrunk.var(1) < 0.9 * wanted.var(1)).all())
+    torch.testing.assert_close(restored.var(1), wanted.var(1), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(restored.mean(1), shrunk.mean(1), rtol=1e-3, atol=1e-5)
+
+
 def test_layers_without_a_relu_behind_them_keep_their_linear_solution(monkeypatch: pytest.MonkeyPatch) -> None:
     model = net("convnext", blocks=3)
-    plan = sharefold.plan(model, budget="60%", calibration=FITTING, objective="fisher", exclude="stem|down")
+    methods = ("basis", "hybrid", "svd")
+    plan = sharefold.plan(model, budget="60%", calibration=FITTING, method=methods, exclude="stem|down")
     done = sharefold.convert_(model, plan, calibration=FITTING, repair=False)
     networks = [copy.deepcopy(model) for _ in range(2)]
     for rounds, network in zip((0, 4), networks, strict=True):
