@@ -355,7 +355,8 @@ def _end(row: dict[str, str]) -> str:
 
 def _result_rows(data: str, found: list[dict[str, Any]], sizes: tuple[str, ...]) -> list[list[str]]:
     """One row a size that was measured: original, converted, refined, and what low rank a layer gives at this size."""
-    dense = next((row for row in found if row.get("method") == "original" and "top1" in row), None)
+    originals = [row.get("top1_dense", row.get("top1") if row.get("method") == "original" else None) for row in found]
+    dense = next((value for value in originals if value is not None), None)
     rows = []
     for size in sizes:
         cells: dict[str, list[float]] = {}
@@ -366,7 +367,7 @@ def _result_rows(data: str, found: list[dict[str, Any]], sizes: tuple[str, ...])
         if "auto" in cells:
             means = [f"{statistics.mean(cells[c]):.2f}" if c in cells else "" for c in ("auto", "auto + refine", "svd")]
             first = f"{named(found[0]['network'])}, {data}"
-            rows.append([first, size.replace("MB", " MB"), f"{100 * dense['top1']:.2f}" if dense else "", *means])
+            rows.append([first, size.replace("MB", " MB"), "" if dense is None else f"{100 * dense:.2f}", *means])
     return rows
 
 

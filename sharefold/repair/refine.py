@@ -29,8 +29,9 @@ from sharefold.layers import running
 from sharefold.layers.norm_fusion import norms_fused
 from sharefold.options import RefineOptions, chosen
 from sharefold.outputs.divergence import centred as centred
-from sharefold.plans import Progress
-from sharefold.repair.guard import Guard
+from sharefold.plans import Plan, Progress
+from sharefold.repair.confidence import Confidence
+from sharefold.repair.guard import Guard, Scaled
 from sharefold.repair.lockstep import BATCH_ELEMENTS, largest_map
 from sharefold.repair.step_record import StepRecord
 from sharefold.repair.work import Work
@@ -69,24 +70,29 @@ def refine(
         SharefoldError: an epoch or time budget that is not positive.
     """
     wanted = chosen(options, overrides, RefineOptions)
+    guard = Guard(cal.decided) if guard is None else guard
+    return _refined(Work(cal, model, Plan([], 0, 0), guard, cal, progress), wanted)
+
+
+def _refined(work: Work, wanted: RefineOptions) -> StepRecord:
     _check(wanted)
     if wanted.epochs is None and wanted.seconds is None:
         wanted = replace(wanted, seconds=DEFAULT_SECONDS)
-    original, images = cal.original, cal.fit_images
-    clock = _Clock(len(images), MOST_EPOCHS if wanted.epochs is None else wanted.epochs, wanted.seconds)
-    guard = Guard(cal.decided) if guard is None else guard
+    model, cal, guard = work.model, work.cal, work.guard
+    original = cal.original
+    clock = _Clock(len(cal.fit_images), MOST_EPOCHS if wanted.epochs is None else wanted.epochs, wanted.seconds)
     norms = {name: record.norm for name, record in cal.graph.layers.items()}
     if wanted.blocks is None:
         wanted = replace(wanted, blocks=tuple(cal.graph.blocks))
-    before = guard.current(model)
+    before, scales = guard.current(model), Confidence(work)
     with (
         _training(original, model) as parameters, norms_fused(original, norms, constant=True), norms_fused(model, norms),
         trial(model) as tried, closing(_train(cal, model, parameters, clock, wanted)) as loop,
     ):  # fmt: skip
-        checks = _Checks(guard, model, before, tried)
+        checks = _Checks(guard, model, before, tried, scales)
         for share in loop:
-            if progress:
-                progress("refining", round(share * 100), 100)
+            if work.progress:
+                work.progress("refining", round(share * 100), 100)
             if not checks.passes(share):
                 break
     guard.settle(checks.best)
@@ -106,7 +112,7 @@ class Refinement:
         return ""
 
     def run(self, work: Work) -> StepRecord:
-        return refine(work.model, work.cal, self.options, work.guard, work.progress)
+        return _refined(work, self.options)
 
 
 def _check(options: RefineOptions) -> None:
@@ -138,11 +144,12 @@ class _Clock:
 class _Checks:
     """Keeps the state at the end if its divergence is below that before training, else the state before.
 
-    Of a run that is cut short, or whose outputs are no longer finite, the best state that was checked remains.
+    Of a run that is cut short, or whose outputs are no longer finite, the best state that was checked remains. Every state is
+    compared, and kept, at its best scale of the logits: least squares alone makes them smaller the less a network can know.
     """
 
-    def __init__(self, guard: Guard, model: nn.Module, before: float, tried: Trial) -> None:
-        self.guard, self.model, self.tried = guard, model, tried
+    def __init__(self, guard: Guard, model: nn.Module, before: float, tried: Trial, scales: Scaled) -> None:
+        self.guard, self.model, self.tried, self.scales = guard, model, tried, scales
         self.before = self.best = before
         self.history: list[float] = []
         self._next = 1 / CHECKS
@@ -152,6 +159,7 @@ class _Checks:
         if share < self._next:
             return True
         self._next = min(1.0, share + 1 / CHECKS)
+        self.scales.settle()
         found = self.guard.divergence(self.model)
         self.history.append(found)
         if share >= 1 and math.isfinite(found):
@@ -160,6 +168,7 @@ class _Checks:
         if self.guard.better(found, self.best):
             self.best = found
             self.tried.keep(going_on=True)
+        self.scales.undo()
         return math.isfinite(found)
 
 

@@ -77,6 +77,21 @@ def test_lowers_held_out_kl_much(pair) -> None:
     assert all(torch.equal(a, block.bn2.running_var) for a, block in zip(statistics, model.layer1, strict=True))
 
 
+class Halved:
+    """A scale of the logits: half of what they are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        self.model.weight.mul_(0.5)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        self.model.weight.mul_(2.0)
+
+
 @pytest.mark.parametrize(
     ("divergences", "remains"),
     [([0.2, 0.6], 2.0), ([0.7, 0.9], 2.0), ([0.2, 1.1], 0.0), ([1.5, 1.1], 0.0), ([0.2, math.nan], 1.0)],
@@ -87,13 +102,15 @@ def test_the_end_counts_and_not_the_states_on_the_way(monkeypatch, divergences, 
     monkeypatch.setattr(Guard, "divergence", lambda *_: next(told))
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
+    scales = Halved(model)
     with trial(model) as tried:
-        checks = module._Checks(Guard(Comparison(model, torch.rand(2, 1))), model, 1.0, tried)
+        checks = module._Checks(Guard(Comparison(model, torch.rand(2, 1))), model, 1.0, tried, scales)
         for value, share in ((0.0, 0.05), (1.0, 0.5), (2.0, 1.0)):
             with torch.no_grad():
                 model.weight.fill_(value)
             assert checks.passes(share) == (value < 2.0 or math.isfinite(divergences[1]))
-    assert float(model.weight.detach()) == remains
+            assert float(model.weight.detach()) == value, "what is trained on is not scaled"
+    assert float(model.weight.detach()) == remains / 2, "what is kept is scaled"
     assert checks.best == {2.0: divergences[1], 1.0: divergences[0], 0.0: 1.0}[remains]
     assert checks.history == pytest.approx(divergences, nan_ok=True)
 
