@@ -45,6 +45,8 @@ MOST_EPOCHS = 100
 SMALLEST_SCALE = 1e-2
 WARMUP = 0.1
 CHECKS = 5
+# Where time allows fewer steps than this, they are smaller: what large ones disturb so few cannot mend.
+MANY_STEPS = 1000
 BATCH, SMALLEST_BATCH = 64, 8
 
 
@@ -127,7 +129,7 @@ class _Clock:
 
     def __init__(self, images: int, epochs: int, seconds: float | None) -> None:
         self.images, self.most, self.seconds = images, epochs, seconds
-        self.seen = 0
+        self.seen = self.steps = 0
         self._start = time.perf_counter()
 
     def elapsed(self) -> float:
@@ -139,6 +141,12 @@ class _Clock:
     def share(self) -> float:
         spent = 0.0 if self.seconds is None else self.elapsed() / self.seconds
         return min(1.0, max(self.epochs() / self.most, spent))
+
+    def caution(self) -> float:
+        """Factor on the size of a step, by how many there will be as far as can be told by now; 1 where epochs were asked for."""
+        if self.seconds is None:
+            return 1.0
+        return math.sqrt(min(1.0, max(self.steps, 1) / max(self.share(), 1 / MANY_STEPS) / MANY_STEPS))
 
 
 class _Checks:
@@ -192,8 +200,9 @@ def _train(
         while True:
             order = torch.randperm(len(images), generator=generator)
             for index in order.split(batch_size):
+                caution = clock.caution()
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * _rate(share)
+                    group["lr"] = rate * _rate(share) * caution
                 batch = random_views(images[index], generator).to(parameters[0].device)
                 losses = wishes.losses(model, batch)
                 losses += relative_errors([ours[n] for n in names], [theirs[n] for n in names], spreads)
@@ -202,6 +211,7 @@ def _train(
                 loss.backward()
                 optimizer.step()
                 clock.seen += len(index)
+                clock.steps += 1
                 share = clock.share()
                 yield share
                 if share >= 1:

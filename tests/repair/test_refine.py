@@ -289,3 +289,12 @@ def test_losses_against_their_definitions() -> None:
     assert torch.allclose(centred(logits + 7), centred(logits), atol=1e-5) and float(centred(logits).sum(1).abs().max()) < 1e-5
     a, b = torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
     assert torch.stack(relative_errors([a, 3 * a], [b, b], [2.0, 3.0])).tolist() == [0.5, 3.0]
+
+
+def test_steps_are_smaller_where_time_allows_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = module._Clock(images=100, epochs=100, seconds=10.0)
+    monkeypatch.setattr(clock, "elapsed", lambda: 1.0)  # a tenth of the time
+    for steps, expected in ((1, 10), (25, 250), (100, 1000), (500, 5000)):
+        clock.steps = steps
+        assert clock.caution() == pytest.approx(min(1.0, expected / module.MANY_STEPS) ** 0.5)
+    assert module._Clock(images=100, epochs=2, seconds=None).caution() == 1.0
