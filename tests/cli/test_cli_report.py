@@ -18,7 +18,7 @@ FAST = ["--no-pretrained", "--calib-count", 40]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``net``, a converted network, and ``plan.json``, the plan that a dry run printed."""
     place = tmp_path_factory.mktemp("report")
-    result = call("convert", NET, *FAST, "--no-repair", "--budget", "50%", "-o", place / "net")
+    result = call("convert", NET, *FAST, "--no-repair", "--method", "basis,svd", "--budget", "50%", "-o", place / "net")
     assert result.exit_code == 0, result.output
     result = call("convert", NET, *FAST, "--budget", "50%", "--dry-run", "--json")
     (place / "plan.json").write_text(result.stdout)
