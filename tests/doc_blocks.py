@@ -35,7 +35,7 @@ STAND_INS = (
 # Where a line leaves them open, fewer images are taken, and of the methods that compete the two quick ones do; what all four
 # make of the network is seen in tests/test_demo.py.
 IN_SHORT = {
-    "sharefold.calibration.images.COUNT": 100,
+    "sharefold.calibration.images.COUNT": 200,
     "sharefold.planner.candidates.AUTO": ("basis", "svd"),
     "sharefold.planner.decide.AUTO": ("basis", "svd"),
 }

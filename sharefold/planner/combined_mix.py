@@ -49,7 +49,7 @@ class CombinedMixer:
         Raises:
             Unreachable: neither folding nor sharing nor both meet them; says the floors.
         """
-        runs = PlanRuns(self.cal)
+        runs = PlanRuns(self.cal, self.options.exclude)
         found = self._alone(budget)
         rates = runs.rates(found)
         least = min((rates.of(one.sharing, one.folding) for one in found), default=math.inf)

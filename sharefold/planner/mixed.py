@@ -54,7 +54,7 @@ class Mixer:
         Raises:
             SharefoldError: neither folding nor sharing nor both reach it; says the floor of both.
         """
-        runs = PlanRuns(self.cal)
+        runs = PlanRuns(self.cal, self.options.exclude)
         found = self._alone(limit, budget)
         rates = runs.rates(found)
         estimates = self._estimates(limit, rates)

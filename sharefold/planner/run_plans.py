@@ -8,8 +8,9 @@ is expected of their mixtures.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sharefold.calibration.calibrate import Calibration, copied
 from sharefold.convert import carry_out
@@ -45,10 +46,13 @@ class PlanRuns:
     """Runs plans of one calibration, each once: before repairs but for the scale of the logits, on the images that decide.
 
     Where the network returns nothing to compare, what is expected counts instead.
+
+    Args:
+        exclude: expression of what stays as it is, as in the options of the plan.
     """
 
-    def __init__(self, cal: Calibration) -> None:
-        self.cal = cal
+    def __init__(self, cal: Calibration, exclude: str | None = None) -> None:
+        self.cal, self.exclude = cal, exclude or ""
         self._known: list[tuple[Expected, float]] = []
 
     def loss(self, expected: Expected) -> float:
@@ -68,7 +72,7 @@ class PlanRuns:
         if not shared or not folded:
             return Rates()
         rates = Rates(self.loss(shared[0]) / shared[0].sharing, self.loss(folded[0]) / folded[0].folding)
-        return rates if min(rates.sharing, rates.folding) > 0 else Rates()
+        return rates if all(0 < rate < math.inf for rate in (rates.sharing, rates.folding)) else Rates()
 
     def best(self, found: Sequence[Expected]) -> Plan:
         """The plan of least loss."""
@@ -77,7 +81,8 @@ class PlanRuns:
     def _run(self, expected: Expected) -> float:
         if not self.cal.comparable:
             return expected.sharing + expected.folding
-        trial = copied(self.cal.original)
-        carry_out(trial, expected.plan, self.cal, ConvertOptions(repair=False), {})
-        Confidence(Work(self.cal, trial, expected.plan, Guard(self.cal.decided), self.cal)).settle()  # as the repairs will
-        return self.cal.decided.divergence(trial).mean
+        trial, plan = copied(self.cal.original), replace(expected.plan, exclude=self.exclude)
+        carry_out(trial, plan, self.cal, ConvertOptions(repair=False, config={"base": None, "pretrained_cfg": None}), {})
+        Confidence(Work(self.cal, trial, plan, Guard(self.cal.decided), self.cal)).settle()  # as the repairs will
+        found = self.cal.decided.divergence(trial).mean
+        return found if math.isfinite(found) else math.inf

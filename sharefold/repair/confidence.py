@@ -125,6 +125,8 @@ def _best_factor(wanted: Tensor, given: Tensor) -> float | None:
     """The number that minimises the mean KL(softmax(wanted) || softmax(factor * given)), rows (n, classes); None without one."""
     if not bool(torch.isfinite(wanted).all() and torch.isfinite(given).all()):
         return None
+    # A constant a row changes no share; without it, sums of sure rows are not differences of large numbers.
+    given = given - given.amax(1, keepdim=True)
     along = float((wanted.softmax(1) * given).sum(1).double().mean())
 
     def slope(logarithm: float) -> float:

@@ -35,7 +35,7 @@ class Wanted:
     Attributes:
         form: of the student's layer.
         norm: behind it, or None.
-        rectified: whether a ReLU behind it matters.
+        rectified: whether an addition or a ReLU behind it matters.
         rows: (O,) of the teacher's output channels those that the student's layer still has; None for all.
     """
 
@@ -53,7 +53,7 @@ class Visited:
         original, model: the two networks.
         name, norm: of the layer, and of the norm behind it or None.
         samples: what it is given and should give.
-        rectifier: what stands between the layer and a ReLU; None where there is none, or it was not asked for.
+        rectifier: the addition and the ReLU behind the layer; None where neither is, or it was not asked for.
     """
 
     original: nn.Module

@@ -143,17 +143,19 @@ class _Clock:
         return min(1.0, max(self.epochs() / self.most, spent))
 
     def caution(self) -> float:
-        """Factor on the size of a step, by how many there will be as far as can be told by now; 1 where epochs were asked for."""
+        """Factor on the size of a step, by how many the time allows as far as can be told by now; 1 where nothing limits it."""
         if self.seconds is None:
             return 1.0
-        return math.sqrt(min(1.0, max(self.steps, 1) / max(self.share(), 1 / MANY_STEPS) / MANY_STEPS))
+        spent = max(self.elapsed() / self.seconds, 1 / MANY_STEPS)
+        return math.sqrt(min(1.0, max(self.steps, 1) / spent / MANY_STEPS))
 
 
 class _Checks:
     """Keeps the state at the end if its divergence is below that before training, else the state before.
 
     Of a run that is cut short, or whose outputs are no longer finite, the best state that was checked remains. Every state is
-    compared, and kept, at its best scale of the logits: least squares alone makes them smaller the less a network can know.
+    compared, and kept, at its best scale of the logits, the one before training as it is: least squares alone makes logits
+    smaller the less a network can know.
     """
 
     def __init__(self, guard: Guard, model: nn.Module, before: float, tried: Trial, scales: Scaled) -> None:

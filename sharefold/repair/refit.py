@@ -28,13 +28,16 @@ from sharefold.repair.lockstep import Visited, Wanted, walk
 from sharefold.repair.means import give_mean
 from sharefold.repair.own_factors import has_own_factors, own_factors
 from sharefold.repair.partial import Journal, Partial
-from sharefold.repair.rectified import SMALLEST_SCALE, Front, best_step_behind, rectified
+from sharefold.repair.rectified import Front, best_step_behind, rectified
 from sharefold.repair.samples import Samples
 from sharefold.repair.work import Work
 from sharefold.solvers.moments import Moments
 from sharefold.state_dicts import trial
 
-# A channel's outputs are made stronger or weaker at most so many times.
+# A channel that its norm makes this much weaker than others does not make up for a shortcut's error: it would have to shout,
+# and its squared error would decide for all channels.
+HEARD = 0.1
+# A channel's outputs are made stronger at most so many times.
 MOST_RESTORED = 2.0
 
 
@@ -44,7 +47,7 @@ class Refit:
     Of a layer that shares nothing all factors are solved again, as its group in the plan says. With a = F x~ the responses
     of the layer's filters on the converted prefix and y the original output, both centred: C = (Y A^T + rho C0)(A A^T + rho
     I)^-1; the difference of the means goes into the bias or the BatchNorm's mean; behind a ReLU coefficients are solved
-    once more for what it lets through, elsewhere every output gets the variance that it should have. The pull rho is chosen
+    once more for what it lets through, elsewhere outputs get back variance that they have lost. The pull rho is chosen
     by cross-validation, and how far each layer goes on images that decide. Where all of it does harm, all layers may go a
     part of the way (``way`` in the record), or the first layers alone keep what they got; the record's ``steps`` are
     theirs.
@@ -102,7 +105,7 @@ def _with_addend(at: Visited) -> Samples:
     missing = samples.wanted - samples.given
     if at.norm is not None:
         scale, _ = affine(resolve(at.original, at.norm))
-        usable = scale.abs() > SMALLEST_SCALE * scale.abs().mean()
+        usable = scale.abs() > HEARD * scale.abs().mean()
         missing = torch.where(usable, missing / torch.where(usable, scale, 1.0), 0.0).to(missing)
     return replace(samples, y=samples.y + missing)
 
@@ -190,19 +193,20 @@ class _Task:
             self.map, self.step = self.map.towards(new, step), max(self.step, step)
 
     def restore(self) -> None:
-        """Gives every output the variance that it should have.
+        """Gives every output that was fitted the variance that it has in the original, where it has less.
 
         Least squares on damaged inputs answers nearer to the mean than it should, and so do the layers behind, until little is
         left of what the network has to say (as where networks are averaged: https://arxiv.org/abs/2211.08403).
         """
         sums = self.fit_sums
-        if not self.free or sums is None:
+        if not self.free or sums is None or self.step == 0:
             return
         weight, constant = self.map.weight, self.map.constant
         covariance = sums.gram - sums.mean.unsqueeze(2) * sums.mean.unsqueeze(1)
         given = ((weight @ covariance) * weight).sum(2)
-        wanted = sums.variance.reshape(constant.shape) - sums.mean_y.square()
-        factor = (wanted / given).sqrt().clamp(1 / MOST_RESTORED, MOST_RESTORED)
+        # Of the layer's own output, without what makes up for a shortcut's error and may not be known to it.
+        wanted = self.at.samples.y.double().var(0, unbiased=False).reshape(constant.shape).to(given)
+        factor = (wanted / given).sqrt().clamp(1.0, MOST_RESTORED)
         factor = torch.where((wanted > 0) & (given > 0), factor, 1.0)
         mean = (weight @ sums.mean.unsqueeze(2)).squeeze(2)  # of the outputs, which stays
         self.map = Linear(weight * factor.unsqueeze(2), constant + (1 - factor) * mean)

@@ -25,7 +25,7 @@ class Samples:
         x: (P, G, N) input patches of the converted network's layer, G conv groups.
         y: (P, O) outputs of the original's layer.
         image: (P,) int64, the image that each position is of.
-        given, wanted: (P, O) what the converted and the original network add behind the layer, before a ReLU; or None.
+        given, wanted: (P, O) what the converted and the original network add behind the layer, a ReLU behind or not; or None.
     """
 
     x: Tensor

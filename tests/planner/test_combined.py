@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from sharefold.layers import SharedConv, checked_form
 from sharefold.measure import count_macs, model_bytes
 from sharefold.methods import Candidate, method_named
 from sharefold.options import PlanOptions
-from sharefold.planner import Planner, costs
+from sharefold.planner import Planner, combined_mix, costs
 from sharefold.planner.bounds import Bounds, Unreachable
 from sharefold.planner.candidates import PricedPlans
 from sharefold.planner.combined import Combined
@@ -77,6 +78,7 @@ def test_channels_are_folded_for_both_and_the_rest_is_shared(budget: str, monkey
         return expected.sharing + expected.folding if not expected.sharing * expected.folding else 0.0
 
     monkeypatch.setattr(PlanRuns, "loss", loss)
+    monkeypatch.setattr(combined_mix, "WORTH", math.inf)
     known = planner("depthwise")
     plan = known.plan(budget)
     limits = [float(text) / 100 for text in re.findall(r"(\d+)%", budget)]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
+import torch
 from networks import Mute, images, net
+from torch import nn
 
 import sharefold
 from sharefold.calibration.calibrate import calibrate
@@ -37,7 +40,9 @@ def test_what_was_lost_corrects_what_is_expected() -> None:
     assert rates.of(0.1, 0.2) == pytest.approx(0.35)
 
 
-@pytest.mark.parametrize("losses", [{"shared": 0.6, "folded": 0.0}, {"shared": 0.0, "folded": 0.1}])
+@pytest.mark.parametrize(
+    "losses", [{"shared": 0.6, "folded": 0.0}, {"shared": 0.0, "folded": 0.1}, {"shared": math.inf, "folded": 0.1}]
+)
 def test_nothing_is_corrected_without_both(losses: dict[str, float]) -> None:
     shared, folded = expected("shared", 0.2, 0.0), expected("folded", 0.0, 0.4)
     assert Told(losses).rates([shared, folded]) == Rates()
@@ -84,3 +89,18 @@ def test_what_is_expected_counts_where_nothing_can_be_compared() -> None:
     plan = sharefold.plan(cal.original, "60%", cal, method="svd")
     assert not cal.comparable and PlanRuns(cal).loss(Expected(plan, 0.25, 0.5)) == 0.75
     assert sharefold.plan(cal.original, "60%", cal, method=("svd", "fold")).params_after <= 0.6 * plan.params_before
+
+
+def test_a_network_that_is_no_longer_finite_is_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net("residual")
+    cal = calibrate(model, CALIBRATION)
+    plan = sharefold.plan(model, "60%", cal, method="svd")
+    carry_out = run_plans.carry_out
+
+    def spoiled(trial: nn.Module, *rest: Any) -> Any:
+        done = carry_out(trial, *rest)
+        torch.nn.init.constant_(trial.fc.weight, math.nan)
+        return done
+
+    monkeypatch.setattr(run_plans, "carry_out", spoiled)
+    assert PlanRuns(cal).loss(Expected(plan, 0.1, 0.0)) == math.inf

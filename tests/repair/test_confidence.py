@@ -51,6 +51,14 @@ def test_the_scale_does_not_hang_on_the_last_digits_of_the_logits() -> None:
     assert _best_factor(wanted, given) == pytest.approx(_best_factor(wanted, given + 1e-7 * noise), rel=1e-5)
 
 
+@pytest.mark.parametrize("margin", [5.0, 30.0, 60.0])
+def test_the_scale_of_sure_networks_is_found_too(margin: float) -> None:
+    """Their shares are ones and zeros in single precision; a factor of 64 would be as good there, and wrong elsewhere."""
+    torch.manual_seed(0)
+    wanted = torch.randn(400, 10) + margin * torch.eye(10)[torch.randint(10, (400,))] + 100
+    assert _best_factor(wanted, 0.7 * wanted) == pytest.approx(1 / 0.7, rel=1e-3)
+
+
 def test_the_scale_has_bounds_and_needs_logits_that_differ() -> None:
     torch.manual_seed(0)
     wanted = torch.randn(50, 4)

@@ -297,4 +297,6 @@ def test_steps_are_smaller_where_time_allows_few(monkeypatch: pytest.MonkeyPatch
     for steps, expected in ((1, 10), (25, 250), (100, 1000), (500, 5000)):
         clock.steps = steps
         assert clock.caution() == pytest.approx(min(1.0, expected / module.MANY_STEPS) ** 0.5)
+    clock.seen = 90 * 100  # nearly all epochs are done: that says nothing of the time
+    assert clock.caution() == 1.0
     assert module._Clock(images=100, epochs=2, seconds=None).caution() == 1.0
