@@ -74,7 +74,7 @@ class CombinedMixer:
             found.append(Expected(self.plain.plan(picks, budget), self.plain.damage(picks), 0.0))
         widths = self.levels.within(self.plain.bounds.limits)
         if widths is not None:
-            found.append(Expected(self.levels.plan(self.plain.bounds, budget), 0.0, self.levels.one.damage(widths)))
+            found.append(Expected(self.levels.folded(widths, self.plain.bounds, budget), 0.0, self.levels.one.damage(widths)))
         return found
 
     def _widths(self) -> Iterator[list[int]]:

@@ -63,6 +63,10 @@ class ManyLevels:
             floors = self.totals(self.narrowest)
             each = zip(bounds.costs, bounds.limits, bounds.parts, floors, strict=True)
             raise Unreachable(next(c.below(limit, part, floor, FOLD.name) for c, limit, part, floor in each if floor > limit))
+        return self.folded(widths, bounds, budget)
+
+    def folded(self, widths: Sequence[int], bounds: Bounds, budget: str) -> Plan:
+        """The plan that folds to these widths, which are within ``bounds``, and does nothing else."""
         after = self.one.parameters(widths)
         source = f"budget {budget}, method {FOLD.name}: {bounds.expected(self.totals(widths), after)}"
         return Plan(self.one.plans(widths), self.one.before, after, source)
