@@ -17,6 +17,8 @@ LARGE_IMAGE = 96 * 96
 # Packages whose networks take them so.
 PACKAGES = ("timm.", "torchvision.", "segmentation_models_pytorch.", "ultralytics.", "sharefold.")
 _PLAIN: WeakSet[type] = WeakSet()  # but not these
+# Numbers of the images of a batch: larger batches leave the processor's caches, and take twice as long an image.
+BATCH_ELEMENTS = 1 << 22
 COMPUTED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -94,6 +96,11 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 def evenly(count: int, most: int) -> Tensor:
     """Indices of at most ``most`` of ``count`` things, evenly spaced from the first to the last."""
     return torch.linspace(0, count - 1, min(most, count)).long()
+
+
+def batch_of(images: Tensor, most: int = 250) -> int:
+    """How many of ``images`` (n, C, H, W) a forward pass without gradients takes at best, at most ``most``."""
+    return batch_within(BATCH_ELEMENTS, images[0].numel(), most)
 
 
 def batch_within(elements: int, each: int, most: int, least: int = 1) -> int:

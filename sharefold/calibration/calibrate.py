@@ -16,10 +16,11 @@ from sharefold.calibration.parts import Parts, parts_of
 from sharefold.calibration.statistics import Statistics, batch_for, statistics_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph, analyze
+from sharefold.layers.norm_fusion import fused_for_inference
 from sharefold.options import CalibrationOptions, chosen
 from sharefold.outputs import Comparison, Divergence, OutputReading, read_outputs
 from sharefold.outputs.comparison import BATCH
-from sharefold.running import device_of
+from sharefold.running import device_of, evaluating
 from sharefold.settings import with_plain_settings
 
 # Of fewer images a mean certainty says nothing of whether the network has seen them.
@@ -65,6 +66,11 @@ class Calibration:
         """How conversions are compared with the network, output by output."""
         return Divergence.of(self.original, self.reading, self.images, batch_for(self.images))
 
+    @cached_property
+    def norms(self) -> dict[str, str | None]:
+        """For every layer the norm that alone reads its output, or None."""
+        return {name: record.norm for name, record in self.graph.layers.items()}
+
     @property
     def comparable(self) -> bool:
         """Whether there is anything by which a conversion can be compared with the network."""
@@ -77,8 +83,9 @@ class Calibration:
             SharefoldError: there is nothing to compare.
         """
         return Comparison(
-            self.original, images, self.reading, divergence=self.divergence, criterion=self.criterion, batch_size=batch_size
-        )
+            self.original, images, self.reading, divergence=self.divergence, criterion=self.criterion, batch_size=batch_size,
+            norms=self.norms,
+        )  # fmt: skip
 
     @cached_property
     def decided(self) -> Comparison:
@@ -98,7 +105,11 @@ class Calibration:
     @cached_property
     def seen_before(self) -> bool:
         """Whether the network was trained on these images, as far as its certainty of classes tells."""
-        return seen_before(self.original, self.report_images, self.stand_ins.images, self.reading)
+        return self._seen(self.report_images, self.stand_ins.images)
+
+    def _seen(self, images: Tensor, views: Tensor) -> bool:
+        with evaluating(self.original), fused_for_inference(self.original, norms=self.norms):
+            return seen_before(self.original, images, views, self.reading)
 
     @property
     def decide_images(self) -> Tensor:
@@ -116,7 +127,7 @@ class Calibration:
         plain = self.decide_images
         views = stand_ins(plain, self.seed)
         enough = len(plain) >= FEWEST_SEEN and self.reading.classes is not None
-        seen = enough and seen_before(self.original, plain, views, self.reading)
+        seen = enough and self._seen(plain, views)
         return views if seen else torch.cat([plain, views[: len(plain)]])
 
     @property

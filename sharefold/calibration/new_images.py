@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sharefold.data.views import random_views
 from sharefold.outputs import OutputReading, read_outputs
 from sharefold.outputs.terms import log_shares
-from sharefold.running import evaluating
+from sharefold.running import batch_of, evaluating
 
 # A quarter of the views that refinement learns from: at most 4 degrees, 5 % of size and of half a side, no mixing.
 STRENGTH = 0.25
@@ -21,7 +21,6 @@ STRENGTH = 0.25
 VIEWS = 2
 # A network that is so many times less certain of views than of the images has seen the images before.
 SURER = 2.0
-BATCH = 100
 
 
 def stand_ins(images: Tensor, seed: int = 0) -> Tensor:
@@ -41,7 +40,7 @@ def doubt(model: nn.Module, images: Tensor, reading: OutputReading | None = None
     assert leaf is not None
     found = []
     with evaluating(model):
-        for batch in images.split(BATCH):
+        for batch in images.split(batch_of(images)):
             best = log_shares(leaf, reading.run(model, batch)[0]).exp().amax(-1)
             found.append((1 - best).reshape(len(batch), -1).mean(1).cpu())
     return float(torch.cat(found).double().mean())

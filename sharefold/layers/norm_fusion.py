@@ -8,16 +8,18 @@ gone, and gradients still reach the norm's weight and bias through the filters.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
 
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 
 from sharefold.layers.batchnorm import affine
+from sharefold.layers.form import ConvForm, form_of
 from sharefold.layers.shared_conv import SharedConv, rounded_once
+from sharefold.running import dtype_of
 
 
 @contextmanager
@@ -29,7 +31,7 @@ def norms_fused(
     Args:
         model: in eval mode; its modules run as before afterwards.
         norms: for every layer the norm that alone reads its output, or None (as in ``NetworkGraph.layers``). Pairs
-            that cannot be fused (Linears, subclasses of Conv2d, standardised weights, other norms) run as they are.
+            that cannot be fused (Linears, users' subclasses of Conv2d, standardised weights, other norms) run as they are.
         constant: nothing in it changes while this is active: what the filters become is computed once, and gets no gradient.
         dtype: of the constant filters (default: their own).
 
@@ -53,6 +55,23 @@ def norms_fused(
                 module.__dict__.pop("forward", None)
 
 
+@contextmanager
+def fused_for_inference(*models: nn.Module, norms: Mapping[str, str | None]) -> Iterator[None]:
+    """Networks that do not change meanwhile run with their norms fused, where they compute in full precision.
+
+    A norm in eval mode takes a CPU about as long as the convolution in front of it. Answers differ by rounding.
+
+    Args:
+        models: in eval mode, of the same names of layers.
+        norms: as for :func:`norms_fused`.
+    """
+    with ExitStack() as stack:
+        for model in models:
+            if dtype_of(model) in (torch.float32, torch.float64):
+                stack.enter_context(norms_fused(model, norms, constant=True))
+        yield
+
+
 def _fusable(layer: nn.Module, norm: nn.Module) -> bool:
     if type(norm) not in (nn.BatchNorm2d, BatchNormAct2d) or norm.training or norm.running_mean is None:
         return False
@@ -60,7 +79,7 @@ def _fusable(layer: nn.Module, norm: nn.Module) -> bool:
         return False  # somebody else's patch, or a layer that two names share
     if isinstance(layer, SharedConv):
         return layer.form.kind == "conv2d" and layer.form.standardize is None
-    return type(layer) is nn.Conv2d
+    return type(layer) in (nn.Conv2d, Conv2dSame)
 
 
 def _both(layer: Any, norm: Any, x: Tensor) -> Tensor:
@@ -86,6 +105,8 @@ def _merged(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
 def _applied(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if isinstance(layer, SharedConv):
         return layer.form.apply(x, weight, bias)
+    if isinstance(layer, Conv2dSame):
+        return cast(ConvForm, form_of(layer)).apply(x, weight, bias)
     return cast(Tensor, layer._conv_forward(x, weight, bias))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,19 +14,18 @@ from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
+from sharefold.layers.norm_fusion import fused_for_inference
 from sharefold.outputs.divergence import Divergence
 from sharefold.outputs.figures import Figure, Figures, figure_of_criterion
 from sharefold.outputs.found_again import figure_of_detections
 from sharefold.outputs.reading import OutputReading, read_outputs
-from sharefold.running import batch_within, evaluating, run_on
+from sharefold.running import batch_of, evaluating, run_on
 
 # (what the original returns, what another network returns) for one batch -> (n,), 0 where both say the same.
 Criterion = Callable[[Any, Any], Tensor]
 
 CACHE_BYTES = 256 << 20
 BATCH = 250
-# Elements of a batch of images: large ones come in smaller batches.
-BATCH_ELEMENTS = 3 << 22
 # Rounding of outputs, in units of their type's last digit: sums of many products are no better.
 ROUNDING = 4.0
 
@@ -59,6 +59,7 @@ class Comparison:
         criterion: (original's outputs, outputs) of a batch -> (n,), 0 where they are equal, in place of the divergence.
         batch_size: images a run, fewer where they are large.
         cache_bytes: of the original's answers that stay in memory; what is beyond is computed again.
+        norms: for every layer the norm that alone reads its output, which then runs within the layer; by default none does.
 
     Raises:
         SharefoldError: no images, or nothing to compare and no criterion.
@@ -67,7 +68,7 @@ class Comparison:
     def __init__(
         self, original: nn.Module, images: Tensor, reading: OutputReading | None = None, *,
         divergence: Divergence | None = None, criterion: Criterion | None = None, graph: NetworkGraph | None = None,
-        batch_size: int = BATCH, cache_bytes: int = CACHE_BYTES,
+        batch_size: int = BATCH, cache_bytes: int = CACHE_BYTES, norms: Mapping[str, str | None] | None = None,
     ) -> None:  # fmt: skip
         if len(images) == 0:
             raise SharefoldError("outputs: there are no images to compare networks on: give at least one")
@@ -75,8 +76,8 @@ class Comparison:
         self.reading = read_outputs(original, images, graph) if reading is None else reading
         if not self.reading.comparable and criterion is None:
             raise SharefoldError("outputs: this network returns nothing by which two of them can be compared: give a criterion")
-        size = batch_within(BATCH_ELEMENTS, images[0].numel(), batch_size)
-        self.batches = list(images.split(size))
+        self.batches = list(images.split(batch_of(images, batch_size)))
+        self.norms = {} if norms is None or self.reading.taps else norms  # taps may look at what is in front of a norm
         self.cache_bytes = cache_bytes
         self._kept: dict[int, tuple[Any, list[Tensor]]] = {}
         self._bytes = 0
@@ -86,9 +87,18 @@ class Comparison:
     def measured(self) -> Divergence:
         """The divergence that networks are compared by where there is no criterion."""
         if self._divergence is None:
-            with evaluating(self.original):
+            with self._running():
                 self._divergence = Divergence(self.reading, (self._answers(i)[1] for i in range(len(self.batches))))
         return self._divergence
+
+    @contextmanager
+    def _running(self, *models: nn.Module) -> Iterator[None]:
+        """The original and others in eval mode, as they run fastest."""
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self.original, *models))
+            if self.norms:
+                stack.enter_context(fused_for_inference(self.original, *models, norms=self.norms))
+            yield
 
     def _answers(self, index: int) -> tuple[Any, list[Tensor]]:
         """What the original returns for a batch (None where nothing asks for it) and its leaves."""
@@ -106,7 +116,7 @@ class Comparison:
 
     def answers(self, model: nn.Module) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """What the original and ``model`` say, leaf by leaf in the order of the reading, batch by batch; both in eval mode."""
-        with evaluating(self.original, model):
+        with self._running(model):
             for _, theirs, _, ours in self._pairs(model):
                 yield theirs, ours
 
@@ -122,14 +132,22 @@ class Comparison:
         Raises:
             SharefoldError: outputs of other shapes, or a criterion that gives no row of numbers.
         """
-        with evaluating(self.original, model):
+        with self._running(model):
             return self._between(self._pairs(model))
 
     def _between(self, pairs: Iterator[tuple[Any, list[Tensor], Any, list[Tensor]]]) -> Divergences:
         if self.criterion is not None:
             found = [self._by_criterion(a, b, len(n)) for (a, _, b, _), n in zip(pairs, self.batches, strict=True)]
             return Divergences(torch.cat(found), {})
-        each = torch.cat([self.measured.each(a, b) for _, a, _, b in pairs], 1)
+        return self.of_answers((a, b) for _, a, _, b in pairs)
+
+    def of_answers(self, pairs: Iterable[tuple[list[Tensor], list[Tensor]]]) -> Divergences:
+        """Of a network from the original by what both say, leaf by leaf, batch by batch; not by a criterion of the user's.
+
+        Raises:
+            SharefoldError: outputs of other shapes.
+        """
+        each = torch.cat([self.measured.each(a, b) for a, b in pairs], 1)
         names, means = [leaf.name for leaf in self.reading.leaves], each.mean(1).tolist()
         return Divergences(self.measured.total(each), dict(zip(names, means, strict=True)))
 
@@ -146,7 +164,7 @@ class Comparison:
         """The divergence of the original from itself with the rounding of its outputs' type, in the mean."""
         if self.criterion is not None:
             return torch.finfo(torch.float32).eps
-        with evaluating(self.original):
+        with self._running():
             leaves = self._answers(0)[1]
         generator = torch.Generator().manual_seed(0)
         moved = [_rounded(leaf, generator) for leaf in leaves]
@@ -179,7 +197,7 @@ class Comparison:
                     counted.add(pair[1], pair[3])
                 yield pair
 
-        with evaluating(self.original, model):
+        with self._running(model):
             found = self._between(watched())
         figures = counted.results() if counted is not None else []
         if self.reading.detections:

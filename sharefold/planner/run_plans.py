@@ -83,6 +83,8 @@ class PlanRuns:
             return expected.sharing + expected.folding
         trial, plan = copied(self.cal.original), replace(expected.plan, exclude=self.exclude)
         carry_out(trial, plan, self.cal, ConvertOptions(repair=False, config={"base": None, "pretrained_cfg": None}), {})
-        Confidence(Work(self.cal, trial, plan, Guard(self.cal.decided), self.cal)).settle()  # as the repairs will
-        found = self.cal.decided.divergence(trial).mean
+        guard = Guard(self.cal.decided)
+        scale = Confidence(Work(self.cal, trial, plan, guard, self.cal))
+        scale.settle()  # as the repairs will
+        found = guard.settled(trial, scale)
         return found if math.isfinite(found) else math.inf

@@ -15,10 +15,11 @@ from torch import nn
 
 from sharefold.repair.partial import Partial
 from sharefold.repair.work import Work
-from sharefold.running import evaluating, run_on
+from sharefold.running import batch_of, evaluating, run_on
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-BATCH = 200
+# Images of a batch: its own variance is what counts, and enough of them tell it.
+MOST = 200
 # The way from the old statistics to the new ones is gone whole, or by these parts of it.
 PARTS = 4
 
@@ -33,7 +34,7 @@ class NormStatistics:
 
     @torch.no_grad()
     def run(self, work: Work) -> Partial:
-        norms = _norms(work)
+        norms, images = _norms(work), work.cal.fit_images
         old = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
         saved = [(norm.momentum, copy.deepcopy(norm.num_batches_tracked)) for norm in norms]
         try:
@@ -42,7 +43,7 @@ class NormStatistics:
                     norm.reset_running_stats()
                     norm.momentum = None  # a cumulative average over all batches
                     norm.train()
-                for batch in work.cal.fit_images.split(BATCH):
+                for batch in images.split(batch_of(images, MOST)):
                     if len(batch) > 1:
                         run_on(work.model, batch)
         finally:

@@ -36,6 +36,7 @@ class Confidence:
     Attributes:
         layers: that give the logits, by the name of the output: dense ones or shared ones with coefficients, free to change and
             used once.
+        divergence: of the network as it was settled last, where its answers told it; None after :meth:`undo`.
     """
 
     name = "scale"
@@ -43,6 +44,7 @@ class Confidence:
     def __init__(self, work: Work) -> None:
         self.model, self.comparison = work.model, work.guard.comparison
         self.layers = _layers(work)
+        self.divergence: float | None = None
         self._before: list[tuple[Tensor, Tensor]] = []
 
     def refusal(self, work: Work) -> str:
@@ -54,10 +56,16 @@ class Confidence:
     @torch.no_grad()
     def settle(self) -> dict[str, float]:
         """Gives the logits the scale of least divergence; the factors, by the name of the output."""
+        self.divergence = None
         self._before = [(p, p.detach().clone()) for layer in self.layers.values() for p in layer.parameters(recurse=False)]
-        factors = _best_factors(self.comparison, self.model, list(self.layers)) if self.layers else {}
+        if not self.layers:
+            return {}
+        factors, answers = _best_factors(self.comparison, self.model, list(self.layers))
         for name, factor in factors.items():
             _scale(self.layers[name], factor)
+        if answers is not None:  # the layer's outputs are all that the network says
+            factor = next(iter(factors.values()), 1.0)
+            self.divergence = self.comparison.of_answers((theirs, [factor * ours[0]]) for theirs, ours in answers).mean
         return factors
 
     @torch.no_grad()
@@ -65,7 +73,7 @@ class Confidence:
         """Takes the last scaling back."""
         for tensor, value in self._before:
             tensor.copy_(value)
-        self._before = []
+        self._before, self.divergence = [], None
 
 
 def _layers(work: Work) -> dict[str, nn.Module]:
@@ -102,7 +110,11 @@ def _scale(layer: Any, factor: float) -> None:
             parameter.mul_(factor)
 
 
-def _best_factors(comparison: Comparison, model: nn.Module, names: list[str]) -> dict[str, float]:
+def _best_factors(
+    comparison: Comparison, model: nn.Module, names: list[str]
+) -> tuple[dict[str, float], list[tuple[list[Tensor], list[Tensor]]] | None]:  # fmt: skip
+    """The best factor of every output, by name; and what both networks said, if there is one output and it was seen whole."""
+    answers: list[tuple[list[Tensor], list[Tensor]]] | None = [] if len(comparison.reading.leaves) == 1 else None
     leaves = {leaf.source: (index, leaf.axis) for index, leaf in enumerate(comparison.reading.leaves)}
     gathered: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
     room = dict.fromkeys(names, ENTRIES)
@@ -110,15 +122,19 @@ def _best_factors(comparison: Comparison, model: nn.Module, names: list[str]) ->
         for name in names:
             index, axis = leaves[name]
             a, b = theirs[index], ours[index]
-            if a.shape == b.shape and axis is not None and room[name] >= a.numel():
+            if a.shape != b.shape or axis is None or room[name] < a.numel():
+                answers = None
+            else:
                 room[name] -= a.numel()
+                if answers is not None:
+                    answers.append((theirs, ours))
                 gathered[name].append((a.float().movedim(axis, -1).flatten(0, -2), b.float().movedim(axis, -1).flatten(0, -2)))
     found = {}
     for name, pairs in gathered.items():
         factor = _best_factor(*(torch.cat(part) for part in zip(*pairs, strict=True))) if pairs else None
         if factor is not None:
             found[name] = factor
-    return found
+    return found, answers
 
 
 def _best_factor(wanted: Tensor, given: Tensor) -> float | None:

@@ -16,7 +16,13 @@ from sharefold.state_dicts import trial
 
 
 class Scaled(Protocol):
-    """Something about a network that is settled anew in every state of it."""
+    """Something about a network that is settled anew in every state of it.
+
+    Attributes:
+        divergence: of the state that was settled last, where settling has measured it; None after ``undo``.
+    """
+
+    divergence: float | None
 
     def settle(self) -> object: ...
 
@@ -57,6 +63,11 @@ class Guard:
     def divergence(self, model: nn.Module) -> float:
         """Of ``model`` from the original: for a classifier the mean KL(original || model), nats."""
         return self.comparison.divergence(model).mean
+
+    def settled(self, model: nn.Module, scales: Scaled | None) -> float:
+        """Of ``model`` as ``scales`` has settled it, without a run where settling was one."""
+        known = None if scales is None else scales.divergence
+        return self.divergence(model) if known is None else known
 
     def better(self, after: float, before: float) -> bool:
         """Whether ``after`` is lower than ``before`` by more than rounding."""
@@ -101,11 +112,11 @@ class Guard:
             if scales is not None:
                 scales.settle()
                 done = _scaled(done, scales)
-            after = self.divergence(model)
+            after = self.settled(model, scales)
             kept = self.better(after, before)
             details: Mapping[str, Any]
             if isinstance(done, Partial):
-                details, kept, after = self._first_layers(model, done, before, after)
+                details, kept, after = self._first_layers(lambda: self.settled(model, scales), done, before, after)
             else:
                 details = done
             if kept:
@@ -122,14 +133,14 @@ class Guard:
         return StepRecord(name, True, "", before, self._now, time.perf_counter() - start, details, self.images)
 
     def _first_layers(
-        self, model: nn.Module, done: Partial, before: float, after: float
+        self, divergence: Callable[[], float], done: Partial, before: float, after: float
     ) -> tuple[Mapping[str, Any], bool, float]:
         """(details, whether something is kept, divergence): of all layers, of a part of the way, of the first layers, or of
         nothing."""
         if self.better(after, before):
             return done.details(done.count), True, after
-        share, nearest = best_way(done, lambda: self.divergence(model), self.better, before)
-        count, least = best_start(done, lambda: self.divergence(model), self.better, nearest)
+        share, nearest = best_way(done, divergence, self.better, before)
+        count, least = best_start(done, divergence, self.better, nearest)
         if share and not count:
             assert done.go is not None
             done.go(share)

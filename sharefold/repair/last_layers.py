@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sharefold.layers.norm_fusion import fused_for_inference
 from sharefold.repair.coefficients import Linear, best_ridge, best_step, fitted, halves_of, sums_of
 from sharefold.repair.output_layers import output_layers, watched
 from sharefold.repair.work import Work
-from sharefold.running import evaluating, run_on
+from sharefold.running import batch_of, evaluating, run_on
 
-BATCH = 200
 # Numbers of all inputs that a layer is fitted to: of maps, evenly spaced positions.
 ENTRIES = 1 << 24
 
@@ -36,10 +36,11 @@ class LastLayers:
     def run(self, work: Work) -> Mapping[str, Any] | None:
         cal = work.cal
         parts = cal.fit_images, cal.decide_images
-        found = [
-            _fit(head, *(_rows_of(cal.original, work.model, head, wanted, images) for images in parts))
-            for head, wanted in _pairs(work)
-        ]
+        with evaluating(cal.original, work.model), fused_for_inference(cal.original, work.model, norms=cal.norms):
+            found = [
+                _fit(head, *(_rows_of(cal.original, work.model, head, wanted, images) for images in parts))
+                for head, wanted in _pairs(work)
+            ]
         steps = [round(step, 3) for step in found if step is not None]
         return {"steps": steps} if steps else None
 
@@ -104,8 +105,8 @@ class Rows:
 def _rows_of(original: nn.Module, model: nn.Module, head: nn.Module, wanted_head: nn.Module, images: Tensor) -> Rows:
     features, wanted, index = [], [], []
     done = 0
-    with watched(head) as seen, watched(wanted_head) as seen_wanted, evaluating(original, model):
-        for batch in images.split(BATCH):
+    with watched(head) as seen, watched(wanted_head) as seen_wanted:
+        for batch in images.split(batch_of(images)):
             seen.clear()
             seen_wanted.clear()
             run_on(model, batch)

@@ -170,7 +170,7 @@ class _Checks:
             return True
         self._next = min(1.0, share + 1 / CHECKS)
         self.scales.settle()
-        found = self.guard.divergence(self.model)
+        found = self.guard.settled(self.model, self.scales)
         self.history.append(found)
         if share >= 1 and math.isfinite(found):
             self.best = self.before

@@ -68,6 +68,7 @@ class VariableProjection:
             self.mask = (place[None] < limits[:, None]).to(problem.weights)[:, None]
         self._mean: tuple[Tensor, Tensor] | None = None
         self._own: tuple[Tensor, Tensor] | None = None
+        self._first_own: Tensor | None = None
 
     # Filters -----------------------------------------------------------------------------------------------------
 
@@ -183,13 +184,21 @@ class VariableProjection:
 
     def start_own(self, count: int, basis: Tensor) -> Tensor:
         """The leading own filters (L, count, J) of what the shared ones (R, N) leave."""
-        none = self.problem.weights.new_zeros(self.layers, 0, self.columns)
         if not count:
-            return none
+            return self.problem.weights.new_zeros(self.layers, 0, self.columns)
+        if len(basis):
+            found = self._leading_own(basis, count)
+        else:  # of the whole weights: those of a smaller number are the first of a larger one
+            if self._first_own is None:
+                self._first_own = self._leading_own(basis, self.columns)
+            found = self._first_own[:, :count]
+        return found if self.mask is None else orthonormal(found * self.mask)
+
+    def _leading_own(self, basis: Tensor, count: int) -> Tensor:
+        none = self.problem.weights.new_zeros(self.layers, 0, self.columns)
         # Every row of every column of the kernel is a row of the unfolded weights.
         rows = self._scaled(self._rest(basis, none)).reshape(self.layers, self.groups, -1, self.columns, self.wide)
-        found = leading(torch.einsum("lgojb,lgomb->ljm", rows, rows), *self.own_eigen, count)
-        return found if self.mask is None else orthonormal(found * self.mask)
+        return leading(torch.einsum("lgojb,lgomb->ljm", rows, rows), *self.own_eigen, count)
 
     def _start_shared(self, rank: int, own: Tensor) -> Tensor:
         none = self.problem.weights.new_zeros(0, self.problem.columns)
