@@ -13,8 +13,6 @@ from sharefold.solvers.data_norm import Window, sample_patches
 
 # Bytes that the samples of one layer may take.
 MEMORY_BYTES = 1 << 28
-# Times what moments need: pulls are chosen on halves, and what passes a ReLU is a part of it.
-MORE = 4
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Collector:
 
     def __init__(self, form: ConvForm, images: int, seed: int = 0) -> None:
         self.form, self.seed = form, seed
-        wanted = max(MORE * SAMPLES_PER_FEATURE * form.features, MORE * SAMPLES_FLOOR)
+        wanted = max(SAMPLES_PER_FEATURE * form.features, SAMPLES_FLOOR)
         most = MEMORY_BYTES // (4 * (form.groups * form.features + 3 * form.out_channels))
         self.positions = max(1, min(-(-wanted // images), most // images))
         self._parts: list[list[Tensor]] = []
