@@ -1,6 +1,9 @@
-"""``sharefold eval``: accuracy of any source on any labelled data set."""
+"""``sharefold eval``: accuracy of any source on any labelled data set, or what it has in common with another."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import click
 
@@ -8,10 +11,15 @@ from .common import Run, shared_options
 from .input_check import images_of, input_warning, look_at
 from .source import SourceOptions, preprocess_options, source_options
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 @click.command("eval")
 @source_options
 @click.option("--data", required=True, metavar="DATA", help="npz:FILE, imagefolder:DIR, cifar10:DIR, digits ...")
+@click.option("--against", metavar="ORIGINAL", help="Compare with this network instead, output by output; needs no labels.")
+@click.option("--outputs", metavar="KIND", multiple=True, help="For --against, what an output is: logits:axis=1; repeatable.")
 @click.option("--split", default="test", show_default=True, help="Which part of the data.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=250, show_default=True, help="Images a batch.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images.")
@@ -22,6 +30,8 @@ def command(
     run: Run,
     source: SourceOptions,
     data: str,
+    against: str | None,
+    outputs: tuple[str, ...],
     split: str,
     batch_size: int,
     limit: int | None,
@@ -30,17 +40,26 @@ def command(
     std: tuple[float, ...] | None,
     input_size: str | None,
 ) -> None:
-    """Measure top-1 and top-5 accuracy and loss of SOURCE on DATA.
+    """Measure top-1 and top-5 accuracy and loss of SOURCE on DATA; with --against what it has in common with another network:
+    agreement of classes or masks, PSNR of images, boxes found again.
 
     \b
     sharefold eval timm:resnet18 --data imagefolder:/data/imagenet --split val
     sharefold eval resnet20-shared --data npz:cifar10.npz --json
+    sharefold eval yolo-shared --against yolo:yolov8n.pt --data imagefolder:pictures
     """
     device = run.setup()
     from sharefold.data import Preprocess, loader, open_data
+    from sharefold.errors import SharefoldError
     from sharefold.measure import evaluate
+    from sharefold.outputs.streamed import compared
 
-    opened = source.open(look_at(data, split, run.seed, mean=mean, std=std, input_size=input_size))
+    if outputs and against is None:
+        raise SharefoldError("eval: --outputs says what --against compares: give --against, too")
+    look = look_at(data, split, run.seed, mean=mean, std=std, input_size=input_size)
+    opened = source.open(look)
+    # The original's options are those of SOURCE: a file of sharefold needs none.
+    original = None if against is None else SourceOptions(against, source.options).open(look)
     preprocess = Preprocess.from_cfg(opened.pretrained_cfg, mean=mean, std=std, input_size=input_size)
     dataset = open_data(data, split, transform_cfg=preprocess)
     warning = None  # a converted network has its setting with it, and BatchNorms that were given new means
@@ -48,17 +67,42 @@ def command(
         warning = input_warning(opened.model.to(device), images_of(dataset, preprocess), preprocess, opened.pretrained_cfg)
     size = len(dataset) if hasattr(dataset, "__len__") else limit or 0
     total = min(size, limit) if limit else size
+    batches = loader(dataset, batch_size, workers=workers)
     with run.progress() as progress:
-        result = evaluate(
-            opened.model,
-            loader(dataset, batch_size, workers=workers),
-            device,
-            limit=limit,
-            progress=lambda done: progress("evaluating", done, total),
-        )
+
+        def tell(done: int) -> None:
+            progress("evaluating", done, total)
+
+        if original is None:
+            found = evaluate(opened.model, batches, device, limit=limit, progress=tell)
+        else:
+            networks = original.model.to(device), opened.model.to(device)
+            both = compared(*networks, _first(batches, limit), outputs or None, tell)
+    told = {"source": source.source, "data": data, "split": split}
+    if original is None:
+        run.table(
+            ["source", "top-1", "top-5", "loss", "images", "seconds"],
+            [[source.source, f"{found['top1']:.2%}", f"{found['top5']:.2%}", f"{found['loss']:.4f}", found["images"],
+              f"{found['seconds']:.1f}"]],
+        )  # fmt: skip
+        run.result({**told, **found, "input_warning": warning})
+        return
     run.table(
-        ["source", "top-1", "top-5", "loss", "images", "seconds"],
-        [[source.source, f"{result['top1']:.2%}", f"{result['top5']:.2%}", f"{result['loss']:.4f}",
-          result["images"], f"{result['seconds']:.1f}"]],
-    )  # fmt: skip
-    run.result({"source": source.source, "data": data, "split": split, **result, "input_warning": warning})
+        ["output", "kind", "", f"{source.source} to {against} (95%)", "images"],
+        [[one.name, one.kind, one.metric, one.text(), one.images] for one in both.figures],
+    )
+    run.say(f"divergence {both.divergence:.4g}, mean over {both.images} images")
+    run.result({
+        **told, "against": against, "images": both.images, "divergence": both.divergence,
+        "outputs": [one.to_dict() for one in both.figures], "input_warning": warning,
+    })  # fmt: skip
+
+
+def _first(batches: Iterable[tuple[Tensor, Tensor]], limit: int | None) -> Iterator[Tensor]:
+    """The images alone, at most ``limit`` of them."""
+    left = limit
+    for images, _ in batches:
+        yield images[:left]
+        left = None if left is None else left - len(images)
+        if left is not None and left <= 0:
+            return

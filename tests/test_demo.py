@@ -20,7 +20,6 @@ from sharefold.demo.results import Row
 from sharefold.errors import SharefoldError
 from sharefold.models.digits_resnet import WEIGHTS
 
-
 # A whole run in a process of its own, as a user would start it, without the network; of further sizes one alone.
 COMMAND = """
 import socket, sys

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sharefold.calibration.statistics import SAMPLES_FLOOR, SAMPLES_PER_FEATURE, patches_of
+from sharefold.calibration.statistics import patches_of, samples_for
 from sharefold.layers import ConvForm
 from sharefold.solvers.data_norm import Window, sample_patches
 from sharefold.solvers.moments import Moments, PairSums
@@ -28,8 +28,7 @@ class Gatherer:
 
     def __init__(self, form: ConvForm, images: int, seed: int = 0, positions: int | None = None) -> None:
         self.form = form
-        wanted = max(SAMPLES_PER_FEATURE * form.features, SAMPLES_FLOOR)
-        self.positions = max(1, -(-wanted // images)) if positions is None else positions
+        self.positions = max(1, -(-samples_for(form) // images)) if positions is None else positions
         self._seed = seed
         self._sums = Moments(torch.float32, "cpu")
 

@@ -23,6 +23,8 @@ from sharefold.solvers.moments import Moments
 # Samples a layer needs for its N x N moment: this many a row, and never fewer than the floor.
 SAMPLES_PER_FEATURE = 16
 SAMPLES_FLOOR = 16_384
+# Conv groups are problems of their own, of few features each: a depthwise kernel has 9 or 25.
+GROUPED_FLOOR = 2048
 CACHE_BYTES = 2 << 30
 # Batches of images tell how much a moment is to be trusted; a few images come in so many, too.
 FEWEST_BATCHES = 8
@@ -140,8 +142,7 @@ class Statistics:
         shifts: dict[str, Tensor] = {}
         handles = []
         for name, form in forms.items():
-            wanted = max(SAMPLES_PER_FEATURE * form.features, SAMPLES_FLOOR)
-            positions = max(1, -(-wanted // len(self.chosen)))
+            positions = max(1, -(-samples_for(form) // len(self.chosen)))
 
             def hook(
                 module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name, form: ConvForm = form,
@@ -223,6 +224,11 @@ def statistics_of(
 def batch_for(images: Tensor) -> int:
     """Images a forward pass: a hundred small ones."""
     return batch_within(100 * 3 * 64 * 64, images[0].numel(), 100)
+
+
+def samples_for(form: ConvForm) -> int:
+    """How many positions tell the moments of a layer of this form."""
+    return max(SAMPLES_PER_FEATURE * form.features, SAMPLES_FLOOR if form.groups == 1 else GROUPED_FLOOR)
 
 
 def is_wide(form: ConvForm) -> bool:

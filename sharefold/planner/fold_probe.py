@@ -35,7 +35,7 @@ class FoldProbe:
     def __init__(self, cal: Calibration) -> None:
         self.cal, self.network = cal, copied(cal.original)
         images = cal.decide_views
-        self.comparison = cal.comparison(images[evenly(len(images), IMAGES)], max(1, cal.statistics.batch_size))
+        self.comparison = cal.comparison(images[evenly(len(images), IMAGES)])
 
     def __call__(self, space: HiddenSpace, found: Elimination, shares: Sequence[float]) -> float:
         """KL per unit of the readers' errors, each times its share."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharefold.calibration.statistics import SAMPLES_FLOOR, SAMPLES_PER_FEATURE, patches_of
+from sharefold.calibration.statistics import patches_of, samples_for
 from sharefold.layers import ConvForm
 from sharefold.solvers.data_norm import Window, sample_patches
 
@@ -57,9 +57,8 @@ class Collector:
 
     def __init__(self, form: ConvForm, images: int, seed: int = 0) -> None:
         self.form, self.seed = form, seed
-        wanted = max(SAMPLES_PER_FEATURE * form.features, SAMPLES_FLOOR)
         most = MEMORY_BYTES // (4 * (form.groups * form.features + 3 * form.out_channels))
-        self.positions = max(1, min(-(-wanted // images), most // images))
+        self.positions = max(1, min(-(-samples_for(form) // images), most // images))
         self._parts: list[list[Tensor]] = []
         self._seen = 0
 

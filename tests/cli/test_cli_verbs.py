@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import call, refused
+from command_line import call, refused, reported
 from safetensors.torch import load_file, save_file
 
 import sharefold
 from sharefold.errors import SharefoldError
+from sharefold.outputs.intervals import wilson
 from sharefold_cli.convert_request import default_output
 
 NET = "timm:resnet20_cifar"
@@ -275,6 +276,20 @@ def test_nan_weights_and_converted_sources(tmp_path: Path, shared_cifar: tuple[P
     refused(call("convert", tmp_path / "nan.safetensors", "-o", tmp_path / "o"), "NaN: layer2.0.conv1.weight")
     refused(call("convert", shared_cifar[0], "-o", tmp_path / "o"), "converted already")
     assert not (tmp_path / "o").exists()
+
+
+def test_eval_compares_with_an_original(shared_cifar: tuple[Path, dict], tmp_path: Path, npz: str) -> None:
+    dense = tmp_path / "dense.safetensors"
+    assert call("expand", shared_cifar[0], "-o", dense).exit_code == 0
+    report = reported("eval", shared_cifar[0], "--against", dense, "--data", npz, "--split", "train", "--limit", 30)
+    (only,) = report["outputs"]
+    assert (only["metric"], only["value"], only["images"], report["images"]) == ("agreement", 1.0, 30, 30)
+    assert only["interval"][0] == pytest.approx(wilson(1.0, 30)[0]) and abs(report["divergence"]) < 1e-6
+    assert report["against"] == str(dense) and "top1" not in report
+    text = call("eval", shared_cifar[0], "--against", dense, "--data", npz, "--outputs", "regression").stdout
+    assert "error" in text and "agreement" not in text and "divergence" in text and "mean over 40 images" in text
+    refused(call("eval", shared_cifar[0], "--data", npz, "--outputs", "logits"), "give --against, too")
+    refused(call("eval", shared_cifar[0], "--against", tmp_path / "no.pt", "--data", npz), "does not exist")
 
 
 def test_eval_refuses_what_it_cannot_measure(tmp_path: Path, npz: str) -> None:
