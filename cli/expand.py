@@ -12,18 +12,21 @@ from .common import Run, shared_options
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 KINDS = ", ".join(SUFFIXES)
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @click.command("expand")
 @click.argument("shared", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=f"File ending in {KINDS}.")
+@click.option("--dtype", type=click.Choice(list(DTYPES)), help="Type of the floating tensors.  [default: their own]")
 @click.option("--force", is_flag=True, help="Replace what is there.")
 @shared_options
-def command(run: Run, shared: Path, output: Path, force: bool) -> None:
+def command(run: Run, shared: Path, output: Path, dtype: str | None, force: bool) -> None:
     """Write the dense state dict that computes what SHARED, a sharefold directory or file, computes.
 
     \b
     sharefold expand resnet20-shared -o resnet20-dense.safetensors
+    sharefold expand resnet20-shared -o resnet20-dense-half.safetensors --dtype fp16
     """
     from sharefold.files import check_output
 
@@ -33,17 +36,20 @@ def command(run: Run, shared: Path, output: Path, force: bool) -> None:
         raise SharefoldError(f"output {output} is a folder: name a file")
     target = check_output(output, force)
     run.setup()
+    import torch
+
     import sharefold
     from sharefold.export import write_dense
     from sharefold.measure import count_parameters
 
     model = sharefold.load(shared)
     dense = sharefold.expand(model)
-    write_dense(dense, target)
+    write_dense(dense, target, None if dtype is None else getattr(torch, DTYPES[dtype]))
     before, after = count_parameters(model), count_parameters(dense)
     size = target.stat().st_size
     run.table(["", "shared", "dense"], [["parameters", before, after]])
     run.say(f"{target} written ({size / 1e6:.2f} MB)")
     run.result(
-        {"source": str(shared), "params": {"before": before, "after": after}, "bytes": size, "output": str(target)}
+        {"source": str(shared), "params": {"before": before, "after": after}, "dtype": dtype, "bytes": size,
+         "output": str(target)}
     )

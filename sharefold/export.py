@@ -29,8 +29,10 @@ from sharefold.errors import SharefoldError
 from sharefold.files import check_output, write_buffered, write_file
 from sharefold.graph.preserved import preserved
 from sharefold.measure import model_bytes
+from sharefold.onnx_codes import store_codes
 from sharefold.options import ExportOptions, chosen
 from sharefold.running import as_input, dtype_of, run_on
+from sharefold.store.tensor_spec import StoreSpec, carried_spec
 
 __all__ = ["Exported", "export"]
 FORMATS = {"onnx": (".onnx",), "pt2": (".pt2",), "dense": (".safetensors", ".pt", ".pth")}
@@ -83,12 +85,13 @@ def export(
 
     Raises:
         SharefoldError: unknown format, a package is missing, the network cannot be traced, the outputs differ by more
-            than ``tolerance``; nothing is written then.
+            than ``tolerance``, codes are asked for of a network that was not rounded; nothing is written then.
     """
     options = chosen(options, settings, ExportOptions)
     dynamic_batch, tolerance = options.dynamic_batch, options.tolerance
     kind = format_of(path, format)
     target = check_output(path, options.force)
+    codes = _codes_of(model, kind) if options.store_codes else None
     if target.is_dir():
         raise SharefoldError(f"output {target} is a folder: name a file ending in {' or '.join(FORMATS[kind])}")
     network = model if all(p.device.type == "cpu" for p in model.parameters()) else copy.deepcopy(model).cpu()
@@ -104,11 +107,22 @@ def export(
         else:
             check = [example, _random((3, *example.shape[1:])).to(example.dtype)] if dynamic_batch else [example]
             program = _trace(network, example, dynamic_batch)
-            write = _write_onnx if kind == "onnx" else _write_archive
-            difference, names = write(network, program, target, check, tolerance)
+            if kind == "onnx":
+                difference, names = _write_onnx(network, program, target, check, tolerance, codes)
+            else:
+                difference, names = _write_archive(network, program, target, check, tolerance)
     return Exported(
         target, kind, target.stat().st_size, model_bytes(network), difference, kind == "dense" or dynamic_batch, *names
     )
+
+
+def _codes_of(model: nn.Module, kind: str) -> StoreSpec:
+    spec = carried_spec(model)
+    if kind != "onnx":
+        raise SharefoldError(f"store-codes: the format {kind} holds plain numbers: export to a file ending in .onnx")
+    if spec is None:
+        raise SharefoldError("store-codes: this network was not rounded: convert it with --store int8, or a budget in bytes")
+    return spec
 
 
 def format_of(path: str | Path, format: str | None = None) -> str:
@@ -207,7 +221,8 @@ def _write_archive(
 
 
 def _write_onnx(
-    model: nn.Module, program: torch.export.ExportedProgram, target: Path, batches: list[Tensor], tolerance: float
+    model: nn.Module, program: torch.export.ExportedProgram, target: Path, batches: list[Tensor], tolerance: float,
+    codes: StoreSpec | None,
 ) -> tuple[float, Names]:  # fmt: skip
     onnx_ir, runtime = _package("onnx_ir"), _package("onnxruntime")
     outputs = _tensors(model(batches[0][:1]))
@@ -220,6 +235,8 @@ def _write_onnx(
     assert written is not None
     graph = written.model
     _simplify(graph)
+    if codes is not None:
+        store_codes(graph, codes)
     stored = (value.const_value for value in graph.graph.initializers.values())
     if sum(tensor.nbytes for tensor in stored if tensor is not None) > PROTOBUF_LIMIT:
         raise SharefoldError("the network is larger than the 2 GB that one ONNX file holds: use --format pt2")
@@ -323,24 +340,38 @@ def _package(name: str) -> Any:
     return module
 
 
-def write_dense(dense: nn.Module, target: Path) -> None:
+def write_dense(dense: nn.Module, target: Path, dtype: torch.dtype | None = None) -> None:
     """Writes the state dict of a dense network, as safetensors or with ``torch.save`` as the suffix says.
 
     Args:
         dense: from :func:`sharefold.expand`, on any device; the file holds its tensors for the CPU.
         target: a file ending in .safetensors, .pt or .pth; one that is there is replaced.
+        dtype: of the floating tensors in the file; by default their own.
 
     Raises:
-        SharefoldError: another suffix, or the file cannot be written; nothing is half-written.
+        SharefoldError: another suffix, numbers that ``dtype`` cannot hold, or the file cannot be written; nothing is
+            half-written.
     """
     format_of(target, "dense")
     # Clones: a tensor tied inside the stock network is written in full under each name, as its loaders expect.
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in dense.state_dict().items()}
+    if dtype is not None:
+        state = {name: _cast(name, tensor, dtype) for name, tensor in state.items()}
     if target.suffix == ".safetensors":
         check_types(state, str(target))
         write_file(target, lambda temporary: save_file(state, str(temporary), {"format": "pt"}))
     else:
         write_buffered(target, lambda memory: torch.save(state, memory))
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    result = tensor.to(dtype)
+    if bool(torch.isfinite(tensor).all()) and not bool(torch.isfinite(result).all()):
+        kind = str(dtype).removeprefix("torch.")
+        raise SharefoldError(f"expand: {name} has numbers beyond what {kind} holds: take bf16, or keep float32")
+    return result
 
 
 def _write_expanded(model: nn.Module, target: Path, example: Tensor, tolerance: float) -> float:

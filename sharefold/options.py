@@ -190,10 +190,12 @@ class ExportOptions:
     Attributes:
         dynamic_batch: let the graph take any batch size; otherwise that of the example input.
         tolerance: largest absolute difference of the outputs that passes.
+        store_codes: of ONNX: hold tensors that were rounded (``--store``, budgets in bytes) as their small integers.
         force: replace what is there.
     """
 
     dynamic_batch: bool = True
+    store_codes: bool = option(False, "ONNX: hold rounded tensors as small integers.", switch=True)
     tolerance: float = option(1e-4, "Largest difference.")
     force: bool = option(False, "Replace what is there.", switch=True)
 

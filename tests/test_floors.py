@@ -28,7 +28,7 @@ FLOORS = (
     ("format", "store"),
     ("architectures",),
     ("convert", "planner", "card", "blank", "checkpoint"),
-    ("sources", "export", "bench", "report", "hub", "sweep", "finetune", "verify"),
+    ("sources", "export", "onnx_codes", "bench", "report", "hub", "sweep", "finetune", "verify"),
     ("demo",),
     ("cli",),
 )

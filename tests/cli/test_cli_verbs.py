@@ -278,6 +278,24 @@ def test_nan_weights_and_converted_sources(tmp_path: Path, shared_cifar: tuple[P
     assert not (tmp_path / "o").exists()
 
 
+def test_expand_writes_halves(shared_cifar: tuple[Path, dict], tmp_path: Path) -> None:
+    whole, half = tmp_path / "whole.safetensors", tmp_path / "half.safetensors"
+    assert call("expand", shared_cifar[0], "-o", whole).exit_code == 0
+    report = reported("expand", shared_cifar[0], "-o", half, "--dtype", "bf16")
+    assert report["dtype"] == "bf16" and report["bytes"] < 0.55 * whole.stat().st_size
+    dense, tensors = load_file(whole), load_file(half)
+    assert dense.keys() == tensors.keys()
+    for name, tensor in dense.items():
+        expected = tensor.bfloat16() if tensor.is_floating_point() else tensor
+        assert torch.equal(tensors[name], expected) and tensors[name].dtype == expected.dtype
+    loud = sharefold.load(shared_cifar[0])
+    loud.get_classifier().bias.data[0] = 1e6
+    sharefold.save(loud, tmp_path / "loud")
+    result = call("expand", tmp_path / "loud", "-o", tmp_path / "x.pt", "--dtype", "fp16")
+    refused(result, "bias has numbers beyond what float16 holds")
+    assert not (tmp_path / "x.pt").exists()
+
+
 def test_eval_compares_with_an_original(shared_cifar: tuple[Path, dict], tmp_path: Path, npz: str) -> None:
     dense = tmp_path / "dense.safetensors"
     assert call("expand", shared_cifar[0], "-o", dense).exit_code == 0
