@@ -1,8 +1,9 @@
 """ONNX graphs that hold tensors as the small integers that they were rounded to, and make numbers of them when they run.
 
 Grids of up to 8 bits become int8 in front of ``DequantizeLinear``, wider ones int16 times their scales, codebooks uint8 indices
-of a table of levels (``Gather``); codes of at most 4 bits lie two in a byte. Halves stay halves. Every runtime has these
-operators since opset 18, and the graph computes from the very numbers that the network holds.
+of a table of levels (``Gather``); codes of at most 4 bits lie two in a byte. Halves stay halves, vectors of them one behind the
+other in a single tensor. Every runtime has these operators since opset 18, and the graph computes from the very numbers that the
+network holds.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def store_codes(model: Any, spec: StoreSpec) -> int:
         SharefoldError: none can be.
     """
     graph = _Builder(model.graph)
-    found = sum(graph.replace(name, entry) for name, entry in spec.tensors.items())
+    found = graph.join_vectors([name for name, entry in spec.tensors.items() if entry.kind == "fp16"])
+    found += sum(graph.replace(name, entry) for name, entry in spec.tensors.items())
     if not found:
         raise SharefoldError("store-codes: no tensor of the graph has codes that are smaller than its numbers: export without it")
     return found
@@ -48,6 +50,39 @@ class _Builder:
         self.graph, self.ir = graph, importlib.import_module("onnx_ir")
         self.first = graph[0]
 
+    def join_vectors(self, names: Sequence[str]) -> int:
+        """Makes one tensor of all vectors of halves, which ``Split`` takes apart; how many they are.
+
+        By itself a short vector would save less than its node takes.
+        """
+        found = {name: self.graph.initializers.get(name) for name in names}
+        vectors = {
+            name: value for name, value in found.items()
+            if value is not None and not value.is_graph_output() and value.shape.rank() == 1 and self._exact(value) is not None
+        }  # fmt: skip
+        if len(vectors) < 2:
+            return 0
+        parts = [self._exact(value) for value in vectors.values()]
+        sizes = self._constant("halves.sizes", np.array([len(part) for part in parts]))
+        whole = self._node("Cast", [self._constant("halves", np.concatenate(parts))], to=_FLOAT)
+        node = self.ir.node("Split", [whole, sizes], {"axis": 0}, num_outputs=len(parts))
+        self.graph.insert_before(self.first, node)
+        for (name, value), made in zip(vectors.items(), node.outputs, strict=True):
+            self._put(name, value, made)
+        return len(parts)
+
+    @staticmethod
+    def _exact(value: Any) -> np.ndarray | None:
+        """The numbers of an initializer as halves, where those are the same numbers."""
+        numbers = value.const_value.numpy()
+        if numbers.dtype != np.float32 or not np.array_equal(halves := numbers.astype(np.float16), numbers):
+            return None
+        return halves
+
+    def _put(self, name: str, value: Any, made: Any) -> None:
+        self.ir.convenience.replace_all_uses_with(value, made)
+        self.graph.initializers.pop(name)
+
     def replace(self, name: str, spec: TensorSpec) -> bool:
         """Whether the initializer ``name`` is stored as codes now."""
         value = self.graph.initializers.get(name)
@@ -56,16 +91,14 @@ class _Builder:
         numbers = value.const_value.numpy()
         if numbers.dtype != np.float32:
             return False
-        made = self._halves(name, numbers) if spec.kind == "fp16" else self._codes(name, numbers, spec)
-        if made is None:
-            return False
-        self.ir.convenience.replace_all_uses_with(value, made)
-        self.graph.initializers.pop(name)
-        return True
+        made = self._halves(name, value) if spec.kind == "fp16" else self._codes(name, numbers, spec)
+        if made is not None:
+            self._put(name, value, made)
+        return made is not None
 
-    def _halves(self, name: str, numbers: np.ndarray) -> Any:
-        halves = numbers.astype(np.float16)
-        if not np.array_equal(halves.astype(np.float32), numbers) or numbers.nbytes - halves.nbytes < OVERHEAD:
+    def _halves(self, name: str, value: Any) -> Any:
+        halves = self._exact(value)
+        if halves is None or halves.nbytes < OVERHEAD:
             return None
         return self._node("Cast", [self._constant(f"{name}.half", halves)], to=_FLOAT)
 

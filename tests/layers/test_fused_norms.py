@@ -12,7 +12,7 @@ from torch import nn
 import sharefold
 import sharefold.models
 from sharefold.graph import analyze
-from sharefold.layers.norm_fusion import norms_fused
+from sharefold.layers.norm_fusion import fused_for_inference, norms_fused
 
 
 def trained(name: str, **kwargs: object) -> nn.Module:
@@ -80,3 +80,27 @@ def test_constant_filters_are_computed_once_in_the_dtype_asked_for() -> None:
         assert rounded.dtype == torch.bfloat16 and not torch.equal(rounded.float(), wanted)
         assert torch.allclose(rounded.float(), wanted, atol=0.05 * float(wanted.abs().max()))
     assert torch.equal(model(images), wanted)
+
+
+def test_networks_to_compare_run_fused_whatever_pads_them() -> None:
+    """Several at once; TensorFlow's padding too; changes between two runs are seen, networks of halves left alone."""
+    model = trained("tf_efficientnet_lite0", num_classes=10)
+    images = torch.randn(2, 3, 64, 64)
+    norms = {name: record.norm for name, record in analyze(model, images[:1]).layers.items()}
+    assert any(type(model.get_submodule(name)).__name__ == "Conv2dSame" for name, norm in norms.items() if norm)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        wanted = model(images)
+        with norms_fused(model, norms) as fused:
+            assert set(fused) == {name for name, norm in norms.items() if norm}
+        for factor in (1.0, 2.0):
+            other.bn1.weight.mul_(factor)
+            changed = other(images)
+            with fused_for_inference(model, other, norms=norms):
+                assert "forward" in model.conv_stem.__dict__ and "forward" in other.conv_stem.__dict__
+                torch.testing.assert_close(model(images), wanted, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(other(images), changed, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(changed, wanted, atol=1e-3) and "forward" not in model.conv_stem.__dict__
+        half = model.half()
+        with fused_for_inference(half, norms=norms):
+            assert "forward" not in half.conv_stem.__dict__

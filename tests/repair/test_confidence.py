@@ -16,6 +16,7 @@ import sharefold
 from sharefold.measure import agreement
 from sharefold.plans import GroupPlan, Plan
 from sharefold.repair.confidence import WIDEST, Confidence, _best_factor
+from sharefold.repair.guard import Guard
 from sharefold.repair.partial import Partial
 from sharefold.repair.work import Work, repaired
 
@@ -29,6 +30,41 @@ def weakened(factor: float = 0.4) -> tuple[nn.Module, nn.Module]:
     with torch.no_grad():
         model.fc.weight.mul_(factor), model.fc.bias.mul_(factor)
     return original, model
+
+
+def test_settling_tells_the_divergence_of_what_it_leaves() -> None:
+    """From the answers that it has seen; another run gives the same."""
+    original, model = weakened()
+    with torch.no_grad():
+        model.stem.weight.mul_(1.3)
+    work = work_of(original, model, FITTING, HELD_OUT)
+    scale = Confidence(work)
+    assert scale.divergence is None and work.guard.settled(model, scale) == work.guard.divergence(model)
+    scale.settle()
+    assert scale.divergence is not None and work.guard.settled(model, scale) == scale.divergence
+    assert scale.divergence == pytest.approx(work.guard.divergence(model), rel=1e-4) and scale.divergence > 1e-4
+    scale.undo()
+    assert scale.divergence is None and work.guard.settled(model, scale) == work.guard.divergence(model)
+
+
+class Twice(nn.Module):
+    """Logits, and shares made of them."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.body(x)
+        return logits, logits.softmax(1)
+
+
+def test_of_several_outputs_the_network_is_run_again() -> None:
+    """What else hangs on the logits does not become what it was times a number."""
+    original, model = (Twice(one) for one in weakened())
+    cal = sharefold.calibrate(original, FITTING, outputs="0:logits:axis=1")
+    scale = Confidence(Work(cal, model, Plan([], 0, 0), Guard(cal.comparison(HELD_OUT)), cal))
+    assert scale.settle() == {"0": pytest.approx(2.5, rel=1e-3)} and scale.divergence is None
 
 
 @pytest.mark.parametrize("factor", [0.4, 2.5])
