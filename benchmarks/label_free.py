@@ -114,7 +114,7 @@ def finished(row: dict[str, Any], model: nn.Module, size: str, data: dict[str, A
         row["bytes"], model = written(model)
     else:
         row["bytes"] = model_bytes(model)
-    return {**row, **measured(model, data)}
+    return {**row, **measured(model, data), "date": time.strftime("%Y-%m-%d")}
 
 
 def written(model: nn.Module) -> tuple[int, nn.Module]:

@@ -18,7 +18,7 @@ import statistics
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,10 @@ def dates() -> dict[str, list[str]]:
     return found
 
 
-def taken(*names: str) -> str:
-    """The sentence that says how old figures are."""
+def taken(*names: str, rows: Iterable[dict[str, Any]] = ()) -> str:
+    """The sentence that says how old figures are: of whole files, and of ``rows``, which have a date each."""
     known = dates()
-    days = sorted({known[name][0] for name in names if name in known})
+    days = sorted({known[name][0] for name in names if name in known} | {row["date"] for row in rows})
     return f"Taken on {' and '.join(days)} with the code of {'that day' if len(days) == 1 else 'those days'}."
 
 
@@ -291,7 +291,7 @@ def label_free() -> str | None:
             "where there is one the number of seeds behind a spread. Sizes in % are of the parameters, in MB "
             f"of the whole file. Refined: {times}. The originals: {dense}; rounded to nearest, a scale a row: "
             + ", ".join(rounded) + f". `python benchmarks/label_free.py`, {machine(data['hardware'])}. "
-            + taken("label_free.json"))  # fmt: skip
+            + taken(rows=data["rows"]))  # fmt: skip
     head = ["network", "size", *[names.get(c, c) for c in columns], *(["MACs"] if macs else [])]
     return table(head, rows) + "\n\n" + note
 
@@ -314,6 +314,30 @@ def onnx() -> str | None:
             + taken("onnx.csv"))  # fmt: skip
 
 
+def speed() -> str | None:
+    """How long conversions take, in looks at their images."""
+    data = read("speed.json")
+    if data is None:
+        return None
+    rows = []
+    for row in data["rows"]:
+        passes, peak, latency = row["passes"], row["peak_memory_bytes"], row["latency_over_dense"]
+        rows.append([
+            named(row["network"]), f"{row['images']:,}", f"{row['pass_cpu_seconds']:.1f}",
+            *[f"{passes[key]:.1f}" for key in ("moments", "plan", "convert", "whole")],
+            f"{peak['pass'] / 1e9:.1f} -> {peak['whole'] / 1e9:.1f}", f"{100 * row['macs']:.0f} %",
+            *[f"{latency[batch]:.2f}" for batch in ("1", "64")],
+        ])  # fmt: skip
+    head = ["network", "images", "one pass [CPU s]", "moments", "plan", "convert", "whole", "peak memory [GB]", "MACs",
+            "latency, batch 1", "batch 64"]  # fmt: skip
+    starts = ", ".join(f"`{name}` {seconds:.2f} s" for name, seconds in data["start_seconds"].items())
+    note = ("Conversions to half the parameters by `auto`, repairs included, in forward passes of the original over all "
+            "calibration images; latency of the result over the original's. Start-up, wall-clock: "
+            f"{starts}. `python benchmarks/speed.py`, {machine(data['rows'][0]['hardware'])}. "
+            + taken(rows=data["rows"]))  # fmt: skip
+    return table(head, rows) + "\n\n" + note
+
+
 # Rows of the short table, where they were measured: networks, and sizes of parameters or files.
 SHORT = {"resnet20": ("50%", "0.08MB"), "resnet56": ("50%", "25%", "0.33MB")}
 
@@ -324,13 +348,14 @@ def results() -> str | None:
     cifar = (read("label_free.json") or {}).get("rows", [])
     for network, sizes in SHORT.items():
         rows += _result_rows("CIFAR-10", [r for r in cifar if r["network"] == network and r["images"]], sizes)
-    names += ["label_free.json"] if rows else []
-    imagenet = (read("imagenet.json") or {}).get("rows", [])
-    for network in dict.fromkeys(row.get("network", "") for row in imagenet):
-        found = [row for row in imagenet if row.get("network", "") == network]
-        measured = {r["size"] for r in found if r.get("size") and "top1" in r and r.get("method", "auto") == "auto"}
-        rows += _result_rows("ImageNet", found, tuple(sorted(measured, key=_amount, reverse=True)))
-    names += ["imagenet.json"] if imagenet else []
+    measured = [row for row in cifar if row["size"] in SHORT.get(row["network"], ())]
+    imagenet = [row for row in (read("imagenet.json") or {}).get("rows", []) if not row.get("classes")]
+    for network, calib in dict.fromkeys((row.get("network", ""), row.get("calib", "images")) for row in imagenet):
+        found = [row for row in imagenet if (row.get("network", ""), row.get("calib", "images")) == (network, calib)]
+        sizes = {r["size"] for r in found if r.get("size") and "top1" in r and r.get("method", "auto") == "auto"}
+        where = "ImageNet" + (", no images" if calib == "none" else "")
+        rows += _result_rows(where, found, tuple(sorted(sizes, key=_amount, reverse=True)))
+    measured += imagenet
     if not rows:
         return None
     note = ("Top-1 [%] on images that nothing was fitted to, the mean over seeds; no labels. Sizes in % are of the parameters, "
@@ -343,7 +368,7 @@ def results() -> str | None:
                  f"{ends['left out']} are left out with the reason, {ends['failed'] or 'none'} failed.")  # fmt: skip
         names.append("coverage.csv")
     head = ["network", "size", "original", "converted", "refined", "low rank a layer"]
-    return table(head, rows) + "\n\n" + note + " " + taken(*names)
+    return table(head, rows) + "\n\n" + note + " " + taken(*names, rows=measured)
 
 
 def _end(row: dict[str, str]) -> str:
@@ -390,7 +415,7 @@ def _mean_cell(top1: list[float]) -> str:
 TABLES: dict[str, Callable[[], str | None]] = {
     "demo": demo, "methods": methods, "finetune": finetune, "ablation": ablation, "recipes": recipes,
     "objectives": objectives, "across": across, "label_free": label_free, "onnx": onnx, "forms": forms,
-    "results": results,
+    "results": results, "speed": speed,
 }  # fmt: skip
 DOCS = ROOT / "docs"
 PAGES = (ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("results", "fine-tuning", "planning", "using")))

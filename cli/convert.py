@@ -73,6 +73,7 @@ def command(
     import torch
 
     import sharefold
+    from sharefold.bench import latencies
     from sharefold.calibration.images import default_count, matched
     from sharefold.data import Preprocess, calibration_images
     from sharefold.measure import count_macs, count_parameters, model_bytes, peak_memory
@@ -162,10 +163,15 @@ def command(
     metrics = {key: value for key, value in result.items() if key not in ("groups", "steps")}
     sharefold.save(model, request.output, metrics=jsonable(metrics), force=request.force)
     timer.lap("save")
-    report_conversion(run, done, before, after, request.output, timer, agreement_text(done, cal, calib is None))
+    dense, shared = latencies(done.original, model, images[:1])  # after saving: some networks write on themselves when they run
+    latency = {"before": dense.median, "after": shared.median, "ratio": shared.ratio, "threads": torch.get_num_threads()}
+    timer.lap("latency")
+    told = agreement_text(done, cal, calib is None)
+    report_conversion(run, done, before, {**after, "latency": latency}, request.output, timer, told)
     run.result(
         {
             **result,
+            "latency": latency,
             "input_warning": warning,
             "seconds": timer.total(),
             "peak_memory_bytes": peak_memory(device),

@@ -122,11 +122,12 @@ def report_plan(run: Run, request: Request, plan: Plan, before: dict[str, int], 
 
 
 def report_conversion(
-    run: Run, done: Conversion, before: dict[str, int], after: dict[str, int], output: Path, timer: Timer, agreement: str
+    run: Run, done: Conversion, before: dict[str, int], after: dict[str, Any], output: Path, timer: Timer, agreement: str
 ) -> None:
-    """Before and after, for people; ``agreement`` is a sentence."""
+    """Before and after, for people; ``agreement`` is a sentence, ``latency`` of ``after`` is of both."""
     print_plan(run, done.plan)
     kept = {key: f"{after[key] / max(before[key], 1):.1%}" for key in before}
+    latency = after["latency"]
     size = "MB in memory" if done.plan.store else "MB"
     run.table(
         ["", "before", "after", "kept"],
@@ -134,6 +135,7 @@ def report_conversion(
             ["parameters", before["params"], after["params"], kept["params"]],
             [size, f"{before['bytes'] / 1e6:.3f}", f"{after['bytes'] / 1e6:.3f}", kept["bytes"]],
             ["MMACs", f"{before['macs'] / 1e6:,.1f}", f"{after['macs'] / 1e6:,.1f}", kept["macs"]],
+            ["ms an image", *[f"{1e3 * latency[key]:.2f}" for key in ("before", "after")], f"{latency['ratio']:.1%}"],
         ],
     )
     figures = [[figure.name, figure.kind, figure.metric, figure.text(), str(figure.images)] for figure in done.outputs]

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,24 @@ def _set_forms(layers: dict[str, SharedConv], form: str | dict[str, str]) -> Non
 def can_factor(layer: SharedConv) -> bool:
     """Whether the layer can run without its composed weight."""
     return layer.form.standardize is None and layer.factored_share() != float("inf")
+
+
+# Rounds of :func:`latencies`.
+FEWEST_ROUNDS, MOST_ROUNDS = 3, 15
+
+
+def latencies(dense: nn.Module, model: nn.Module, image: Tensor, seconds: float = 0.5) -> tuple[Timing, Timing]:
+    """Latency of both networks on ``image`` (1, C, H, W), in turns, as they run by themselves, within about ``seconds``."""
+    with evaluating(dense, model):
+        runs: dict[str, Callable[[], Any]] = {
+            name: partial(net, as_input(net, image)) for name, net in (("dense", dense), ("model", model))
+        }
+        start = time.perf_counter()
+        for run in runs.values():
+            run()
+        rounds = int(seconds / max(time.perf_counter() - start, 1e-6))
+        found = race(runs, max(FEWEST_ROUNDS, min(rounds, MOST_ROUNDS)), image.device, warmup=1)
+    return found["dense"], found["model"]
 
 
 def race_forms(

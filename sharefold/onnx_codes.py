@@ -55,14 +55,18 @@ class _Builder:
 
         By itself a short vector would save less than its node takes.
         """
-        found = {name: self.graph.initializers.get(name) for name in names}
-        vectors = {
-            name: value for name, value in found.items()
-            if value is not None and not value.is_graph_output() and value.shape.rank() == 1 and self._exact(value) is not None
-        }  # fmt: skip
-        if len(vectors) < 2:
+        vectors: dict[str, Any] = {}
+        parts: list[np.ndarray] = []
+        for name in names:
+            value = self.graph.initializers.get(name)
+            if value is None or value.is_graph_output() or value.shape.rank() != 1:
+                continue
+            halves = self._exact(value)
+            if halves is not None:
+                vectors[name] = value
+                parts.append(halves)
+        if len(parts) < 2:
             return 0
-        parts = [self._exact(value) for value in vectors.values()]
         sizes = self._constant("halves.sizes", np.array([len(part) for part in parts]))
         whole = self._node("Cast", [self._constant("halves", np.concatenate(parts))], to=_FLOAT)
         node = self.ir.node("Split", [whole, sizes], {"axis": 0}, num_outputs=len(parts))

@@ -61,7 +61,7 @@ def test_eval_counts_what_the_model_says(npz: str) -> None:
 def test_convert_reports_exactly_the_promised_keys(shared_cifar: tuple[Path, dict]) -> None:
     out, report = shared_cifar
     promised = {
-        "source", "method", "params", "bytes", "macs", "groups", "agreement", "seconds", "peak_memory_bytes", "output",
+        "source", "method", "params", "bytes", "macs", "groups", "agreement", "seconds", "peak_memory_bytes", "output", "latency",
     }  # fmt: skip
     assert promised <= report.keys() and report["source"] == NET and report["method"] == "basis"
     for key in ("params", "bytes", "macs"):
@@ -69,6 +69,8 @@ def test_convert_reports_exactly_the_promised_keys(shared_cifar: tuple[Path, dic
     assert report["groups"][0].keys() == {
         "name", "stage", "role", "method", "members", "rank", "params_before", "params_after", "error",
     }  # fmt: skip
+    latency = report["latency"]
+    assert latency.keys() == {"before", "after", "ratio", "threads"} and min(latency.values()) > 0
     assert report["params"]["before"] == 269_722 and report["params"]["after"] <= 0.6 * 269_722
     assert report["agreement"] is None  # of 20 images there is none
     assert report["peak_memory_bytes"] > 1e7 and report["seconds"]["total"] > 0
