@@ -6,11 +6,11 @@
     python benchmarks/imagenet.py lite0.safetensors imagenet.npz --sizes 80% --classes 500
 
 ``lite0.safetensors`` is a state dict of timm's ``tf_efficientnet_lite0``; ``imagenet.npz`` holds ``train_x`` (calibration
-images, no label of them is read) and ``test_x``, ``test_y`` (measured), uint8 (n, 224, 224, 3). Every finished row is written
-to ``benchmarks/results/imagenet.json`` at once (rows of one size share calibration and plan): top-1, agreement and KL on the
-test images, what the conversion itself said of its agreement, CPU seconds, wall-clock and peak memory of the process. With
-``--classes`` only images of so many classes, drawn by the seed, are calibrated with, and the KL is told apart on test images of
-those and of the others.
+images; their labels ``train_y`` are read by ``--classes`` alone) and ``test_x``, ``test_y`` (measured), uint8 (n, 224, 224, 3).
+Every finished row is written to ``benchmarks/results/imagenet.json`` at once (rows of one size share calibration and plan):
+top-1, agreement and KL on the test images, what the conversion itself said of its agreement, CPU seconds, wall-clock and peak
+memory of the process. With ``--classes`` the calibration images are of so many classes alone, drawn by the seed, and rows also
+hold the KL on test images of those classes (``kl_seen``) and of the others (``kl_unseen``).
 """
 
 from __future__ import annotations
@@ -110,6 +110,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    if options.classes and options.calib == "none":
+        parser.error("--classes chooses calibration images: leave out --calib none")
     keep_freed_memory()  # as the command line does
     torch.set_num_threads(options.threads)
     source = sharefold.open_source(options.weights, arch=ARCHITECTURE)
@@ -119,7 +121,8 @@ def main() -> None:
     if options.classes:
         with np.load(options.data) as arrays:
             wanted = np.isin(arrays["train_y"], drawn_classes(options, arrays["train_y"]))
-            images = preprocess.batch(torch.from_numpy(arrays["train_x"][wanted][: options.count]))
+            pick = np.random.default_rng(options.seed).permutation(np.flatnonzero(wanted))[: options.count]
+            images = preprocess.batch(torch.from_numpy(arrays["train_x"][np.sort(pick)]))
     if given is None:
         images = matched(source.model, images, options.seed)
     dataset = open_data(f"npz:{options.data}", "test", transform_cfg=preprocess)

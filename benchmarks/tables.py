@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DATES = RESULTS / "dates.json"
-NAMES = {"efficientnet_lite0": "EfficientNet-Lite0", "tf_efficientnet_lite0": "EfficientNet-Lite0"}
+NAMES = {"lite0": "EfficientNet-Lite0", "efficientnet_lite0": "EfficientNet-Lite0", "tf_efficientnet_lite0": "EfficientNet-Lite0"}
 
 
 def read(name: str) -> Any:
@@ -333,7 +333,7 @@ def speed() -> str | None:
     starts = ", ".join(f"`{name}` {seconds:.2f} s" for name, seconds in data["start_seconds"].items())
     note = ("Conversions to half the parameters by `auto`, repairs included, in forward passes of the original over all "
             "calibration images; latency of the result over the original's. Start-up, wall-clock: "
-            f"{starts}. `python benchmarks/speed.py`, {machine(data['rows'][0]['hardware'])}. "
+            f"{starts}. `benchmarks/speed.py`, {'; '.join(dict.fromkeys(machine(row['hardware']) for row in data['rows']))}. "
             + taken(rows=data["rows"]))  # fmt: skip
     return table(head, rows) + "\n\n" + note
 
@@ -348,7 +348,7 @@ def results() -> str | None:
     cifar = (read("label_free.json") or {}).get("rows", [])
     for network, sizes in SHORT.items():
         rows += _result_rows("CIFAR-10", [r for r in cifar if r["network"] == network and r["images"]], sizes)
-    measured = [row for row in cifar if row["size"] in SHORT.get(row["network"], ())]
+    measured = [row for row in cifar if row["images"] and row["size"] in SHORT.get(row["network"], ())]
     imagenet = [row for row in (read("imagenet.json") or {}).get("rows", []) if not row.get("classes")]
     for network, calib in dict.fromkeys((row.get("network", ""), row.get("calib", "images")) for row in imagenet):
         found = [row for row in imagenet if (row.get("network", ""), row.get("calib", "images")) == (network, calib)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -47,8 +47,9 @@ def command(
     from sharefold.layers import shared_layers
     from sharefold.measure import count_macs, count_parameters, model_bytes, peak_memory
 
+    source, rival_source = (source, None) if against is None else source.beside(against)
     opened = source.open()
-    rival, rival_name = _rival(run, source, opened, against)
+    rival, rival_name = _rival(run, opened, rival_source)
     model = opened.model.to(device)
     size = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size, mean=mean, std=std).size
     images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(run.seed)).to(device)
@@ -93,14 +94,13 @@ def _label(name: str) -> str:
     return {"dense": "against", "model": "source"}.get(name, name)
 
 
-def _rival(run: Run, source: SourceOptions, opened: Source, against: str | None) -> tuple[nn.Module | None, str | None]:
+def _rival(run: Run, opened: Source, against: SourceOptions | None) -> tuple[nn.Module | None, str | None]:
     """What SOURCE is compared with, and its name."""
     import sharefold
-    from sharefold.sources import build_base, open_source
+    from sharefold.sources import build_base
 
     if against is not None:
-        other = open_source(against, replace(source.options, arch=None, num_classes=None, in_chans=None))
-        return other.model, against
+        return against.open().model, against.source
     if not opened.shared:
         return None, None
     try:

@@ -159,15 +159,15 @@ def command(
         **({} if not done.plan.store else {"store": done.plan.store}),
         "steps": {name: record.to_dict() for name, record in done.steps.items()},
     }
+    dense, shared = latencies(done.original, model, images[:1])
+    latency = {"before": dense.median, "after": shared.median, "threads": torch.get_num_threads()}
+    timer.lap("latency")
     assert request.output is not None
     metrics = {key: value for key, value in result.items() if key not in ("groups", "steps")}
     sharefold.save(model, request.output, metrics=jsonable(metrics), force=request.force)
     timer.lap("save")
-    dense, shared = latencies(done.original, model, images[:1])  # after saving: some networks write on themselves when they run
-    latency = {"before": dense.median, "after": shared.median, "ratio": shared.ratio, "threads": torch.get_num_threads()}
-    timer.lap("latency")
     told = agreement_text(done, cal, calib is None)
-    report_conversion(run, done, before, {**after, "latency": latency}, request.output, timer, told)
+    report_conversion(run, done, before, after, latency, request.output, timer, told)
     run.result(
         {
             **result,

@@ -122,20 +122,21 @@ def report_plan(run: Run, request: Request, plan: Plan, before: dict[str, int], 
 
 
 def report_conversion(
-    run: Run, done: Conversion, before: dict[str, int], after: dict[str, Any], output: Path, timer: Timer, agreement: str
-) -> None:
-    """Before and after, for people; ``agreement`` is a sentence, ``latency`` of ``after`` is of both."""
+    run: Run, done: Conversion, before: dict[str, int], after: dict[str, int], latency: dict[str, float], output: Path,
+    timer: Timer, agreement: str,
+) -> None:  # fmt: skip
+    """Before and after, for people; ``agreement`` is a sentence."""
     print_plan(run, done.plan)
     kept = {key: f"{after[key] / max(before[key], 1):.1%}" for key in before}
-    latency = after["latency"]
     size = "MB in memory" if done.plan.store else "MB"
     run.table(
-        ["", "before", "after", "kept"],
+        ["", "before", "after", "after / before"],
         [
             ["parameters", before["params"], after["params"], kept["params"]],
             [size, f"{before['bytes'] / 1e6:.3f}", f"{after['bytes'] / 1e6:.3f}", kept["bytes"]],
             ["MMACs", f"{before['macs'] / 1e6:,.1f}", f"{after['macs'] / 1e6:,.1f}", kept["macs"]],
-            ["ms an image", *[f"{1e3 * latency[key]:.2f}" for key in ("before", "after")], f"{latency['ratio']:.1%}"],
+            ["ms an image", f"{1e3 * latency['before']:.2f}", f"{1e3 * latency['after']:.2f}",
+             f"{latency['after'] / latency['before']:.1%}"],
         ],
     )
     figures = [[figure.name, figure.kind, figure.metric, figure.text(), str(figure.images)] for figure in done.outputs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from .source import SourceOptions, preprocess_options, source_options
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from sharefold.data import Preprocess
 
 
 @click.command("eval")
@@ -53,14 +56,23 @@ def command(
     from sharefold.errors import SharefoldError
     from sharefold.measure import evaluate
     from sharefold.outputs.streamed import compared
+    from sharefold.running import BATCH_ELEMENTS, batch_within
 
     if outputs and against is None:
         raise SharefoldError("eval: --outputs says what --against compares: give --against, too")
     look = look_at(data, split, run.seed, mean=mean, std=std, input_size=input_size)
+    source, other = (source, None) if against is None else source.beside(against)
     opened = source.open(look)
-    # The original's options are those of SOURCE: a file of sharefold needs none.
-    original = None if against is None else SourceOptions(against, source.options).open(look)
+    original = None if other is None else other.open(look)
     preprocess = Preprocess.from_cfg(opened.pretrained_cfg, mean=mean, std=std, input_size=input_size)
+    if original is not None:
+        theirs = Preprocess.from_cfg(original.pretrained_cfg, mean=mean, std=std, input_size=input_size)
+        if _images(theirs) != _images(preprocess):
+            raise SharefoldError(
+                f"eval: {source.source} and {against} want other images ({_images(preprocess)}; {_images(theirs)}): give both "
+                "the same with --mean, --std, --input-size"
+            )
+        batch_size = min(batch_size, batch_within(BATCH_ELEMENTS, math.prod(preprocess.size), batch_size))
     dataset = open_data(data, split, transform_cfg=preprocess)
     warning = None  # a converted network has its setting with it, and BatchNorms that were given new means
     if not opened.shared:
@@ -96,6 +108,11 @@ def command(
         **told, "against": against, "images": both.images, "divergence": both.divergence,
         "outputs": [one.to_dict() for one in both.figures], "input_warning": warning,
     })  # fmt: skip
+
+
+def _images(preprocess: Preprocess) -> str:
+    mean, std = (", ".join(f"{value:.3g}" for value in values) for values in (preprocess.mean, preprocess.std))
+    return f"{'x'.join(map(str, preprocess.size))}, mean {mean}, std {std}"
 
 
 def _first(batches: Iterable[tuple[Tensor, Tensor]], limit: int | None) -> Iterator[Tensor]:

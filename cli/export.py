@@ -75,12 +75,15 @@ def command(
         [[str(done.path), done.format, f"{done.bytes / 1e6:.3f}", f"{done.tensor_bytes / 1e6:.3f}",
           f"{done.max_difference:.2g}", batches]],
     )  # fmt: skip
+    if options.store_codes:
+        run.say(f"{done.codes} tensors are stored as the integers, or halves, that they were rounded to")
     run.result(
         {
             "source": source.source,
             "format": done.format,
             "bytes": done.bytes,
             "tensor_bytes": done.tensor_bytes,
+            "codes": done.codes,
             "max_difference": done.max_difference,
             "tolerance": options.tolerance,
             "dynamic_batch": done.dynamic_batch,

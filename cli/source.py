@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -38,6 +38,17 @@ class SourceOptions:
         from sharefold.sources import open_source
 
         return open_source(self.source, self.options, look=look)
+
+    def beside(self, other: str) -> tuple[SourceOptions, SourceOptions]:
+        """This source and ``other``; what is said of an architecture is meant for those that are no files of sharefold."""
+        from sharefold.checkpoint import is_sharefold
+
+        known = [is_sharefold(source) for source in (self.source, other)]
+        if all(known):
+            return self, SourceOptions(other, self.options)
+        described = replace(self.options, arch=None, num_classes=None, in_chans=None)
+        first, second = (described if shared else self.options for shared in known)
+        return SourceOptions(self.source, first), SourceOptions(other, second)
 
     def open_dense(self, look: Look | None = None) -> Source:
         """As :meth:`open`.

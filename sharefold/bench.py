@@ -29,10 +29,11 @@ from sharefold.architectures.build import build_base
 from sharefold.checkpoint import load, save
 from sharefold.errors import SharefoldError
 from sharefold.format import config_of
+from sharefold.graph.preserved import preserved
 from sharefold.layers import SharedConv, shared_layers
 from sharefold.layers.shared_conv import FACTORED_SHARE
 from sharefold.plans import Progress
-from sharefold.running import as_input, evaluating
+from sharefold.running import as_input, device_of, evaluating, run_on
 from sharefold.state_dicts import load_tensors
 
 FORMS = ("composed", "factored", "auto")
@@ -134,16 +135,22 @@ FEWEST_ROUNDS, MOST_ROUNDS = 3, 15
 
 
 def latencies(dense: nn.Module, model: nn.Module, image: Tensor, seconds: float = 0.5) -> tuple[Timing, Timing]:
-    """Latency of both networks on ``image`` (1, C, H, W), in turns, as they run by themselves, within about ``seconds``."""
-    with evaluating(dense, model):
-        runs: dict[str, Callable[[], Any]] = {
-            name: partial(net, as_input(net, image)) for name, net in (("dense", dense), ("model", model))
-        }
+    """Latency of both networks on ``image`` (1, C, H, W), in turns, as they run by themselves; both are left as they were.
+
+    Args:
+        seconds: for rounds beyond the third.
+    """
+    device = device_of(model)
+    image = image.to(device)
+    with preserved(dense), preserved(model), evaluating(dense, model):
+        # Every run gets a copy: some networks write into their input.
+        networks = {"dense": dense, "model": model}
+        runs: dict[str, Callable[[], Any]] = {name: partial(run_on, net, image) for name, net in networks.items()}
         start = time.perf_counter()
         for run in runs.values():
             run()
         rounds = int(seconds / max(time.perf_counter() - start, 1e-6))
-        found = race(runs, max(FEWEST_ROUNDS, min(rounds, MOST_ROUNDS)), image.device, warmup=1)
+        found = race(runs, max(FEWEST_ROUNDS, min(rounds, MOST_ROUNDS)), device, warmup=0)
     return found["dense"], found["model"]
 
 

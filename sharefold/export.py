@@ -57,6 +57,7 @@ class Exported:
         max_difference: largest absolute difference between the file's outputs and the network's on random images.
         dynamic_batch: whether the file takes any number of images at once.
         inputs, outputs: names of the graph's inputs and outputs; none for ``dense``.
+        codes: how many tensors are stored as the integers that they were rounded to.
     """
 
     path: Path
@@ -67,6 +68,7 @@ class Exported:
     dynamic_batch: bool
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    codes: int = 0
 
 
 def export(
@@ -100,6 +102,7 @@ def export(
     example = as_input(network, example_input.detach())
     if dynamic_batch and kind != "dense" and len(example) < 2:
         example = torch.cat([example, example])  # tracing would take a batch of one for a constant
+    coded = 0
     with preserved(network), _calm():
         if kind == "dense":
             difference = _write_expanded(network, target, example, tolerance)
@@ -108,11 +111,11 @@ def export(
             check = [example, _random((3, *example.shape[1:])).to(example.dtype)] if dynamic_batch else [example]
             program = _trace(network, example, dynamic_batch)
             if kind == "onnx":
-                difference, names = _write_onnx(network, program, target, check, tolerance, codes)
+                difference, names, coded = _write_onnx(network, program, target, check, tolerance, codes)
             else:
                 difference, names = _write_archive(network, program, target, check, tolerance)
     return Exported(
-        target, kind, target.stat().st_size, model_bytes(network), difference, kind == "dense" or dynamic_batch, *names
+        target, kind, target.stat().st_size, model_bytes(network), difference, kind == "dense" or dynamic_batch, *names, coded
     )
 
 
@@ -223,7 +226,7 @@ def _write_archive(
 def _write_onnx(
     model: nn.Module, program: torch.export.ExportedProgram, target: Path, batches: list[Tensor], tolerance: float,
     codes: StoreSpec | None,
-) -> tuple[float, Names]:  # fmt: skip
+) -> tuple[float, Names, int]:  # fmt: skip
     onnx_ir, runtime = _package("onnx_ir"), _package("onnxruntime")
     outputs = _tensors(model(batches[0][:1]))
     names = ["logits"] if len(outputs) == 1 else [f"output_{index}" for index in range(len(outputs))]
@@ -235,8 +238,7 @@ def _write_onnx(
     assert written is not None
     graph = written.model
     _simplify(graph)
-    if codes is not None:
-        store_codes(graph, codes)
+    coded = 0 if codes is None else store_codes(graph, codes)
     stored = (value.const_value for value in graph.graph.initializers.values())
     if sum(tensor.nbytes for tensor in stored if tensor is not None) > PROTOBUF_LIMIT:
         raise SharefoldError("the network is larger than the 2 GB that one ONNX file holds: use --format pt2")
@@ -260,7 +262,7 @@ def _write_onnx(
         found.append(_accept(difference, tolerance, "the ONNX graph in onnxruntime"))
 
     write_file(target, write)
-    return found[0], (("images",), tuple(names))
+    return found[0], (("images",), tuple(names)), coded
 
 
 def _translate(program: torch.export.ExportedProgram, example: Tensor, names: list[str]) -> Any:
@@ -368,9 +370,9 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     result = tensor.to(dtype)
-    if bool(torch.isfinite(tensor).all()) and not bool(torch.isfinite(result).all()):
-        kind = str(dtype).removeprefix("torch.")
-        raise SharefoldError(f"expand: {name} has numbers beyond what {kind} holds: take bf16, or keep float32")
+    if bool((torch.isfinite(tensor) & ~torch.isfinite(result)).any()):
+        kind, hint = str(dtype).removeprefix("torch."), "take bf16, or " if dtype == torch.float16 else ""
+        raise SharefoldError(f"expand: {name} has numbers beyond what {kind} holds: {hint}keep the type that it has")
     return result
 
 

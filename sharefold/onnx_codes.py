@@ -2,8 +2,8 @@
 
 Grids of up to 8 bits become int8 in front of ``DequantizeLinear``, wider ones int16 times their scales, codebooks uint8 indices
 of a table of levels (``Gather``); codes of at most 4 bits lie two in a byte. Halves stay halves, vectors of them one behind the
-other in a single tensor. Every runtime has these operators since opset 18, and the graph computes from the very numbers that the
-network holds.
+other in a single tensor. All operators are in opset 18; codes of at most 4 bits need ``BitShift`` and ``BitwiseAnd``, which
+onnxruntime has and some other runtimes lack. The graph computes from the very numbers that the network holds.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ def store_codes(model: Any, spec: StoreSpec) -> int:
     found = graph.join_vectors([name for name, entry in spec.tensors.items() if entry.kind == "fp16"])
     found += sum(graph.replace(name, entry) for name, entry in spec.tensors.items())
     if not found:
-        raise SharefoldError("store-codes: no tensor of the graph has codes that are smaller than its numbers: export without it")
+        raise SharefoldError(
+            "store-codes: no float32 tensor of the graph lies on the grid that it was rounded to, or saves anything by it: "
+            "export without codes, or the network as it was rounded"
+        )
     return found
 
 
@@ -49,6 +52,7 @@ class _Builder:
     def __init__(self, graph: Any) -> None:
         self.graph, self.ir = graph, importlib.import_module("onnx_ir")
         self.first = graph[0]
+        self.common: dict[str, Any] = {}  # constants that several tensors need
 
     def join_vectors(self, names: Sequence[str]) -> int:
         """Makes one tensor of all vectors of halves, which ``Split`` takes apart; how many they are.
@@ -165,10 +169,13 @@ class _Builder:
 
     def _once(self, name: str, array: np.ndarray) -> Any:
         """A constant that several tensors need."""
-        known = self.graph.initializers.get(name)
-        return self._constant(name, array) if known is None else known
+        if name not in self.common:
+            self.common[name] = self._constant(name, array)
+        return self.common[name]
 
     def _constant(self, name: str, array: np.ndarray) -> Any:
+        while name in self.graph.initializers:  # a tensor of the network has that name
+            name += "_"
         tensor = self.ir.tensor(np.ascontiguousarray(array), name=name)
         value = self.ir.Value(name=name, shape=tensor.shape, type=self.ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)

@@ -98,9 +98,9 @@ def evenly(count: int, most: int) -> Tensor:
     return torch.linspace(0, count - 1, min(most, count)).long()
 
 
-def batch_of(images: Tensor, most: int = 250) -> int:
-    """How many of ``images`` (n, C, H, W) a forward pass without gradients takes at best, at most ``most``."""
-    return batch_within(BATCH_ELEMENTS, images[0].numel(), most)
+def batch_of(images: Tensor, most: int = 250, least: int = 1) -> int:
+    """How many of ``images`` (n, C, H, W) a forward pass without gradients takes at best, between ``least`` and ``most``."""
+    return batch_within(BATCH_ELEMENTS, images[0].numel(), most, least)
 
 
 def batch_within(elements: int, each: int, most: int, least: int = 1) -> int:

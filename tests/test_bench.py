@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import sharefold
 from sharefold.bench import (
@@ -17,6 +17,7 @@ from sharefold.bench import (
     Timing,
     can_factor,
     explain,
+    latencies,
     peak_tensor_bytes,
     race,
     race_forms,
@@ -143,3 +144,27 @@ def test_the_explanation_follows_the_figures() -> None:
     assert "composed is the faster" in fine and "the same ones" in fine and "runtime =" not in fine
     assert "composed" in explain([], {"composed": Timing(1, 1, 1, 1)})[0]
     assert "one way" in explain([], {"model": Timing(1, 1, 1, 1)})[0]
+
+
+class Slow(nn.Module):
+    """Takes as long as it says, writes into its input and counts its runs."""
+
+    def __init__(self, milliseconds: float) -> None:
+        super().__init__()
+        self.milliseconds, self.register = milliseconds, []
+        self.weight = nn.Parameter(torch.ones(1))
+        self.register_buffer("runs", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert bool((x == 1).all())
+        x.mul_(2)
+        self.runs += 1
+        time.sleep(self.milliseconds / 1e3)
+        return x
+
+
+def test_latencies_are_those_of_each_network_which_stays_as_it_was() -> None:
+    quick, slow = Slow(2), Slow(20)
+    dense, model = latencies(slow, quick, torch.ones(1, 3, 4, 4), seconds=0.05)
+    assert 0.02 <= dense.median < 0.2 and 0.002 <= model.median < dense.median
+    assert float(quick.runs) == float(slow.runs) == 0

@@ -86,6 +86,18 @@ def test_the_numbers_are_those_of_the_network(plain: nn.Module, tmp_path: Path) 
     assert found > 10
 
 
+def test_networks_of_other_types_have_nothing_to_store(plain: nn.Module, tmp_path: Path) -> None:
+    from sharefold.store import quantize_
+
+    model = copy.deepcopy(plain)
+    quantize_(model, "int8", torch.randn(40, 1, 8, 8))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1e-3 * torch.randn_like(parameter))
+    with pytest.raises(SharefoldError, match="no float32 tensor of the graph lies on the grid"):
+        export(model, tmp_path / "net.onnx", store_codes=True)
+
+
 def test_refusals(plain: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(SharefoldError, match="was not rounded: convert it with --store int8"):
         export(plain, tmp_path / "net.onnx", store_codes=True)
@@ -100,4 +112,5 @@ def test_the_command(tmp_path: Path) -> None:
     whole = reported("export", tmp_path / "net", "-o", tmp_path / "whole.onnx")
     small = reported("export", tmp_path / "net", "-o", tmp_path / "small.onnx", "--store-codes")
     assert small["bytes"] < 0.6 * whole["bytes"] and small["max_difference"] < 1e-5
+    assert whole["codes"] == 0 and small["codes"] > 10
     refused(call("export", tmp_path / "net", "-o", tmp_path / "small.pt2", "--store-codes"), "holds plain numbers")

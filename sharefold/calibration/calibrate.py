@@ -25,6 +25,8 @@ from sharefold.settings import with_plain_settings
 
 # Of fewer images a mean certainty says nothing of whether the network has seen them.
 FEWEST_SEEN = 30
+# Images on which a network with fused norms is held against itself, and what they may differ by.
+FEW, SAME = 2, 1e-3
 
 
 class Calibration:
@@ -68,8 +70,20 @@ class Calibration:
 
     @cached_property
     def norms(self) -> dict[str, str | None]:
-        """For every layer the norm that alone reads its output, or None."""
-        return {name: record.norm for name, record in self.graph.layers.items()}
+        """For every layer the norm that alone reads its output, or None; none at all where the network does not answer the same
+        with its norms fused: without a graph, other readers of a layer's output are not seen."""
+        found = {name: record.norm for name, record in self.graph.layers.items()}
+        if not any(found.values()) or not self.reading.leaves:
+            return {}
+        images = self.images[self.parts.fit[:FEW]]
+        with evaluating(self.original):
+            plain = self.reading.run(self.original, images)
+            try:
+                with fused_for_inference(self.original, norms=found):
+                    fused = self.reading.run(self.original, images)
+            except RuntimeError:  # modules of several types, say
+                return {}
+        return found if all(map(_alike, plain, fused)) else {}
 
     @property
     def comparable(self) -> bool:
@@ -186,6 +200,14 @@ class Calibration:
         for name in {**ours, **theirs}:
             if name not in ours or name not in theirs or not _same(ours[name], theirs[name]):
                 raise SharefoldError(f"calibration: it is of another network ({name} differs): calibrate this one")
+
+
+def _alike(plain: Tensor, fused: Tensor) -> bool:
+    """Whether outputs differ by no more than rounding."""
+    if not plain.is_floating_point() or plain.shape != fused.shape:
+        return torch.equal(plain, fused)
+    size = float(plain.abs().amax()) if plain.numel() else 0.0
+    return torch.allclose(fused, plain, rtol=SAME, atol=SAME * size, equal_nan=True)
 
 
 def _same(first: Tensor, second: Tensor) -> bool:

@@ -77,6 +77,8 @@ def _fusable(layer: nn.Module, norm: nn.Module) -> bool:
         return False
     if "forward" in layer.__dict__ or "forward" in norm.__dict__:
         return False  # somebody else's patch, or a layer that two names share
+    if {p.dtype for module in (layer, norm) for p in module.parameters()} != {norm.running_mean.dtype}:
+        return False  # of several types: what comes out would be of another than the next layer expects
     if isinstance(layer, SharedConv):
         return layer.form.kind == "conv2d" and layer.form.standardize is None
     return type(layer) in (nn.Conv2d, Conv2dSame)

@@ -169,4 +169,5 @@ def centred(logits: Tensor, axis: int = 1) -> Tensor:
 def check_shapes(leaf: Leaf, a: Tensor, b: Tensor) -> None:
     """Refuses outputs of two shapes."""
     if a.shape != b.shape:
-        raise SharefoldError(f"output {leaf.name} cannot be compared: {tuple(a.shape)[1:]} an image against {tuple(b.shape)[1:]}")
+        shapes = f"{tuple(a.shape)[1:]} an image against {tuple(b.shape)[1:]}"
+        raise SharefoldError(f"output {leaf.name} cannot be compared: {shapes}: compare networks of the same outputs")

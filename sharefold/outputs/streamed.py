@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -39,7 +40,8 @@ def compared(
     original: nn.Module, other: nn.Module, batches: Iterable[Tensor], outputs: Outputs = None,
     progress: Callable[[int], None] | None = None,
 ) -> Compared:  # fmt: skip
-    """Runs both networks over ``batches``, of which no more than the first 256 images are held at a time.
+    """Runs both networks over ``batches``, of which the first that have 256 images together are held until they have run, and of
+    all others one at a time.
 
     Args:
         original, other: in eval mode meanwhile; left as they were.
@@ -51,18 +53,21 @@ def compared(
         SharefoldError: no images, nothing to compare, or outputs of two shapes.
     """
     rest = iter(batches)
-    first = list(_first(rest, IMAGES))
+    first = deque(_first(rest, IMAGES))
     if not first:
         raise SharefoldError("outputs: there are no images to compare networks on: give at least one")
-    images = torch.cat(first)
+    images = torch.cat(list(first))[:IMAGES]
     reading = read_outputs(original, images, None, outputs)
     if not reading.comparable:
-        raise SharefoldError("outputs: this network returns nothing by which two of them can be compared")
+        raise SharefoldError(
+            "outputs: this network returns nothing by which two of them can be compared: say what it returns (outputs)"
+        )
     divergence = Divergence.of(original, reading, images, len(first[0]))
+    del images
     counted, total, done = Figures(reading, divergence), 0.0, 0
     pairs: list[tuple[Any, Any]] = []
     with evaluating(original, other):
-        for batch in chain(first, rest):
+        for batch in chain(_emptied(first), rest):
             ours, theirs = reading.run(original, batch), reading.run(other, batch)
             counted.add(ours, theirs)
             total += float(divergence.total(divergence.each(ours, theirs)).sum())
@@ -73,6 +78,12 @@ def compared(
                 progress(done)
     figures = counted.results() + ([figure_of_detections(pairs)] if reading.detections else [])
     return Compared(figures, total / done, done)
+
+
+def _emptied(batches: deque[Tensor]) -> Iterator[Tensor]:
+    """``batches``, which then holds them no more."""
+    while batches:
+        yield batches.popleft()
 
 
 def _first(batches: Iterator[Tensor], count: int) -> Iterator[Tensor]:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 
 from sharefold.calibration.calibrate import Calibration
-from sharefold.layers.norm_fusion import norms_fused
 from sharefold.methods import step_named
 from sharefold.methods.solved import key_of, solution_of
 from sharefold.planner.candidates import Candidates
@@ -45,7 +44,6 @@ class Trials:
         count = min(IMAGES, max(FEWEST, PASSES * images // max(ROUNDS * groups, 1)))
         sample = views[evenly(len(views), count)]
         self.comparison = cal.comparison(sample, cal.statistics.batch_size)
-        self.norms = {name: record.norm for name, record in cal.graph.layers.items()}
         self.known: dict[tuple[int, ...], float] = {}
 
     def divergence(self, picks: Sequence[int]) -> float:
@@ -56,8 +54,7 @@ class Trials:
             for plan in self._plans(picks):
                 step_named(plan.method).install(trial, plan, solution_of(self.cal, plan))
             absorb_means(self.cal.original, trial, self.cal.graph, self.cal.statistics.means)
-            with norms_fused(trial, self.norms):
-                self.known[key] = self.comparison.divergence(trial).mean
+            self.known[key] = self.comparison.divergence(trial).mean
         return self.known[key]
 
     def _work(self) -> float:

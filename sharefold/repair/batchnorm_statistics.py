@@ -18,8 +18,8 @@ from sharefold.repair.work import Work
 from sharefold.running import batch_of, evaluating, run_on
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-# Images of a batch: its own variance is what counts, and enough of them tell it.
-MOST = 200
+# Images of a batch: its own variance is what counts, and of too few it is noise.
+MOST, LEAST = 200, 16
 # The way from the old statistics to the new ones is gone whole, or by these parts of it.
 PARTS = 4
 
@@ -43,7 +43,7 @@ class NormStatistics:
                     norm.reset_running_stats()
                     norm.momentum = None  # a cumulative average over all batches
                     norm.train()
-                for batch in images.split(batch_of(images, MOST)):
+                for batch in images.split(batch_of(images, MOST, LEAST)):
                     if len(batch) > 1:
                         run_on(work.model, batch)
         finally:

@@ -23,11 +23,14 @@ from sharefold.outputs import Comparison
 from sharefold.outputs.leaf import LOGITS
 from sharefold.repair.output_layers import output_layers
 from sharefold.repair.work import Work
+from sharefold.running import evaluating
 
 # The scale is sought between one over this and this.
 WIDEST = 64.0
 # Numbers of an output that are looked at; of maps for segmentation the first images alone.
 ENTRIES = 1 << 25
+# Images on which scaled logits are compared with what was expected of them, and by how much they may differ.
+FEW, SAME = 8, 1e-3
 
 
 class Confidence:
@@ -45,6 +48,7 @@ class Confidence:
         self.model, self.comparison = work.model, work.guard.comparison
         self.layers = _layers(work)
         self.divergence: float | None = None
+        self._exact: bool | None = None  # whether the network's answers follow the layer's, as far as that was tried
         self._before: list[tuple[Tensor, Tensor]] = []
 
     def refusal(self, work: Work) -> str:
@@ -63,10 +67,20 @@ class Confidence:
         factors, answers = _best_factors(self.comparison, self.model, list(self.layers))
         for name, factor in factors.items():
             _scale(self.layers[name], factor)
-        if answers is not None:  # the layer's outputs are all that the network says
-            factor = next(iter(factors.values()), 1.0)
+        factor = next(iter(factors.values()), 1.0)
+        if answers is not None and (factor == 1.0 or self._follow(answers[0][1][0], factor)):
             self.divergence = self.comparison.of_answers((theirs, [factor * ours[0]]) for theirs, ours in answers).mean
         return factors
+
+    def _follow(self, before: Tensor, factor: float) -> bool:
+        """Whether the answers are those before the scaling times the factor: a network may change its logits in place."""
+        if self._exact is None:
+            images = self.comparison.batches[0][:FEW]
+            with evaluating(self.model):
+                (now,) = self.comparison.reading.run(self.model, images)
+            wanted = factor * before[: len(images)].float()
+            self._exact = torch.allclose(now.float(), wanted, rtol=SAME, atol=SAME * float(wanted.abs().amax()))
+        return self._exact
 
     @torch.no_grad()
     def undo(self) -> None:

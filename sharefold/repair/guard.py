@@ -65,7 +65,7 @@ class Guard:
         return self.comparison.divergence(model).mean
 
     def settled(self, model: nn.Module, scales: Scaled | None) -> float:
-        """Of ``model`` as ``scales`` has settled it, without a run where settling was one."""
+        """Of ``model`` as ``scales`` has settled it; the network is run only where settling has not measured it."""
         known = None if scales is None else scales.divergence
         return self.divergence(model) if known is None else known
 

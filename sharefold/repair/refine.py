@@ -83,7 +83,7 @@ def _refined(work: Work, wanted: RefineOptions) -> StepRecord:
     model, cal, guard = work.model, work.cal, work.guard
     original = cal.original
     clock = _Clock(len(cal.fit_images), MOST_EPOCHS if wanted.epochs is None else wanted.epochs, wanted.seconds)
-    norms = {name: record.norm for name, record in cal.graph.layers.items()}
+    norms = cal.norms
     if wanted.blocks is None:
         wanted = replace(wanted, blocks=tuple(cal.graph.blocks))
     before, scales = guard.current(model), Confidence(work)

@@ -13,7 +13,8 @@ from sharefold.solvers.data_norm import Window, sample_patches
 
 # Bytes that the samples of one layer may take.
 MEMORY_BYTES = 1 << 28
-# Times what moments need: pulls are chosen on halves, and what passes a ReLU is a part of it. Four times as many change nothing.
+# Times the positions that moments need: pulls are chosen on halves, and what passes a ReLU is a part of it. Four times as many
+# positions as moments need made no network better.
 MORE = 2
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from networks import images, net, same, state
-from torch import nn
+from torch import Tensor, nn
 
 import sharefold
 from sharefold.calibration.calibrate import Calibration, calibrate
 from sharefold.errors import SharefoldError
 from sharefold.graph import analysis
 from sharefold.methods import METHODS
+from sharefold.outputs import Comparison
 from sharefold.plans import GroupPlan, Plan
 from sharefold.repair.refine import refine
 from sharefold.store import quantize_
@@ -211,3 +213,58 @@ def test_what_is_fitted_to_is_the_part_fit_and_the_least_certain_of_it(monkeypat
     assert torch.equal(cal.refit_images[cal.refit_parts.decide], IMAGES[cal.parts.decide])
     decided = len(cal.parts.decide)
     assert torch.equal(cal.decide_views[:decided], IMAGES[cal.parts.decide]) and len(cal.decide_views) == 2 * decided
+
+
+class Past(nn.Module):
+    """Untraceable, and what a norm reads is read once more past it."""
+
+    def __init__(self, mixed: bool = False) -> None:
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(8, 4)
+        nn.init.uniform_(self.norm.weight, 0.5, 2.0)
+        nn.init.normal_(self.norm.running_mean)
+        if mixed:
+            self.conv.to(torch.bfloat16)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.abs().max()) > 1e9:
+            return self.fc(x.mean((2, 3)))
+        y = self.conv(x.to(self.conv.weight.dtype)).float()
+        return self.fc((torch.relu(self.norm(y)) + y).mean((2, 3)))
+
+
+class InPlace(nn.Sequential):
+    """Untraceable; a ReLU between layer and norm works in place, so that both meet the same tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if float(x.abs().max()) < 1e9 else x
+
+
+def in_place() -> nn.Module:
+    norm = nn.BatchNorm2d(8)
+    nn.init.normal_(norm.running_mean)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
+    return InPlace(*layers).eval()
+
+
+@pytest.mark.parametrize("make", [Past, in_place, partial(Past, mixed=True)])
+def test_norms_are_fused_only_where_the_network_stays_the_same(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = make()
+    cal = sharefold.calibrate(model, images(40))
+    assert cal.graph.traced == "hooks" and cal.norms == {}
+    with torch.no_grad():
+        wanted = model(images(40))
+    theirs = torch.cat([answers[0] for answers, _ in cal.comparison(images(40)).answers(model)])
+    torch.testing.assert_close(theirs, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_comparisons_with_norms_and_without_say_the_same() -> None:
+    model = net(blocks=2)
+    other = net(blocks=2, seed=1)
+    cal = sharefold.calibrate(model, images(40))
+    assert sum(norm is not None for norm in cal.norms.values()) >= 5
+    fused, plain = cal.comparison(images(40)), Comparison(model, images(40), cal.reading, divergence=cal.divergence)
+    assert fused.norms and not plain.norms
+    assert fused.divergence(other).mean == pytest.approx(plain.divergence(other).mean, rel=1e-4)

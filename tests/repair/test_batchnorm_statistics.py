@@ -11,6 +11,7 @@ from repair_works import done_by, work_of
 from torch import nn
 
 from sharefold.measure import agreement
+from sharefold.repair import batchnorm_statistics as module
 from sharefold.repair.batchnorm_statistics import NormStatistics
 from sharefold.repair.step_record import StepRecord
 
@@ -110,3 +111,15 @@ def test_any_part_of_the_way_can_be_kept() -> None:
         for value, first, last in zip((model.bn.running_mean, model.bn.running_var), old, new, strict=True):
             torch.testing.assert_close(value, first + (last - first) * parts / 4)
     assert partial.details(3) == {"step": 0.75}
+
+
+@pytest.mark.parametrize("side", [12, 900])
+def test_large_images_still_come_in_batches(monkeypatch: pytest.MonkeyPatch, side: int) -> None:
+    """One image alone has no variance to tell, and a few have a noisy one."""
+    original = net()
+    work = work_of(original, copy.deepcopy(original), images(40, 3), images(20, 4))
+    seen: list[int] = []
+    monkeypatch.setattr(module, "run_on", lambda _, batch: seen.append(len(batch)))
+    monkeypatch.setattr(type(work.cal), "fit_images", torch.zeros(40, 1, 1, 1).expand(40, 3, side, side))
+    module.NormStatistics().run(work)
+    assert seen == ([40] if side == 12 else [16, 16, 8])

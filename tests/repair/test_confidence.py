@@ -47,6 +47,27 @@ def test_settling_tells_the_divergence_of_what_it_leaves() -> None:
     assert scale.divergence is None and work.guard.settled(model, scale) == work.guard.divergence(model)
 
 
+class Shifted(nn.Module):
+    """Its logits, changed in place behind the layer that gives them."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.body(x)
+        logits -= torch.linspace(-2, 2, logits.shape[1])
+        return logits
+
+
+def test_logits_that_are_changed_in_place_are_measured_by_a_run() -> None:
+    original, model = (Shifted(one) for one in weakened())
+    work = work_of(original, model, FITTING, HELD_OUT)
+    scale = Confidence(work)
+    assert scale.settle()["output"] != 1 and scale.divergence is None
+    assert work.guard.settled(model, scale) == work.guard.divergence(model)
+
+
 class Twice(nn.Module):
     """Logits, and shares made of them."""
 

@@ -7,6 +7,7 @@ import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
+from sharefold.calibration.statistics import samples_for
 from sharefold.layers import form_of
 from sharefold.layers.form import ConvForm
 from sharefold.repair import samples as module
@@ -138,3 +139,10 @@ def test_nothing_and_what_is_not_finite_give_none() -> None:
         collector = Collector(form, 3)
         collector.add(parts[0], parts[1], (parts[2], parts[1]))
         assert collector.samples() is None
+
+
+def test_grouped_layers_need_fewer_positions() -> None:
+    """Their groups are problems of a few features each."""
+    whole, depthwise, wide = nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3, groups=64), nn.Conv2d(256, 256, 3)
+    assert [samples_for(form_of_layer(layer)) for layer in (whole, depthwise, wide)] == [16_384, 2048, 16 * 2304]
+    assert Collector(form_of_layer(depthwise), 512).positions == module.MORE * 2048 // 512
