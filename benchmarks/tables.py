@@ -53,6 +53,13 @@ def taken(*names: str, rows: Iterable[dict[str, Any]] = ()) -> str:
     return f"Taken on {' and '.join(days)} with the code of {'that day' if len(days) == 1 else 'those days'}."
 
 
+def earlier(cell: str, cells: dict[str, set[str]]) -> str:
+    """`` (of 2026-11-25)`` where a cell of a line is older than the newest one beside it."""
+    newest = max((day for days in cells.values() for day in days), default="")
+    days = cells.get(cell, {newest})
+    return "" if newest in days else f" (of {max(days)})"
+
+
 def named(network: str) -> str:
     """``resnet20`` -> ``ResNet-20``."""
     return NAMES.get(network, network.replace("resnet", "ResNet-"))
@@ -253,13 +260,16 @@ def label_free() -> str | None:
     refined: dict[tuple[str, str], list[float]] = {}
     dense_macs = {row["network"]: row["macs"] for row in data["rows"] if row["method"] == "original" and "macs" in row}
     macs: dict[tuple[str, int, str], list[float]] = {}
+    days: dict[tuple[str, int, str], dict[str, set[str]]] = {}
     for row in data["rows"]:
         if row["method"] == "auto" and not row["refine"] and "macs" in row and row["network"] in dense_macs:
             share = 100 * row["macs"] / dense_macs[row["network"]]
             macs.setdefault((row["network"], row["images"], row["size"]), []).append(share)
         if row["size"] and "top1" in row:
             column = row["method"] + (" + refine" if row["refine"] else "")
-            found.setdefault((row["network"], row["images"], row["size"]), {}).setdefault(column, []).append(100 * row["top1"])
+            key = row["network"], row["images"], row["size"]
+            found.setdefault(key, {}).setdefault(column, []).append(100 * row["top1"])
+            days.setdefault(key, {}).setdefault(column, set()).add(row["date"])
         if row["refine"] and "top1" in row:
             effort = row["refine"] + (" epochs" if row["refine"].isdigit() else "") + ("" if row["images"] else " without images")
             refined.setdefault((row["network"].replace("resnet", "ResNet-"), effort), []).append(row["seconds_by_step"]["refine"])
@@ -276,7 +286,9 @@ def label_free() -> str | None:
         shown = size + ("" if images == most else f", {images:,} images" if images else ", no images")
         own = macs.get((network, images, size))
         share = [f"{sum(own) / len(own):.0f} %" if own else ""] if macs else []
-        rows.append([named(network), shown, *[_mean_cell(cells.get(c, [])) for c in columns], *share])
+        own_days = days[network, images, size]
+        figures = [_mean_cell(cells.get(c, [])) + (earlier(c, own_days) if c in cells else "") for c in columns]
+        rows.append([named(network), shown, *figures, *share])
     names = {"auto": "**sharefold**", "auto + refine": "**`--refine`**", "svd": "low rank", "spatial": "spatial low rank"}
     rounded = dict.fromkeys(
         f"{row['network'].replace('resnet', 'ResNet-')} {row['method'].partition('-')[2]} bits {100 * row['top1']:.2f} "
@@ -385,12 +397,15 @@ def _result_rows(data: str, found: list[dict[str, Any]], sizes: tuple[str, ...])
     rows = []
     for size in sizes:
         cells: dict[str, list[float]] = {}
+        days: dict[str, set[str]] = {}
         for row in found:
             if row.get("size") == size and "top1" in row:
                 column = row.get("method", "auto") + (" + refine" if row.get("refine") else "")
                 cells.setdefault(column, []).append(100 * row["top1"])
+                days.setdefault(column, set()).add(row["date"])
         if "auto" in cells:
-            means = [f"{statistics.mean(cells[c]):.2f}" if c in cells else "" for c in ("auto", "auto + refine", "svd")]
+            columns = ("auto", "auto + refine", "svd")
+            means = [f"{statistics.mean(cells[c]):.2f}{earlier(c, days)}" if c in cells else "" for c in columns]
             first = f"{named(found[0]['network'])}, {data}"
             rows.append([first, size.replace("MB", " MB"), "" if dense is None else f"{100 * dense:.2f}", *means])
     return rows

@@ -106,7 +106,7 @@ def test_the_figures_are_those_of_the_report() -> None:
     model, done = converted(images())
     wanted = images()[parts_of(240).report]
     found = agreement(net(), model, wanted)
-    assert done.report_images == 50 and done.agreement == found.top1 and done.kl == pytest.approx(found.kl, rel=1e-5)
+    assert done.report_images == 50 and done.agreement == found.top1 and done.kl == pytest.approx(found.kl, rel=1e-4, abs=1e-7)
     assert done.agreement_interval == wilson(found.top1, 50)
     new = agreement(net(), model, stand_ins(wanted, 0))
     assert done.new_agreement == new.top1 and done.new_agreement_interval == wilson(new.top1, 50)
