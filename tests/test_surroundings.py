@@ -319,7 +319,8 @@ def test_training_images_are_not_written_into(augment: dict[str, float]) -> None
 
 
 def test_interrupted_reestimation_leaves_norms_that_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batchnorm_statistics, "BATCH", 8)
+    monkeypatch.setattr(batchnorm_statistics, "MOST", 8)
+    monkeypatch.setattr(batchnorm_statistics, "LEAST", 8)
     model, original = net(), net()
     before, calls = copy.deepcopy(model.state_dict()), []
 
