@@ -164,7 +164,7 @@ class Slow(nn.Module):
 
 
 def test_latencies_are_those_of_each_network_which_stays_as_it_was() -> None:
-    quick, slow = Slow(2), Slow(20)
+    quick, slow = Slow(1), Slow(60)
     dense, model = latencies(slow, quick, torch.ones(1, 3, 4, 4), seconds=0.05)
-    assert 0.02 <= dense.median < 0.2 and 0.002 <= model.median < dense.median
+    assert dense.median >= 0.06 and 0.001 <= model.median < dense.median
     assert float(quick.runs) == float(slow.runs) == 0
