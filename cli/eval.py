@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sharefold.data import Preprocess
+    from sharefold.outputs.streamed import Compared
 
 
 @click.command("eval")
@@ -72,7 +74,7 @@ def command(
                 f"eval: {source.source} and {against} want other images ({_images(preprocess)}; {_images(theirs)}): give both "
                 "the same with --mean, --std, --input-size"
             )
-        batch_size = min(batch_size, batch_within(BATCH_ELEMENTS, math.prod(preprocess.size), batch_size))
+        batch_size = batch_within(BATCH_ELEMENTS, math.prod(preprocess.size), batch_size)
     dataset = open_data(data, split, transform_cfg=preprocess)
     warning = None  # a converted network has its setting with it, and BatchNorms that were given new means
     if not opened.shared:
@@ -86,28 +88,42 @@ def command(
             progress("evaluating", done, total)
 
         if original is None:
-            found = evaluate(opened.model, batches, device, limit=limit, progress=tell)
+            report = _accuracy(evaluate(opened.model, batches, device, limit=limit, progress=tell), source.source)
         else:
             networks = original.model.to(device), opened.model.to(device)
-            both = compared(*networks, _first(batches, limit), outputs or None, tell)
-    told = {"source": source.source, "data": data, "split": split}
-    if original is None:
-        run.table(
-            ["source", "top-1", "top-5", "loss", "images", "seconds"],
-            [[source.source, f"{found['top1']:.2%}", f"{found['top5']:.2%}", f"{found['loss']:.4f}", found["images"],
-              f"{found['seconds']:.1f}"]],
-        )  # fmt: skip
-        run.result({**told, **found, "input_warning": warning})
-        return
-    run.table(
-        ["output", "kind", "", f"{source.source} to {against} (95%)", "images"],
-        [[one.name, one.kind, one.metric, one.text(), one.images] for one in both.figures],
-    )
-    run.say(f"divergence {both.divergence:.4g}, mean over {both.images} images")
-    run.result({
-        **told, "against": against, "images": both.images, "divergence": both.divergence,
-        "outputs": [one.to_dict() for one in both.figures], "input_warning": warning,
-    })  # fmt: skip
+            report = _comparison(compared(*networks, _first(batches, limit), outputs or None, tell), source.source, str(against))
+    report.show(run)
+    run.result({"source": source.source, "data": data, "split": split, **report.result, "input_warning": warning})
+
+
+@dataclass(frozen=True)
+class _Report:
+    """A table and a line for people, and what the JSON says."""
+
+    head: list[str]
+    rows: list[list[Any]]
+    result: dict[str, Any]
+    line: str = ""
+
+    def show(self, run: Run) -> None:
+        run.table(self.head, self.rows)
+        if self.line:
+            run.say(self.line)
+
+
+def _accuracy(found: dict[str, Any], source: str) -> _Report:
+    row = [source, *(f"{found[key]:.2%}" for key in ("top1", "top5")), f"{found['loss']:.4f}", found["images"]]
+    return _Report(["source", "top-1", "top-5", "loss", "images", "seconds"], [[*row, f"{found['seconds']:.1f}"]], found)
+
+
+def _comparison(found: Compared, source: str, against: str) -> _Report:
+    rows = [[one.name, one.kind, one.metric, one.text(), one.images] for one in found.figures]
+    result = {"against": against, "images": found.images, "divergence": found.divergence}
+    return _Report(
+        ["output", "kind", "", f"{source} to {against} (95%)", "images"], rows,
+        {**result, "outputs": [one.to_dict() for one in found.figures]},
+        f"divergence {found.divergence:.4g}, mean over {found.images} images",
+    )  # fmt: skip
 
 
 def _images(preprocess: Preprocess) -> str:

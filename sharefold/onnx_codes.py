@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from sharefold.errors import SharefoldError
 from sharefold.store.tensor_spec import StoreSpec, TensorSpec
@@ -113,7 +114,6 @@ class _Builder:
     def _codes(self, name: str, numbers: np.ndarray, spec: TensorSpec) -> Any:
         if spec.kind not in ("grid", "codebook", "coded") or len(spec.scales) != len(numbers):
             return None
-        torch = importlib.import_module("torch")
         matrix = torch.from_numpy(numbers.reshape(len(numbers), -1))
         codes, scales = spec.codes(matrix), spec.row_scales()
         # Constants that the exporter has changed are no longer on the grid.

@@ -46,7 +46,7 @@ def norms_fused(
             fused[name] = layer, norm
     try:
         for layer, norm in fused.values():
-            layer.__dict__["forward"] = _constant(layer, norm, dtype) if constant else partial(_both, layer, norm)
+            layer.__dict__["forward"] = _constant(layer, norm, dtype) if constant else partial(_both, layer, norm, _form(layer))
             norm.__dict__["forward"] = _rest(norm)
         yield list(fused)
     finally:
@@ -84,10 +84,10 @@ def _fusable(layer: nn.Module, norm: nn.Module) -> bool:
     return type(layer) in (nn.Conv2d, Conv2dSame)
 
 
-def _both(layer: Any, norm: Any, x: Tensor) -> Tensor:
+def _both(layer: Any, norm: Any, form: ConvForm, x: Tensor) -> Tensor:
     """The layer and its norm on (B, I, H, W)."""
     weight, shift = rounded_once(x, partial(_merged, layer, norm))
-    return _applied(layer, x, weight, shift)
+    return form.apply(x, weight, shift)
 
 
 def _merged(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
@@ -104,19 +104,16 @@ def _merged(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
     return weight * scale[:, None, None, None], shift
 
 
-def _applied(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if isinstance(layer, SharedConv):
-        return layer.form.apply(x, weight, bias)
-    if isinstance(layer, Conv2dSame):
-        return cast(ConvForm, form_of(layer)).apply(x, weight, bias)
-    return cast(Tensor, layer._conv_forward(x, weight, bias))
+def _form(layer: Any) -> ConvForm:
+    return layer.form if isinstance(layer, SharedConv) else cast(ConvForm, form_of(layer))
 
 
 @torch.no_grad()
 def _constant(layer: Any, norm: Any, dtype: torch.dtype | None) -> Any:
     weight, shift = _merged(layer, norm)
     weight, shift = weight.to(dtype or weight.dtype), shift.to(dtype or shift.dtype)
-    return lambda x: _applied(layer, x, weight, shift)
+    form = _form(layer)
+    return lambda x: form.apply(x, weight, shift)
 
 
 def _rest(norm: Any) -> Any:
