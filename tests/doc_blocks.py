@@ -16,20 +16,27 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 # What needs a download or files of the reader's -> a stand-in that a test can make.
 STAND_INS = (
-    ("timm:resnet50 ", "timm:resnet20_cifar --no-pretrained --calib-count 20 "),
-    ("tv:resnet18 --budget 5M", "tv:mobilenet_v3_small --no-pretrained --method svd --calib-count 4 --budget 2M"),
+    ("timm:resnet50 ", "timm:resnet20_cifar --no-pretrained --calib-count 20 --method svd "),
+    ("tv:resnet18 --budget 5M", "tv:mobilenet_v3_small --no-pretrained --method svd --calib-count 4 --input-size 3,64,64 --budget 2M"),
     ("tv:resnet18", "tv:resnet18 --no-pretrained --method svd --calib-count 4 --input-size 3,32,32"),
     ("tv:resnet50 --recipe sharesnet -o resnet50-shares", "tv:resnet50 --recipe sharesnet --dry-run"),  # minutes
     ("imagefolder:/data/imagenet", "imagefolder:pictures"),
     ("--keep-agreement 97%", "--keep-agreement 1% --method svd --no-repair"),
     # Seconds instead of a fraction of a minute, each.
-    ('--keep "agreement 97%" --method basis', '--keep "agreement 50%" --method svd'),
+    ('--keep "agreement 97%" --method basis', '--keep "agreement 50%" --method svd --no-repair'),
     ("cluster-kernel --budget 60%", "cluster-kernel --budget 90% --exclude ^layer2"),
     ("cluster-filter --budget 60%", "cluster-filter --budget 90% --exclude ^layer2"),
     ("hybrid --budget 30%", "hybrid --budget 90% --exclude ^layer2"),
     ("spatial --budget 30%", "spatial --budget 90% --exclude ^layer2"),
+    ("method tied --budget 25%", "method tied --budget 90% --exclude ^layer2"),
+    ("tied-kernels --budget 25%", "tied-kernels --budget 90% --exclude ^layer2"),
+    ("tucker --budget 15%", "tucker --budget 90% --exclude ^layer2"),
+    ("--budgets 20%,40% --method basis", "--budgets 20%,40% --method basis --no-repair"),
+    ("--budget 40k", "--budget 40k --method svd"),
+    ("--budget 9%", "--budget 9% --method basis"),
+    ("--budget 50% -o digits-no-data", "--budget 50% --method svd --calib-count 60 -o digits-no-data"),
     ("timm:resnet56_cifar", "timm:resnet20_cifar"),
-    ("--budget 60kB", "--budget 60kB --method svd"),
+    ("--budget 60kB", "--budget 150kB --method svd"),
     ("--epochs 4", "--epochs 1"),
 )
 # Where a line leaves them open, fewer images are taken, and of the methods that compete the two quick ones do; what all four

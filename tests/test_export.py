@@ -27,7 +27,7 @@ IMAGES = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 def stock() -> nn.Module:
-    return timm.create_model("digits_resnet", blocks=3, width=16).eval()
+    return timm.create_model("digits_resnet", blocks=2, width=24).eval()
 
 
 def converted(method: str, budget: str = "60%") -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,21 @@ def dense() -> torch.nn.Module:
     return sharefold.open_source("timm:digits_resnet").model
 
 
-@pytest.fixture
-def saved(dense: torch.nn.Module, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("verify") / "net"
     done = call(
         "convert", "timm:digits_resnet", "--calib", "digits", "--calib-count", 100, "--method", "svd", "--budget", "70%",
-        "--no-repair", "-o", tmp_path / "net",
+        "--no-repair", "-o", out,
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    return tmp_path / "net"
+    return out
+
+
+@pytest.fixture
+def saved(converted: Path, tmp_path: Path) -> Path:
+    """A copy, to be changed."""
+    return shutil.copytree(converted, tmp_path / "net")
 
 
 def test_what_holds_and_what_does_not(saved: Path, dense: torch.nn.Module) -> None:
