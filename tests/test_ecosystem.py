@@ -35,8 +35,18 @@ def shared() -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model("digits_resnet").eval()
     images = torch.randn(40, 1, 8, 8)
-    plan = sharefold.plan(model, budget="45%", calibration=images)
+    plan = sharefold.plan(model, budget="45%", calibration=images, method=("basis", "svd"))
     sharefold.convert_(model, plan, calibration=images, repair=False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def small() -> nn.Module:
+    """Of few layers, for compilers."""
+    torch.manual_seed(0)
+    model = timm.create_model("digits_resnet", blocks=2, width=16).eval()
+    images = torch.randn(40, 1, 8, 8)
+    sharefold.convert_(model, sharefold.plan(model, "45%", images, method=("basis", "svd", "spatial")), images, repair=False)
     return model
 
 
@@ -195,8 +205,8 @@ def test_evaluation_as_timm_validates(shared: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("runtime", ["composed", "factored"])
-def test_torch_compile(shared: nn.Module, runtime: str) -> None:
-    model = copy.deepcopy(shared)
+def test_torch_compile(small: nn.Module, runtime: str) -> None:
+    model = copy.deepcopy(small)
     for layer in shared_layers(model).values():
         layer.runtime = runtime
     torch._dynamo.reset()
@@ -206,7 +216,7 @@ def test_torch_compile(shared: nn.Module, runtime: str) -> None:
     gradients = []
     for network in (compiled, model):
         model.zero_grad()
-        model.load_state_dict(shared.state_dict())
+        model.load_state_dict(small.state_dict())
         network(IMAGES).square().sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     for ours, theirs in zip(*gradients, strict=True):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,17 +14,6 @@ from doc_blocks import in_short
 import sharefold
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-def run(name: str, place: Path, *arguments: str) -> str:
-    """What it prints, in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), *arguments], cwd=place, env=environment, capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.fixture
@@ -57,8 +44,8 @@ def test_quickstart(tmp_path: Path, run_here: Callable[..., str]) -> None:
     assert f"{sum(p.numel() for p in model.parameters()):,}" == kept[1]
 
 
-def test_own_network(tmp_path: Path) -> None:
-    out = run("own_network.py", tmp_path, "net")
+def test_own_network(tmp_path: Path, run_here: Callable[..., str]) -> None:
+    out = run_here("own_network.py", "net")
     assert "logits identical: True" in out and "parameters (" in out
     assert (tmp_path / "net" / "model.safetensors").is_file()
 

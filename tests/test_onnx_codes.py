@@ -28,7 +28,7 @@ STORES = {"int8": 1.0, "int4": 0.5, "int3": 0.5, "kmeans4": 0.5, "kmeans6": 1.0,
 @pytest.fixture(scope="module")
 def plain() -> nn.Module:
     torch.manual_seed(0)
-    model = timm.create_model("digits_resnet", blocks=3, width=32, num_classes=7).eval()  # an odd number of rows
+    model = timm.create_model("digits_resnet", blocks=2, width=32, num_classes=7).eval()  # an odd number of rows
     images = torch.randn(40, 1, 8, 8)
     sharefold.convert_(model, sharefold.plan(model, "60%", images, method="basis", objective="error"), images, repair=False)
     return model
@@ -109,7 +109,7 @@ def test_refusals(plain: nn.Module, tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     options = ("--no-pretrained", "--calib-count", 40, "--no-repair", "--budget", "60%", "--method", "basis", "--store", "int4")
-    reported("convert", "timm:digits_resnet:blocks=3,width=16", *options, "-o", tmp_path / "net")
+    reported("convert", "timm:digits_resnet:blocks=2,width=16", *options, "-o", tmp_path / "net")
     whole = reported("export", tmp_path / "net", "-o", tmp_path / "whole.onnx")
     small = reported("export", tmp_path / "net", "-o", tmp_path / "small.onnx", "--store-codes")
     assert small["bytes"] < 0.6 * whole["bytes"] and small["max_difference"] < 1e-5

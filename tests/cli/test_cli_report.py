@@ -20,7 +20,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("report")
     result = call("convert", NET, *FAST, "--no-repair", "--method", "basis,svd", "--budget", "50%", "-o", place / "net")
     assert result.exit_code == 0, result.output
-    result = call("convert", NET, *FAST, "--budget", "50%", "--dry-run", "--json")
+    result = call("convert", NET, *FAST, "--method", "basis,svd", "--budget", "50%", "--dry-run", "--json")
     (place / "plan.json").write_text(result.stdout)
     return place
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
-from networks import BLOCKS, images, net
+from networks import BLOCKS, images
+from networks import net as full_net
 from torch import nn
 
 import sharefold
@@ -18,6 +20,7 @@ from sharefold.options import PlanOptions
 from sharefold.planner import Candidates, cost_of, costs, find_candidates
 
 CALIBRATION = images(16)
+net = functools.partial(full_net, blocks=2)
 
 
 def candidates_of(model: nn.Module, unit: str, method: str = "auto") -> tuple[Candidates, Calibration]:
@@ -44,7 +47,7 @@ def test_a_budget_in_macs_is_kept_to_the_last_one(kind):
 
 
 def test_a_share_of_macs_through_plan():
-    model = net("residual", blocks=2)
+    model = net("residual")
     plan = sharefold.plan(model, "80% MACs", CALIBRATION)
     converted = copy.deepcopy(model)
     sharefold.convert_(converted, plan, calibration=CALIBRATION, repair=False)

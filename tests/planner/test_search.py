@@ -7,7 +7,8 @@ import functools
 
 import pytest
 import torch
-from networks import BLOCKS, Mute, images, net
+from networks import BLOCKS, Mute, images
+from networks import net as full_net
 from torch import nn
 
 import sharefold
@@ -20,6 +21,7 @@ from sharefold.planner import search as search_module
 from sharefold.planner.search import Trials, search
 
 CALIBRATION = images(48)
+net = functools.partial(full_net, blocks=2)
 
 
 def prepared(model: nn.Module) -> Planner:
@@ -66,10 +68,12 @@ def test_the_search_finds_what_the_sum_of_damages_misses():
     """Behind a layer whose output hardly matters the estimate is wrong; the whole network's output tells."""
     better = 0
     for seed in range(4):
-        planner = prepared(net("residual", seed=seed))
+        planner = prepared(full_net("residual", seed=seed))
         trials, picks, limit = started(planner, 0.4)
         better += trials.divergence(search(planner.candidates(), trials, limit, picks)) < 0.98 * trials.divergence(picks)
-    assert better >= 2
+        if better == 2:
+            break
+    assert better == 2
 
 
 def test_conversion_uses_what_the_search_has_solved(monkeypatch):

@@ -59,7 +59,7 @@ def test_a_checkpoint_of_a_named_architecture_has_the_classes_of_the_file(tmp_pa
 
 def test_a_converted_one_is_saved_loaded_and_expanded(folder: Path, tmp_path: Path) -> None:
     model = sharefold.open_source(folder).model
-    group = GroupPlan("a", "svd", ("decoder.blocks.0.conv1.0",), {"rank": 8})
+    group = GroupPlan("a", "svd", ("decoder.blocks.1.conv1.0",), {"rank": 8})
     sharefold.convert_(model, Plan([group], 0, 0), IMAGES, repair=False)
     sharefold.save(model, tmp_path / "out")
     loaded = sharefold.load(tmp_path / "out")
