@@ -14,23 +14,28 @@ from command_line import call
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
+# Four of the layers that can share are enough to see what a method does.
+FEW = "--exclude ^(layer2|layer1.[23])"
 # What needs a download or files of the reader's -> a stand-in that a test can make.
 STAND_INS = (
     ("timm:resnet50 ", "timm:resnet20_cifar --no-pretrained --calib-count 20 --method svd "),
-    ("tv:resnet18 --budget 5M", "tv:mobilenet_v3_small --no-pretrained --method svd --calib-count 4 --input-size 3,64,64 --budget 2M"),
+    (
+        "tv:resnet18 --budget 5M",
+        "tv:mobilenet_v3_small --no-pretrained --method svd --calib-count 4 --input-size 3,64,64 --budget 2M",
+    ),
     ("tv:resnet18", "tv:resnet18 --no-pretrained --method svd --calib-count 4 --input-size 3,32,32"),
     ("tv:resnet50 --recipe sharesnet -o resnet50-shares", "tv:resnet50 --recipe sharesnet --dry-run"),  # minutes
     ("imagefolder:/data/imagenet", "imagefolder:pictures"),
     ("--keep-agreement 97%", "--keep-agreement 1% --method svd --no-repair"),
     # Seconds instead of a fraction of a minute, each.
     ('--keep "agreement 97%" --method basis', '--keep "agreement 50%" --method svd --no-repair'),
-    ("cluster-kernel --budget 60%", "cluster-kernel --budget 90% --exclude ^layer2"),
-    ("cluster-filter --budget 60%", "cluster-filter --budget 90% --exclude ^layer2"),
-    ("hybrid --budget 30%", "hybrid --budget 90% --exclude ^layer2"),
-    ("spatial --budget 30%", "spatial --budget 90% --exclude ^layer2"),
-    ("method tied --budget 25%", "method tied --budget 90% --exclude ^layer2"),
-    ("tied-kernels --budget 25%", "tied-kernels --budget 90% --exclude ^layer2"),
-    ("tucker --budget 15%", "tucker --budget 90% --exclude ^layer2"),
+    ("cluster-kernel --budget 60%", f"cluster-kernel --budget 95% {FEW}"),
+    ("cluster-filter --budget 60%", f"cluster-filter --budget 95% {FEW}"),
+    ("hybrid --budget 30%", f"hybrid --budget 95% {FEW}"),
+    ("spatial --budget 30%", f"spatial --budget 95% {FEW}"),
+    ("method tied --budget 25%", f"method tied --budget 95% {FEW}"),
+    ("tied-kernels --budget 25%", f"tied-kernels --budget 95% {FEW}"),
+    ("tucker --budget 15%", f"tucker --budget 95% {FEW}"),
     ("--budgets 20%,40% --method basis", "--budgets 20%,40% --method basis --no-repair"),
     ("--budget 40k", "--budget 40k --method svd"),
     ("--budget 9%", "--budget 9% --method basis"),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sharefold.calibration.problem import GroupProblem, problem_of
 from sharefold.calibration.statistics import statistics_of
 from sharefold.graph import analyze
+from sharefold.models.cifar_resnet import CifarResNet
 
 SIZE = 12
 P = ParamSpec("P")
@@ -194,6 +195,14 @@ def net(kind: str = "residual", seed: int = 0, **options: int) -> Net:
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.1
     return model.eval()
+
+
+def narrow_cifar_resnet(blocks: int) -> CifarResNet:
+    """A CIFAR ResNet of 16, 20 and 24 channels instead of 16, 32 and 64."""
+    model = CifarResNet(blocks=blocks)
+    model.layer2, model.layer3 = CifarResNet._stage(16, 20, blocks, 2), CifarResNet._stage(20, 24, blocks, 2)
+    model.linear = nn.Linear(24, 10)
+    return model
 
 
 @torch.no_grad()

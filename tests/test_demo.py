@@ -20,13 +20,15 @@ from sharefold.demo.results import Row
 from sharefold.errors import SharefoldError
 from sharefold.models.digits_resnet import WEIGHTS
 
-# A whole run in a process of its own, as a user would start it, without the network; of further sizes one alone.
+# A whole run in a process of its own, as a user would start it, without the network; of fewer images, and of further sizes one
+# alone.
 COMMAND = """
 import socket, sys
 def no(*a, **k): raise OSError('no network')
 socket.socket.connect = no
 from functools import partial
 from sharefold import demo
+demo.run.CALIBRATION = 200
 demo.run_demo = partial(demo.run_demo, sizes=(0.12,))
 from sharefold_cli.entry import main
 sys.argv = ['sharefold', 'demo', '-o', 'out', '--epochs', '2', '--json']

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,15 +26,17 @@ BASE = {"library": "timm", "name": "digits_resnet", "kwargs": {}}
 KINDS = (torch.float64, torch.bfloat16, torch.float16)
 
 
-def network() -> nn.Module:
+def network(base: dict[str, Any] = BASE) -> nn.Module:
     torch.manual_seed(0)
-    return build_base(BASE).eval()
+    return build_base(base).eval()
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: str(kind)[6:])
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    model = network().to(request.param)
-    carry_config(model, FileConfig(Plan([], 0, 0), BASE))
+    """Of few layers, which are soon exported."""
+    base = {**BASE, "kwargs": {"blocks": 1, "width": 8}}
+    model = network(base).to(request.param)
+    carry_config(model, FileConfig(Plan([], 0, 0), base))
     return sharefold.save(model, tmp_path / "net.safetensors")
 
 
@@ -58,7 +61,8 @@ def test_verbs_take_networks_of_every_type(saved: Path) -> None:
                   ["export", saved, "--format", "dense", "-o", out / "d.safetensors"]):  # fmt: skip
         done = call(*words)
         assert done.exit_code == 0, done.output
-    assert dtype_of(sharefold.open_source(out / "d.safetensors").model) == (kind if kind == torch.float64 else torch.float32)
+    dense = sharefold.open_source(out / "d.safetensors", arch="digits_resnet:blocks=1,width=8").model
+    assert dtype_of(dense) == (kind if kind == torch.float64 else torch.float32)
     found = reported("finetune", saved, "--data", "digits", "--limit", "16", "--val-limit", "8", "--epochs", "1",
                      "--batch-size", "8", "-o", out / "tuned.safetensors")  # fmt: skip
     assert found["top1_after"] is not None and dtype_of(sharefold.load(out / "tuned.safetensors")) == torch.float32

@@ -90,7 +90,9 @@ def test_every_store(store: str) -> None:
     compared("residual", run)
 
 
-def test_images_made_for_the_network() -> None:
+def test_images_made_for_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sharefold.calibration.images.COUNT", 60)
+
     def run(model: nn.Module) -> Conversion:
         return sharefold.convert_(model, PLAN, config={"base": None})
 
@@ -99,7 +101,7 @@ def test_images_made_for_the_network() -> None:
 
 def test_budgets_in_bytes() -> None:
     def run(model: nn.Module) -> Conversion:
-        plan = sharefold.plan(model, budget="12kB", calibration=IMAGES, method="basis")
+        plan = sharefold.plan(model, budget="40kB", calibration=IMAGES, method="basis")
         return sharefold.convert_(model, plan, calibration=IMAGES, repair=False, config={"base": None})
 
     compared("residual", run)

@@ -49,7 +49,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory, grey_npz: str) -> Path:
     [
         ("--budget", "70% MACs", "--method", "fold"),
         ("--budget", "100% latency", "--method", "svd"),
-        ("--budget", "32kB", "--method", "basis"),
+        ("--budget", "64kB", "--method", "basis"),
         ("--keep-agreement", "50%", "--method", "average"),
         ("--recipe", "sharesnet"),
         ("--budget", "60%", "--method", "svd", "--refine", "1", "--store", "int8"),
@@ -75,7 +75,7 @@ def test_verbs_that_read_a_shared_network(
 ) -> None:
     assert call("eval", shared, "--data", grey_npz, doubles=doubles)["images"] == 30
     assert call("bench", shared, "--repeats", 2, doubles=doubles)["device"] == "meta"
-    tuning = ("--data", grey_npz, "--epochs", 1, "--batch-size", 10, "--ema", 0)
+    tuning = ("--data", grey_npz, "--limit", 40, "--epochs", 1, "--batch-size", 10, "--ema", 0)
     assert call("finetune", shared, *tuning, "-o", tmp_path / "tuned", doubles=doubles)
     assert call("finetune", plain, *tuning, "-o", tmp_path / "pivoted", doubles=doubles)
     for name in ("tuned", "pivoted"):

@@ -21,7 +21,7 @@ from targets import TARGETS, check
 
 CORPUS = Path(__file__).parent / "corpus"
 NEW = "SHAREFOLD_FUZZ_SECONDS" in os.environ
-SECONDS = float(os.environ.get("SHAREFOLD_FUZZ_SECONDS", "1.5"))
+SECONDS = float(os.environ.get("SHAREFOLD_FUZZ_SECONDS", "0.6"))
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4), max_leaves=20,

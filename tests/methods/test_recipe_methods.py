@@ -57,7 +57,7 @@ def test_permuting_a_space_changes_nothing() -> None:
 
 @torch.no_grad()
 def test_alignment_lowers_the_error_and_keeps_the_function() -> None:
-    model = trained_like(CifarResNet(blocks=3), 16)
+    model = trained_like(networks.narrow_cifar_resnet(3), 16)
     images = torch.randn(32, 3, 16, 16)
     before = model(images[:4])
     plan = build_plan("sharesnet", model, images[:1])
@@ -155,7 +155,7 @@ def test_steps_on_blocks_and_pairs_are_no_swaps_of_layers() -> None:
 
 
 def test_tied_kernels_leave_nothing_but_the_kernel() -> None:
-    model = trained_like(CifarResNet(blocks=3), 16)
+    model = trained_like(networks.narrow_cifar_resnet(3), 16)
     images = torch.randn(16, 3, 16, 16)
     convert_(model, build_plan("sharesnet", model, images[:1]), calibration=images)
     layers = [layer for layer in model.modules() if isinstance(layer, TiedConv)]

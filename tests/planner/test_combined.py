@@ -36,7 +36,7 @@ SHARING = ("basis", "svd", "spatial")
 
 @functools.cache
 def planner(kind: str, method: str | tuple[str, ...] = "auto", objective: str = "fisher") -> Planner:
-    return Planner(calibrate(net(kind), CALIBRATION), PlanOptions(method=method, objective=objective))
+    return Planner(calibrate(net(kind, blocks=2), CALIBRATION), PlanOptions(method=method, objective=objective))
 
 
 def spent(known: Planner, plan: sharefold.Plan) -> tuple[int, int]:

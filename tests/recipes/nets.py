@@ -7,14 +7,13 @@ import copy
 import timm
 import torch
 import torchvision
-from networks import made_once
+from networks import made_once, narrow_cifar_resnet
 from timm.models import efficientnet
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 import sharefold.models  # noqa: F401  (registers the CIFAR networks)
 from sharefold.convert import Conversion, convert_
-from sharefold.models.cifar_resnet import CifarResNet
 from sharefold.plans import Plan
 from sharefold.recipes import build_plan
 
@@ -39,22 +38,14 @@ def build(source: str, **kwargs: object) -> nn.Module:
 
 
 class NarrowResNet(ResNet):
-    """torchvision's ResNet with three blocks a stage and an eighth of the width, so that its solvers take no time."""
+    """torchvision's ResNet with three blocks a stage and a sixteenth of the width, so that its solvers take no time."""
 
     def __init__(self, block: type[BasicBlock] | type[Bottleneck]) -> None:
         super().__init__(block, [3, 3, 3, 3])
-        self.fc = nn.Linear(self.fc.in_features // 8, 10)
+        self.fc = nn.Linear(self.fc.in_features // 16, 10)
 
     def _make_layer(self, block: type, planes: int, *rest: int, **named: object) -> nn.Sequential:
-        return super()._make_layer(block, planes // 8, *rest, **named)
-
-
-def narrow_cifar_resnet(blocks: int) -> CifarResNet:
-    """A CIFAR ResNet of 16, 20 and 24 channels instead of 16, 32 and 64."""
-    model = CifarResNet(blocks=blocks)
-    model.layer2, model.layer3 = CifarResNet._stage(16, 20, blocks, 2), CifarResNet._stage(20, 24, blocks, 2)
-    model.linear = nn.Linear(24, 10)
-    return model
+        return super()._make_layer(block, planes // 16, *rest, **named)
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -99,12 +90,12 @@ def close(first: Tensor, second: Tensor, rtol: float = 1e-4) -> bool:
     return bool((first - second).abs().max() <= rtol * second.abs().max())
 
 
-def small(recipe: str) -> tuple[nn.Module, int]:
-    """A network that the recipe applies to, and its input size."""
+def small(recipe: str, blocks: int = 3) -> tuple[nn.Module, int]:
+    """A network that the recipe applies to, and its input size; ``blocks`` a stage if it is a ResNet."""
     if recipe.startswith("grouped"):
         model = efficientnet._gen_efficientnet("efficientnet_b0", channel_multiplier=0.25, depth_multiplier=0.3, num_classes=10)
         return settled(model, 32), 32
-    return randomise(narrow_cifar_resnet(blocks=3)), 16
+    return randomise(narrow_cifar_resnet(blocks)), 16
 
 
 @made_once

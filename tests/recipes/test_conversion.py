@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import CASES, close, converted, narrow_cifar_resnet, randomise, small_converted
-from networks import count
+from nets import CASES, close, converted, randomise, small_converted
+from networks import count, narrow_cifar_resnet
 from torch import fx, nn
 
 from sharefold.checkpoint import expand, load, save

@@ -23,12 +23,12 @@ def shared_kernels(model: nn.Module, entry: str = "weight") -> list[Tensor]:
 
 
 def narrow_se_resnet() -> SeResNet:
-    """Two blocks a stage of 32, 48 and 64 channels instead of 64, 128 and 256."""
+    """Two blocks a stage of 24, 32 and 48 channels instead of 64, 128 and 256."""
     model = SeResNet(blocks=2)
     model.layer1, model.layer2, model.layer3 = (
-        SeResNet._stage(i, o, 2, s) for i, o, s in ((16, 32, 1), (32, 48, 2), (48, 64, 2))
+        SeResNet._stage(i, o, 2, s) for i, o, s in ((16, 24, 1), (24, 32, 2), (32, 48, 2))
     )
-    model.fc = nn.Linear(64, 10)
+    model.fc = nn.Linear(48, 10)
     return model
 
 
@@ -148,7 +148,8 @@ def test_filter_bases_mobilenet(rule: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("width", [1, 2])
-def test_layer_reuse(width: int) -> None:
+def test_layer_reuse(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sharefold.models.lrunet.STEM", 32)
     reuse = 4 - width
     model = randomise(LruNetUnrolled(reuse=reuse, width=width))
     nn.init.constant_(model.get_classifier().bias, 5.0)  # the logits pass a ReLU
