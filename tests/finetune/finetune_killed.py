@@ -28,7 +28,7 @@ def run(folder: Path) -> None:
     model = shared_net()
     sharefold.finetune(
         model,
-        images_and_labels(96),
+        images_and_labels(64),
         images_and_labels(32, seed=1),
         teacher=shared_net(seed=1),
         block_match=0.1,
