@@ -101,7 +101,7 @@ def test_images_made_for_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_budgets_in_bytes() -> None:
     def run(model: nn.Module) -> Conversion:
-        plan = sharefold.plan(model, budget="40kB", calibration=IMAGES, method="basis")
+        plan = sharefold.plan(model, budget="12kB", calibration=IMAGES, method="basis")
         return sharefold.convert_(model, plan, calibration=IMAGES, repair=False, config={"base": None})
 
     compared("residual", run)

@@ -49,7 +49,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory, grey_npz: str) -> Path:
     [
         ("--budget", "70% MACs", "--method", "fold"),
         ("--budget", "100% latency", "--method", "svd"),
-        ("--budget", "64kB", "--method", "basis"),
+        ("--budget", "32kB", "--method", "basis"),
         ("--keep-agreement", "50%", "--method", "average"),
         ("--recipe", "sharesnet"),
         ("--budget", "60%", "--method", "svd", "--refine", "1", "--store", "int8"),
