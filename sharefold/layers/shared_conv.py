@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sharefold.errors import SharefoldError
 from sharefold.layers.bank import Bank, not_replicated, refer
 from sharefold.layers.form import ConvForm, form_of
-from sharefold.layers.weight_cache import Keeper, Kept, symbolic
+from sharefold.layers.weight_cache import Keeper, Kept, symbolic, tensors_of
 
 RUNTIMES = ("auto", "factored", "composed")
 # `auto` runs two small convolutions instead of one when they need at most this share of its multiplications
@@ -227,14 +227,8 @@ class SharedConv(Keeper):
         if self.given is not None:
             return self.given, self.bias
         if not self.training:
-            return self._kept.get(x, self._sources(), make)
+            return self._kept.get(x, tensors_of(self, self.bank), make)
         return rounded_once(x, make)
-
-    def _sources(self) -> Iterator[Tensor]:
-        for owner in (self, self.bank):
-            if owner is not None:
-                yield from owner.parameters()
-                yield from owner.buffers()
 
     _replicate_for_data_parallel = not_replicated
 
