@@ -96,7 +96,8 @@ def command(
         count = calib_count or default_count(*preprocess.size[1:], procedural=calib is None) + 2 * (held_out or 0)
         images = calibration_images(calib, preprocess, count, run.seed, calib_split, resize=calib_resize)
         if calib is None:
-            images = matched(model, images, run.seed)
+            with run.progress() as progress:
+                images = matched(model, images, run.seed, progress)
         else:
             warning = input_warning(model, images, preprocess, opened.pretrained_cfg)
     example = torch.zeros(1, *preprocess.size, device=device)

@@ -13,11 +13,15 @@ from sharefold.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from sharefold.errors import SharefoldError
 from sharefold.graph.layers import OTHER_CONVS
 from sharefold.layers import SharedConv
+from sharefold.plans import Progress
 from sharefold.running import dtype_of
 
 # Enough for every moment of a CIFAR network, and to report agreement within a few points; of large procedural images, fewer.
 COUNT, LARGE_COUNT = 1000, 64
 SMALL_PIXELS = 64 * 64
+# The largest images that are matched; how many together, and pixels of them, whose maps and gradients lie in memory at once.
+MATCHED_PIXELS = 384 * 384
+MATCHED_TOGETHER, BATCH_PIXELS = 100, 32 * 224 * 224
 
 
 def input_config(model: nn.Module) -> dict[str, Any]:
@@ -34,7 +38,7 @@ def input_config(model: nn.Module) -> dict[str, Any]:
 def procedural_images(model: nn.Module, count: int | None = None, seed: int = 0) -> Tensor:
     """Dead-leaves images (n, C, H, W), normalised as ``model`` expects and matched to its BatchNorm statistics.
 
-    Large images are not matched: their many steps would cost far more than the conversion itself.
+    Images beyond 384 x 384 are not matched: their many steps would cost far more than the conversion itself.
     """
     config = input_config(model)
     if count is None:
@@ -48,11 +52,17 @@ def default_count(height: int, width: int, procedural: bool = True) -> int:
     return LARGE_COUNT if procedural and height * width > SMALL_PIXELS else COUNT
 
 
-def matched(model: nn.Module, images: Tensor, seed: int = 0) -> Tensor:
-    """Procedural images after :func:`match_statistics`, when they are small enough for it."""
-    if images.shape[-2] * images.shape[-1] > SMALL_PIXELS:
+def matched(model: nn.Module, images: Tensor, seed: int = 0, progress: Progress | None = None) -> Tensor:
+    """Procedural images (n, C, H, W) after :func:`match_statistics`, when they are small enough for it.
+
+    Unmatched ones hardly tell classes apart: EfficientNet-Lite0 at 80 % of its parameters, planned on 1,000 of them, kept 61.2 %
+    top-1 of 82.7; planned on 64 matched ones 79.5 % (docs/log.md).
+    """
+    pixels = images.shape[-2] * images.shape[-1]
+    if pixels > MATCHED_PIXELS:
         return images
-    return match_statistics(model, images, seed=seed)
+    batch = min(MATCHED_TOGETHER, max(1, BATCH_PIXELS // pixels))
+    return match_statistics(model, images, batch_size=batch, seed=seed, progress=progress)
 
 
 def calibration_or_procedural(model: nn.Module, images: Tensor | None, seed: int = 0) -> Tensor:

@@ -7,7 +7,7 @@ DeepInversion", CVPR 2020, https://arxiv.org/abs/1912.08795, its feature term al
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from sharefold.running import device_of, evaluating
 
+# Adam's first step, in normalised pixel values; it falls linearly to 0.
+RATE = 0.05
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def match_statistics(
-    model: nn.Module, images: Tensor, steps: int = 10, *, rate: float = 0.05, batch_size: int = 100, seed: int = 0,
+    model: nn.Module, images: Tensor, steps: int = 10, *, batch_size: int = 100, seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Tensor:  # fmt: skip
     """Images moved so that the batch statistics at every BatchNorm of ``model`` approach its running statistics.
 
@@ -28,9 +31,9 @@ def match_statistics(
         model: a network in any mode; left as it was. Without trained BatchNorms the images come back unchanged.
         images: (n, C, H, W) normalised; unchanged, the result is a new tensor within their range of each channel.
         steps: Adam steps a batch.
-        rate: Adam's step, in normalised pixel values; falls linearly to 0.
         batch_size: images whose statistics are matched together.
         seed: of the division into batches.
+        progress: called with ("matching procedural images", batches done, batches).
     """
     norms = trained_norms(model)
     if not norms or not steps:
@@ -41,11 +44,11 @@ def match_statistics(
     batches = order.tensor_split(max(1, round(len(images) / batch_size)))
     device = device_of(model)
     with _watched(model, norms) as errors:
-        for index in batches:
+        for number, index in enumerate(batches):
             pixels = images[index].to(device).requires_grad_(True)
-            optimizer = torch.optim.Adam([pixels], lr=rate)
+            optimizer = torch.optim.Adam([pixels], lr=RATE)
             for done in range(steps):
-                optimizer.param_groups[0]["lr"] = rate * (1 - done / steps)
+                optimizer.param_groups[0]["lr"] = RATE * (1 - done / steps)
                 errors.clear()
                 with torch.enable_grad():
                     model(pixels)
@@ -54,6 +57,8 @@ def match_statistics(
                 with torch.no_grad():
                     pixels.clamp_(low.to(device), high.to(device))
             result[index] = pixels.detach().to(result)
+            if progress is not None:
+                progress("matching procedural images", number + 1, len(batches))
     return result
 
 

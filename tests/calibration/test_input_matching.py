@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sharefold.calibration import images as images_of
+from sharefold.calibration.images import matched
 from sharefold.calibration.input_matching import _mismatch, match_statistics
 
 
@@ -60,7 +62,7 @@ def test_mismatch_is_zero_for_equal_and_known_for_shifted_statistics() -> None:
 def test_other_images_come_close_and_stay_in_range(trained: nn.Module) -> None:
     noise = torch.randn(120, 3, 12, 12).clamp(-2, 2)
     before = noise.clone()
-    matched = match_statistics(trained, noise, 30, rate=0.1, batch_size=60)
+    matched = match_statistics(trained, noise, 60, batch_size=60)
     assert torch.equal(noise, before) and matched.shape == noise.shape
     assert mismatch(trained, matched) < 0.3 * mismatch(trained, noise)
     assert float(matched.min()) >= float(noise.min()) and float(matched.max()) <= float(noise.max())
@@ -102,3 +104,17 @@ def test_norms_that_saw_no_data_are_not_matched() -> None:
     assert torch.equal(match_statistics(model, images, 5), images)
     model[3].running_mean.fill_(0.5)
     assert not torch.equal(match_statistics(model, images, 5), images)
+
+
+def test_large_images_are_matched_in_small_batches(trained: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """224 x 224 and smaller ones are matched, what would take minutes is not; every batch is told when it is done."""
+    seen: list[int] = []
+    trained.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    monkeypatch.setattr(images_of, "BATCH_PIXELS", 3 * 96 * 96)
+    told: list[tuple[str, int, int]] = []
+    large = torch.randn(6, 3, 96, 96)
+    found = matched(trained, large, progress=lambda *words: told.append(words))
+    assert not torch.equal(found, large) and set(seen) == {3}
+    assert told == [("matching procedural images", 1, 2), ("matching procedural images", 2, 2)]
+    huge = torch.randn(1, 3, 400, 400)
+    assert matched(trained, huge) is huge
