@@ -37,7 +37,7 @@ def store_codes(model: Any, spec: StoreSpec) -> int:
         SharefoldError: none can be.
     """
     graph = _Builder(model.graph)
-    found = graph.join_vectors([name for name, entry in spec.tensors.items() if entry.kind == "fp16"])
+    found = graph.join_vectors(list(spec.tensors))
     found += sum(graph.replace(name, entry) for name, entry in spec.tensors.items())
     if not found:
         raise SharefoldError(
@@ -56,7 +56,7 @@ class _Builder:
         self.common: dict[str, Any] = {}  # constants that several tensors need
 
     def join_vectors(self, names: Sequence[str]) -> int:
-        """Makes one tensor of all vectors of halves, which ``Split`` takes apart; how many they are.
+        """Makes one tensor of all vectors that are the same in halves, which ``Split`` takes apart; how many they are.
 
         By itself a short vector would save less than its node takes.
         """

@@ -10,8 +10,9 @@ from sharefold.errors import SharefoldError
 from sharefold.store.blob import NAME, decode_blob, encode_blob
 from sharefold.store.exact import EXACT_FORMAT, decode_exact
 from sharefold.store.fake import fake_quantize
-from sharefold.store.quantize import StoreReport, plan_store, quantize_, snap_
+from sharefold.store.quantize import StoreReport, plan_store, quantize_
 from sharefold.store.size import file_bytes
+from sharefold.store.specs_for import snap_
 from sharefold.store.tensor_spec import StoreRequest, StoreSpec, TensorSpec, parse_store
 
 __all__ = [

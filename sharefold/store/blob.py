@@ -20,7 +20,7 @@ from sharefold.errors import SharefoldError
 from sharefold.solvers.grid import pack, unpack
 from sharefold.store import rans
 from sharefold.store.byte_reader import ByteReader, damaged
-from sharefold.store.tensor_spec import FORMAT, KINDS, StoreSpec, TensorSpec
+from sharefold.store.tensor_spec import FORMAT, KINDS, StoreSpec, TensorSpec, rows_of
 
 NAME = "blob"
 _HEAD = struct.Struct("<BIIII")  # format, checksum of the rest, bytes of side, of plain, largest coded integer
@@ -67,8 +67,8 @@ def _parts(tensors: Mapping[str, Tensor], spec: StoreSpec) -> _Parts:
     for name, given in tensors.items():
         tensor = given.float() if given.is_floating_point() and given.dtype != torch.float64 else given
         entry = spec.tensors.get(name) or TensorSpec(_plain_kind(tensor))
-        if entry.kind == "fp16" and not _is_exact(tensor):
-            entry = TensorSpec("raw")
+        if entry.kind == "fp16":
+            entry = TensorSpec("fill" if _fills(tensor) else "fp16" if _is_exact(tensor) else "raw")
         side.append(KINDS.index(entry.kind))
         if entry.kind == "raw":
             plain += _bytes_of(tensor)
@@ -171,7 +171,8 @@ def _decode_matrix(
     if like.dim() == 0:
         raise damaged()
     entry.top = side.number("f")
-    entry.scales = list(side.take(like.shape[0]))
+    rows = rows_of(like)
+    entry.scales = list(side.take(rows))
     if entry.kind == "coded":
         waiting.append((name, like, entry))
         return
@@ -185,7 +186,7 @@ def _decode_matrix(
         codes = codes - entry.limit
     elif codes.numel() and int(codes.max()) >= len(entry.levels):
         raise damaged()
-    found[name] = entry.values(codes.reshape(like.shape[0], -1)).reshape(like.shape).to(like.dtype)
+    found[name] = entry.values(codes.reshape(rows, -1)).reshape(like.shape).to(like.dtype)
 
 
 def _decode_coded(
@@ -193,7 +194,7 @@ def _decode_coded(
 ) -> None:
     classes = []
     for _, like, _ in waiting:
-        rows, columns = _read_classes(side, like.shape[0], like.numel() // like.shape[0])
+        rows, columns = _read_classes(side, rows_of(like), like.numel() // rows_of(like))
         classes.append(rans.element_classes(rows, columns).ravel())
     if not waiting:
         if stream:
@@ -201,12 +202,12 @@ def _decode_coded(
         return
     codes = torch.from_numpy(rans.decode(stream, np.concatenate(classes), largest))
     for (name, like, entry), part in zip(waiting, codes.split([like.numel() for _, like, _ in waiting]), strict=True):
-        found[name] = entry.values(part.reshape(like.shape[0], -1)).reshape(like.shape).to(like.dtype)
+        found[name] = entry.values(part.reshape(rows_of(like), -1)).reshape(like.shape).to(like.dtype)
 
 
 def _most_side_bytes(like: Tensor) -> int:
     """What a tensor has in the side stream at most: scales, classes of rows and columns, levels of a codebook, and a head."""
-    rows = like.shape[0] if like.dim() else 1
+    rows = rows_of(like)
     return 1024 + 2 * rows + like.numel() // max(rows, 1)
 
 
@@ -255,12 +256,21 @@ class _Reader(ByteReader):
 def _plain_kind(tensor: Tensor) -> str:
     if not tensor.numel():
         return "raw"
-    entries = tensor.detach().contiguous().reshape(-1, 1).view(torch.uint8)
-    if bool((entries == entries[0]).all()):
+    if _is_constant(tensor):
         return "fill"
     if tensor.dtype in _INTEGERS and int(tensor.max()) - int(tensor.min()) < 1 << _MOST_BITS:
         return "int"
     return "raw"
+
+
+def _is_constant(tensor: Tensor) -> bool:
+    entries = tensor.detach().contiguous().reshape(-1, 1).view(torch.uint8)
+    return bool((entries == entries[0]).all())
+
+
+def _fills(tensor: Tensor) -> bool:
+    """Whether halves are all the same, and one number of four bytes takes less."""
+    return tensor.numel() > 2 and _is_constant(tensor)
 
 
 def _is_exact(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from sharefold.store.quantize import snap_
+from sharefold.store.specs_for import snap_
 from sharefold.store.tensor_spec import StoreSpec
 
 

@@ -1,11 +1,24 @@
-"""BatchNorms in two vectors instead of four and a counter."""
+"""BatchNorms in one vector instead of four and a counter."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
 
-from sharefold.layers import affine, set_affine
+import torch
+from torch import Tensor, nn
+
+from sharefold.graph import NetworkGraph
+from sharefold.layers import SharedConv, affine, set_affine
+
+
+def absorbs(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm whose scale and offset can take up its statistics."""
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm) or not module.affine:
+        return False
+    return module.running_mean is not None and module.running_var is not None
 
 
 @torch.no_grad()
@@ -16,9 +29,50 @@ def absorb_statistics(model: nn.Module) -> None:
     and with it what the norm would do in train mode: run a few batches in train mode before tuning such a network.
     """
     for module in model.modules():
-        mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or mean is None or variance is None:
+        if absorbs(module):
+            set_affine(module, *affine(module))
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The scale (O,) float64 of the norm behind a layer, which the rows of that layer's tensor can take up."""
+
+    layer: str
+    norm: str
+    scale: Tensor
+
+
+def gains_of(model: nn.Module, graph: NetworkGraph, tensors: Mapping[str, Tensor]) -> dict[str, Gain]:
+    """For those of ``tensors`` whose rows are the outputs of one layer, with a norm behind it that reads nothing else: its gain.
+
+    Without a graph other readers of a layer's output are not seen: then there are none.
+    """
+    if graph.fx_graph is None:
+        return {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers = Counter(id(modules[name]) for name in graph.layers if name in modules)
+    norms = Counter(id(modules[record.norm]) for record in graph.layers.values() if record.norm in modules)
+    found = {}
+    for name, record in graph.layers.items():
+        layer, norm = modules.get(name), modules.get(record.norm or "")
+        if layer is None or norm is None or not absorbs(norm) or layers[id(layer)] > 1 or norms[id(norm)] > 1:
             continue
-        if not module.affine:
-            continue
-        set_affine(module, *affine(module))
+        key = f"{name}.weight"
+        if isinstance(layer, SharedConv):
+            if layer.form.standardize is not None or layer.linear_part() is None or layer.bias is not layer.own_bias:
+                continue
+            key = f"{name}.{layer.coefficients_name}"
+        scale = affine(norm)[0].detach().double().cpu()
+        if key in tensors and len(tensors[key]) == len(scale) and bool(scale.isfinite().all()):
+            found[key] = Gain(name, cast(str, record.norm), scale)
+    return found
+
+
+@torch.no_grad()
+def take_up(model: nn.Module, gain: Gain) -> None:
+    """Makes the norm's scale 1 and multiplies the layer's own bias by what it was; the caller multiplies the tensor's rows."""
+    cast(Tensor, model.get_submodule(gain.norm).weight).fill_(1)
+    layer = model.get_submodule(gain.layer)
+    bias = layer.own_bias if isinstance(layer, SharedConv) else layer.bias
+    if isinstance(bias, Tensor):
+        bias.mul_(gain.scale.to(bias))

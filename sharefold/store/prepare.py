@@ -33,6 +33,7 @@ class Prepared:
     """Per tensor name: ``rows`` (O,), importance of a squared output error of each row times what no later column
     absorbs, so that a step of ``c / sqrt(rows)`` spends bits where they count; and ``metrics`` (1, N, N) of bases."""
 
+    graph: NetworkGraph  # of the dense network
     forms: dict[str, ConvForm]
     centered: dict[str, bool]
     rows: dict[str, Tensor] = field(default_factory=dict)
@@ -90,7 +91,7 @@ def prepare(
         if form is not None and form.standardize is None and form.features <= WIDE:
             forms[name] = form
             centered[name] = output_mean_owner(model, layer, record.norm) is not None
-    plan = Prepared(forms, centered)
+    plan = Prepared(graph, forms, centered)
     divergence = divergence_of(original, images, graph) if divergence is None else divergence
     sensitivity = output_sensitivity(original, list(forms), images, divergence=divergence)
     members = _members(model, forms)

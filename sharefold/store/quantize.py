@@ -4,38 +4,29 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sharefold.calibration.calibrate import Calibration
 from sharefold.calibration.images import calibration_or_procedural
-from sharefold.calibration.pairs import by_group
 from sharefold.errors import SharefoldError
 from sharefold.format import config_of
-from sharefold.graph import NetworkGraph, analyze
+from sharefold.graph import analyze
 from sharefold.graph.preserved import restored_on_error
-from sharefold.layers import SharedConv, mean_output, to_dense
+from sharefold.layers import to_dense
 from sharefold.outputs import Divergence
 from sharefold.plans import Progress
-from sharefold.repair.lockstep import Visited, Wanted, walk
-from sharefold.repair.means import give_mean
 from sharefold.running import COMPUTED, evaluating
 from sharefold.settings import with_plain_settings
-from sharefold.solvers.grid import kmeans_codebook, search_scale
-from sharefold.solvers.least_squares import ROUNDING_PULL, PulledLeastSquares
-from sharefold.solvers.moments import Moments, PairSums
-from sharefold.store.gathering import gather, runs
-from sharefold.store.norm_absorption import absorb_statistics
-from sharefold.store.prepare import Prepared, matrices, plan_of, prepare
-from sharefold.store.rans import LARGEST
-from sharefold.store.rounding import round_matrix
+from sharefold.store.norm_absorption import gains_of
+from sharefold.store.prepare import Prepared, matrices, prepare
+from sharefold.store.round_network import round_network
 from sharefold.store.size import file_bytes, size_predictor
-from sharefold.store.tensor_spec import StoreRequest, StoreSpec, TensorSpec, carry_spec, parse_store, scaled
+from sharefold.store.specs_for import halves, nearest, snap_
+from sharefold.store.tensor_spec import StoreRequest, StoreSpec, carry_spec, parse_store
 
 _ROUNDS, _MOST_ROUNDS = 4, 10  # as many to come near the budget, and to get below it
 MOST_OCTAVES = 3.0  # that the step changes by at once
@@ -91,7 +82,7 @@ def quantize_(
     with restored_on_error(model):
         carry_spec(model, None)
         if request.kind == "fp16":
-            found = _halves(model)
+            found = halves(model)
             snap_(model, found)
             return _finished(model, found, request, False)
         known = None
@@ -115,8 +106,7 @@ def _rounded(
     progress: Progress | None,
 ) -> StoreReport:  # fmt: skip
     """Rounds ``model``, in eval mode like both others, and again with another step until the file has the size asked for."""
-    graph = analyze(dense, images[:1])
-    prepared = prepare(teacher, model, graph, images, divergence)
+    prepared = prepare(teacher, model, analyze(dense, images[:1]), images, divergence)
     if request.kind == "coded" and request.step == 0:
         request = _step_for(model, prepared, request)
     start = copy.deepcopy(model.state_dict())
@@ -125,7 +115,7 @@ def _rounded(
     for number in range(_MOST_ROUNDS):
         if number >= _ROUNDS and best is not None:
             break
-        found, sequential = _round_all(model, teacher, graph, prepared, request, images, progress)
+        found, sequential = round_network(model, teacher, prepared, request, images, progress)
         size, budget = file_bytes(model, found), request.budget
         if budget is None:
             return _finished(model, found, request, sequential)
@@ -191,57 +181,9 @@ def plan_store(
     return _step_for(trial, prepared, StoreRequest("coded", budget=budget_bytes))
 
 
-def snap_(model: nn.Module, spec: StoreSpec) -> None:
-    """Rounds every tensor of ``model`` to the nearest value that ``spec`` can hold."""
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if name in spec.tensors:
-                tensor.copy_(spec.tensors[name].snapped(tensor))
-
-
 def _finished(model: nn.Module, spec: StoreSpec, request: StoreRequest, sequential: bool) -> StoreReport:
     carry_spec(model, spec)
     return StoreReport(spec, file_bytes(model, spec), request, sequential)
-
-
-def _halves(model: nn.Module) -> StoreSpec:
-    """Every floating tensor as halves, unless it has values beyond their range."""
-    plan = plan_of(model)
-    return StoreSpec({
-        name: TensorSpec("fp16") for name, tensor in model.state_dict().items()
-        if not plan.protects(name.rpartition(".")[0]) and tensor.is_floating_point() and bool((tensor.abs() < 65504).all())
-    })  # fmt: skip
-
-
-def _tensor_spec(
-    name: str, tensor: Tensor, prepared: Prepared, request: StoreRequest, metric: Tensor | None
-) -> TensorSpec:
-    """Row scales, and levels, for one matrix."""
-    matrix = tensor.detach().cpu().double().flatten(1)
-    if request.kind == "coded":
-        steps = request.step / prepared.rows[name].clamp_min(1e-30).sqrt()
-        # No row is coded more finely than its largest number can be, with room for what rounding passes on to it.
-        return scaled("coded", torch.maximum(steps, matrix.abs().amax(1) / (0.9 * LARGEST)))
-    importance = None if metric is None else metric.double().diagonal(dim1=1, dim2=2).mean(0)
-    if importance is not None and not bool(importance.any()):
-        importance = None
-    if request.kind == "grid":
-        return scaled("grid", search_scale(matrix, request.bits, importance), request.bits)
-    scale = matrix.square().mean(1).sqrt()
-    entry = scaled("codebook", torch.where(scale > 0, scale, torch.ones_like(scale)), request.bits)
-    ratio = matrix / entry.row_scales().double()
-    mass = entry.row_scales().double().square().expand_as(ratio)
-    _, levels = kmeans_codebook(ratio, request.bits, mass if importance is None else mass * importance)
-    entry.levels = levels.half().float().unique().tolist()
-    return entry
-
-
-def _nearest(model: nn.Module, prepared: Prepared, step: float) -> StoreSpec:
-    """Coded matrices at ``step``, everything else as halves."""
-    spec, request = _halves(model), StoreRequest("coded", step=step)
-    for name, tensor in matrices(model).items():
-        spec.tensors[name] = _tensor_spec(name, tensor, prepared, request, None)
-    return spec
 
 
 def _step_for(model: nn.Module, prepared: Prepared, request: StoreRequest) -> StoreRequest:
@@ -250,11 +192,12 @@ def _step_for(model: nn.Module, prepared: Prepared, request: StoreRequest) -> St
 
     budget = request.budget
     assert budget is not None
-    predicted = size_predictor(model)
+    gains = gains_of(model, prepared.graph, matrices(model))
+    predicted = size_predictor(model, gains)
 
     @cache
     def excess(logarithm: float) -> int:
-        return predicted(_nearest(model, prepared, math.exp(logarithm))) - budget
+        return predicted(nearest(model, prepared, gains, math.exp(logarithm))) - budget
 
     low, high = math.log(SMALLEST_STEP), math.log(LARGEST_STEP)
     if excess(high) > 0:
@@ -263,112 +206,3 @@ def _step_for(model: nn.Module, prepared: Prepared, request: StoreRequest) -> St
     while excess(found) > 0:
         found = min(found + STEP_TOLERANCE, high)
     return StoreRequest("coded", step=math.exp(found), budget=budget)
-
-
-@torch.no_grad()
-def _round_all(
-    model: nn.Module, teacher: nn.Module, graph: NetworkGraph, prepared: Prepared, request: StoreRequest,
-    images: Tensor, progress: Progress | None,
-) -> tuple[StoreSpec, bool]:  # fmt: skip
-    spec = StoreSpec({})
-    wanted = matrices(model)
-
-    def settle(name: str, metric: Tensor | None) -> None:
-        tensor = wanted[name]
-        entry = _tensor_spec(name, tensor, prepared, request, metric)
-        spec.tensors[name] = entry
-        tensor.copy_(round_matrix(tensor.detach().cpu().flatten(1), entry, metric).reshape(tensor.shape).to(tensor))
-
-    for name in wanted:
-        if name.startswith("sharefold_banks."):
-            settle(name, prepared.metrics.get(name))
-    done: set[str] = set()
-
-    def layer(name: str, inputs: PairSums | None) -> None:
-        if name in done or inputs is None:
-            return
-        done.add(name)
-        _round_layer(model, teacher, name, graph.layers[name].norm, inputs, prepared.centered[name], wanted, settle)
-        if progress:
-            progress("rounding", len(done), len(prepared.forms))
-
-    sequential = _sequential(model, teacher, graph, prepared, images, layer)
-    if not sequential:
-        for run in runs({n: f for n, f in prepared.forms.items() if n not in done}):
-            gathered = gather(model, {n: prepared.forms[n] for n in run}, prepared.centered, images)
-            for name in run:
-                layer(name, gathered.get(name))
-    for name in wanted:
-        if name not in spec.tensors:
-            settle(name, None)
-    if request.kind != "grid" or request.bits < 8:
-        absorb_statistics(model)
-    halves = _halves(model)
-    found = StoreSpec({**halves.tensors, **spec.tensors})
-    snap_(model, found)
-    return found, sequential
-
-
-def _sequential(
-    model: nn.Module, teacher: nn.Module, graph: NetworkGraph, prepared: Prepared, images: Tensor,
-    layer: Callable[[str, PairSums | None], None],
-) -> bool:  # fmt: skip
-    if graph.fx_graph is None or len(prepared.forms) < len(graph.layers):
-        return False
-    def visit(at: Visited) -> None:
-        pairs = Moments(torch.float32, "cpu")
-        pairs.add(*by_group(at.samples.x, at.samples.y))
-        layer(at.name, pairs.pairs(prepared.centered[at.name]))
-
-    wanted = {name: Wanted(form) for name, form in prepared.forms.items()}
-    walk(graph.fx_graph, teacher, model, images, wanted, visit)
-    return True
-
-
-def _round_layer(
-    model: nn.Module, teacher: nn.Module, name: str, norm: str | None, inputs: PairSums, centered: bool,
-    wanted: dict[str, nn.Parameter], settle: Callable[[str, Tensor | None], None],
-) -> None:  # fmt: skip
-    module = model.get_submodule(name)
-    if isinstance(module, SharedConv):
-        part = module.linear_part()
-        if part is not None:
-            _round_factors(module, name, inputs, wanted, settle)
-    elif f"{name}.weight" in wanted:
-        weight = wanted[f"{name}.weight"]
-        weight.copy_(_refitted(weight.flatten(1), inputs.gram, inputs.cross).reshape(weight.shape).to(weight))
-        settle(f"{name}.weight", inputs.gram)
-    if centered:
-        _match_mean(model, teacher, name, norm, inputs)
-
-
-def _round_factors(
-    module: SharedConv, name: str, inputs: PairSums, wanted: dict[str, nn.Parameter],
-    settle: Callable[[str, Tensor | None], None],
-) -> None:  # fmt: skip
-    if module.pivoted_name is not None and f"{name}.{module.pivoted_name}" in wanted:
-        settle(f"{name}.{module.pivoted_name}", module.own_moments(inputs.gram.double().mean(0, keepdim=True)))
-    part = module.linear_part()
-    assert part is not None
-    flat = part[0].detach().cpu().double().flatten(1)
-    gram = flat @ inputs.gram.double() @ flat.T
-    cross = inputs.cross.double() @ flat.T
-    module.set_linear_part(_refitted(part[1], gram, cross).to(part[1]))
-    coefficients = f"{name}.{module.coefficients_name}"
-    if coefficients in wanted:
-        settle(coefficients, gram)
-
-
-def _refitted(matrix: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
-    """The matrix (O, N) that best gives the wanted outputs, pulled towards what it is."""
-    old = matrix.detach().cpu().double().reshape(len(gram), -1, gram.shape[1])
-    solved = PulledLeastSquares(gram.double(), ROUNDING_PULL).solve(cross.double(), old)
-    return (old if solved is None else solved).reshape(matrix.shape)
-
-
-def _match_mean(model: nn.Module, teacher: nn.Module, name: str, norm: str | None, inputs: PairSums) -> None:
-    """Gives the layer's output the mean that is wanted, through its bias or the running mean of its norm."""
-    layer = model.get_submodule(name)
-    weight = (layer.compose() if isinstance(layer, SharedConv) else cast(Tensor, layer.weight)).detach().flatten(1)
-    ours = mean_output(weight.cpu().double(), inputs.mean.double())
-    give_mean(teacher, model, layer, norm, inputs.mean_y.flatten() - ours)

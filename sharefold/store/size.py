@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sharefold.format import FileConfig, config_of, distinct
 from sharefold.store.blob import NAME, blob_bytes
 from sharefold.store.file_content import file_content, metadata_for
-from sharefold.store.norm_absorption import absorb_statistics
+from sharefold.store.norm_absorption import Gain, absorb_statistics, take_up
 from sharefold.store.plain_size import plain_bytes
 from sharefold.store.tensor_spec import FORMAT, StoreSpec
 
@@ -26,11 +26,13 @@ def file_bytes(model: nn.Module, spec: StoreSpec) -> int:
     return file_content(config, tensors, spec).size
 
 
-def size_predictor(model: nn.Module) -> Callable[[StoreSpec], int]:
-    """About the bytes of that file, for any spec, if BatchNorms absorb their statistics and all tensors go to the nearest
-    values that the spec holds. What does not depend on the spec is done here, once."""
+def size_predictor(model: nn.Module, gains: Mapping[str, Gain]) -> Callable[[StoreSpec], int]:
+    """About the bytes of that file, for any spec, if BatchNorms absorb their statistics, ``gains`` go into the layers, and all
+    tensors go to the nearest values that the spec holds. What does not depend on the spec is done here, once."""
     model = copy.deepcopy(model)
     absorb_statistics(model)
+    for gain in gains.values():
+        take_up(model, gain)  # rows and their steps grow alike: the codes stay
     config, tensors = _content(model)
     rest = plain_bytes({NAME: torch.empty(0, dtype=torch.uint8)}, metadata_for(config.packed()))
 

@@ -125,6 +125,11 @@ class TensorSpec:
         return self.values(self.codes(matrix)).reshape(tensor.shape).to(tensor)
 
 
+def rows_of(tensor: Tensor) -> int:
+    """How many row scales a tensor has: a vector is one row."""
+    return tensor.shape[0] if tensor.dim() > 1 else 1
+
+
 def scaled(kind: str, scales: Tensor, bits: int = 0) -> TensorSpec:
     """A spec whose row scales are those nearest on the grid to ``scales`` (O,)."""
     scales = scales.detach().double().cpu()

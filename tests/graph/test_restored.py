@@ -67,7 +67,7 @@ STOPS = {
     "norms": lambda patch: patch.setattr("sharefold.repair.batchnorm_statistics.run_on", stopped),
     "last layers": lambda patch: patch.setattr("sharefold.repair.last_layers._fit", stopped),
     "refining": lambda patch: patch.setattr("sharefold.repair.refine.random_views", stopped),
-    "rounding": lambda patch: patch.setattr("sharefold.store.quantize.absorb_statistics", stopped),
+    "rounding": lambda patch: patch.setattr("sharefold.store.round_network.absorb_statistics", stopped),
     "comparing": lambda patch: patch.setattr(module, "_reported", stopped),
 }
 

@@ -18,11 +18,11 @@ import sharefold
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.measure import agreement
 from sharefold.store import StoreSpec, fake_quantize, file_bytes, parse_store, plan_store, quantize_, snap_
-from sharefold.store.norm_absorption import absorb_statistics
-from sharefold.store.prepare import prepare
-from sharefold.store.quantize import _nearest
+from sharefold.store.norm_absorption import absorb_statistics, gains_of, take_up
+from sharefold.store.prepare import matrices, prepare
 from sharefold.store.rounding import round_matrix
 from sharefold.store.size import size_predictor
+from sharefold.store.specs_for import nearest as nearest_specs
 from sharefold.store.tensor_spec import scaled
 
 from .tiny import Tiny, converted, images, trained
@@ -49,9 +49,12 @@ def test_the_size_is_predicted_before_anything_is_rounded(step: float) -> None:
     original, model = converted()
     graph = sharefold.analyze(original, images(1))
     prepared = prepare(original, model, graph, images())
-    spec = _nearest(model, prepared, step)
-    predicted = size_predictor(model)(spec)
+    gains = gains_of(model, graph, matrices(model))
+    spec = nearest_specs(model, prepared, gains, step)
+    predicted = size_predictor(model, gains)(spec)
     absorb_statistics(model)
+    for gain in gains.values():
+        take_up(model, gain)
     snap_(model, spec)
     assert predicted == pytest.approx(file_bytes(model, spec), rel=0.003, abs=16)
 
@@ -118,7 +121,9 @@ def test_compensation_beats_nearest(form: dict[str, Any]) -> None:
     rounded, nearest = copy.deepcopy(model), copy.deepcopy(model)
     report = quantize_(rounded, "mixed:step=0.02", calibration=images(), original=original)
     assert report.sequential
-    snap_(nearest, StoreSpec({n: s for n, s in report.spec.tensors.items() if s.kind == "coded" and "bank" not in n
+    prepared = prepare(original, nearest, sharefold.analyze(original, images(1)), images())
+    specs = nearest_specs(nearest, prepared, {}, 0.02)
+    snap_(nearest, StoreSpec({n: s for n, s in specs.tensors.items() if s.kind == "coded" and "bank" not in n
                               and "coefficients" not in n}))
     assert agreement(original, rounded, images()).kl < 0.7 * agreement(original, nearest, images()).kl
 
