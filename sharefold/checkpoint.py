@@ -45,6 +45,7 @@ from sharefold.state_dicts import load_tensors
 from sharefold.store import container, decode
 from sharefold.store.blob import NAME as BLOB
 from sharefold.store.file_content import file_content
+from sharefold.store.held_codes import check_holds_none, hold_codes_
 from sharefold.store.plain_size import dense_bytes
 from sharefold.store.short_config import config_from
 from sharefold.store.tensor_spec import FORMAT, carried_spec, carry_spec
@@ -78,6 +79,7 @@ def save(
         SharefoldWarning: the weights changed since they were rounded, or the file is larger than the original's all the same.
     """
     target = check_output(path, force, network_files(Path(path)))
+    check_holds_none(model, "save")
     tensors, aliases = distinct(model.state_dict())
     spec = carried_spec(model)
     if spec is not None and not spec.fits(tensors):
@@ -126,7 +128,9 @@ def save(
 
 
 @plain_defaults()
-def load(path: str | Path, *, model: nn.Module | None = None, device: str | torch.device = "cpu") -> nn.Module:
+def load(
+    path: str | Path, *, model: nn.Module | None = None, device: str | torch.device = "cpu", keep_codes: bool = False
+) -> nn.Module:  # fmt: skip
     """Reads a shared network in one call; runs no code from the file.
 
     Args:
@@ -134,12 +138,15 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: str | torc
         model: the dense architecture, for networks that neither timm nor torchvision can build; it is converted in
             place.
         device: where the result goes.
+        keep_codes: of a network that was rounded, hold the small codes in memory and make numbers of them at every run, which
+            takes longer; for inference alone.
 
     Returns:
         The network in eval mode.
 
     Raises:
-        SharefoldError: missing, damaged, not of sharefold, of a newer format, or its architecture cannot be built.
+        SharefoldError: missing, damaged, not of sharefold, of a newer format, its architecture cannot be built, or it was not
+            rounded and codes are to be kept.
     """
     config, state = _settled(Path(path), _read)
     if model is None and config.base is None:
@@ -179,7 +186,10 @@ def load(path: str | Path, *, model: nn.Module | None = None, device: str | torc
     carry_spec(model, spec)
     if config.pretrained_cfg and not hasattr(model, "pretrained_cfg"):
         model.pretrained_cfg = config.pretrained_cfg  # type: ignore[assignment]
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if keep_codes and (spec is None or not hold_codes_(model, spec)):
+        raise SharefoldError(f"{path}: keep_codes: none of its matrices is rounded: convert with --store int8, or load without")
+    return model
 
 
 def _tie(model: nn.Module, aliases: dict[str, str]) -> None:
@@ -201,6 +211,7 @@ def expand(model: nn.Module) -> nn.Module:
     Raises:
         SharefoldError: a method of the plan has no dense twin (grouped pointwise).
     """
+    check_holds_none(model, "expand")
     if not shared_layers(model) and carried_config(model) is None:
         raise SharefoldError("expand: the model has no shared layers: it is dense already")
     dense = to_dense(model)

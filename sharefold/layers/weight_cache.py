@@ -17,6 +17,7 @@ class Kept:
 
     def __init__(self) -> None:
         self._entry: _Entry | None = None
+        self.never = False  # values are made anew at every run, and no memory is held
 
     def get(self, x: Tensor | None, sources: Iterable[Tensor], make: Callable[[], Made]) -> Made:
         """What ``make`` makes of ``sources`` for an input ``x``; made anew without one, or where gradients, tracers or
@@ -25,7 +26,9 @@ class Kept:
         torch counts no writes through ``.data`` and by collectives: :class:`Keeper` says what else makes it forget. Those of
         fused optimizers it does not count either; steps are counted here.
         """
-        if x is None or symbolic(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):  # recorded: no values yet
+        if self.never or x is None or symbolic(x):
+            return make()
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():  # recorded: no values yet
             return make()
         if torch.is_grad_enabled():
             self.clear()  # somebody trains
@@ -51,7 +54,9 @@ class Kept:
         self._entry = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
-        return Kept()
+        copy = Kept()
+        copy.never = self.never
+        return copy
 
     def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
         return Kept, ()
@@ -117,6 +122,13 @@ class Keeper(nn.Module):
         for value in vars(self).values():
             if isinstance(value, Kept):
                 value.clear()
+
+    def keep_nothing(self) -> None:
+        """From now on what it would keep is made anew at every run."""
+        self.forget()
+        for value in vars(self).values():
+            if isinstance(value, Kept):
+                value.never = True
 
     def train(self, mode: bool = True) -> Keeper:
         self.forget()
