@@ -44,6 +44,7 @@ from sharefold.repair.work import Repair, Work, repaired
 from sharefold.settings import with_plain_settings
 from sharefold.store import parse_store, quantize_
 from sharefold.store.plain_size import plain_bytes
+from sharefold.store.settle import settle_rounded
 from sharefold.store.tensor_spec import carry_spec
 
 # In the order in which they run.
@@ -169,7 +170,7 @@ def carry_out(
     _put_back(model, cal.original, plan)
     if plan.store:
         with _timed(seconds, "store"):
-            steps.append(_rounded(model, plan.store, cal, progress))
+            steps.append(_rounded(model, plan, cal, progress))
     carry_config(model, replace(config_of(model), steps=tuple(steps)))
     return done, cal, steps
 
@@ -230,14 +231,17 @@ def _mended(
     return records
 
 
-def _rounded(model: nn.Module, store: str, cal: Calibration, progress: Progress | None) -> StepRecord:
+def _rounded(model: nn.Module, plan: Plan, cal: Calibration, progress: Progress | None) -> StepRecord:
     """Rounds to what the file will hold; nothing decides on that, and the record tells what it costs."""
-    def change() -> dict[str, Any]:
-        return quantize_(model, store, cal, cal.original, cal.seed, progress).details
+    assert plan.store is not None
+    store, guard = plan.store, Guard(cal.decided) if cal.comparable else None
 
-    if cal.comparable:
-        return Guard(cal.decided).watch(model, "store", change)
-    return StepRecord("store", True, details=change())
+    def change() -> dict[str, Any]:
+        report = quantize_(model, store, cal, cal.original, cal.seed, progress)
+        found = {} if guard is None else settle_rounded(Work(cal, model, plan, guard, cal, progress), report)
+        return {**report.details, **({"factors": found} if found else {})}
+
+    return StepRecord("store", True, details=change()) if guard is None else guard.watch(model, "store", change)
 
 
 @torch.no_grad()

@@ -18,7 +18,8 @@ from .tiny import Tiny, converted, images, trained
 
 CASES: list[tuple[dict[str, object], str]] = [
     *(({}, text) for text in ("fp16", "int8", "int4", "kmeans4", "mixed:step=0.01", "mixed:step=0.0002")),
-    *((form, text) for form in ({"pivoted": True}, {"method": "tucker"}, {"shared": False}) for text in ("int8", "mixed:step=0.01")),
+    *((form, "int8") for form in ({"pivoted": True}, {"method": "tucker"}, {"shared": False})),
+    *((form, "mixed:step=0.01") for form in ({"pivoted": True}, {"method": "tucker"}, {"shared": False})),
 ]
 
 

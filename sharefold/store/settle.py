@@ -1,0 +1,70 @@
+"""The scale of a rounded network's logits: its last layer times a number, without rounding it again.
+
+Rounding is damage like any other, after which a network is surer, or less sure, of the same answers than it was
+(:mod:`sharefold.repair.confidence`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from sharefold.layers import SharedConv
+from sharefold.repair.confidence import Confidence
+from sharefold.repair.work import Work
+from sharefold.store.quantize import StoreReport
+from sharefold.store.size import file_bytes
+from sharefold.store.tensor_spec import StoreSpec, TensorSpec, carry_spec, rows_of
+
+
+def settle_rounded(work: Work, report: StoreReport) -> dict[str, float]:
+    """Gives the logits of ``work.model``, which was rounded, the scale of least divergence, if its file keeps to its budget.
+
+    Returns:
+        The factors by the name of the output; none where nothing was scaled.
+    """
+    model, confidence = work.model, Confidence(work)
+    factors = confidence.settle()
+    confidence.undo()
+    names = {id(module): name for name, module in model.named_modules()}
+    before = [(p, p.detach().clone()) for layer in confidence.layers.values() for p in layer.parameters(recurse=False)]
+    spec = report.spec
+    for output, factor in factors.items():
+        spec = rescale_(model, spec, names[id(confidence.layers[output])], factor)
+    size, budget = file_bytes(model, spec), report.request.budget
+    if not factors or (budget is not None and size > budget):
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+        return {}
+    report.spec, report.bytes = spec, size
+    carry_spec(model, spec)
+    return {output: round(factor, 4) for output, factor in factors.items()}
+
+
+@torch.no_grad()
+def rescale_(model: nn.Module, spec: StoreSpec, name: str, factor: float) -> StoreSpec:
+    """Multiplies the output of layer ``name`` of ``model`` in place.
+
+    The codes of matrices stay, and their row scales are multiplied; halves and offsets are rounded anew, each to its own grid.
+
+    Returns:
+        ``spec`` with what has changed.
+    """
+    layer = model.get_submodule(name)
+    leaves = (layer.coefficients_name, "own_bias") if isinstance(layer, SharedConv) else ("weight", "bias")
+    changed: dict[str, TensorSpec] = {}
+    for leaf in leaves:
+        tensor, entry = getattr(layer, leaf, None), spec.tensors.get(f"{name}.{leaf}")
+        if tensor is None:
+            continue
+        if entry is None or entry.kind == "fp16" or tensor.dim() < 2:
+            scaled = tensor * factor
+            tensor.copy_(scaled if entry is None else entry.snapped(scaled))
+            continue
+        codes = entry.codes(tensor.reshape(rows_of(tensor), -1))
+        changed[f"{name}.{leaf}"] = now = replace(entry, top=float(torch.tensor(entry.top * factor, dtype=torch.float32)))
+        tensor.copy_(now.values(codes).reshape(tensor.shape).to(tensor))
+    return StoreSpec({**spec.tensors, **changed})
