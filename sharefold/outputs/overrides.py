@@ -80,7 +80,7 @@ def overridden(leaves: list[Leaf], shapes: Mapping[str, tuple[int, ...]], overri
         overrides: later ones of the same tensor add ranges of channels if they give some.
 
     Raises:
-        SharefoldError: no output of that name, an axis or channels that it has not.
+        SharefoldError: no output of that name, an axis or channels that it has not, one output said twice.
     """
     said: dict[str, list[Override]] = {}
     for override in overrides:
@@ -88,6 +88,8 @@ def overridden(leaves: list[Leaf], shapes: Mapping[str, tuple[int, ...]], overri
         if not wanted:
             raise SharefoldError(f"--outputs {override.name}: there is no such output: there are {', '.join(shapes)}")
         for name in wanted:
+            if any(o.name == override.name and not (o.channels and override.channels) for o in said.get(name, [])):
+                raise SharefoldError(f"--outputs: {name} is said to be two things: say one, or give each a range of channels=A-B")
             said[name] = [*(o for o in said.get(name, []) if o.channels and override.channels), override]
     result: list[Leaf] = []
     done: set[str] = set()

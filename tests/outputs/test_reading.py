@@ -177,6 +177,14 @@ def test_words_that_do_not_fit_are_refused(text: str, message: str) -> None:
         read(CASES["heat maps"][0], overrides=text)
 
 
+@pytest.mark.parametrize("said", [["logits", "image"], ["output:logits", "output:image"], ["boxes:channels=0-4", "logits"]])
+def test_one_output_is_one_thing(said: list[str]) -> None:
+    """Of two words on the same output neither wins; a word on one output goes before a word on all."""
+    with pytest.raises(SharefoldError, match="output is said to be two things"):
+        read(CASES["heat maps"][0], overrides=said)
+    assert kinds(read(CASES["two tasks"][0], overrides=["ignore", "b:logits"])) == [("b", "logits", 1)]
+
+
 def test_no_images_are_refused() -> None:
     with pytest.raises(SharefoldError, match="no images"):
         read_outputs(CASES["image"][0], IMAGES[:0])
