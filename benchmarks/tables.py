@@ -350,6 +350,26 @@ def speed() -> str | None:
     return table(head, rows) + "\n\n" + note
 
 
+def files() -> str | None:
+    """Small files beside those of the codec of the standard."""
+    data = read("bytes.json")
+    if data is None:
+        return None
+    rows = []
+    for row in sorted(data["rows"], key=lambda row: (row["network"], -row["bytes"])):
+        ours = row["sharefold_bytes"]
+        if ours is not None:
+            sizes = [f"{row['bytes'] / 1e3:.0f}", f"{ours / 1e3:.0f}", f"{100 * ours / row['bytes']:.0f} %"]
+            rows.append([named(row["network"]), f"{100 * row['top1']:.2f}", *sizes])
+    head = ["network", "top-1 [%]", "NNCodec [kB]", "sharefold [kB]", "share"]
+    first = data["rows"][0]
+    note = (f"Whole files of the same accuracy: {first['codec'].replace('nncodec', 'NNCodec')}, dependent quantisation, no "
+            "images, and sharefold with 2,000 images without labels, between the points of the table above (linear in the "
+            f"logarithm of the size). `python benchmarks/bytes.py`, {machine(first['hardware'])}. "
+            + taken(rows=data["rows"]))  # fmt: skip
+    return table(head, rows) + "\n\n" + note
+
+
 # Rows of the short table, where they were measured: networks, and sizes of parameters or files.
 SHORT = {"resnet20": ("50%", "0.08MB"), "resnet56": ("50%", "25%", "0.33MB")}
 
@@ -430,7 +450,7 @@ def _mean_cell(top1: list[float]) -> str:
 TABLES: dict[str, Callable[[], str | None]] = {
     "demo": demo, "methods": methods, "finetune": finetune, "ablation": ablation, "recipes": recipes,
     "objectives": objectives, "across": across, "label_free": label_free, "onnx": onnx, "forms": forms,
-    "results": results, "speed": speed,
+    "results": results, "speed": speed, "bytes": files,
 }  # fmt: skip
 DOCS = ROOT / "docs"
 PAGES = (ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("results", "fine-tuning", "planning", "using")))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.calibration.pairs import Gatherer
+from sharefold.calibration.statistics import batch_for
 from sharefold.layers import ConvForm
 from sharefold.running import run_on, runs_within
 from sharefold.solvers.moments import PairSums
@@ -14,9 +15,7 @@ CACHE_BYTES = 1 << 30
 
 
 @torch.no_grad()
-def gather(
-    model: nn.Module, forms: dict[str, ConvForm], centered: dict[str, bool], images: Tensor, batch_size: int = 100
-) -> dict[str, PairSums]:
+def gather(model: nn.Module, forms: dict[str, ConvForm], centered: dict[str, bool], images: Tensor) -> dict[str, PairSums]:
     """:class:`PairSums` of the layers ``forms`` of ``model``, whose own outputs are the wanted ones; one pass."""
     gatherers = {name: Gatherer(form, len(images)) for name, form in forms.items()}
     handles = [
@@ -26,7 +25,7 @@ def gather(
         for name in forms
     ]
     try:
-        for batch in images.split(batch_size):
+        for batch in images.split(batch_for(images)):
             run_on(model, batch)
     finally:
         for handle in handles:

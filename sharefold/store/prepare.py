@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sharefold.calibration.mean_owner import output_mean_owner
 from sharefold.calibration.sensitivity import output_sensitivity
-from sharefold.calibration.statistics import WIDE
+from sharefold.calibration.statistics import WIDE, batch_for
 from sharefold.format import carried_config
 from sharefold.graph import NetworkGraph
 from sharefold.layers import Bank, ConvForm, SharedConv, affine, banks, form_of, free_moments
@@ -92,8 +92,8 @@ def prepare(
             forms[name] = form
             centered[name] = output_mean_owner(model, layer, record.norm) is not None
     plan = Prepared(graph, forms, centered)
-    divergence = divergence_of(original, images, graph) if divergence is None else divergence
-    sensitivity = output_sensitivity(original, list(forms), images, divergence=divergence)
+    divergence = divergence_of(original, images, graph, batch_for(images)) if divergence is None else divergence
+    sensitivity = output_sensitivity(original, list(forms), images, batch_for(images), divergence=divergence)
     members = _members(model, forms)
     together = [name for names in members.values() for name in names]
     _shared(model, graph, plan, members, sensitivity, images)
