@@ -14,10 +14,13 @@ from sharefold.errors import SharefoldError
 from sharefold.measure import count_parameters, model_bytes
 from sharefold.options import ConvertOptions
 from sharefold.plans import Plan, Progress
+from sharefold.repair.confidence import Confidence
+from sharefold.repair.guard import Guard
+from sharefold.repair.work import Work
 from sharefold.store import quantize_
 
 # Shares of the parameters that compete. Entropy coding already spends few bits on what matters little, so sharing has
-# to earn its place: benchmarks/bytes_cifar.py.
+# to earn its place.
 SHARES = (1.0, 0.75, 0.5, 0.3, 0.2, 0.12)
 # Shares that may do worse than the best before the rest is not tried: 15 kB of the demo network are best at .2, with .5 a bit
 # worse than .75.
@@ -80,7 +83,7 @@ def plan_bytes(
         except SharefoldError as error:  # too small for so many parameters
             refusal = error
             continue
-        found = _divergence(cal, trial)
+        found = _divergence(cal, trial, plan)
         worse = 0 if best is None or found < best[0] else worse + 1
         if not worse:
             best = found, plan
@@ -102,7 +105,12 @@ def fits_unrounded(cal: Calibration, plan: Plan, budget: Budget) -> bool:
     return model_bytes(trial) + HEADER <= budget.value
 
 
-def _divergence(cal: Calibration, trial: nn.Module) -> float:
-    """Of ``trial`` from the original on the images that decide; 0 where nothing can be compared: the first share that fits is
-    as good as any."""
-    return cal.decided.divergence(trial).mean if cal.comparable else 0.0
+def _divergence(cal: Calibration, trial: nn.Module, plan: Plan) -> float:
+    """Of ``trial`` from the original on the images that decide, at the best scale of its logits, which files get; 0 where
+    nothing can be compared: the first share that fits is as good as any."""
+    if not cal.comparable:
+        return 0.0
+    guard = Guard(cal.decided)
+    scale = Confidence(Work(cal, trial, plan, guard, cal))
+    scale.settle()
+    return guard.settled(trial, scale)

@@ -162,10 +162,10 @@ def test_shares_are_compared_in_files_as_they_will_be(residual: Prepared, monkey
     tried: list[tuple[float, float]] = []
     real = file_budget._divergence
 
-    def noted(cal: Calibration, trial: nn.Module) -> float:
+    def noted(cal: Calibration, trial: nn.Module, wanted: sharefold.Plan) -> float:
         plan = trial.sharefold_config.plan
         assert not any(group.options.get("pivoted") for group in plan.groups)
-        tried.append((real(cal, trial), plan.params_after / residual.params))
+        tried.append((real(cal, trial, wanted), plan.params_after / residual.params))
         return tried[-1][0]
 
     monkeypatch.setattr(file_budget, "_divergence", noted)
@@ -197,7 +197,7 @@ def test_bytes_that_hold_the_network_as_it_is_change_nothing(residual: Prepared)
 
 def test_bytes_that_hold_nothing_are_refused(residual: Prepared) -> None:
     with pytest.raises(SharefoldError, match="below what a file"):
-        residual.plan("900B", "basis")
+        residual.plan("400B", "basis")
 
 
 def test_no_option_asks_for_more_filters_than_its_layers_have_rows(residual: Prepared) -> None:
