@@ -92,10 +92,10 @@ def draw(rows: Sequence[dict[str, Any]], curves: dict[str, list[tuple[float, flo
         axis.set(xlabel="whole file [kB]", ylabel="top-1 [%]", title=network.replace("resnet", "ResNet-"))
         axis.set_ylim(best - 8, best + 0.6)
         axis.set_xscale("log")
-        ticks = [size for size in (30, 40, 60, 80, 110, 150, 220, 330, 430) if curve[0][0] <= 1e3 * size * 1.1]
+        ticks = [size for size in (30, 40, 60, 80, 110, 150, 220, 330, 430) if min(curve[0][0], theirs[0][0]) <= 1e3 * size * 1.1]
         axis.set_xticks(ticks, [str(size) for size in ticks])
         axis.minorticks_off()
-        axis.set_xlim(0.9 * curve[0][0] / 1e3, 1.1 * max(curve[-1][0], theirs[-1][0]) / 1e3)
+        axis.set_xlim(0.9 * min(curve[0][0], theirs[0][0]) / 1e3, 1.1 * max(curve[-1][0], theirs[-1][0]) / 1e3)
         axis.grid(alpha=0.3)
         axis.legend(loc="lower right")
     figure.tight_layout()

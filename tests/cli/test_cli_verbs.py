@@ -244,7 +244,7 @@ def test_convert_refuses_in_one_line_and_writes_nothing(tmp_path: Path, argument
 
 def test_convert_refuses_a_file_that_is_too_small(tmp_path: Path) -> None:
     """Of a small network, since every share of its parameters is tried before."""
-    options = ("--budget", "900B", "--method", "svd", "-o", tmp_path / "out")
+    options = ("--budget", "400B", "--method", "svd", "-o", tmp_path / "out")
     refused(call("convert", "timm:digits_resnet:blocks=1,width=8", *FAST, *options), "below what a file")
     assert list(tmp_path.iterdir()) == []
 
