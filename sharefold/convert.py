@@ -43,6 +43,7 @@ from sharefold.repair.step_record import StepRecord
 from sharefold.repair.work import Repair, Work, repaired
 from sharefold.settings import with_plain_settings
 from sharefold.store import parse_store, quantize_
+from sharefold.store.held_codes import check_holds_none
 from sharefold.store.plain_size import plain_bytes
 from sharefold.store.settle import settle_rounded
 from sharefold.store.tensor_spec import carry_spec
@@ -113,6 +114,7 @@ def convert_(
         SharefoldWarning: refinement is asked for and nothing was shared.
     """
     wanted = chosen(options, overrides, ConvertOptions)
+    check_holds_none(model, "convert")
     check_dense(model)
     known = CalibrationOptions(wanted.seed, outputs=wanted.outputs, criterion=wanted.criterion)
     cal = calibration_of(model, calibration, known)

@@ -7,13 +7,16 @@ DeepInversion", CVPR 2020, https://arxiv.org/abs/1912.08795, its feature term al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from sharefold.errors import SharefoldWarning
+from sharefold.plans import Progress
 from sharefold.running import device_of, evaluating
 
 # Adam's first step, in normalised pixel values; it falls linearly to 0.
@@ -23,7 +26,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 def match_statistics(
     model: nn.Module, images: Tensor, steps: int = 10, *, batch_size: int = 100, seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Tensor:  # fmt: skip
     """Images moved so that the batch statistics at every BatchNorm of ``model`` approach its running statistics.
 
@@ -38,6 +41,24 @@ def match_statistics(
     norms = trained_norms(model)
     if not norms or not steps:
         return images.clone()
+    try:
+        return _matched(model, norms, images, steps, batch_size, seed, progress)
+    except (RuntimeError, IndexError, _Unmatched) as error:
+        # Networks that compute without gradients, or change them on the way: as good as without norms.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        warnings.warn(f"procedural images are not matched to the network's norms: {reason[:200]}", SharefoldWarning, stacklevel=3)
+        return images.clone()
+
+
+class _Unmatched(Exception):
+    """There is nothing by which images could be moved."""
+
+
+@torch.inference_mode(False)
+def _matched(
+    model: nn.Module, norms: list[nn.Module], images: Tensor, steps: int, batch_size: int, seed: int, progress: Progress | None
+) -> Tensor:  # fmt: skip
+    images = images.clone()  # outside of inference mode now
     low, high = (f(images, dim=(0, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
     result = images.clone()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
@@ -51,11 +72,15 @@ def match_statistics(
                 optimizer.param_groups[0]["lr"] = RATE * (1 - done / steps)
                 errors.clear()
                 with torch.enable_grad():
-                    model(pixels)
+                    model(pixels.clone())  # some networks write into what they are given
+                    if not errors:
+                        raise _Unmatched("none of them runs")
                     pixels.grad = torch.autograd.grad(torch.stack(errors).mean(), pixels)[0]
                 optimizer.step()
                 with torch.no_grad():
                     pixels.clamp_(low.to(device), high.to(device))
+            if not bool(torch.isfinite(pixels).all()):
+                raise _Unmatched("the steps are not finite")
             result[index] = pixels.detach().to(result)
             if progress is not None:
                 progress("matching procedural images", number + 1, len(batches))
@@ -77,10 +102,10 @@ def _watched(model: nn.Module, norms: list[nn.Module]) -> Iterator[list[Tensor]]
     """Eval mode, and a list that every forward pass fills with the error at each norm; undone at the end."""
     errors: list[Tensor] = []
 
-    def note(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        errors.append(_mismatch(norm, inputs[0]))
+    def note(norm: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        errors.append(_mismatch(norm, inputs[0] if inputs else next(iter(named.values()))))
 
-    handles = [norm.register_forward_pre_hook(note) for norm in norms]
+    handles = [norm.register_forward_pre_hook(note, with_kwargs=True) for norm in norms]
     try:
         with evaluating(model):
             yield errors

@@ -32,6 +32,7 @@ from sharefold.format import carry_config, config_of, without_figures
 from sharefold.options import RunOptions, chosen
 from sharefold.running import dtype_of
 from sharefold.state_dicts import load_tensors
+from sharefold.store.held_codes import check_holds_none
 
 STATE_FILE = "state.pt"
 
@@ -91,6 +92,7 @@ def finetune(
     """
     kept = {name: settings.pop(name) for name in [spec.name for spec in fields(RunOptions)] if name in settings}
     config, run = FinetuneConfig.build(config, **settings), chosen(run, kept, RunOptions)
+    check_holds_none(model, "finetune")
     if teacher is model:
         raise SharefoldError("finetune: teacher is the model itself: pass the original network")
     if teacher is None and not config.labels:

@@ -42,7 +42,7 @@ def norms_fused(
     fused: dict[str, tuple[nn.Module, nn.Module]] = {}
     for name, norm_name in norms.items():
         layer, norm = modules.get(name), modules.get(norm_name or "")
-        if layer is not None and norm is not None and _fusable(layer, norm):
+        if layer is not None and norm is not None and fusable(layer, norm):
             fused[name] = layer, norm
     try:
         for layer, norm in fused.values():
@@ -72,7 +72,8 @@ def fused_for_inference(*models: nn.Module, norms: Mapping[str, str | None]) -> 
         yield
 
 
-def _fusable(layer: nn.Module, norm: nn.Module) -> bool:
+def fusable(layer: nn.Module, norm: nn.Module) -> bool:
+    """Whether the norm's scale is known to multiply the layer's filters, and nothing else happens between the two."""
     if type(norm) not in (nn.BatchNorm2d, BatchNormAct2d) or norm.training or norm.running_mean is None:
         return False
     if "forward" in layer.__dict__ or "forward" in norm.__dict__:

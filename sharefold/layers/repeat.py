@@ -114,7 +114,8 @@ def repeat_blocks(blocks: Sequence[nn.Module]) -> list[nn.Module]:
 
 
 def resolve(model: nn.Module, name: str) -> Any:
-    """The module or tensor called ``name`` in the dense network, also inside of a repeated block.
+    """The module or tensor called ``name`` in the dense network, also inside of a repeated block; or by the name that it has in
+    this one.
 
     Raises:
         AttributeError: there is none.
@@ -122,7 +123,13 @@ def resolve(model: nn.Module, name: str) -> Any:
     found: Any = model
     step = 0
     for part in name.split(".") if name else []:
+        if isinstance(found, RepeatedBlock) and part == "block" and not hasattr(found.block, "block"):
+            found = found.block
+            continue
         if isinstance(found, PerIteration):
+            if part.isdigit() and not hasattr(found[step], part):
+                found = found[int(part)]
+                continue
             found = found[step]
         if isinstance(found, Again):
             found, step = found.first.block, found.step

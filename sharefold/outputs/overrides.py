@@ -83,13 +83,14 @@ def overridden(leaves: list[Leaf], shapes: Mapping[str, tuple[int, ...]], overri
         SharefoldError: no output of that name, an axis or channels that it has not, one output said twice.
     """
     said: dict[str, list[Override]] = {}
-    for override in overrides:
+    # A word on one output goes before a word on all, whichever comes first.
+    for override in sorted(overrides, key=lambda one: one.name != ""):
         wanted = [name for name in shapes if override.name in ("", name)]
         if not wanted:
             raise SharefoldError(f"--outputs {override.name}: there is no such output: there are {', '.join(shapes)}")
         for name in wanted:
             if any(o.name == override.name and not (o.channels and override.channels) for o in said.get(name, [])):
-                raise SharefoldError(f"--outputs: {name} is said to be two things: say one, or give each a range of channels=A-B")
+                raise SharefoldError(f"--outputs: {name} is spoken of twice: say one thing, or give each a range of channels=A-B")
             said[name] = [*(o for o in said.get(name, []) if o.channels and override.channels), override]
     result: list[Leaf] = []
     done: set[str] = set()

@@ -20,10 +20,12 @@ from sharefold.errors import SharefoldError
 from sharefold.solvers.grid import pack, unpack
 from sharefold.store import rans
 from sharefold.store.byte_reader import ByteReader, damaged
-from sharefold.store.tensor_spec import FORMAT, KINDS, StoreSpec, TensorSpec, rows_of
+from sharefold.store.tensor_spec import KINDS, StoreSpec, TensorSpec, rows_of
 
 NAME = "blob"
 _HEAD = struct.Struct("<BIIII")  # format, checksum of the rest, bytes of side, of plain, largest coded integer
+# The layout: 3 has vectors among what is entropy-coded, a row each (2 are exact tensors, in `exact.py`).
+_FIRST, _VECTORS = 1, 3
 
 # Those that torch can compare and subtract, and the widest range of values that :func:`pack` takes.
 _INTEGERS, _MOST_BITS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64), 16
@@ -39,7 +41,8 @@ def encode_blob(tensors: Mapping[str, Tensor], spec: StoreSpec) -> Tensor:
     stream = rans.encode(parts.codes, parts.classes, parts.largest)
     squeezed = zlib.compress(parts.side, 9)
     rest = squeezed + parts.plain + stream
-    head = _HEAD.pack(FORMAT, zlib.crc32(rest), len(squeezed), len(parts.plain), parts.largest)
+    vectors = any(entry.kind == "coded" and tensors[name].dim() == 1 for name, entry in spec.tensors.items() if name in tensors)
+    head = _HEAD.pack(_VECTORS if vectors else _FIRST, zlib.crc32(rest), len(squeezed), len(parts.plain), parts.largest)
     return torch.frombuffer(bytearray(head + rest), dtype=torch.uint8)
 
 
@@ -109,8 +112,8 @@ def decode_blob(blob: Tensor, template: Mapping[str, Tensor]) -> tuple[dict[str,
     if len(data) < _HEAD.size:
         raise damaged()
     form, checksum, side_size, plain_size, largest = _HEAD.unpack_from(data)
-    if form > FORMAT:
-        raise SharefoldError(f"store: packed weights of format {form}, this sharefold reads up to {FORMAT}: upgrade it")
+    if form > _VECTORS:
+        raise SharefoldError(f"store: packed weights of format {form}, this sharefold reads up to {_VECTORS}: upgrade it")
     rest = data[_HEAD.size :]
     if zlib.crc32(rest) != checksum or side_size + plain_size > len(rest) or largest > rans.LARGEST:
         raise damaged()
@@ -129,7 +132,10 @@ def decode_blob(blob: Tensor, template: Mapping[str, Tensor]) -> tuple[dict[str,
         elif entry.kind == "fp16":
             found[name] = plain.tensor(torch.float16, like.numel()).reshape(like.shape).to(like.dtype)
         elif entry.kind == "fill":
-            found[name] = side.tensor(_type_of(like), 1).expand(like.numel()).reshape(like.shape).to(like.dtype, copy=True)
+            value = side.tensor(_type_of(like), 1)
+            found[name] = value.expand(like.numel()).reshape(like.shape).to(like.dtype, copy=True)
+            if _fills(found[name]) and like.is_floating_point() and _is_exact(value):
+                specs[name] = TensorSpec("fp16")  # as it was rounded
         elif entry.kind == "int":
             low, bits = side.number("q"), side.number("B")
             codes = plain.codes(bits, like.numel())

@@ -24,25 +24,32 @@ class Codes(nn.Module):
         like: the tensor, for its shape and type.
     """
 
+    type_of: Tensor
+    scales: Tensor
     levels: Tensor
 
     def __init__(self, spec: TensorSpec, like: Tensor) -> None:
         super().__init__()
-        self.spec, self.shape, self.dtype = spec, like.shape, like.dtype
-        self.register_buffer("levels", torch.tensor(spec.levels, dtype=torch.float32) if spec.levels else None)
+        self.spec, self.shape = spec, like.shape
+        # Empty, but it goes with the network to other number types, which the numbers then have.
+        self.register_buffer("type_of", torch.empty(0, dtype=like.dtype))
+        # Bits of float32 as whole numbers, which stay what they are when the network goes to another type.
+        scales = spec.row_scales() if spec.kind != "fp16" else torch.empty(0)
+        self.register_buffer("scales", scales.view(torch.int32))
+        self.register_buffer("levels", torch.tensor(spec.levels, dtype=torch.float32).view(torch.int32))
 
-    def forward(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
-        if scales is None:  # halves
-            return codes.to(self.dtype)
-        numbers = codes.float() if self.spec.kind != "codebook" else self.levels[codes.int()]
-        return (numbers * scales.float()).reshape(self.shape).to(self.dtype)
-
-    def right_inverse(self, tensor: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, codes: Tensor) -> Tensor:
         if self.spec.kind == "fp16":
-            return (tensor.half(),)
+            return codes.view(torch.float16).to(self.type_of.dtype)
+        numbers = self.levels.view(torch.float32)[codes.int()] if self.spec.kind == "codebook" else codes.float()
+        return (numbers * self.scales.view(torch.float32)).reshape(self.shape).to(self.type_of.dtype)
+
+    def right_inverse(self, tensor: Tensor) -> tuple[Tensor]:
+        if self.spec.kind == "fp16":
+            return (tensor.half().view(torch.int16),)
         codes = self.spec.codes(tensor.detach().reshape(rows_of(tensor), -1)).to(tensor.device)
         kind = torch.uint8 if self.spec.kind == "codebook" else torch.int8 if int(codes.abs().max()) <= 127 else torch.int16
-        return codes.to(kind), self.spec.row_scales().to(tensor.device)
+        return (codes.to(kind),)
 
 
 @torch.no_grad()
@@ -64,7 +71,7 @@ def hold_codes_(model: nn.Module, spec: StoreSpec) -> int:
         if tensor is None or tensor.dim() < 2 or places[id(tensor)] > 1 or entry.kind not in KINDS:
             continue
         tensor.requires_grad_(False)
-        parametrize.register_parametrization(module, leaf, Codes(entry, tensor), unsafe=True)
+        parametrize.register_parametrization(module, leaf, Codes(entry, tensor).to(tensor.device), unsafe=True)
         held += 1
     if held:
         for module in model.modules():

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from sharefold.graph import NetworkGraph
 from sharefold.layers import SharedConv, affine, set_affine
+from sharefold.layers.norm_fusion import fusable
+from sharefold.plans import Plan
 
 
 def absorbs(module: nn.Module) -> bool:
@@ -22,14 +24,15 @@ def absorbs(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def absorb_statistics(model: nn.Module) -> None:
-    """Puts every BatchNorm's statistics into its scale and offset; the network computes the same in eval mode.
+def absorb_statistics(model: nn.Module, plan: Plan) -> None:
+    """Puts the statistics of every BatchNorm that ``plan`` does not protect into its scale and offset; the network computes the
+    same in eval mode.
 
     Mean and variance become 0 and 1 - eps, which the file holds in one number each. What the variance was is lost,
     and with it what the norm would do in train mode: run a few batches in train mode before tuning such a network.
     """
-    for module in model.modules():
-        if absorbs(module):
+    for name, module in model.named_modules():
+        if absorbs(module) and not plan.protects(name):
             set_affine(module, *affine(module))
 
 
@@ -42,10 +45,14 @@ class Gain:
     scale: Tensor
 
 
-def gains_of(model: nn.Module, graph: NetworkGraph, tensors: Mapping[str, Tensor]) -> dict[str, Gain]:
+def gains_of(model: nn.Module, graph: NetworkGraph, tensors: Mapping[str, Tensor], plan: Plan) -> dict[str, Gain]:
     """For those of ``tensors`` whose rows are the outputs of one layer, with a norm behind it that reads nothing else: its gain.
 
-    Without a graph other readers of a layer's output are not seen: then there are none.
+    Left out are layers with a bias, which others may read, norms that ``plan`` protects, and all of a network without a graph,
+    where other readers of a layer's output are not seen.
+
+    Args:
+        tensors: those that are rounded, by name; of a network in eval mode.
     """
     if graph.fx_graph is None:
         return {}
@@ -54,25 +61,25 @@ def gains_of(model: nn.Module, graph: NetworkGraph, tensors: Mapping[str, Tensor
     norms = Counter(id(modules[record.norm]) for record in graph.layers.values() if record.norm in modules)
     found = {}
     for name, record in graph.layers.items():
-        layer, norm = modules.get(name), modules.get(record.norm or "")
-        if layer is None or norm is None or not absorbs(norm) or layers[id(layer)] > 1 or norms[id(norm)] > 1:
+        layer, norm = modules.get(name), None if record.norm is None else modules.get(record.norm)
+        if record.norm is None or layer is None or norm is None or plan.protects(record.norm):
+            continue
+        if layers[id(layer)] > 1 or norms[id(norm)] > 1:
+            continue
+        if not absorbs(norm) or not fusable(layer, norm) or layer.bias is not None:
             continue
         key = f"{name}.weight"
         if isinstance(layer, SharedConv):
-            if layer.form.standardize is not None or layer.linear_part() is None or layer.bias is not layer.own_bias:
+            if layer.linear_part() is None:
                 continue
             key = f"{name}.{layer.coefficients_name}"
         scale = affine(norm)[0].detach().double().cpu()
         if key in tensors and len(tensors[key]) == len(scale) and bool(scale.isfinite().all()):
-            found[key] = Gain(name, cast(str, record.norm), scale)
+            found[key] = Gain(name, record.norm, scale)
     return found
 
 
 @torch.no_grad()
 def take_up(model: nn.Module, gain: Gain) -> None:
-    """Makes the norm's scale 1 and multiplies the layer's own bias by what it was; the caller multiplies the tensor's rows."""
+    """Makes the norm's scale 1; the caller multiplies the rows of the layer's tensor by what it was."""
     cast(Tensor, model.get_submodule(gain.norm).weight).fill_(1)
-    layer = model.get_submodule(gain.layer)
-    bias = layer.own_bias if isinstance(layer, SharedConv) else layer.bias
-    if isinstance(bias, Tensor):
-        bias.mul_(gain.scale.to(bias))

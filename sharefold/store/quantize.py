@@ -21,8 +21,9 @@ from sharefold.outputs import Divergence
 from sharefold.plans import Progress
 from sharefold.running import COMPUTED, evaluating
 from sharefold.settings import with_plain_settings
+from sharefold.store.held_codes import check_holds_none
 from sharefold.store.norm_absorption import gains_of
-from sharefold.store.prepare import Prepared, matrices, prepare
+from sharefold.store.prepare import Prepared, matrices, plan_of, prepare
 from sharefold.store.round_network import round_network
 from sharefold.store.size import file_bytes, size_predictor
 from sharefold.store.specs_for import halves, nearest, snap_
@@ -74,6 +75,7 @@ def quantize_(
         SharefoldError: an unknown spec, a tensor of eight-bit floats, or a budget below what the coarsest rounding needs.
     """
     request = parse_store(spec)
+    check_holds_none(model, "store")
     config_of(model)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and tensor.dtype not in COMPUTED:
@@ -192,7 +194,7 @@ def _step_for(model: nn.Module, prepared: Prepared, request: StoreRequest) -> St
 
     budget = request.budget
     assert budget is not None
-    gains = gains_of(model, prepared.graph, matrices(model))
+    gains = gains_of(model, prepared.graph, matrices(model), plan_of(model))
     predicted = size_predictor(model, gains)
 
     @cache

@@ -17,7 +17,7 @@ from sharefold.solvers.least_squares import ROUNDING_PULL, PulledLeastSquares
 from sharefold.solvers.moments import Moments, PairSums
 from sharefold.store.gathering import gather, runs
 from sharefold.store.norm_absorption import Gain, absorb_statistics, gains_of, take_up
-from sharefold.store.prepare import Prepared, matrices
+from sharefold.store.prepare import Prepared, matrices, plan_of
 from sharefold.store.rounding import round_matrix
 from sharefold.store.specs_for import halves, matrix_spec, offset_specs, snap_
 from sharefold.store.tensor_spec import StoreRequest, StoreSpec
@@ -33,9 +33,9 @@ def round_network(
     Returns:
         How, and whether every layer was fitted to the outputs of ``teacher`` on the inputs that rounded layers before it give.
     """
-    wanted = matrices(model)
+    wanted, plan = matrices(model), plan_of(model)
     absorbing = request.kind != "grid" or request.bits < 8
-    rounder = _Rounder(wanted, prepared, request, gains_of(model, prepared.graph, wanted) if absorbing else {})
+    rounder = _Rounder(wanted, prepared, request, gains_of(model, prepared.graph, wanted, plan) if absorbing else {})
     for name in wanted:
         if name.startswith("sharefold_banks."):
             rounder.settle(name, prepared.metrics.get(name))
@@ -59,7 +59,7 @@ def round_network(
         if name not in rounder.spec.tensors:
             rounder.settle(name, None)
     if absorbing:
-        absorb_statistics(model)
+        absorb_statistics(model, plan)
         rounder.take_gains(model)
     found = halves(model)
     offsets = offset_specs(model, prepared, rounder.gains, request)
@@ -84,7 +84,8 @@ class _Rounder:
         matrix = tensor.detach().cpu().flatten(1)
         scale = None if gain is None else gain.scale.unsqueeze(1)
         if scale is not None:
-            matrix, rows = (matrix.double() * scale).to(matrix), rows / scale.square().flatten()
+            power = scale.square().flatten()
+            matrix, rows = (matrix.double() * scale).to(matrix), torch.where(power > 0, rows / power, rows)
         entry = self.spec.tensors[name] = matrix_spec(matrix, rows, self.request, metric)
         rounded = round_matrix(matrix, entry, metric)
         if scale is not None:
@@ -156,8 +157,10 @@ def _refitted(matrix: Tensor, gram: Tensor, cross: Tensor) -> Tensor:
 
 
 def _match_mean(model: nn.Module, teacher: nn.Module, name: str, norm: str | None, inputs: PairSums) -> None:
-    """Gives the layer's output the mean that is wanted, through its bias or the running mean of its norm."""
-    layer = model.get_submodule(name)
+    """Gives the layer's output the mean that is wanted, through its bias or its norm's running mean, if neither is protected."""
+    layer, plan = model.get_submodule(name), plan_of(model)
+    if plan.protects(name) or (norm is not None and plan.protects(norm)):
+        return
     weight = (layer.compose() if isinstance(layer, SharedConv) else cast(Tensor, layer.weight)).detach().flatten(1)
     ours = mean_output(weight.cpu().double(), inputs.mean.double())
     give_mean(teacher, model, layer, norm, inputs.mean_y.flatten() - ours)

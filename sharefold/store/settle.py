@@ -18,14 +18,24 @@ from sharefold.store.quantize import StoreReport
 from sharefold.store.size import file_bytes
 from sharefold.store.tensor_spec import StoreSpec, TensorSpec, carry_spec, rows_of
 
+# Images that decide, at least: the best scale for a few certain answers is a matter of chance.
+FEWEST = 30
+WIDEST = 2.0
+
 
 def settle_rounded(work: Work, report: StoreReport) -> dict[str, float]:
-    """Gives the logits of ``work.model``, which was rounded, the scale of least divergence, if its file keeps to its budget.
+    """Gives the logits of ``work.model``, which was rounded, the scale of least divergence.
+
+    Left as it is where few images decide, where a factor is beyond what rounding does, where the divergence does not clearly fall
+    and where the file would grow beyond its budget.
 
     Returns:
         The factors by the name of the output; none where nothing was scaled.
     """
-    model, confidence = work.model, Confidence(work)
+    model, guard = work.model, work.guard
+    if len(work.cal.parts.decide) < FEWEST:
+        return {}
+    confidence, now = Confidence(work), guard.divergence(model)
     factors = confidence.settle()
     confidence.undo()
     names = {id(module): name for name, module in model.named_modules()}
@@ -33,8 +43,13 @@ def settle_rounded(work: Work, report: StoreReport) -> dict[str, float]:
     spec = report.spec
     for output, factor in factors.items():
         spec = rescale_(model, spec, names[id(confidence.layers[output])], factor)
-    size, budget = file_bytes(model, spec), report.request.budget
-    if not factors or (budget is not None and size > budget):
+    kept = bool(factors) and all(1 / WIDEST < factor < WIDEST for factor in factors.values())
+    if kept and guard.better(guard.divergence(model), now):
+        size, budget = file_bytes(model, spec), report.request.budget
+        kept = budget is None or size <= budget
+    else:
+        kept = False
+    if not kept:
         with torch.no_grad():
             for tensor, value in before:
                 tensor.copy_(value)

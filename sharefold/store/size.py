@@ -13,6 +13,7 @@ from sharefold.store.blob import NAME, blob_bytes
 from sharefold.store.file_content import file_content, metadata_for
 from sharefold.store.norm_absorption import Gain, absorb_statistics, take_up
 from sharefold.store.plain_size import plain_bytes
+from sharefold.store.prepare import plan_of
 from sharefold.store.tensor_spec import FORMAT, StoreSpec
 
 
@@ -30,7 +31,7 @@ def size_predictor(model: nn.Module, gains: Mapping[str, Gain]) -> Callable[[Sto
     """About the bytes of that file, for any spec, if BatchNorms absorb their statistics, ``gains`` go into the layers, and all
     tensors go to the nearest values that the spec holds. What does not depend on the spec is done here, once."""
     model = copy.deepcopy(model)
-    absorb_statistics(model)
+    absorb_statistics(model, plan_of(model))
     for gain in gains.values():
         take_up(model, gain)  # rows and their steps grow alike: the codes stay
     config, tensors = _content(model)

@@ -84,15 +84,15 @@ def offset_specs(
         power = importance
         if gain is not None:
             vectors, scale = [f"{gain.norm}.bias", *vectors], gain.scale.square()
-            power = importance / scale.clamp_min(ROW_FLOOR * float(scale.mean()))
+            power = importance / scale.clamp_min(max(ROW_FLOOR * float(scale.mean()), 1e-30))
         mean = float(power.mean())
         for vector in vectors:
             offsets = state.get(vector)
-            if matrix is None or offsets is None or offsets.numel() < SHORTEST or not mean > 0:
+            if matrix is None or offsets is None or offsets.numel() < SHORTEST or not 0 < mean < math.inf:
                 continue
             step = request.step * math.sqrt(OFFSET_SHARE * matrix[0].numel() / mean)
             least = float(offsets.abs().max()) / (ROOM * LARGEST)
-            if math.isfinite(step) and math.isfinite(least):
+            if 0 < step < math.inf and math.isfinite(least):
                 found[vector] = TensorSpec("coded", 0, 2.0 ** _octave(step, least), [0])
     return found
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 from sharefold.calibration import images as images_of
 from sharefold.calibration.images import matched
 from sharefold.calibration.input_matching import _mismatch, match_statistics
+from sharefold.errors import SharefoldWarning
 
 
 @pytest.fixture
@@ -118,3 +121,52 @@ def test_large_images_are_matched_in_small_batches(trained: nn.Module, monkeypat
     assert told == [("matching procedural images", 1, 2), ("matching procedural images", 2, 2)]
     huge = torch.randn(1, 3, 400, 400)
     assert matched(trained, huge) is huge
+
+
+class Odd(nn.Module):
+    """One convolution and its norm, run in a way that gradients may not pass."""
+
+    def __init__(self, body: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.norm, self.body = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), body
+        self.norm.running_var.fill_(2)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self, x)
+
+
+def without_gradients(net: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return net.norm(net.conv(x))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [without_gradients, lambda net, x: net.conv(x), lambda net, x: net.norm(net.conv(x.detach()))],
+    ids=["no gradients", "no norm runs", "detached"],
+)
+def test_networks_without_gradients_get_images_that_are_not_matched(body: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    images = torch.randn(4, 3, 16, 16)
+    with pytest.warns(SharefoldWarning, match="procedural images are not matched to the network's norms"):
+        found = match_statistics(Odd(body), images, 2)
+    assert torch.equal(found, images) and not found.requires_grad
+
+
+def test_steps_that_are_not_finite_move_nothing() -> None:
+    net, images = Odd(lambda net, x: net.norm(net.conv(x))).half(), torch.randn(4, 3, 16, 16).half()
+    net.norm.running_var.fill_(1e-7), net.norm.running_mean.fill_(3e4)
+    with pytest.warns(SharefoldWarning, match="not matched"):
+        assert torch.equal(match_statistics(net, images, 3), images)
+
+
+def test_what_networks_do_to_their_input_is_no_hindrance() -> None:
+    images = torch.randn(4, 3, 16, 16)
+    keyword = Odd(lambda net, x: net.norm(input=net.conv(x)))
+    in_place = Odd(lambda net, x: net.norm(net.conv(x.sub_(0.5))))
+    for net in (keyword, in_place):
+        before = images.clone()
+        found = match_statistics(net, images, 3)
+        assert not torch.equal(found, images) and torch.equal(images, before)
+        with torch.inference_mode():
+            assert torch.allclose(match_statistics(net, images, 3), found)

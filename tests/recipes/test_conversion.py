@@ -16,6 +16,7 @@ from sharefold.errors import SharefoldError
 from sharefold.layers import banks, repeat_blocks, shared_layers
 from sharefold.models.cifar_resnet import CifarResNet
 from sharefold.models.lrunet import LruNet, LruNetUnrolled, unroll_lrunet
+from sharefold.store import quantize_
 
 
 @pytest.mark.parametrize("recipe", CASES)
@@ -174,3 +175,17 @@ def test_new_norms_hold_the_responses_statistics() -> None:
     responses = seen[0].transpose(0, 1).flatten(1)
     assert torch.allclose(layer.norm.running_mean, responses.mean(1), atol=0.05 * float(responses.std()))
     assert torch.allclose(layer.norm.running_var, responses.var(1), rtol=0.15)
+
+
+@pytest.mark.parametrize("recipe", CASES)
+@pytest.mark.parametrize("store", ["int8", "mixed:step=0.002"])
+def test_published_systems_are_stored_in_few_bits(recipe: str, store: str, tmp_path: Path) -> None:
+    dense, model, _, _, size = small_converted(recipe)
+    x = torch.randn(24, 3, size, size)
+    before = model.eval()(x).detach()
+    quantize_(model, store, x)
+    with torch.no_grad():
+        rounded = model(x)
+        assert float((rounded - before).norm() / before.norm()) < 0.2
+        save(model, tmp_path / "net.safetensors")
+        assert torch.equal(load(tmp_path / "net.safetensors", model=dense)(x), rounded)

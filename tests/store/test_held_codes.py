@@ -11,6 +11,7 @@ from torch import nn
 
 import sharefold
 from sharefold.errors import SharefoldError
+from sharefold.finetune import finetune
 from sharefold.plans import Plan
 from sharefold.store import quantize_
 
@@ -69,11 +70,30 @@ def test_an_int8_network_takes_little_more_memory_than_its_file(shared: bool, tm
 def test_it_is_for_inference_alone(tmp_path: Path) -> None:
     file = rounded(tmp_path, "int8")
     held = sharefold.load(file, model=trained(), keep_codes=True)
-    with pytest.raises(SharefoldError, match=r"^save: layer '.*' holds the codes of its file: load the network without"):
-        sharefold.save(held, tmp_path / "other.safetensors")
+    for what, work in {
+        "save": lambda: sharefold.save(held, tmp_path / "other.safetensors"),
+        "expand": lambda: sharefold.expand(held),
+        "convert": lambda: sharefold.convert_(held, Plan([], 0, 0), images()),
+        "store": lambda: quantize_(held, "int4", images()),
+        "finetune": lambda: finetune(held, (images(), torch.zeros(48).long()), epochs=1),
+    }.items():
+        with pytest.raises(SharefoldError, match=rf"^{what}: layer '.*' holds the codes of its file: load the network without"):
+            work()
     assert not (tmp_path / "other.safetensors").exists()
-    with pytest.raises(SharefoldError, match="^expand: layer"):
-        sharefold.expand(held)
+
+
+@pytest.mark.parametrize("text", ["fp16", "int8", "kmeans4"])
+def test_other_number_types_get_numbers_of_theirs(text: str, tmp_path: Path) -> None:
+    file = rounded(tmp_path, text)
+    plain = sharefold.load(file, model=trained())
+    held = sharefold.load(file, model=trained(), keep_codes=True)
+    wanted = plain(images())
+    with torch.no_grad():
+        for kind in (torch.float64, torch.bfloat16, torch.float32):
+            found = held.to(kind)(images().to(kind))
+            allowed = 0.1 if kind == torch.bfloat16 else 0.01
+            assert found.dtype == kind and float((found - wanted).norm() / wanted.norm()) < allowed
+    assert torch.equal(held.stem.weight, plain.stem.weight) and torch.equal(held.head.weight, plain.head.weight)
 
 
 def test_a_network_that_was_not_rounded_has_no_codes(tmp_path: Path) -> None:

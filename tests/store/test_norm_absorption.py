@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.layers import StdConv2d
 from torch import Tensor, nn
 
 import sharefold
@@ -28,9 +29,9 @@ class Reused(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.shared, self.read = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(4))
+        self.first, self.second, self.shared, self.read = (nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(4))
         self.one, self.other, self.third, self.last = (nn.BatchNorm2d(8) for _ in range(4))
-        self.alone, self.norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.alone, self.norm = nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.one(self.first(x)) + self.one(self.second(x))
@@ -53,16 +54,16 @@ def lively(model: nn.Module) -> nn.Module:
 def absorbed(model: nn.Module, example: Tensor, original: nn.Module | None = None) -> list[str]:
     """Absorbs everything, without rounding; the tensors whose rows were multiplied."""
     tensors = matrices(model)
-    gains = gains_of(model, analyze(model if original is None else original, example), tensors)
+    gains = gains_of(model, analyze(model if original is None else original, example), tensors, Plan([], 0, 0))
     with torch.no_grad():
-        absorb_statistics(model)
+        absorb_statistics(model, Plan([], 0, 0))
         for name, gain in gains.items():
             take_up(model, gain)
             tensors[name].mul_(gain.scale.reshape(-1, *[1] * (tensors[name].dim() - 1)))
     return list(gains)
 
 
-def test_gains_of_any_sign_go_into_rows_and_biases() -> None:
+def test_gains_of_any_sign_go_into_rows() -> None:
     model = lively(Tiny().double())
     with torch.no_grad():
         model.blocks[0].bn1.weight[3] = 0.0
@@ -93,6 +94,77 @@ def test_norms_and_layers_with_other_readers_are_left_alone() -> None:
     assert float((model(x) - before).abs().max()) < 1e-9 * float(before.abs().max())
 
 
+class Clamping(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.clamp(-0.3, 0.3))
+
+
+class Odd(nn.Module):
+    """A layer and a norm behind it, in front of a classifier."""
+
+    def __init__(self, layer: nn.Module, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.stem, self.layer, self.norm = nn.Conv2d(3, 16, 3, padding=1), layer, norm or nn.BatchNorm2d(16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.head(self.norm(self.layer(self.stem(x).relu())).relu().mean((2, 3))))
+
+
+class Tokens(nn.Module):
+    """As many tokens as features, so that the norm's channels are the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.head = nn.Linear(12, 36), nn.BatchNorm1d(36), nn.Linear(36, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.head(self.norm(self.layer(x.flatten(1, 2))).relu().mean(1)))
+
+
+def tied() -> nn.Module:
+    """The bias in front of the norm is that of the stem, too."""
+    model = Odd(nn.Conv2d(16, 16, 3))
+    model.stem.bias = cast(nn.Parameter, model.layer.bias)
+    return model
+
+
+ODD = {
+    "standardised": lambda: Odd(StdConv2d(16, 16, 3)),
+    "a norm of one's own": lambda: Odd(nn.Conv2d(16, 16, 3, bias=False), Clamping(16)),
+    "a bias": lambda: Odd(nn.Conv2d(16, 16, 3)), "a tied bias": tied, "tokens": Tokens,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_pairs_are_left_alone(kind: str, tmp_path: Path) -> None:
+    original = lively(ODD[kind]())
+    if kind == "tokens":
+        nn.init.uniform_(original.norm.weight, 0.3, 2)
+    model, x = copy.deepcopy(original), images(60)
+    assert not gains_of(model, analyze(model, x[:1]), matrices(model), Plan([], 0, 0))
+    sharefold.convert_(model, Plan([], 0, 0, store="int5"), x)
+    found, wanted = model(x), original(x)
+    assert float((found - wanted).norm() / wanted.norm()) < 0.05
+    file = sharefold.save(model, tmp_path / "net.safetensors")
+    assert torch.equal(sharefold.load(file, model=copy.deepcopy(original))(x), found)
+
+
+def test_norms_that_say_nothing_and_those_that_are_excluded() -> None:
+    original = lively(Odd(nn.Conv2d(16, 16, 3, bias=False)))
+    nn.init.zeros_(original.norm.weight)
+    model, x = copy.deepcopy(original), images(60)
+    sharefold.convert_(model, Plan([], 0, 0, store="mixed:step=0.002"), x)
+    assert torch.allclose(model(x), original(x), atol=1e-2 * float(original(x).abs().max()))
+    original = lively(Odd(nn.Conv2d(16, 16, 3, bias=False)))
+    for exclude in ("^norm", "^layer", "^stem"):
+        model = copy.deepcopy(original)
+        sharefold.convert_(model, Plan([], 0, 0, store="int4", exclude=exclude), x)
+        kept = {name: tensor for name, tensor in original.state_dict().items() if name.startswith(exclude[1:])}
+        assert kept and all(torch.equal(model.state_dict()[name], tensor) for name, tensor in kept.items())
+        assert float((model(x) - original(x)).norm() / original(x).norm()) < 0.1
+
+
 def test_nothing_is_taken_up_where_readers_cannot_be_seen() -> None:
     class Branching(Tiny):
         def forward(self, x: Tensor) -> Tensor:
@@ -100,7 +172,7 @@ def test_nothing_is_taken_up_where_readers_cannot_be_seen() -> None:
 
     model = Branching()
     graph = analyze(model, images(1))
-    assert graph.fx_graph is None and gains_of(model, graph, matrices(model)) == {}
+    assert graph.fx_graph is None and gains_of(model, graph, matrices(model), Plan([], 0, 0)) == {}
 
 
 @pytest.mark.parametrize("text", ["mixed:step=0.01", "int4", "kmeans4"])
@@ -128,11 +200,13 @@ def test_halves_that_are_all_the_same_take_one_number() -> None:
     spec = StoreSpec({"a": TensorSpec("fp16"), "b": TensorSpec("fp16")})
     same, other = {"a": torch.full((500,), 0.75), "b": torch.zeros(())}, {"a": torch.arange(500.0), "b": torch.zeros(())}
     assert blob_bytes(other, spec) - blob_bytes(same, spec) >= 990
-    found, _ = decode_blob(encode_blob(same, spec), same)
+    found, again = decode_blob(encode_blob(same, spec), same)
     assert torch.equal(found["a"], same["a"]) and torch.equal(found["b"], same["b"])
+    # Trained under rounding it stays one of halves.
+    assert again.tensors["a"].kind == "fp16"
 
 
-def test_offsets_are_coded_by_powers_of_two_that_halves_can_hold() -> None:
+def test_offsets_are_coded_by_powers_of_two_that_halves_can_hold(tmp_path: Path) -> None:
     original = lively(Tiny(width=24))
     models = [copy.deepcopy(original) for _ in range(2)]
     for model in models:
@@ -146,5 +220,9 @@ def test_offsets_are_coded_by_powers_of_two_that_halves_can_hold() -> None:
         assert np.log2(entry.top).is_integer() and entry.scales == [0]
         assert torch.equal(state[name], state[name].half().float())
         assert float(state[name].abs().max()) / entry.top < 2048
+    file = sharefold.save(model, tmp_path / "net.safetensors")
+    assert file.stat().st_size == report.bytes
+    assert torch.equal(sharefold.load(file, model=Tiny(width=24))(images()), model(images()))
+    assert int(encode_blob(state, report.spec)[0]) == 3  # older readers ask for a newer sharefold
     fine = quantize_(models[1], "mixed:step=0.0001", images(), original=original).spec
     assert all(fine.tensors[name].top < entry.top for name, entry in coded.items())

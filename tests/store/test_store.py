@@ -17,6 +17,7 @@ from torch import nn
 import sharefold
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.measure import agreement
+from sharefold.plans import Plan
 from sharefold.store import StoreSpec, fake_quantize, file_bytes, parse_store, plan_store, quantize_, snap_
 from sharefold.store.norm_absorption import absorb_statistics, gains_of, take_up
 from sharefold.store.prepare import matrices, prepare
@@ -49,10 +50,10 @@ def test_the_size_is_predicted_before_anything_is_rounded(step: float) -> None:
     original, model = converted()
     graph = sharefold.analyze(original, images(1))
     prepared = prepare(original, model, graph, images())
-    gains = gains_of(model, graph, matrices(model))
+    gains = gains_of(model, graph, matrices(model), Plan([], 0, 0))
     spec = nearest_specs(model, prepared, gains, step)
     predicted = size_predictor(model, gains)(spec)
-    absorb_statistics(model)
+    absorb_statistics(model, Plan([], 0, 0))
     for gain in gains.values():
         take_up(model, gain)
     snap_(model, spec)
