@@ -364,8 +364,8 @@ def files() -> str | None:
     head = ["network", "top-1 [%]", "NNCodec [kB]", "sharefold [kB]", "share"]
     first = data["rows"][0]
     note = (f"Whole files of the same accuracy: {first['codec'].replace('nncodec', 'NNCodec')}, dependent quantisation, no "
-            "images, and sharefold with 2,000 images without labels, between the points of the table above, dated there (linear in the "
-            f"logarithm of the size). `python benchmarks/bytes.py`, {machine(first['hardware'])}. "
+            "images, and sharefold with 2,000 images without labels, between the points of the table above, dated there "
+            f"(linear in the logarithm of the size). `python benchmarks/bytes.py`, {machine(first['hardware'])}. "
             + taken(rows=data["rows"]))  # fmt: skip
     return table(head, rows) + "\n\n" + note
 
