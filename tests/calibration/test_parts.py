@@ -88,6 +88,7 @@ def test_nothing_but_the_figures_depends_on_the_images_of_the_report(options: di
 
 
 def test_what_is_solved_and_rounded_does_not_depend_on_the_images_that_decide() -> None:
+    """But for the scale of the logits, a number."""
     plan = sharefold.plan(net(), "50%", sharefold.calibrate(net(), images()), method=("basis", "svd"))
     plan.store = "int4"
 
@@ -97,7 +98,12 @@ def test_what_is_solved_and_rounded_does_not_depend_on_the_images_that_decide() 
 
     (first, _), (second, _) = (converted(x) for x in (images(), replaced("decide")))
     mine, theirs = first.state_dict(), second.state_dict()
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    last = [name for name in mine if name.startswith("head.")]
+    assert last and mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine if name not in last)
+    for name in last:
+        factor = float(theirs[name].norm() / mine[name].norm())
+        assert torch.allclose(theirs[name], factor * mine[name], rtol=1e-3) and 0.8 < factor < 1.25
     third, _ = converted(replaced("fit"))
     assert any(not torch.equal(mine[name], tensor) for name, tensor in third.state_dict().items() if name in mine)
 
