@@ -20,6 +20,7 @@ from sharefold.store.tensor_spec import StoreSpec, TensorSpec, carry_spec, rows_
 
 # Images that decide, at least: the best scale for a few certain answers is a matter of chance.
 FEWEST = 30
+# Rounding changes the scale by less than this, either way.
 WIDEST = 2.0
 
 
@@ -43,13 +44,10 @@ def settle_rounded(work: Work, report: StoreReport) -> dict[str, float]:
     spec = report.spec
     for output, factor in factors.items():
         spec = rescale_(model, spec, names[id(confidence.layers[output])], factor)
-    kept = bool(factors) and all(1 / WIDEST < factor < WIDEST for factor in factors.values())
-    if kept and guard.better(guard.divergence(model), now):
-        size, budget = file_bytes(model, spec), report.request.budget
-        kept = budget is None or size <= budget
-    else:
-        kept = False
-    if not kept:
+    plausible = bool(factors) and all(1 / WIDEST < factor < WIDEST for factor in factors.values())
+    kept = plausible and guard.better(guard.divergence(model), now)
+    size, budget = file_bytes(model, spec) if kept else report.bytes, report.request.budget
+    if not kept or (budget is not None and size > budget):
         with torch.no_grad():
             for tensor, value in before:
                 tensor.copy_(value)
