@@ -370,6 +370,37 @@ def files() -> str | None:
     return table(head, rows) + "\n\n" + note
 
 
+def claims() -> str | None:
+    """What conversions say of their agreement on new images, beside what it is."""
+    data = read("agreement.json")
+    if data is None:
+        return None
+    rows, inside = [], 0
+
+    def note(network: str, size: str, images: str, said: float, interval: list[float], truth: float) -> None:
+        nonlocal inside
+        low, high = interval
+        inside += low <= truth <= high
+        told = f"{100 * said:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+        rows.append([named(network), size, images, told, f"{100 * truth:.1f}", "yes" if low <= truth <= high else "no"])
+
+    for row in data["rows"]:
+        kind, images = ("new_", "mild views") if row["seen_before"] else ("", "report images")
+        said, interval = row[f"{kind}agreement"], row[f"{kind}agreement_interval"]
+        note(row["network"], row["size"], images, said, interval, row["test_agreement"])
+    imagenet = [
+        row for row in (read("imagenet.json") or {}).get("rows", [])
+        if row["said_interval"] and not row["refine"] and not row.get("classes") and row["size"].endswith("%")
+    ]  # fmt: skip
+    for row in imagenet:
+        note(row["network"], row["size"], "report images", row["said_agreement"], row["said_interval"], row["agreement"])
+    text = (f"Agreement with the original [%] as the command says it, with its interval, and on test images (10,000 of CIFAR-10, "
+            f"1,300 of ImageNet); {inside} of {len(rows)} lie inside. `python benchmarks/agreement.py` and "
+            f"`python benchmarks/imagenet.py`, seed 0, {machine(data['hardware'])}. "
+            + taken("agreement.json", rows=imagenet))  # fmt: skip
+    return table(["network", "size", "measured on", "said", "on test images", "inside"], rows) + "\n\n" + text
+
+
 # Rows of the short table, where they were measured: networks, and sizes of parameters or files.
 SHORT = {"resnet20": ("50%", "0.08MB"), "resnet56": ("50%", "25%", "0.33MB")}
 
@@ -450,10 +481,10 @@ def _mean_cell(top1: list[float]) -> str:
 TABLES: dict[str, Callable[[], str | None]] = {
     "demo": demo, "methods": methods, "finetune": finetune, "ablation": ablation, "recipes": recipes,
     "objectives": objectives, "across": across, "label_free": label_free, "onnx": onnx, "forms": forms,
-    "results": results, "speed": speed, "bytes": files,
+    "results": results, "speed": speed, "bytes": files, "agreement": claims,
 }  # fmt: skip
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("results", "fine-tuning", "planning", "using")))
+PAGES = (ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("results", "fine-tuning", "planning", "using", "figures")))
 PAGES += (DOCS / "methods" / "recipes.md", DOCS / "methods" / "hybrid.md")
 
 
