@@ -34,10 +34,10 @@ from torch import nn
 
 RESULTS = Path(__file__).parent / "results"
 # Quantisation parameters: the file shrinks as they rise.
-STEPS = {"resnet20": (-28, -26, -24, -22, -20, -18, -16), "resnet56": (-28, -26, -24, -22, -20, -18, -16)}
+STEPS = (-28, -26, -24, -22, -20, -18, -16)
 
 
-def coded(model: nn.Module, python: str, steps: Sequence[int]) -> tuple[str, dict[int, tuple[int, nn.Module]]]:
+def coded(model: nn.Module, python: str, steps: Sequence[int] = STEPS) -> tuple[str, dict[int, tuple[int, nn.Module]]]:
     """NNCodec's version, and by quantisation parameter the bytes and the network that comes back."""
     floats = {name: tensor.numpy() for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     found = {}
@@ -105,13 +105,13 @@ def draw(rows: Sequence[dict[str, Any]], curves: dict[str, list[tuple[float, flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nncodec", help="python of an environment with nncodec; without it the rows of earlier runs stay")
-    parser.add_argument("--networks", nargs="+", choices=WEIGHTS, default=list(STEPS))
+    parser.add_argument("--networks", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
     options = parser.parse_args()
     out = RESULTS / "bytes.json"
     rows = json.loads(out.read_text())["rows"] if out.exists() else []
     for network in options.networks if options.nncodec else ():
         model, data = load(network, 0, 1)
-        version, found = coded(model, options.nncodec, STEPS[network])
+        version, found = coded(model, options.nncodec)
         rows = [row for row in rows if row["network"] != network]
         for step, (size, decoded) in found.items():
             top1 = correct(decoded, *data["test"], data["normalize"])

@@ -375,27 +375,25 @@ def claims() -> str | None:
     data = read("agreement.json")
     if data is None:
         return None
-    rows, inside = [], 0
-
-    def note(network: str, size: str, images: str, said: float, interval: list[float], truth: float) -> None:
-        nonlocal inside
-        low, high = interval
-        inside += low <= truth <= high
-        told = f"{100 * said:.1f} ({100 * low:.1f} to {100 * high:.1f})"
-        rows.append([named(network), size, images, told, f"{100 * truth:.1f}", "yes" if low <= truth <= high else "no"])
-
+    found = []
     for row in data["rows"]:
         kind, images = ("new_", "mild views") if row["seen_before"] else ("", "report images")
         said, interval = row[f"{kind}agreement"], row[f"{kind}agreement_interval"]
-        note(row["network"], row["size"], images, said, interval, row["test_agreement"])
+        found.append((row["network"], row["size"], images, said, interval, row["test_agreement"]))
     imagenet = [
         row for row in (read("imagenet.json") or {}).get("rows", [])
         if row["said_interval"] and not row["refine"] and not row.get("classes") and row["size"].endswith("%")
     ]  # fmt: skip
-    for row in imagenet:
-        note(row["network"], row["size"], "report images", row["said_agreement"], row["said_interval"], row["agreement"])
+    keys = ("said_agreement", "said_interval", "agreement")
+    found += [(row["network"], row["size"], "report images", *(row[key] for key in keys)) for row in imagenet]
+    inside = [low <= truth <= high for *_, (low, high), truth in found]
+    rows = [
+        [named(network), size, images, f"{100 * said:.1f} ({100 * low:.1f} to {100 * high:.1f})", f"{100 * truth:.1f}",
+         "yes" if within else "no"]
+        for (network, size, images, said, (low, high), truth), within in zip(found, inside, strict=True)
+    ]  # fmt: skip
     text = (f"Agreement with the original [%] as the command says it, with its interval, and on test images (10,000 of CIFAR-10, "
-            f"1,300 of ImageNet); {inside} of {len(rows)} lie inside. `python benchmarks/agreement.py` and "
+            f"1,300 of ImageNet); {sum(inside)} of {len(rows)} lie inside. `python benchmarks/agreement.py` and "
             f"`python benchmarks/imagenet.py`, seed 0, {machine(data['hardware'])}. "
             + taken("agreement.json", rows=imagenet))  # fmt: skip
     return table(["network", "size", "measured on", "said", "on test images", "inside"], rows) + "\n\n" + text

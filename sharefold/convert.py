@@ -234,7 +234,7 @@ def _mended(
 
 
 def _rounded(model: nn.Module, plan: Plan, cal: Calibration, progress: Progress | None) -> StepRecord:
-    """Rounds to what the file will hold; nothing decides on that, and the record tells what it costs."""
+    """Rounds to what the file will hold, whatever it costs, which the record tells; then settles the scale of the logits."""
     assert plan.store is not None
     store, guard = plan.store, Guard(cal.decided) if cal.comparable else None
 

@@ -14,7 +14,7 @@ from sharefold.errors import SharefoldError
 from sharefold.graph.layers import OTHER_CONVS
 from sharefold.layers import SharedConv
 from sharefold.plans import Progress
-from sharefold.running import dtype_of
+from sharefold.running import batch_within, dtype_of
 
 # Enough for every moment of a CIFAR network, and to report agreement within a few points; of large procedural images, fewer.
 COUNT, LARGE_COUNT = 1000, 64
@@ -61,7 +61,7 @@ def matched(model: nn.Module, images: Tensor, seed: int = 0, progress: Progress 
     pixels = images.shape[-2] * images.shape[-1]
     if pixels > MATCHED_PIXELS:
         return images
-    batch = min(MATCHED_TOGETHER, max(1, BATCH_PIXELS // pixels))
+    batch = batch_within(BATCH_PIXELS, pixels, MATCHED_TOGETHER)
     return match_statistics(model, images, batch_size=batch, seed=seed, progress=progress)
 
 

@@ -128,9 +128,9 @@ class Guard:
         """As :meth:`attempt` for what was asked for and stays whatever it does: the record tells what it has cost."""
         start = time.perf_counter()
         before = self.current(model)
+        self._now = None  # from here on; the change may have measured what it leaves
         details = change()
-        self._now = self.divergence(model)
-        return StepRecord(name, True, "", before, self._now, time.perf_counter() - start, details, self.images)
+        return StepRecord(name, True, "", before, self.current(model), time.perf_counter() - start, details, self.images)
 
     def _first_layers(
         self, divergence: Callable[[], float], done: Partial, before: float, after: float

@@ -13,7 +13,7 @@ from sharefold.errors import SharefoldError
 from sharefold.layers.weight_cache import Keeper
 from sharefold.store.tensor_spec import StoreSpec, TensorSpec, rows_of
 
-KINDS = ("fp16", "grid", "codebook", "coded")
+HELD = ("fp16", "grid", "codebook", "coded")
 
 
 class Codes(nn.Module):
@@ -68,7 +68,7 @@ def hold_codes_(model: nn.Module, spec: StoreSpec) -> int:
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
         tensor = module._parameters.get(leaf)
-        if tensor is None or tensor.dim() < 2 or places[id(tensor)] > 1 or entry.kind not in KINDS:
+        if tensor is None or tensor.dim() < 2 or places[id(tensor)] > 1 or entry.kind not in HELD:
             continue
         tensor.requires_grad_(False)
         parametrize.register_parametrization(module, leaf, Codes(entry, tensor).to(tensor.device), unsafe=True)

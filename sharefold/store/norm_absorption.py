@@ -14,6 +14,7 @@ from sharefold.graph import NetworkGraph
 from sharefold.layers import SharedConv, affine, set_affine
 from sharefold.layers.norm_fusion import fusable
 from sharefold.plans import Plan
+from sharefold.store.prepare import tensor_names
 
 
 def absorbs(module: nn.Module) -> bool:
@@ -68,11 +69,9 @@ def gains_of(model: nn.Module, graph: NetworkGraph, tensors: Mapping[str, Tensor
             continue
         if not absorbs(norm) or not fusable(layer, norm) or layer.bias is not None:
             continue
-        key = f"{name}.weight"
-        if isinstance(layer, SharedConv):
-            if layer.linear_part() is None:
-                continue
-            key = f"{name}.{layer.coefficients_name}"
+        if isinstance(layer, SharedConv) and layer.linear_part() is None:
+            continue
+        key, _ = tensor_names(name, layer)
         scale = affine(norm)[0].detach().double().cpu()
         if key in tensors and len(tensors[key]) == len(scale) and bool(scale.isfinite().all()):
             found[key] = Gain(name, record.norm, scale)

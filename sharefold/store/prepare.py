@@ -56,6 +56,12 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def tensor_names(name: str, layer: nn.Module) -> tuple[str, str]:
+    """Names of the tensor whose rows are the outputs of the layer ``name``, and of the layer's own bias; it may have neither."""
+    leaves = (layer.coefficients_name, "own_bias") if isinstance(layer, SharedConv) else ("weight", "bias")
+    return f"{name}.{leaves[0]}", f"{name}.{leaves[1]}"
+
+
 def plan_of(model: nn.Module) -> Plan:
     """What the model was converted by; nothing for a dense one."""
     config = carried_config(model)

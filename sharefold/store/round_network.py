@@ -19,7 +19,7 @@ from sharefold.store.gathering import gather, runs
 from sharefold.store.norm_absorption import Gain, absorb_statistics, gains_of, take_up
 from sharefold.store.prepare import Prepared, matrices, plan_of
 from sharefold.store.rounding import round_matrix
-from sharefold.store.specs_for import halves, matrix_spec, offset_specs, snap_
+from sharefold.store.specs_for import halves_and_offsets, matrix_spec, snap_
 from sharefold.store.tensor_spec import StoreRequest, StoreSpec
 
 
@@ -61,9 +61,7 @@ def round_network(
     if absorbing:
         absorb_statistics(model, plan)
         rounder.take_gains(model)
-    found = halves(model)
-    offsets = offset_specs(model, prepared, rounder.gains, request)
-    found.tensors.update({name: spec for name, spec in offsets.items() if name in found.tensors})
+    found = halves_and_offsets(model, prepared, rounder.gains, request)
     found.tensors.update(rounder.spec.tensors)
     snap_(model, found)
     return found, sequential

@@ -11,12 +11,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from sharefold.layers import SharedConv
 from sharefold.repair.confidence import Confidence
 from sharefold.repair.work import Work
+from sharefold.store.prepare import tensor_names
 from sharefold.store.quantize import StoreReport
 from sharefold.store.size import file_bytes
-from sharefold.store.tensor_spec import StoreSpec, TensorSpec, carry_spec, rows_of
+from sharefold.store.tensor_spec import StoreSpec, carry_spec, rows_of
 
 # Images that decide, at least: the best scale for a few certain answers is a matter of chance.
 FEWEST = 30
@@ -36,7 +36,7 @@ def settle_rounded(work: Work, report: StoreReport) -> dict[str, float]:
     model, guard = work.model, work.guard
     if len(work.cal.parts.decide) < FEWEST:
         return {}
-    confidence, now = Confidence(work), guard.divergence(model)
+    confidence, now = Confidence(work), guard.current(model)
     factors = confidence.settle()
     confidence.undo()
     names = {id(module): name for name, module in model.named_modules()}
@@ -45,13 +45,15 @@ def settle_rounded(work: Work, report: StoreReport) -> dict[str, float]:
     for output, factor in factors.items():
         spec = rescale_(model, spec, names[id(confidence.layers[output])], factor)
     plausible = bool(factors) and all(1 / WIDEST < factor < WIDEST for factor in factors.values())
-    kept = plausible and guard.better(guard.divergence(model), now)
+    after = guard.divergence(model) if plausible else now
+    kept = guard.better(after, now)
     size, budget = file_bytes(model, spec) if kept else report.bytes, report.request.budget
     if not kept or (budget is not None and size > budget):
         with torch.no_grad():
             for tensor, value in before:
                 tensor.copy_(value)
         return {}
+    guard.settle(after)
     report.spec, report.bytes = spec, size
     carry_spec(model, spec)
     return {output: round(factor, 4) for output, factor in factors.items()}
@@ -66,11 +68,9 @@ def rescale_(model: nn.Module, spec: StoreSpec, name: str, factor: float) -> Sto
     Returns:
         ``spec`` with what has changed.
     """
-    layer = model.get_submodule(name)
-    leaves = (layer.coefficients_name, "own_bias") if isinstance(layer, SharedConv) else ("weight", "bias")
-    changed: dict[str, TensorSpec] = {}
-    for leaf in leaves:
-        tensor, entry = getattr(layer, leaf, None), spec.tensors.get(f"{name}.{leaf}")
+    state, changed = model.state_dict(), {}
+    for key in tensor_names(name, model.get_submodule(name)):
+        tensor, entry = state.get(key), spec.tensors.get(key)
         if tensor is None:
             continue
         if entry is None or entry.kind == "fp16" or tensor.dim() < 2:
@@ -78,6 +78,6 @@ def rescale_(model: nn.Module, spec: StoreSpec, name: str, factor: float) -> Sto
             tensor.copy_(scaled if entry is None else entry.snapped(scaled))
             continue
         codes = entry.codes(tensor.reshape(rows_of(tensor), -1))
-        changed[f"{name}.{leaf}"] = now = replace(entry, top=float(torch.tensor(entry.top * factor, dtype=torch.float32)))
+        changed[key] = now = replace(entry, top=float(torch.tensor(entry.top * factor, dtype=torch.float32)))
         tensor.copy_(now.values(codes).reshape(tensor.shape).to(tensor))
     return StoreSpec({**spec.tensors, **changed})

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sharefold.layers import SharedConv
 from sharefold.solvers.grid import kmeans_codebook, search_scale
 from sharefold.store.norm_absorption import Gain
-from sharefold.store.prepare import ROW_FLOOR, Prepared, matrices, plan_of
+from sharefold.store.prepare import ROW_FLOOR, Prepared, matrices, plan_of, tensor_names
 from sharefold.store.rans import LARGEST
 from sharefold.store.tensor_spec import StoreRequest, StoreSpec, TensorSpec, scaled
 
@@ -78,22 +77,18 @@ def offset_specs(
     state, behind = model.state_dict(), {gain.layer: gain for gain in gains.values()}
     found = {}
     for name, importance in prepared.importance.items():
-        layer, gain = model.get_submodule(name), behind.get(name)
-        matrix = state.get(f"{name}.{layer.coefficients_name}" if isinstance(layer, SharedConv) else f"{name}.weight")
-        vectors = [f"{name}.own_bias" if isinstance(layer, SharedConv) else f"{name}.bias"]
-        power = importance
-        if gain is not None:
-            vectors, scale = [f"{gain.norm}.bias", *vectors], gain.scale.square()
+        key, vector = tensor_names(name, model.get_submodule(name))
+        gain, power = behind.get(name), importance
+        if gain is not None:  # then the layer has no bias
+            vector, scale = f"{gain.norm}.bias", gain.scale.square()
             power = importance / scale.clamp_min(max(ROW_FLOOR * float(scale.mean()), 1e-30))
-        mean = float(power.mean())
-        for vector in vectors:
-            offsets = state.get(vector)
-            if matrix is None or offsets is None or offsets.numel() < SHORTEST or not 0 < mean < math.inf:
-                continue
-            step = request.step * math.sqrt(OFFSET_SHARE * matrix[0].numel() / mean)
-            least = float(offsets.abs().max()) / (ROOM * LARGEST)
-            if 0 < step < math.inf and math.isfinite(least):
-                found[vector] = TensorSpec("coded", 0, 2.0 ** _octave(step, least), [0])
+        matrix, offsets, mean = state.get(key), state.get(vector), float(power.mean())
+        if matrix is None or offsets is None or offsets.numel() < SHORTEST or not 0 < mean < math.inf:
+            continue
+        step = request.step * math.sqrt(OFFSET_SHARE * matrix[0].numel() / mean)
+        least = float(offsets.abs().max()) / (ROOM * LARGEST)
+        if 0 < step < math.inf and math.isfinite(least):
+            found[vector] = TensorSpec("coded", 0, 2.0 ** _octave(step, least), [0])
     return found
 
 
@@ -102,11 +97,20 @@ def _octave(step: float, least: float) -> int:
     return max(math.floor(math.log2(step)), math.ceil(math.log2(least)) if least > 0 else -100, -100)
 
 
-def nearest(model: nn.Module, prepared: Prepared, gains: Mapping[str, Gain], step: float) -> StoreSpec:
-    """Coded matrices and offsets at ``step``, everything else as halves."""
-    spec, request = halves(model), StoreRequest("coded", step=step)
+def halves_and_offsets(
+    model: nn.Module, prepared: Prepared, gains: Mapping[str, Gain], request: StoreRequest
+) -> StoreSpec:  # fmt: skip
+    """How everything beside the matrices is stored; what is protected is not in it."""
+    spec = halves(model)
     offsets = offset_specs(model, prepared, gains, request)
     spec.tensors.update({name: entry for name, entry in offsets.items() if name in spec.tensors})
+    return spec
+
+
+def nearest(model: nn.Module, prepared: Prepared, gains: Mapping[str, Gain], step: float) -> StoreSpec:
+    """Coded matrices and offsets at ``step``, everything else as halves."""
+    request = StoreRequest("coded", step=step)
+    spec = halves_and_offsets(model, prepared, gains, request)
     for name, tensor in matrices(model).items():
         spec.tensors[name] = matrix_spec(tensor.flatten(1), prepared.rows[name], request, None)
     return spec
