@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sharefold.errors import SharefoldError
 from sharefold.layers.bank import Bank, not_replicated, refer
 from sharefold.layers.form import ConvForm, form_of
-from sharefold.layers.weight_cache import Keeper, Kept, symbolic, tensors_of
+from sharefold.layers.weight_cache import Keeper, Kept, own_tensors, symbolic
 
 RUNTIMES = ("auto", "factored", "composed")
 # `auto` runs two small convolutions instead of one when they need at most this share of its multiplications
@@ -227,7 +227,7 @@ class SharedConv(Keeper):
         if self.given is not None:
             return self.given, self.bias
         if not self.training:
-            return self._kept.get(x, tensors_of(self, self.bank), make)
+            return self._kept.get(x, own_tensors(self, self.bank), make)
         return rounded_once(x, make)
 
     _replicate_for_data_parallel = not_replicated

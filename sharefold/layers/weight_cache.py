@@ -100,7 +100,7 @@ class _Entry(NamedTuple):
         return True
 
 
-def tensors_of(*owners: nn.Module | None) -> Iterator[Tensor]:
+def own_tensors(*owners: nn.Module | None) -> Iterator[Tensor]:
     """Parameters and buffers of modules and of all within them; of one without children in a tenth of torch's time."""
     for owner in owners:
         if owner is None:

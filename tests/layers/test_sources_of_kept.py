@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.layers.bank import Bank
-from sharefold.layers.weight_cache import Kept, tensors_of
+from sharefold.layers.weight_cache import Kept, own_tensors
 
 
 class Plain(nn.Module):
@@ -25,8 +25,8 @@ class Plain(nn.Module):
 def test_the_same_tensors_as_torch_lists(child: bool) -> None:
     module, bank = Plain(child), Bank({"basis": torch.ones(2, 2)}, uses=1)
     listed = [*module.parameters(), *module.buffers(), *bank.parameters(), *bank.buffers()]
-    assert {id(tensor) for tensor in tensors_of(module, None, bank)} == {id(tensor) for tensor in listed}
-    assert len(list(tensors_of(module, bank))) == len(listed)
+    assert {id(tensor) for tensor in own_tensors(module, None, bank)} == {id(tensor) for tensor in listed}
+    assert len(list(own_tensors(module, bank))) == len(listed)
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def test_a_value_is_made_again_when_any_of_its_sources_changes() -> None:
         return torch.tensor(float(len(made)))
 
     def get() -> float:
-        return float(kept.get(x, tensors_of(module), value))
+        return float(kept.get(x, own_tensors(module), value))
 
     assert get() == get() == 1
     module.first.add_(1)
