@@ -1,6 +1,7 @@
 """CIFAR-10 and public weights for the benchmarks: a folder with sprites, named by SHAREFOLD_DATA.
 
-    $SHAREFOLD_DATA/cifar10/{train,test}_NN.webp    1,000 images a sprite, 25 rows of 40 tiles of 32 x 32, lossless
+    $SHAREFOLD_DATA/cifar10/{train,test}_NN.webp    1,000 images a sprite, 25 rows of 40 tiles of 32 x 32, lossless (or in
+                                                    another format that Pillow reads, by the name's end)
     $SHAREFOLD_DATA/cifar10/{train,test}_labels.npy
     $SHAREFOLD_DATA/weights/*.th                     public checkpoints
 
@@ -33,7 +34,7 @@ def data_folder() -> Path:
 def read_split(folder: Path, split: str, sprites: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Images (n, 32, 32, 3) uint8 and labels (n,) of the first ``sprites`` sprites of a split."""
     tiles = []
-    for path in sorted((folder / "cifar10").glob(f"{split}_*.webp"))[:sprites]:
+    for path in sorted((folder / "cifar10").glob(f"{split}_[0-9]*.*"))[:sprites]:
         sheet = np.asarray(Image.open(path).convert("RGB"))
         tiles.append(sheet.reshape(25, 32, 40, 32, 3).transpose(0, 2, 1, 3, 4).reshape(1000, 32, 32, 3))
     images = np.concatenate(tiles)

@@ -23,10 +23,11 @@ from typing import Any
 
 import cifar
 import torch
+from measuring import measured
 from torch import nn
 
 import sharefold
-from sharefold.data import Preprocess, calibration_images, open_data
+from sharefold.data import ArrayDataset, Preprocess, calibration_images, open_data
 from sharefold.finetune.distributed import pick_device
 from sharefold.finetune.loaders import limited
 from sharefold.finetune.loop import finetune
@@ -73,16 +74,36 @@ def converted(
     return model
 
 
+def start_of(
+    dense: nn.Module, cfg: dict[str, Any], case: Case, data: str, seed: int, folder: Path | None, method: str = "auto"
+) -> nn.Module:
+    """The converted network that fine-tuning starts from, on the dense one's device: read from ``folder``, or made."""
+    if folder is None:
+        return converted(dense, data, cfg, case.params, method, seed)
+    return sharefold.load(folder).to(next(dense.parameters()).device)
+
+
+def halves(data: ArrayDataset) -> tuple[ArrayDataset, ArrayDataset]:
+    """The first half of the images, by which ``finetune_recipes.py`` chooses, and the second, which decides nothing."""
+    middle = len(data) // 2
+    first, second = (
+        ArrayDataset(data.images[part], data.labels[part], data.preprocess, classes=data.classes)
+        for part in (slice(None, middle), slice(middle, None))
+    )
+    return first, second
+
+
 def throughput(model: nn.Module, teacher: nn.Module, train: Any, settings: dict[str, Any], images: int) -> float:
     """Training images a second of a copy of ``model``: what twice as many images take longer, so that warming up and the
-    recording of CUDA graphs, which a run pays for once, do not count."""
+    recording of CUDA graphs, which a run pays for once, do not count. A run before both loads the libraries: on a GPU the first
+    takes seconds for that alone, and their difference would be next to nothing."""
     model, seconds, count = copy.deepcopy(model), [], []
-    for part in (images, 3 * images):
+    for part in (images, images, 3 * images):
         few = limited(train, part)
         report = finetune(model, few, teacher=teacher, **{**settings, "epochs": 1, "warmup_epochs": 0.0}, quiet=True)
         seconds.append(report.seconds)
         count.append(report.updates * settings.get("batch_size", 128))
-    return round((count[1] - count[0]) / max(seconds[1] - seconds[0], 1e-9), 1)
+    return round((count[2] - count[1]) / max(seconds[2] - seconds[1], 1e-9), 1)
 
 
 def measure(name: str, case: Case, source: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -94,7 +115,8 @@ def measure(name: str, case: Case, source: str, options: argparse.Namespace, see
     if options.limit:
         train, test = limited(train, options.limit), limited(test, options.limit)
     start = time.perf_counter()
-    model = converted(dense.to(pick_device(options.device)), options.data, cfg, case.params, options.method, seed)
+    dense = dense.to(pick_device(options.device))
+    model = start_of(dense, cfg, case, options.data, seed, options.start, options.method)
     convert_seconds = time.perf_counter() - start
     settings = {"device": options.device, "seed": seed, **case.settings, **options.set}
     batch = settings.get("batch_size", 128)
@@ -109,6 +131,7 @@ def measure(name: str, case: Case, source: str, options: argparse.Namespace, see
         model, train, test, teacher=dense, quiet=options.quiet, run_dir=folder, resume=bool(folder), **settings
     )
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+    apart = measured(dense, model, halves(test)[1], 500)
     # After the run that is timed: with --set compile=true a warm cache of compiled code would flatter it.
     rates = [throughput(network, dense, train, settings, few) for network in (model, dense)]
     return {
@@ -116,15 +139,17 @@ def measure(name: str, case: Case, source: str, options: argparse.Namespace, see
         "params_before": sum(p.numel() for p in dense.parameters()),
         "params_after": sum(p.numel() for p in model.parameters()), "params_allowed": case.params,
         "top1_dense": report.teacher_top1, "top1_converted": report.top1_before, "top1": report.top1_after,
+        "second_half": {"top1_dense": apart["top1_dense"], "top1": apart["top1"], "images": apart["images"]},
         "target": case.target, "reached": case.target is not None and (report.top1_after or 0) >= case.target,
         "epochs": report.epochs, "train_images": len(train), "settings": settings,
-        "convert_seconds": round(convert_seconds, 1),
+        "convert_seconds": None if options.start else round(convert_seconds, 1),
         "finetune_seconds": round(max(seconds, report.seconds), 1),
         "finetune_cpu_seconds": round(cpu_seconds, 1),
-        "minutes_allowed": case.minutes,
+        "minutes_allowed": options.minutes or case.minutes,
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "images_per_second": {"shared": rates[0], "dense": rates[1], "ratio": round(rates[0] / rates[1], 3)},
         "top1_by_epoch": [r["top1"] for r in report.history if "top1" in r], "hardware": hardware(),
+        "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
 
 
@@ -134,6 +159,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="DATA with splits train and test")
     parser.add_argument("--source", help="the dense network, for one case")
     parser.add_argument("--source-dir", type=Path, help="folder with the public weight files")
+    parser.add_argument("--start", type=Path, help="the converted network, a sharefold directory, instead of converting")
     parser.add_argument("--random", action="store_true", help="random weights (to try the script)")
     parser.add_argument("--method", default="auto")
     parser.add_argument("--seeds", type=int, default=1, help="how many seeds, from 0")
@@ -147,10 +173,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--run-dir", type=Path, help="keep states and logs here; an interrupted run goes on")
     parser.add_argument("--quiet", action="store_true")
     options = parser.parse_args(arguments)
-    options.set = {k: _value(v) for k, _, v in (item.partition("=") for item in options.set)}
+    options.set = settings_of(options.set)
     if not options.source and not options.source_dir:
         parser.error("give --source or --source-dir")
     return options
+
+
+def settings_of(items: list[str]) -> dict[str, Any]:
+    """Settings from NAME=VALUE, values as JSON where they are such."""
+    return {name: _value(value) for name, _, value in (item.partition("=") for item in items)}
 
 
 def _value(text: str) -> Any:

@@ -16,64 +16,13 @@ import json
 import re
 import statistics
 import sys
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
-from datetime import date
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-DATES = RESULTS / "dates.json"
-NAMES = {"lite0": "EfficientNet-Lite0", "efficientnet_lite0": "EfficientNet-Lite0", "tf_efficientnet_lite0": "EfficientNet-Lite0"}
-
-
-def read(name: str) -> Any:
-    path = RESULTS / name
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def dates() -> dict[str, list[str]]:
-    """File of results -> [day, checksum]; what is not known, or has changed since, is of today."""
-    known = json.loads(DATES.read_text()) if DATES.exists() else {}
-    found = {}
-    for path in sorted(RESULTS.iterdir()):
-        if path.suffix in (".json", ".csv") and path != DATES:
-            mark = f"{zlib.crc32(path.read_bytes()):08x}"
-            day, old = known.get(path.name, ["", ""])
-            found[path.name] = [day if mark == old else date.today().isoformat(), mark]
-    return found
-
-
-def taken(*names: str, rows: Iterable[dict[str, Any]] = ()) -> str:
-    """The sentence that says how old figures are: of whole files, and of ``rows``, which have a date each."""
-    known = dates()
-    days = sorted({known[name][0] for name in names if name in known} | {row["date"] for row in rows})
-    return f"Taken on {' and '.join(days)} with the code of {'that day' if len(days) == 1 else 'those days'}."
-
-
-def earlier(cell: str, cells: dict[str, set[str]]) -> str:
-    """`` (of 2026-11-25)`` where a cell of a line is older than the newest one beside it."""
-    newest = max((day for days in cells.values() for day in days), default="")
-    days = cells.get(cell, {newest})
-    return "" if newest in days else f" (of {max(days)})"
-
-
-def named(network: str) -> str:
-    """``resnet20`` -> ``ResNet-20``."""
-    return NAMES.get(network, network.replace("resnet", "ResNet-"))
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def machine(hardware: dict[str, Any]) -> str:
-    threads = "one thread" if hardware["threads"] == 1 else f"{hardware['threads']} threads"
-    where = hardware.get("gpu") or f"{threads} of {hardware['cpu']}"
-    return f"{where}, torch {hardware['torch']}"
+from gpu_tables import converted_on_gpu, latency_on_gpu, tuning_recipes, tuning_steps
+from table_parts import DATES, RESULTS, ROOT, dates, earlier, machine, named, read, table, taken
 
 
 def demo() -> str | None:
@@ -149,7 +98,7 @@ def finetune() -> str | None:
         ])  # fmt: skip
     head = ["case", "parameters", "epochs", "original [%]", "converted [%]", "tuned [%]", "minutes", "on"]
     note = "`benchmarks/finetune_cifar.py`, CIFAR-10, 10,000 test images; minutes are those of fine-tuning, evaluation included. "
-    note += taken("finetune_cifar.json")
+    note += taken(rows=data)
     return table(head, rows) + "\n\n" + note
 
 
@@ -479,7 +428,8 @@ def _mean_cell(top1: list[float]) -> str:
 TABLES: dict[str, Callable[[], str | None]] = {
     "demo": demo, "methods": methods, "finetune": finetune, "ablation": ablation, "recipes": recipes,
     "objectives": objectives, "across": across, "label_free": label_free, "onnx": onnx, "forms": forms,
-    "results": results, "speed": speed, "bytes": files, "agreement": claims,
+    "results": results, "speed": speed, "bytes": files, "agreement": claims, "gpu": converted_on_gpu, "latency": latency_on_gpu,
+    "steps": tuning_steps, "tuning": tuning_recipes,
 }  # fmt: skip
 DOCS = ROOT / "docs"
 PAGES = (ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("results", "fine-tuning", "planning", "using", "figures")))

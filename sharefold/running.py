@@ -93,6 +93,17 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """While active, torch computes by one CPU thread; the setting of before comes back."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def evenly(count: int, most: int) -> Tensor:
     """Indices of at most ``most`` of ``count`` things, evenly spaced from the first to the last."""
     return torch.linspace(0, count - 1, min(most, count)).long()

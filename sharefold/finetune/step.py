@@ -95,10 +95,10 @@ class Updater:
         self.gradients: Callable[[Tensor, Tensor], dict[str, Tensor]] = self._gradients
         # Slices add up, processes talk and fp16 looks for its factor: none of it belongs into a recorded update.
         alone = world.size == 1 and config.accumulate == 1 and self.dtype != torch.float16
-        if config.cuda_graphs and world.device.type == "cuda" and alone and not config.compile:
+        if config.cuda_graphs and world.device.type == "cuda" and alone:
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             self.gradients = GraphedGradients(self._gradients, trained, world.device)
-        self.norms = {} if teacher is None or config.compile else _norms_of(teacher, example[:1])
+        self.norms = {} if teacher is None else _norms_of(teacher, example[:1])
 
     def _classes(self, example: Tensor) -> int:
         was_training = self.model.training
@@ -171,9 +171,8 @@ class Updater:
     def _gradients(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Adds the gradients of one slice of a batch to those of the parameters; returns the loss's parts."""
         with ExitStack() as stack:
-            if not self.config.compile:  # a compiler sees to that by itself
-                with self.autocast():
-                    stack.enter_context(composed_together(self.model))
+            with self.autocast():
+                stack.enter_context(composed_together(self.model))
             parts = self.losses(images, labels)
             # Within: checkpointed blocks run again in here, and must find the same weights.
             self.scaler.scale(parts["loss"] / self.config.accumulate).backward()

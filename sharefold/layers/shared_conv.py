@@ -226,9 +226,9 @@ class SharedConv(Keeper):
 
         if self.given is not None:
             return self.given, self.bias
-        if not self.training:
-            return self._kept.get(x, own_tensors(self, self.bank), make)
-        return rounded_once(x, make)
+        if self.training:
+            return rounded_once(x, make)
+        return self._kept.get(x, own_tensors(self, self.bank), lambda: in_order_of(x, *make()))
 
     _replicate_for_data_parallel = not_replicated
 
@@ -259,6 +259,14 @@ def rounded_once(x: Tensor, make: Callable[[], tuple[Tensor, Tensor | None]]) ->
     last = weight.ndim == 4 and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
     layout = torch.channels_last if last else torch.preserve_format
     return weight.to(dtype, memory_format=layout), bias
+
+
+def in_order_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A weight as a convolution of ``x`` takes it without putting it in order again, once a run, which is slow for small maps."""
+    if symbolic(x) or weight.ndim != 4:
+        return weight, bias
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return weight.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format), bias
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:

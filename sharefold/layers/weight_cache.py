@@ -35,7 +35,8 @@ class Kept:
             return make()
         tensors = tuple(sources)
         kind = x.device.type
-        mode = _steps, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        mode = _steps, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None, last
         # Read and written as one: networks run in several threads.
         entry = self._entry
         # This is asked at every run of a layer: what follows takes as long as a tenth of a small convolution.

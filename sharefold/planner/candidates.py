@@ -228,6 +228,7 @@ class _Unit:
 
     def __init__(self, group: Group, problem: GroupProblem | RaggedProblem, cost: Cost, known: Known) -> None:
         self.group, self.problem, self.cost, self.known = group, problem, cost, known
+        self.importance = problem.importance.cpu()
 
     def options(self, methods: Sequence[LayerMethod]) -> list[PricedPlans]:
         """Undominated ones, "keep" first; all of them where the cost does not settle which are."""
@@ -245,7 +246,7 @@ class _Unit:
         shared = [(m, c) for m in methods if m.smallest_group > 1 for c in self._candidates(m)]
         # What every further member adds, and what each member suffers; the bank left out.
         added = [self.cost.member(members, self.problem.forms, m, c) for m, c in shared]
-        values = [(c.errors * self.problem.importance).tolist() for _, c in shared]
+        values = [(c.errors * self.importance).tolist() for _, c in shared]
         mixed = [
             row + [PricedPlans(cost, each[k]) for cost, each in zip(added, values, strict=True)] for k, row in enumerate(table)
         ]
@@ -264,20 +265,36 @@ class _Unit:
         """What ``method`` offers; found once."""
         key = method.name, self.group.members
         if key not in self.known:
-            self.known[key] = list(method.candidates(self.problem))  # type: ignore[arg-type]
+            found = method.candidates(self.problem)  # type: ignore[arg-type]
+            # They are compared number by number: on the CPU that makes no device wait.
+            self.known[key] = [replace(candidate, errors=candidate.errors.cpu()) for candidate in found]
         return self.known[key]
 
     def _per_layer_table(self, methods: Sequence[LayerMethod]) -> list[list[PricedPlans]]:
         """For every member what it may become on its own, "keep" first."""
-        table = []
-        for index, name in enumerate(self.group.members):
-            problem = self.problem.only(index)
-            one = _Unit(replace(self.group, name=name, members=(name,)), problem, self.cost, self.known)
-            row = [PricedPlans(self.cost.dense(name), 0.0)]
-            for method in methods:
-                row += [one._shared(method, candidate, [0]) for candidate in one._candidates(method)]
-            table.append(row)
+        alone = [self._alone(index) for index in range(len(self.group.members))]
+        table = [[PricedPlans(one.cost.dense(name), 0.0)] for name, one in zip(self.group.members, alone, strict=True)]
+        for method in methods:
+            if isinstance(self.problem, RaggedProblem):
+                offers = [one._candidates(method) for one in alone]
+            else:
+                offers = self._for_each(method)
+            for one, row, found in zip(alone, table, offers, strict=True):
+                row += [one._shared(method, candidate, [0]) for candidate in found]
         return table
+
+    def _alone(self, index: int) -> _Unit:
+        """One member as a unit."""
+        name = self.group.members[index]
+        return _Unit(replace(self.group, name=name, members=(name,)), self.problem.only(index), self.cost, self.known)
+
+    def _for_each(self, method: LayerMethod) -> list[list[Candidate]]:
+        """What a method that treats every layer on its own offers each member: solved for all of them at once, since many small
+        problems one after another take a machine several times as long."""
+        found, size = self._candidates(method), len(self.group.members)
+        return [
+            [replace(one, cost=one.cost / size, errors=one.errors[index : index + 1]) for one in found] for index in range(size)
+        ]
 
     def _partings(
         self, added: float, values: list[float], prices: list[float], best: list[list[PricedPlans]]
@@ -309,7 +326,7 @@ class _Unit:
             float(errors.mean()), unit.stage, unit.role,
         )  # fmt: skip
         cost = self.cost.shared(unit.members, problem.forms, method, candidate, stay)
-        return PricedPlans(cost, float((errors * problem.importance[stay]).sum()), (group,))
+        return PricedPlans(cost, float((errors * self.importance[stay]).sum()), (group,))
 
 
 def _best_at(row: Sequence[PricedPlans], prices: Sequence[float]) -> list[PricedPlans]:

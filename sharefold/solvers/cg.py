@@ -51,8 +51,7 @@ def conjugate_gradient(
         return (a * b).sum(dim=dims, keepdim=True)
 
     def ratio(a: Tensor, b: Tensor) -> Tensor:
-        # A direction without curvature or a solved system takes a zero step instead of dividing by zero.
-        return torch.where(b > 0, a / torch.where(b > 0, b, torch.ones_like(b)), torch.zeros_like(a))
+        return torch.where(b > 0, a / b, 0.0)  # a direction without curvature or a solved system takes a zero step
 
     x = start.clone()
     residual = rhs - (apply(x) if start_image is None else start_image)

@@ -15,17 +15,21 @@ Several readers of the same channels are eliminated together; their weighted err
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sharefold.errors import SharefoldError
+from sharefold.running import one_thread
 from sharefold.solvers.align import column_index
 
 # Share of the columns that is eliminated between two updates of the whole matrices, and the fewest: until then they are kept as
 # factors.
 PANEL_SHARE, PANEL = 1 / 16, 64
+# Up to so many columns a step is so small that several threads spend their time in waiting for each other.
+ALONE = 1536
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,12 @@ def eliminate(
     """
     if not readers or not 1 <= fewest <= channels:
         raise SharefoldError(f"channel elimination: {len(readers)} readers, {fewest} of {channels} channels to keep")
+    small = max(reader.weight.shape[1] for reader in readers) <= ALONE
+    with one_thread() if small else nullcontext():
+        return _eliminated(readers, channels, fewest, shares)
+
+
+def _eliminated(readers: Sequence[Reader], channels: int, fewest: int, shares: Sequence[float] | None) -> Elimination:
     states = [_State(reader, channels) for reader in readers]
     factors = torch.ones(len(readers)) if shares is None else torch.tensor(list(shares))
     alive = torch.arange(channels)

@@ -61,16 +61,17 @@ def sample_rows(x: Tensor, positions: int | None, generator: torch.Generator | N
     rows = x.reshape(x.shape[0], -1, x.shape[-1])
     length = rows.shape[1]
     if positions is not None and positions < length:
-        index = _random_positions(rows.shape[0], length, positions, generator).to(x.device)
+        index = _random_positions(rows.shape[0], length, positions, generator, x.device)
         rows = rows.gather(1, index.unsqueeze(2).expand(-1, -1, rows.shape[2]))
     return rows.reshape(-1, 1, x.shape[-1])
 
 
-def _random_positions(images: int, length: int, positions: int, generator: torch.Generator | None) -> Tensor:
-    """``positions`` distinct indices below ``length`` for every image, (images, positions)."""
-    device = generator.device if generator is not None else torch.device("cpu")
-    scores = torch.rand(images, length, generator=generator, device=device)
-    return scores.topk(positions, dim=1).indices
+def _random_positions(
+    images: int, length: int, positions: int, generator: torch.Generator | None, device: torch.device
+) -> Tensor:
+    """``positions`` distinct indices below ``length`` for every image, (images, positions), on ``device``."""
+    drawn = torch.rand(images, length, generator=generator, device=None if generator is None else generator.device)
+    return drawn.to(device).topk(positions, dim=1).indices  # sorting is what a GPU is there for
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,9 @@ def sample_patches(
         raise SharefoldError(f"patches: kernel {kernel} does not fit the padded input {height} x {width}")
     length = out_h * out_w
     if positions is None or positions >= length:
-        index = torch.arange(length).expand(images, length)
+        index = torch.arange(length, device=x.device).expand(images, length)
     else:
-        index = _random_positions(images, length, positions, generator)
-    index = index.to(x.device)
+        index = _random_positions(images, length, positions, generator, x.device)
     corner = (index // out_w) * step[0] * width + (index % out_w) * step[1]
     rows = torch.arange(kernel[0], device=x.device) * spread[0] * width
     cols = torch.arange(kernel[1], device=x.device) * spread[1]

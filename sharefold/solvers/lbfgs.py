@@ -66,16 +66,16 @@ def minimize(function: Function, start: Tensor, *, iterations: int, tol: float =
 
 
 def _direction(slope: Tensor, pairs: list[tuple[Tensor, Tensor, float]]) -> Tensor:
-    """Minus the inverse Hessian, as the last steps tell it, times the slope."""
+    """Minus the inverse Hessian, as the last steps tell it, times the slope; no number leaves the device on the way."""
     result, factors = -slope, []
     for step, change, inverse in reversed(pairs):
-        factors.append(inverse * float(step @ result))
+        factors.append(inverse * (step @ result))
         result = result - factors[-1] * change
     if pairs:
         _, change, inverse = pairs[-1]
-        result = result / (inverse * float(change @ change))
+        result = result / (inverse * (change @ change))
     for (step, change, inverse), factor in zip(pairs, reversed(factors), strict=True):
-        result = result + (factor - inverse * float(change @ result)) * step
+        result = result + (factor - inverse * (change @ result)) * step
     return result
 
 

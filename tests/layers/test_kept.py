@@ -190,3 +190,27 @@ class Whole(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(x)
+
+
+def test_a_kept_weight_lies_in_the_order_of_the_images() -> None:
+    """Else every run puts it in order once more, which takes as long as a convolution of small maps."""
+    layer, x = layer_of("composed"), torch.randn(2, 6, 9, 7)
+    seen = []
+    apply = layer.form.apply
+
+    class Watching:
+        def __getattr__(self, name: str) -> object:
+            return getattr(form, name)
+
+        def apply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            seen.append(weight)
+            return apply(x, weight, bias)
+
+    form, layer.form = layer.form, Watching()  # type: ignore[assignment]
+    orders = (torch.contiguous_format, torch.channels_last)
+    with torch.no_grad():
+        outputs = [layer(x.contiguous(memory_format=order)) for order in orders for _ in range(2)]
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0])
+    assert all(weight.is_contiguous(memory_format=orders[index // 2]) for index, weight in enumerate(seen))
+    assert seen[0] is seen[1] and seen[2] is seen[3]  # kept, not made anew

@@ -109,3 +109,28 @@ def test_checkpointed_networks_train() -> None:
         report = finetune(model, data, epochs=1, batch_size=8, lr=0.01, augment="none", ema=0, seed=1, quiet=True)
         losses.append(report.history[-1]["train_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_compiled_networks_use_them_and_learn_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled once for all updates: new weights at every step are no reason to compile again."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: whole(model, backend=backend))
+    start = shared("hybrid")
+    data = (torch.randint(0, 255, (32, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 4, (32,)))
+    states = []
+    for compile in (False, True):
+        model = copy.deepcopy(start)
+        finetune(
+            model, data, teacher=net("residual", blocks=2), epochs=2, batch_size=8, augment="none", quiet=True, device="cpu",
+            compile=compile, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
+        )  # fmt: skip
+        states.append(model.state_dict())
+    assert len(graphs) == 2  # student and teacher
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-4)

@@ -67,6 +67,20 @@ def test_candidates_cost_what_they_say_and_errors_do_not_exceed_them(name: str, 
             assert float(solution.errors.mean()) <= float(candidate.errors.mean()) * 1.1 + 1e-6
 
 
+@pytest.mark.parametrize("kind", list(CASES))
+@pytest.mark.parametrize("name", ["svd", "spatial"])
+def test_layers_solved_together_are_offered_what_each_is_offered_alone(name: str, kind: str) -> None:
+    """The planner solves for all layers of a group at once and gives each its share."""
+    method, group = METHODS[name], stage2_problem(kind, CASES[kind])
+    together, size = method.candidates(group), len(group.forms)
+    for index in range(size):
+        alone = method.candidates(group.only(index))
+        assert [c.options for c in alone] == [c.options for c in together]
+        for mine, every in zip(alone, together, strict=True):
+            assert mine.cost == every.cost / size
+            torch.testing.assert_close(mine.errors, every.errors[index : index + 1], rtol=0.02, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["basis", "svd", "spatial"])
 def test_pivots_save_the_square_of_the_rank_and_change_nothing(name: str, residual: GroupProblem) -> None:
     method, layers = METHODS[name], len(residual.forms)
