@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
 from sharefold.calibration.problem import GroupProblem
@@ -216,5 +215,7 @@ def _most(limit: int, cost: float, price: Callable[[int], float]) -> int:
 def _between(cost: float, costs: Sequence[float], errors: Sequence[Tensor]) -> Tensor:
     """Errors (K,) at ``cost``, between those at ``costs``, by their logarithms."""
     logs = torch.stack(list(errors)).double().clamp_min(1e-12).log().cpu().numpy()
+    from scipy.interpolate import PchipInterpolator  # a quarter of a second, for those who get here
+
     found = PchipInterpolator(costs, logs)(cost) if len(costs) > 1 else logs[0]
     return torch.from_numpy(np.exp(found)).to(errors[0])

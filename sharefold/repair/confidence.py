@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from sharefold.layers import SharedConv
@@ -170,4 +169,6 @@ def _best_factor(wanted: Tensor, given: Tensor) -> float | None:
         return None  # no row differs from class to class
     if least >= 0 or most <= 0:
         return 1 / WIDEST if least >= 0 else WIDEST
+    from scipy.optimize import brentq  # a quarter of a second, for those who get here
+
     return math.exp(brentq(slope, -limit, limit, xtol=1e-9))

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from sharefold.errors import SharefoldError
@@ -170,6 +169,8 @@ def solve(
     def propose(k: int, targets: Sequence[Tensor]) -> Tensor:
         cost = sum(state.assignment_cost(k, target) for state, target in zip(states, targets, strict=True))
         assert isinstance(cost, Tensor)
+        from scipy.optimize import linear_sum_assignment  # a quarter of a second, for those who get here
+
         return torch.as_tensor(linear_sum_assignment(cost.cpu().numpy())[1], device=device)
 
     current = identity.clone()

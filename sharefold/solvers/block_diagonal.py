@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from sharefold.errors import SharefoldError
@@ -210,6 +209,8 @@ def balanced_orders(
 
     def assign(gain: Tensor) -> Tensor:
         slots = gain.repeat_interleave(gain.shape[0] // groups, dim=1).numpy()
+        from scipy.optimize import linear_sum_assignment  # a quarter of a second, for those who get here
+
         return torch.as_tensor(linear_sum_assignment(slots, maximize=True)[1]) // (gain.shape[0] // groups)
 
     for _ in range(rounds):
