@@ -73,20 +73,29 @@ def calibration_or_procedural(model: nn.Module, images: Tensor | None, seed: int
     """
     if images is None:
         return procedural_images(model, seed=seed)
-    if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
+    signals = any(type(module) is nn.Conv1d or _convolves(module, "conv1d") for module in model.modules())
+    ranks = (3, 4) if signals else (4,)
+    if not isinstance(images, Tensor) or images.dim() not in ranks or not images.is_floating_point():
         what = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
         others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, OTHER_CONVS)})
-        hint = f" ({' and '.join(others)} of this network are not shared: only Conv2d and Linear are)" if others else ""
-        raise SharefoldError(f"calibration: {what} is not a float tensor (n, C, H, W): pass normalised images{hint}")
+        hint = f" ({' and '.join(others)} of this network are not shared: only Conv1d, Conv2d and Linear are)" if others else ""
+        shapes, name = ("(n, C, H, W) or (n, C, L)", "images or signals") if signals else ("(n, C, H, W)", "images")
+        raise SharefoldError(f"calibration: {what} is not a float tensor {shapes}: pass normalised {name}{hint}")
     if len(images) == 0:
         raise SharefoldError("calibration: there are no images: pass at least one")
     if not bool(torch.isfinite(images).all()):
         raise SharefoldError("calibration: the images hold NaN or infinity: check how they were normalised")
     # Which layer comes first is not known yet; an image that no layer could take is wrong for sure.
-    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) or (isinstance(m, SharedConv) and m.form.kind == "conv2d")]
+    kinds = (nn.Conv1d, "conv1d", "signals") if images.dim() == 3 else (nn.Conv2d, "conv2d", "images")
+    convs = [m for m in model.modules() if isinstance(m, kinds[0]) or _convolves(m, kinds[1])]
     widths = [cast(int, m.in_channels) for m in convs]
     if widths and images.shape[1] not in widths:
-        found, wanted = images.shape[1], widths[0]
-        raise SharefoldError(f"calibration: images have {found} channels, the model takes {wanted}: convert the images")
+        found, first = images.shape[1], widths[0]
+        raise SharefoldError(f"calibration: {kinds[2]} have {found} channels, the model takes {first}: convert the {kinds[2]}")
     images = images.to(dtype_of(model))
     return images.clone() if images.is_inference() else images
+
+
+def _convolves(module: nn.Module, kind: str) -> bool:
+    """Whether a shared layer stands in for a convolution of this kind."""
+    return isinstance(module, SharedConv) and module.form.kind == kind

@@ -34,13 +34,13 @@ class Gatherer:
 
     @torch.no_grad()
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        """One batch: the layer's inputs, (B, I, H, W) or (B, ..., I), and its wanted outputs on them."""
+        """One batch: the layer's inputs, (B, I, H, W), (B, I, L) or (B, ..., I), and its wanted outputs on them."""
         generator = torch.Generator()
         generator.manual_seed(self._seed)
         x = patches_of(self.form, inputs, self.positions, generator).float()  # (P, G, N)
         generator.manual_seed(self._seed)
-        window = None if self.form.kind == "linear" else Window(1)
-        y = sample_patches(outputs, window, self.positions, generator).float()
+        window = Window(1) if self.form.convolves else None
+        y = sample_patches(self.form.as_maps(outputs), window, self.positions, generator).float()
         self._seed += 1
         self._sums.add(*by_group(x, y))
 

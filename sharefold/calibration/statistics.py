@@ -240,6 +240,7 @@ def patches_of(form: ConvForm, x: Tensor, positions: int | None, generator: torc
     """Input patches (P, G, N) of a layer of this form at sampled positions."""
     if form.kind == "linear":
         return sample_patches(x.detach(), None, positions, generator)
+    x = form.as_maps(x)
     border = form.border(x.shape[-2], x.shape[-1])
     mode = "zeros" if form.same_pad else form.padding_mode
     window = Window(form.kernel_size, form.stride, border, form.dilation, form.groups, mode)

@@ -24,7 +24,9 @@ MIX = 0.5
 
 
 def random_views(images: Tensor, generator: torch.Generator, *, strength: float = 1.0, mix: float = MIX) -> Tensor:
-    """One random view of each image of a batch (B, C, H, W); same shape, dtype and device.
+    """One random view of each image of a batch (B, C, H, W), or of each signal of (B, C, L); same shape, dtype and device.
+
+    Signals are shifted and made louder or softer instead of warped and recoloured, and not mirrored.
 
     Args:
         images: normalised to about unit variance; the border is mirrored where a view looks outside.
@@ -32,15 +34,31 @@ def random_views(images: Tensor, generator: torch.Generator, *, strength: float 
         strength: factor on how far images are warped and recoloured; 0 only mirrors and mixes.
         mix: share of the images that another image of the batch is blended into, with at most half of the weight.
     """
-    return blended(_recoloured(_warped(images, generator, strength), generator, strength), generator, mix)
+    changed = _shifted if images.ndim == 3 else _warped_and_recoloured
+    return blended(changed(images, generator, strength), generator, mix)
 
 
 def blended(images: Tensor, generator: torch.Generator, share: float = 1.0) -> Tensor:
-    """Images (B, C, H, W), a ``share`` of them with another of the batch blended in, with at most half of the weight."""
+    """Images (B, C, ...), a ``share`` of them with another of the batch blended in, with at most half of the weight."""
     partner = torch.randperm(len(images), generator=generator)
     chosen = torch.rand(len(images), generator=generator) < share
     weight = 0.5 * torch.rand(len(images), generator=generator) * chosen
-    return torch.lerp(images, images[partner.to(images.device)], weight.to(images)[:, None, None, None])
+    return torch.lerp(images, images[partner.to(images.device)], weight.to(images).view(-1, *[1] * (images.ndim - 1)))
+
+
+def _warped_and_recoloured(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:
+    return _recoloured(_warped(images, generator, strength), generator, strength)
+
+
+def _shifted(signals: Tensor, generator: torch.Generator, strength: float) -> Tensor:
+    """Signals (B, C, L) from another moment on, mirrored at their ends, at another volume."""
+    count, length = len(signals), signals.shape[-1]
+    drawn = 2 * torch.rand(2, count, generator=generator) - 1
+    offset = (strength * SHIFT / 2 * length * drawn[0]).round().long()
+    place = (torch.arange(length) + offset[:, None]) % (2 * length)
+    place = torch.where(place < length, place, 2 * length - 1 - place).to(signals.device)
+    volume = (strength * CONTRAST * drawn[1]).exp().to(signals)
+    return signals.gather(2, place[:, None].expand_as(signals)) * volume[:, None, None]
 
 
 def _warped(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:

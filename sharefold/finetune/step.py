@@ -75,6 +75,10 @@ class Updater:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.distill = 0.0 if teacher is None else (config.distill if config.labels else 1.0)
         self.classes = self._classes(example[:2])
+        wanted = [name for name in ("small_images", "cutmix") if getattr(config, name)]
+        if wanted and example.ndim != 4:
+            shape = tuple(example.shape)
+            raise SharefoldError(f"finetune: {wanted[0]} is for images (N, C, H, W), the model takes {shape}: leave it out")
         self.mixing = Mixing(config, self.classes, world.device.type)
         self.blocks: list[str] = []
         if teacher is not None and config.block_match:
@@ -102,9 +106,18 @@ class Updater:
 
     def _classes(self, example: Tensor) -> int:
         was_training = self.model.training
-        with torch.no_grad(), self.autocast():
-            logits = self.model.eval()(example)
-            goal = logits if self.teacher is None else self.teacher(example)
+        try:
+            with torch.no_grad(), self.autocast():
+                logits = self.model.eval()(example)
+                goal = logits if self.teacher is None else self.teacher(example)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:150]
+            raise SharefoldError(
+                f"finetune: the model fails on a batch of shape {tuple(example.shape)} ({reason}): pass data as it takes them; "
+                "signals (C, L) come as a Dataset or a DataLoader"
+            ) from None
         self.model.train(was_training)
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             raise SharefoldError("finetune: the model does not return logits (batch, classes): give a classifier")
@@ -190,7 +203,7 @@ class Updater:
             images, labels = next(batches)
             if small:
                 images = shrunk(images)
-            if self.config.channels_last:
+            if self.config.channels_last and images.ndim == 4:
                 images = images.contiguous(memory_format=torch.channels_last)
             images, labels = self.mixing(images, labels)
             with self._no_sync() if i < count - 1 else nullcontext():

@@ -13,7 +13,7 @@ from sharefold.errors import SharefoldError
 from sharefold.graph.blocks import ancestors, find_blocks
 from sharefold.graph.execution import LayerRun, ModuleRun, Run, run_with_hooks
 from sharefold.graph.flow_roles import roles_from_flow, roles_from_run
-from sharefold.graph.layers import find_layers
+from sharefold.graph.layers import LAYERS, find_layers
 from sharefold.graph.preserved import preserved
 from sharefold.graph.records import LayerRecord, NetworkGraph, Space
 from sharefold.graph.repeats import find_repeats
@@ -121,7 +121,7 @@ def _trace(model: nn.Module, example: Any, run: Run, unshared: set[str]) -> tupl
         visible = set(recorder.called)
         hidden = [name for name in run.layers if name not in visible]
         unseen = [name for name in hidden if not visible & set(ancestors(name))]
-        called = [n for n in recorder.called if isinstance(model.get_submodule(n), nn.Conv2d | nn.Linear)]
+        called = [n for n in recorder.called if isinstance(model.get_submodule(n), LAYERS)]
         expected = [name for name in run.order if name in visible]
         if unseen or [name for name in called if name not in unshared] != expected:
             reason = reason or "the trace calls other layers than the network"
@@ -209,8 +209,8 @@ def _sizes(runs: Mapping[str, LayerRun], layers: Mapping[str, ConvForm]) -> dict
     maps: dict[int, Size] = {}
     sizes: dict[str, tuple[Size, Size]] = {}
     for name, run in runs.items():
-        if layers[name].kind == "conv2d":
-            before, after = (_last_two(shape) for shape in (run.input_shape, run.output_shape))
+        if layers[name].convolves:
+            before, after = (_map_size(layers[name], shape) for shape in (run.input_shape, run.output_shape))
             maps[before[0] * before[1]], maps[after[0] * after[1]] = before, after
         else:
             before = after = _token_size(run.input_shape[1:-1], maps)
@@ -218,8 +218,9 @@ def _sizes(runs: Mapping[str, LayerRun], layers: Mapping[str, ConvForm]) -> dict
     return sizes
 
 
-def _last_two(shape: tuple[int, ...]) -> Size:
-    return shape[-2], shape[-1]
+def _map_size(form: ConvForm, shape: tuple[int, ...]) -> Size:
+    """Height and width of a convolution's maps; signals are one pixel high."""
+    return (1, shape[-1]) if form.kind == "conv1d" else (shape[-2], shape[-1])
 
 
 def _token_size(axes: tuple[int, ...], maps: Mapping[int, Size]) -> Size:

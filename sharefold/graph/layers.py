@@ -8,8 +8,9 @@ from torch.nn.utils import parametrize
 from sharefold.layers import ConvForm, checked_form, form_of
 
 BATCH_NORM_KEYS = ("running_mean", "running_var")
-OTHER_CONVS = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_ALL_LAYERS = (nn.Conv2d, nn.Linear, *OTHER_CONVS)
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
+OTHER_CONVS = (nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_ALL_LAYERS = (*LAYERS, *OTHER_CONVS)
 
 
 def is_layer_like(module: nn.Module) -> bool:
@@ -32,7 +33,7 @@ def find_layers(model: nn.Module) -> tuple[dict[str, ConvForm], dict[str, str]]:
     skipped: dict[str, str] = {}
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Conv2d | nn.Linear):
+        if not isinstance(module, LAYERS):
             _skip_free_weights(name, module, skipped)
             continue
         reason = _obstacle(module)
@@ -71,8 +72,8 @@ def _skip_free_weights(name: str, module: nn.Module, skipped: dict[str, str]) ->
         if parameter is None or parameter.numel() == max(parameter.shape, default=1):
             continue
         if isinstance(module, OTHER_CONVS):
-            skipped[name] = f"{type(module).__name__}: only Conv2d and Linear are shared"
+            skipped[name] = f"{type(module).__name__}: only Conv1d, Conv2d and Linear are shared"
         elif key == "weight" and name:
-            skipped[name] = f"{type(module).__name__}: its weight is not that of a plain Conv2d or Linear"
+            skipped[name] = f"{type(module).__name__}: its weight is not that of a plain Conv1d, Conv2d or Linear"
         else:
             skipped[f"{name}.{key}" if name else key] = f"a parameter of {type(module).__name__}, not a layer"

@@ -15,7 +15,7 @@ _KEEP = """
     softmax log_softmax normalize dropout dropout1d dropout2d alpha_dropout feature_dropout drop_path stochastic_depth
     contiguous clone detach to float half double bfloat16 type type_as identity
     interpolate upsample boolean_dispatch max_pool2d avg_pool2d lp_pool2d adaptive_avg_pool2d adaptive_max_pool2d
-    avg_pool1d max_pool1d adaptive_avg_pool1d
+    avg_pool1d max_pool1d lp_pool1d adaptive_avg_pool1d adaptive_max_pool1d
 """
 _ELEMENTWISE = """
     add iadd sub isub rsub mul imul div truediv itruediv true_divide multiply subtract pow maximum minimum where lerp

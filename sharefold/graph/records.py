@@ -17,7 +17,7 @@ class LayerRecord:
     """
 
     name: str
-    kind: str  # "conv2d" | "linear"
+    kind: str  # "conv2d" | "conv1d" | "linear"
     module_class: str
     weight_shape: tuple[int, int, int, int]  # (O, I / groups, h, w); a Linear is (O, I, 1, 1)
     groups: int

@@ -74,19 +74,19 @@ def _main_path(main: Sequence[str], forms: Mapping[str, ConvForm], residual: boo
     roles: dict[str, str] = {name: "depthwise" for name in main if forms[name].depthwise}
     dense = [name for name in main if name not in roles]
     points = [name for name in dense if forms[name].kernel_size == (1, 1)]
-    if roles and all(forms[name].kind == "conv2d" for name in main):
+    if roles and all(forms[name].convolves for name in main):
         roles.update(_around_depthwise(main, points, forms, roles, residual))
     else:
         for first, second in pairwise(dense):
             if first not in roles and second not in roles and _is_inverted(forms[first], forms[second]):
                 roles[first], roles[second] = "expand", "project"
-    counts = {"conv2d": 0, "linear": 0}
+    counts = {"conv": 0, "linear": 0}
     for name in dense:
         if name in roles:
             continue
-        kind = forms[name].kind
+        kind = "conv" if forms[name].convolves else "linear"
         counts[kind] += 1
-        roles[name] = f"{'conv' if kind == 'conv2d' else 'linear'}{counts[kind]}"
+        roles[name] = f"{kind}{counts[kind]}"
     return roles
 
 

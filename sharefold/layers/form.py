@@ -1,7 +1,7 @@
 """How a dense layer uses its weight: geometry, padding rule, weight standardisation.
 
-Every shared layer holds the form of the layer that it replaces, so that Conv2d, Linear, TensorFlow-"SAME" convs and
-weight-standardised convs all go through one piece of code.
+Every shared layer holds the form of the layer that it replaces, so that Conv1d, Conv2d, Linear, TensorFlow-"SAME" convs and
+weight-standardised convs all go through one piece of code: a Conv1d is a Conv2d of maps that are one pixel high.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _STANDARDIZED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 class ConvForm:
     """What a convolution (or a Linear, as a 1x1 convolution of the last axis) is, apart from its weight.
 
+    ``kind`` is ``"conv2d"``, ``"conv1d"`` or ``"linear"``; sizes are those of maps, of a Conv1d (1, k) for its k.
     ``padding`` is a pair or ``"same"``/``"valid"``; ``same_pad`` is TensorFlow's input-dependent padding (timm's
     Conv2dSame); ``standardize`` is None or (eps, scale) of weight standardisation (Qiao et al., arXiv:1903.10520;
     scaled: Brock et al., arXiv:2101.08692, with a learned gain per output channel).
@@ -45,8 +46,32 @@ class ConvForm:
         return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
 
     @property
+    def convolves(self) -> bool:
+        """Whether it is a convolution, of maps or of signals."""
+        return self.kind != "linear"
+
+    @property
+    def stock_shape(self) -> tuple[int, ...]:
+        """The shape of the stock layer's weight: (O, I/groups, h, w), (O, I/groups, k), or (O, I) of a Linear."""
+        if self.kind == "linear":
+            return self.out_channels, self.in_channels
+        return (*self.weight_shape[:2], self.kernel_size[1]) if self.kind == "conv1d" else self.weight_shape
+
+    def sizes_of(self, pair: tuple[int, int]) -> tuple[int, ...]:
+        """A pair (vertical, horizontal) as the stock layer has it: of a Conv1d the second alone."""
+        return pair[1:] if self.kind == "conv1d" else pair
+
+    def as_maps(self, x: Tensor) -> Tensor:
+        """Inputs or outputs of the stock layer as :meth:`apply` has them: signals (..., C, L) as maps (..., C, 1, L)."""
+        return x.unsqueeze(-2) if self.kind == "conv1d" else x
+
+    def as_stock(self, x: Tensor) -> Tensor:
+        """The other way round."""
+        return x.squeeze(-2) if self.kind == "conv1d" else x
+
+    @property
     def depthwise(self) -> bool:
-        return self.kind == "conv2d" and self.groups > 1 and self.in_channels == self.groups
+        return self.convolves and self.groups > 1 and self.in_channels == self.groups
 
     @property
     def features(self) -> int:
@@ -54,7 +79,7 @@ class ConvForm:
         return self.in_channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Runs the layer on ``x`` with any ``weight`` (O', I/groups, h, w); O' may differ from the form's O."""
+        """Runs the layer on ``x`` (:meth:`as_maps`) with any ``weight`` (O', I/groups, h, w); O' may differ from the form's O."""
         if self.kind == "linear":
             return F.linear(x, weight.flatten(1), bias)
         padding: tuple[int, int] | str = self.padding
@@ -105,8 +130,9 @@ class ConvForm:
         """The stock module of this form with these tensors."""
         with torch.device("meta"):
             module = self._empty(bias is not None, gain is not None)
-        shape = tuple(weight.shape) if self.kind == "conv2d" else (self.out_channels, self.in_channels)
-        module.weight = nn.Parameter(weight.detach().reshape(shape).clone())  # type: ignore[assignment]
+        # Products come out in any order of axes, and a convolution puts such a weight in order at every run.
+        own = weight.detach().reshape(self.stock_shape).clone(memory_format=torch.contiguous_format)
+        module.weight = nn.Parameter(own)  # type: ignore[assignment]
         if bias is not None:
             module.bias = nn.Parameter(bias.detach().clone())  # type: ignore[assignment]
         if gain is not None:
@@ -116,6 +142,13 @@ class ConvForm:
     def _empty(self, bias: bool, gain: bool) -> nn.Module:
         if self.kind == "linear":
             return nn.Linear(self.in_channels, self.out_channels, bias=bias)
+        if self.kind == "conv1d":
+            line: Any = nn.Conv1d
+            along = self.padding if isinstance(self.padding, str) else self.padding[1]
+            return line(
+                self.in_channels, self.out_channels, self.kernel_size[1], self.stride[1], along, self.dilation[1], self.groups,
+                bias, self.padding_mode,
+            )  # fmt: skip
         if self.standardize is not None:
             names: dict[str, Any] = {cls.__name__: cls for cls in _STANDARDIZED}
             module: nn.Conv2d = names[self.module_class](
@@ -142,6 +175,12 @@ def form_of(module: nn.Module) -> ConvForm | None:
         if type(module).forward not in (nn.Linear.forward, TimmLinear.forward):
             return None
         return ConvForm("linear", module.in_features, module.out_features, module_class=type(module).__name__)
+    if type(module) is nn.Conv1d:
+        along = module.padding if isinstance(module.padding, str) else (0, int(module.padding[0]))
+        return ConvForm(
+            "conv1d", module.in_channels, module.out_channels, (1, int(module.kernel_size[0])), (1, int(module.stride[0])), along,
+            (1, int(module.dilation[0])), module.groups, module.padding_mode, module_class="Conv1d",
+        )  # fmt: skip
     if not isinstance(module, nn.Conv2d) or isinstance(module, nn.ConvTranspose2d):
         return None
     if type(module)._conv_forward is not nn.Conv2d._conv_forward:

@@ -29,7 +29,8 @@ class SharedConv(Keeper):
     tensor it was made from changes; in train mode it is made anew, so gradients reach the bank. Writes through ``.data``
     are seen after the next ``eval()`` or ``train()``.
 
-    Input and output are those of the replaced layer: (B, I, H, W) -> (B, O, H', W'), or (..., I) -> (..., O).
+    Input and output are those of the replaced layer: (B, I, H, W) -> (B, O, H', W'), (B, I, L) -> (B, O, L'), or
+    (..., I) -> (..., O).
     """
 
     bank: Bank | None
@@ -57,7 +58,7 @@ class SharedConv(Keeper):
         raise NotImplementedError
 
     def factored(self, x: Tensor) -> Tensor:
-        """Runs the layer without its composed weight."""
+        """Runs the layer on ``x`` (:meth:`ConvForm.as_maps`) without its composed weight."""
         raise NotImplementedError
 
     def factored_share(self) -> float:
@@ -127,9 +128,8 @@ class SharedConv(Keeper):
 
     @property
     def weight(self) -> Tensor:
-        """The effective weight in the stock layer's shape: (O, I/groups, h, w), or (O, I) for a Linear."""
-        weight = self.form.standardized(self.compose(), self.gain)
-        return weight.flatten(1) if self.form.kind == "linear" else weight
+        """The effective weight in the stock layer's shape: (O, I/groups, h, w), of Conv1d (O, I/groups, k), of Linear (O, I)."""
+        return self.form.standardized(self.compose(), self.gain).reshape(self.form.stock_shape)
 
     @property
     def bias(self) -> Tensor | None:
@@ -192,12 +192,12 @@ class SharedConv(Keeper):
     out_features = out_channels
 
     @property
-    def kernel_size(self) -> tuple[int, int]:
-        return self.form.kernel_size
+    def kernel_size(self) -> tuple[int, ...]:
+        return self.form.sizes_of(self.form.kernel_size)
 
     @property
-    def stride(self) -> tuple[int, int]:
-        return self.form.stride
+    def stride(self) -> tuple[int, ...]:
+        return self.form.sizes_of(self.form.stride)
 
     @property
     def groups(self) -> int:
@@ -206,10 +206,11 @@ class SharedConv(Keeper):
     # Running -----------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.form.as_maps(x)
         if self.runs_factored():
-            return self.factored(x)
+            return self.form.as_stock(self.factored(x))
         weight, bias = self._composed(x)
-        return self.form.apply(x, weight, bias)
+        return self.form.as_stock(self.form.apply(x, weight, bias))
 
     def runs_factored(self) -> bool:
         """Whether :meth:`forward` calls :meth:`factored` instead of composing the weight."""

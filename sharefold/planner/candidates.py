@@ -186,7 +186,7 @@ def together(model: nn.Module, units: Sequence[Group]) -> list[Group]:
         singles, forms = zip(*found, strict=True)
         if len(found) > 1 and can_share(forms):
             height, width = forms[0].kernel_size
-            kind = "linear" if forms[0].kind == "linear" else f"conv{height}x{width}"
+            kind = f"conv{height}x{width}" if forms[0].convolves else "linear"
             names = tuple(unit.members[0] for unit in singles)
             merged = replace(singles[0], name=f"stage{singles[0].stage}.{kind}-widths", members=names)
             result = [merged if unit is singles[0] else unit for unit in result if unit not in singles[1:]]

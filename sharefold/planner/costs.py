@@ -175,7 +175,7 @@ class Seconds(_PerLayer):
             shape = (self.batch, form.in_channels, *record.input_size)
             if form.kind == "linear":
                 shape = (self.batch, *record.input_size, form.in_channels)
-            x = torch.ones(shape, device=self.like.device, dtype=self.like.dtype)
+            x = form.as_stock(torch.ones(shape, device=self.like.device, dtype=self.like.dtype))
             with torch.inference_mode():
                 self.known[key] = latency(layer, x, repeats=LAYER_REPEATS)
         return self.known[key]

@@ -118,10 +118,11 @@ class _Probe:
         if gain is not None and form.standardize is not None:
             scale = gain.detach().reshape(-1).to(scale) * form.standardize[1]
         kernel = (change * scale[:, None]).reshape(form.weight_shape)
-        shift = shift * scale if form.kind == "linear" else (shift * scale)[:, None, None]
+        shift = form.as_stock((shift * scale)[:, None, None]) if form.convolves else shift * scale
 
         def disturb(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output + form.apply(inputs[0], kernel.to(inputs[0]), None) - shift.to(output)
+            changed = form.apply(form.as_maps(inputs[0]), kernel.to(inputs[0]), None)
+            return output + form.as_stock(changed) - shift.to(output)
 
         handle = layer.register_forward_hook(disturb)
         try:

@@ -103,8 +103,8 @@ class Collector:
         return values if len(values) % images else values.reshape(images, -1, values.shape[-1])
 
     def _rows(self, y: Tensor, positions: int) -> Tensor:
-        window = None if self.form.kind == "linear" else Window(1)
-        found = sample_patches(y.detach(), window, positions, self._generator())
+        window = Window(1) if self.form.convolves else None
+        found = sample_patches(self.form.as_maps(y.detach()), window, positions, self._generator())
         return found.flatten(1).float()
 
     def _generator(self) -> torch.Generator:

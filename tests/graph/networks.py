@@ -81,7 +81,7 @@ class Oddities(nn.Module):
         self.tied_b.weight = self.tied_a.weight
         self.normed = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1))
         self.up = nn.ConvTranspose2d(8, 8, 2, stride=2)
-        self.line = nn.Conv1d(8, 8, 3, padding=1)
+        self.line = nn.ConvTranspose1d(8, 8, 3, padding=1)
         self.tokens = nn.Linear(64, 64)
         self.unused = nn.Linear(8, 8)
         self.scale = nn.Parameter(torch.ones(1, 8, 1, 1))

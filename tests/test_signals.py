@@ -1,0 +1,207 @@
+"""Networks of one-dimensional convolutions: a Conv1d is a Conv2d of maps one pixel high, from the graph to the file."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import sharefold
+from sharefold.calibration.statistics import patches_of
+from sharefold.data.views import random_views
+from sharefold.errors import SharefoldError
+from sharefold.export import export
+from sharefold.finetune import finetune
+from sharefold.layers import form_of, shared_layers
+from sharefold.measure import count_macs
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv1d(width, width, 3, padding=1, bias=False), nn.BatchNorm1d(width)
+        self.conv2, self.bn2 = nn.Conv1d(width, width, 3, padding=1, bias=False), nn.BatchNorm1d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+
+class Listener(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(2, 16, 7, stride=2, padding=3)
+        self.layer1 = nn.Sequential(*[Block(16) for _ in range(3)])
+        self.down = nn.Conv1d(16, 32, 3, stride=2, padding=1, padding_mode="circular")
+        self.layer2 = nn.Sequential(*[Block(32) for _ in range(3)])
+        self.pool, self.head = nn.AdaptiveAvgPool1d(1), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer2(self.down(self.layer1(torch.relu(self.stem(x)))))
+        return self.head(self.pool(x).flatten(1))
+
+
+def sounds(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    kind = torch.randint(0, 4, (count,), generator=random)
+    cycles = torch.tensor([3.0, 6.0, 10.0, 15.0])[kind, None, None] * (1 + 0.05 * torch.randn(count, 1, 1, generator=random))
+    phase, time = 6.28 * torch.rand(count, 2, 1, generator=random), torch.arange(96) / 96
+    return torch.sin(6.28 * cycles * time + phase) + 0.4 * torch.randn(count, 2, 96, generator=random), kind
+
+
+@pytest.fixture(scope="module")
+def trained() -> Listener:
+    torch.manual_seed(0)
+    net, (x, y) = Listener(), sounds(1280)
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    for start in range(0, len(x), 32):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x[start : start + 32]), y[start : start + 32]).backward()
+        optimizer.step()
+    return net.eval()
+
+
+def converted(trained: Listener, budget: str, method: str = "auto", **options: Any) -> tuple[nn.Module, Any]:
+    net = copy.deepcopy(trained)
+    cal = sharefold.calibrate(net, sounds(300, 1)[0])
+    return net, sharefold.convert_(net, sharefold.plan(net, budget, cal, method=method), cal, **options)
+
+
+@torch.no_grad()
+def right(net: nn.Module) -> float:
+    x, y = sounds(500, 2)
+    return float((net.eval()(x).argmax(1) == y).float().mean())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(4, 6, 5, stride=2, padding=3, dilation=2), nn.Conv1d(4, 6, 4, padding="same", bias=False),
+        nn.Conv1d(4, 6, 3, padding=2, padding_mode="reflect"), nn.Conv1d(4, 8, 3, groups=2, padding="valid"), nn.Conv1d(4, 6, 1),
+    ],
+)  # fmt: skip
+def test_a_form_stands_for_the_layer_and_makes_it_again(layer: nn.Conv1d) -> None:
+    form, x = form_of(layer), torch.randn(3, 4, 20)
+    assert form is not None and form.kind == "conv1d" and form.stock_shape == tuple(layer.weight.shape)
+    weight = layer.weight.detach().reshape(form.weight_shape)
+    expected = layer(x)
+    torch.testing.assert_close(form.as_stock(form.apply(form.as_maps(x), weight, layer.bias)), expected)
+    again = form.dense(weight, layer.bias, None)
+    assert isinstance(again, nn.Conv1d) and form_of(again) == form
+    torch.testing.assert_close(again(x), expected)
+    patches = patches_of(form, x, None, torch.Generator())  # (P, G, N)
+    rows = torch.einsum("pgn,gon->pgo", patches, weight.reshape(form.groups, -1, form.features)).flatten(1)
+    bias = 0 if layer.bias is None else layer.bias
+    torch.testing.assert_close(rows + bias, expected.transpose(1, 2).flatten(0, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_the_graph_finds_its_layers_norms_and_private_channels(trained: Listener) -> None:
+    graph = sharefold.analyze(trained, torch.randn(1, 2, 96))
+    record = graph.layers["layer1.1.conv1"]
+    assert record.kind == "conv1d" and record.weight_shape == (16, 16, 1, 3) and record.input_size == (1, 48)
+    assert record.norm == "layer1.1.bn1" and record.private_output and not graph.skipped
+    assert graph.layers["layer2.0.conv2"].role == "conv2"
+
+
+@pytest.mark.parametrize("method", ["auto", "basis", "hybrid", "svd", "fold", "average", "cluster-kernel"])
+def test_half_of_it_says_the_same(trained: Listener, method: str, tmp_path: Path) -> None:
+    assert right(trained) > 0.95
+    net, done = converted(trained, "50%", method)
+    assert sum(p.numel() for p in net.parameters()) <= 0.51 * sum(p.numel() for p in trained.parameters())
+    x = sounds(40, 3)[0]
+    with torch.no_grad():
+        found = net(x)
+        if method not in ("average", "cluster-kernel"):
+            assert right(net) > 0.93 and done.agreement > 0.9
+        sharefold.save(net, tmp_path / "net")
+        loaded = sharefold.load(tmp_path / "net", model=Listener()).eval()
+        torch.testing.assert_close(loaded(x), found)
+        stock = sharefold.expand(loaded)
+        torch.testing.assert_close(stock(x), found, rtol=1e-4, atol=1e-4)
+    assert not shared_layers(stock) and isinstance(stock.stem, nn.Conv1d)
+    assert all(p.is_contiguous() for p in stock.parameters())
+
+
+@pytest.mark.parametrize("budget", ["50% MACs", "60%, 80% MACs", "12kB"])
+def test_budgets_hold(trained: Listener, budget: str, tmp_path: Path) -> None:
+    net = copy.deepcopy(trained)
+    cal = sharefold.calibrate(net, sounds(300, 1)[0])
+    sharefold.convert_(net, sharefold.plan(net, budget, cal), cal)
+    sharefold.save(net, tmp_path / "net.safetensors")
+    x = sounds(1)[0]
+    if "MACs" in budget:
+        share = 0.5 if budget.startswith("50%") else 0.8
+        assert count_macs(net, x) <= share * count_macs(trained, x)
+    else:
+        assert (tmp_path / "net.safetensors").stat().st_size <= 12_000
+    assert right(net) > 0.9
+
+
+def test_layers_run_composed_and_factored_alike(trained: Listener) -> None:
+    for method in ("basis", "svd", "hybrid"):
+        net, _ = converted(trained, "40%", method)
+        x = sounds(4)[0]
+        outputs = []
+        for runtime in ("composed", "factored"):
+            for layer in shared_layers(net).values():
+                layer.runtime = runtime
+                assert len(layer.kernel_size) == len(layer.stride) == 1 or layer.form.kind == "linear"
+            with torch.no_grad():
+                outputs.append(net(x))
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+
+
+def test_refinement_and_fine_tuning_take_signals(trained: Listener) -> None:
+    net, _ = converted(trained, "25%", refine=2)
+    refined, (x, y) = right(net), sounds(640)
+    few = {"teacher": trained, "epochs": 1, "quiet": True, "workers": 0, "device": "cpu"}
+    report = finetune(net, TensorDataset(x, y), TensorDataset(*sounds(200, 2)), batch_size=64, **few)
+    assert report.top1_after >= refined - 0.05 and report.top1_after > 0.9
+    assert finetune(net, DataLoader(TensorDataset(x, y), 64, shuffle=True), **few).updates == 10
+    with pytest.raises(SharefoldError, match=r"fails on a batch of shape \(2, 1, 2, 96\).*a Dataset or a DataLoader"):
+        finetune(net, (x, y), **few)
+    with pytest.raises(SharefoldError, match=r"small_images is for images \(N, C, H, W\)"):
+        finetune(net, TensorDataset(x, y), small_images=0.5, **few)
+
+
+def test_views_of_signals_are_shifted_louder_or_softer_and_drawn_by_the_seed() -> None:
+    x = sounds(64)[0]
+    views = [random_views(x, torch.Generator().manual_seed(seed), mix=0.0) for seed in (0, 0, 1)]
+    assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
+    assert views[0].shape == x.shape
+    still = random_views(x, torch.Generator().manual_seed(0), strength=0.0, mix=0.0)
+    torch.testing.assert_close(still, x)
+    for signal, view in zip(x[:8], views[0][:8], strict=True):
+        # The same signal from another moment on: its inner part is found again somewhere, times a volume.
+        inner = view[:, 24:72]
+        scores = [F.cosine_similarity(signal[:, i : i + 48].flatten(), inner.flatten(), dim=0) for i in range(48)]
+        assert max(scores) > 0.999
+
+
+def test_wrong_inputs_are_told(trained: Listener) -> None:
+    cases: dict[str, Tensor] = {
+        r"\(n, C, H, W\) or \(n, C, L\): pass normalised images or signals": torch.randn(8, 96),
+        "signals have 3 channels, the model takes 2: convert the signals": torch.randn(8, 3, 96),
+        "fails on the example input": torch.randn(8, 2, 1, 96),
+    }
+    for message, x in cases.items():
+        with pytest.raises(SharefoldError, match=message):
+            sharefold.calibrate(copy.deepcopy(trained), x)
+    with pytest.raises(SharefoldError, match=r"\(n, C, H, W\): pass normalised images"):
+        sharefold.calibrate(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(8, 3, 32))
+
+
+def test_onnx_computes_the_same(trained: Listener, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    net, _ = converted(trained, "50%", "hybrid")
+    x = sounds(6, 3)[0]
+    export(net, tmp_path / "net.onnx", example_input=x[:2])
+    session = runtime.InferenceSession(str(tmp_path / "net.onnx"))
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), net(x), rtol=1e-4, atol=1e-4)
