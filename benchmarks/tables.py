@@ -23,6 +23,7 @@ from typing import Any
 
 from gpu_tables import converted_on_gpu, latency_on_gpu, tuning_recipes, tuning_steps
 from table_parts import DATES, RESULTS, ROOT, dates, earlier, machine, named, read, table, taken
+from task_tables import trained_tasks
 
 
 def demo() -> str | None:
@@ -429,10 +430,11 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "demo": demo, "methods": methods, "finetune": finetune, "ablation": ablation, "recipes": recipes,
     "objectives": objectives, "across": across, "label_free": label_free, "onnx": onnx, "forms": forms,
     "results": results, "speed": speed, "bytes": files, "agreement": claims, "gpu": converted_on_gpu, "latency": latency_on_gpu,
-    "steps": tuning_steps, "tuning": tuning_recipes,
+    "steps": tuning_steps, "tuning": tuning_recipes, "tasks": trained_tasks,
 }  # fmt: skip
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("results", "fine-tuning", "planning", "using", "figures")))
+NAMED = ("results", "fine-tuning", "planning", "using", "figures", "tasks")
+PAGES = (ROOT / "README.md", *(DOCS / f"{name}.md" for name in NAMED))
 PAGES += (DOCS / "methods" / "recipes.md", DOCS / "methods" / "hybrid.md")
 
 

@@ -58,7 +58,7 @@ class SuperResolver(nn.Module):
         self.detail = nn.Sequential(*layers, nn.Conv2d(64, 12, 3, padding=1), nn.PixelShuffle(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.interpolate(x, scale_factor=2.0, mode="bilinear") + self.detail(x)
+        return enlarged(x) + self.detail(x)
 
 
 class UNet(nn.Module):
@@ -110,6 +110,10 @@ def halved(images: Tensor, labels: Tensor, random: torch.Generator) -> Batch:
     return F.avg_pool2d(images, 2), images
 
 
+def enlarged(images: Tensor) -> Tensor:
+    return F.interpolate(images, scale_factor=2.0, mode="bilinear")
+
+
 def bright(images: Tensor, labels: Tensor, random: torch.Generator) -> Batch:
     """The smoothed image brighter than its mean, told from a noisy one."""
     smooth = F.avg_pool2d(F.pad(grey(images), (3, 3, 3, 3), mode="reflect"), 7, 1)
@@ -147,11 +151,13 @@ class Task:
     unit: str
     most: float
     outputs: str | None = None
+    crop: int = 32  # side of what it learns from
+    without: Callable[[Tensor], Tensor] | None = None  # what there is without a network
 
 
 TASKS = {
-    "denoiser": Task(Denoiser, noisy_grey, F.mse_loss, "50%", "dB lost", 0.15),
-    "super-resolver": Task(SuperResolver, halved, F.mse_loss, "25%", "dB lost", 0.05),
+    "denoiser": Task(Denoiser, noisy_grey, F.mse_loss, "50%", "dB lost", 0.15, crop=16, without=lambda x: x),
+    "super-resolver": Task(SuperResolver, halved, F.mse_loss, "25%", "dB lost", 0.05, crop=16, without=enlarged),
     "segmenter": Task(UNet, bright, F.binary_cross_entropy_with_logits, "16%", "% of pixels decided otherwise", 1.0, "binary"),
     "two-tasks": Task(TwoTasks, both, both_losses, "50%", "% relative error of the worse output", 2.0),
 }  # fmt: skip
@@ -167,7 +173,8 @@ def trained(task: Task, images: Tensor, labels: Tensor, minutes: float) -> tuple
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * max(0.02, 1 - spent / seconds)
         pick = torch.randint(0, len(images), (64,), generator=random)
-        some = images[pick]
+        top, left = torch.randint(0, 33 - task.crop, (2,), generator=random).tolist()
+        some = images[pick][:, :, top : top + task.crop, left : left + task.crop]
         if updates % 2:
             some = some.flip(3)
         inputs, target = task.batch(some, labels[pick], random)
@@ -191,8 +198,9 @@ def lost(task: Task, before: nn.Module, after: nn.Module, inputs: Tensor, target
     if task.outputs == "binary":
         right = [float(((output > 0) == (target > 0.5)).float().mean()) for output in (first, second)]
         return {"before": right[0], "after": right[1], "lost": 100 * float(((first > 0) != (second > 0)).float().mean())}
-    figures = psnr(first, target), psnr(second, target)
-    return {"before": figures[0], "after": figures[1], "lost": figures[0] - figures[1]}
+    assert task.without is not None
+    without, start, end = (psnr(output, target) for output in (task.without(inputs), first, second))
+    return {"without": without, "before": start, "after": end, "lost": start - end}
 
 
 def measure(name: str, data: dict[str, Tensor], minutes: float, seed: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "convert": ("convert", "Turn a pretrained network into a smaller one whose layers share parameters."),
     "eval": ("eval", "Measure accuracy on a labelled data set."),
     "finetune": ("finetune", "Recover what sharing cost, with a teacher."),
+    "round": ("round", "Store the weights of a converted network in fewer bits, after fine-tuning for instance."),
     "bench": ("bench", "Time dense against shared: latency, throughput, memory, load time."),
     "export": ("export", "Write ONNX, a torch.export archive or a dense checkpoint."),
     "expand": ("expand", "Write the dense checkpoint of the stock architecture."),

@@ -21,6 +21,7 @@ _LAZY = {
     "plan": "sharefold.planner",
     "convert_": "sharefold.convert",
     "Conversion": "sharefold.convert",
+    "round_": "sharefold.round",
     "Plan": "sharefold.plans",
     "CalibrationOptions": "sharefold.options",
     "PlanOptions": "sharefold.options",

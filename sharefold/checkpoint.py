@@ -84,8 +84,8 @@ def save(
     spec = carried_spec(model)
     if spec is not None and not spec.fits(tensors):
         warnings.warn(
-            "the weights changed since they were rounded: saved in full precision; run "
-            "sharefold.store.quantize_ again for a small file",
+            "the weights changed since they were rounded: saved in full precision; for a small file round them again "
+            "(sharefold round, sharefold.round_)",
             SharefoldWarning,
             stacklevel=2,
         )

@@ -121,12 +121,12 @@ def convert_(
     seconds: dict[str, float] = {}
     with restored_on_error(model):
         done, cal, steps = carry_out(model, plan, cal, wanted, seconds, progress)
-        figures = _reported(model, cal)
+        figures = reported(model, cal)
     teacher = copied(cal.original) if cal is calibration else cal.original
     return Conversion(done, teacher, **figures, steps={step.name: step for step in steps}, seconds=seconds)
 
 
-def _reported(model: nn.Module, cal: Calibration) -> dict[str, Any]:
+def reported(model: nn.Module, cal: Calibration) -> dict[str, Any]:
     """The figures of :class:`Conversion` on the part ``report`` of the images, on which nothing was fitted or decided."""
     count = len(cal.parts.report)
     if not cal.comparable or not count:
@@ -172,7 +172,7 @@ def carry_out(
     _put_back(model, cal.original, plan)
     if plan.store:
         with _timed(seconds, "store"):
-            steps.append(_rounded(model, plan, cal, progress))
+            steps.append(rounded(model, plan, cal, progress))
     carry_config(model, replace(config_of(model), steps=tuple(steps)))
     return done, cal, steps
 
@@ -233,7 +233,7 @@ def _mended(
     return records
 
 
-def _rounded(model: nn.Module, plan: Plan, cal: Calibration, progress: Progress | None) -> StepRecord:
+def rounded(model: nn.Module, plan: Plan, cal: Calibration, progress: Progress | None) -> StepRecord:
     """Rounds to what the file will hold, whatever it costs, which the record tells; then settles the scale of the logits."""
     assert plan.store is not None
     store, guard = plan.store, Guard(cal.decided) if cal.comparable else None

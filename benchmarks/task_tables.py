@@ -1,0 +1,27 @@
+"""The table of networks for other tasks than classes, for ``tables.py``."""
+
+from __future__ import annotations
+
+from table_parts import machine, read, table, taken
+
+
+def trained_tasks() -> str | None:
+    """What the networks of ``tasks.py`` are for, before and after."""
+    records = read("tasks.json")
+    if not records:
+        return None
+    rows = []
+    for r in records:
+        decibels = r["unit"].startswith("dB")
+        figures = [f"{value:.2f} dB" if decibels else f"{100 * value:.1f} %" for value in (r["before"], r["after"])]
+        rows.append([
+            r["task"], r["budget"].replace("%", " %"), f"{r['params'][0]:,} -> {r['params'][1]:,}",
+            f"{r['without']:.2f} dB" if decibels else "", *figures, f"{r['lost']:.2f} {r['unit']}", f"{r['most']:g}",
+            ", ".join(r["methods"]),
+        ])  # fmt: skip
+    first = records[0]
+    head = ["task", "size", "parameters", "without a network", "trained", "converted", "lost", "at most", "methods"]
+    note = (f"Trained for {first['minutes']:g} minutes on CIFAR-10, converted by 1,000 other images without targets, measured on "
+            "2,000 test images: PSNR against the clean images, pixels decided right, classes told right. "
+            f"{machine(first['hardware'])}, seed {first['seed']}, `benchmarks/tasks.py`. " + taken(rows=records))  # fmt: skip
+    return table(head, rows) + "\n\n" + note

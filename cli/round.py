@@ -1,0 +1,83 @@
+"""``sharefold round``: a converted network in a small file, after fine-tuning for instance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from sharefold.errors import SharefoldError
+
+from .agreement_text import agreement_text
+from .common import Run, jsonable, shared_options
+from .convert_report import Timer, print_steps, weight_file_bytes
+from .source import SourceOptions, source_options
+
+
+@click.command("round")
+@source_options
+@click.option("--store", required=True, metavar="TYPE", help="int2 to int8, kmeans4, fp16 ..., or the size of the file: 60kB.")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory or .safetensors file.")
+@click.option("--outputs", metavar="KIND", multiple=True, help="What an output is: logits:axis=1, boxes:regression; repeatable.")
+@click.option("--calib", metavar="DATA", help="Images without labels.  [default: procedural images]")
+@click.option("--calib-count", type=click.IntRange(min=1), metavar="N", help="How many.  [default: 1000; 64 large made ones]")
+@click.option("--calib-split", default="train", show_default=True, help="Which part of the data.")
+@click.option("--force", is_flag=True, help="Replace what is at the output.")
+@shared_options
+def command(
+    run: Run, source: SourceOptions, store: str, output: Path, outputs: tuple[str, ...], calib: str | None,
+    calib_count: int | None, calib_split: str, force: bool,
+) -> None:  # fmt: skip
+    """Round the weights of SOURCE, a sharefold directory or file, and save it small.
+
+    \b
+    sharefold round resnet20-tuned --store 60kB --calib npz:cifar10.npz -o resnet20-60kB.safetensors
+    sharefold round resnet50-tuned --store int8 --calib imagefolder:/data/imagenet -o resnet50-int8
+    """
+    from sharefold.files import check_output
+    from sharefold.ownership import network_files
+
+    check_output(output, force, network_files(output))
+    device = run.setup()
+    import sharefold
+    from sharefold.calibration.images import default_count, matched
+    from sharefold.data import Preprocess, calibration_images
+    from sharefold.measure import model_bytes
+    from sharefold.round import round_with, store_of
+
+    timer = Timer()
+    kind = store_of(store)
+    opened = source.open()
+    if not opened.shared:
+        raise SharefoldError(f"{source.source} is not converted: round dense networks by sharefold convert --store {store}")
+    model = opened.model.to(device).eval()
+    timer.lap("load")
+    preprocess = Preprocess.from_cfg(opened.pretrained_cfg)
+    count = calib_count or default_count(*preprocess.size[1:], procedural=calib is None)
+    images = calibration_images(calib, preprocess, count, run.seed, calib_split)
+    before = model_bytes(model)
+    with run.progress() as progress:
+        if calib is None:
+            images = matched(model, images, run.seed, progress)
+        done, cal = round_with(model, kind, images, sharefold.CalibrationOptions(run.seed, outputs=outputs or None), progress)
+    timer.lap("round")
+    metrics = {
+        "store": kind, "agreement": done.agreement, "agreement_interval": done.agreement_interval,
+        "report_images": done.report_images, "seen_before": done.seen_before, "new_agreement": done.new_agreement,
+        "new_agreement_interval": done.new_agreement_interval, "kl": done.kl,
+        "outputs": [figure.to_dict() for figure in done.outputs],
+    }  # fmt: skip
+    sharefold.save(model, output, metrics=jsonable(metrics), force=force)
+    timer.lap("save")
+    size = weight_file_bytes(output)
+    run.table(["", "MB"], [["weights in memory", f"{before / 1e6:.3f}"], ["file", f"{size / 1e6:.3f}"]])
+    print_steps(run, list(done.steps.values()))
+    run.say(f"{output} written; beside the network before rounding: {agreement_text(done, cal, calib is None)}")
+    for figure in done.outputs:
+        if figure.metric != "agreement":
+            run.say(f"{figure.name}: {figure.metric} {figure.text()}")
+    steps = {name: record.to_dict() for name, record in done.steps.items()}
+    run.result(
+        {"source": source.source, **metrics, "steps": steps, "bytes": {"memory": before, "file": size},
+         "seconds": timer.total(), "output": str(output)}
+    )  # fmt: skip

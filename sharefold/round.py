@@ -1,0 +1,92 @@
+"""Rounding a converted network to a small file after the fact: fine-tuned ones, or those converted to a number of parameters."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from sharefold.budget import parse_budget
+from sharefold.calibration.calibrate import Calibration, calibrate
+from sharefold.convert import Conversion, reported, rounded
+from sharefold.errors import SharefoldError
+from sharefold.format import carry_config, config_of, without_figures
+from sharefold.graph.preserved import restored_on_error
+from sharefold.layers.surgery import to_dense
+from sharefold.options import CalibrationOptions
+from sharefold.plans import Progress
+from sharefold.settings import with_plain_settings
+from sharefold.store import parse_store
+from sharefold.store.held_codes import check_holds_none
+from sharefold.store.tensor_spec import carry_spec
+
+
+@with_plain_settings
+def round_(
+    model: nn.Module, store: str, images: Tensor | None = None, options: CalibrationOptions | None = None,
+    progress: Progress | None = None,
+) -> Conversion:  # fmt: skip
+    """Rounds ``model`` in place to what :func:`sharefold.save` will then write in few bytes.
+
+    The network as it is, fine-tuned or not, is what the rounded one is compared with and fitted to: figures say what rounding
+    costs, not what conversion did.
+
+    Args:
+        model: a converted network; one that was rounded before is rounded from the values that it has now.
+        store: ``int2`` to ``int8``, ``kmeans2`` to ``kmeans8``, ``fp16``, or the bytes of the file, ``60kB`` or ``mixed:60kB``.
+        images: (n, C, H, W) normalised images, no labels; by default procedural ones.
+        options: how they are used; what outputs are.
+        progress: called with (what, done, total).
+
+    Returns:
+        What was done, as of a conversion: the plan with its new ``store``, the network before as ``original``, the one step
+        ``store`` and figures on images on which nothing was fitted or decided.
+
+    Raises:
+        SharefoldError: not converted, an unknown kind, too small a budget. After this or any other exception the model is what
+            it was.
+    """
+    return round_with(model, store, images, options, progress)[0]
+
+
+def round_with(
+    model: nn.Module, store: str, images: Tensor | None, options: CalibrationOptions | None = None,
+    progress: Progress | None = None,
+) -> tuple[Conversion, Calibration]:  # fmt: skip
+    """:func:`round_`, and the calibration that it was done with."""
+    kind = store_of(store)
+    check_holds_none(model, "round")
+    config = config_of(model)
+    start = time.perf_counter()
+    original = to_dense(model).eval()
+    for carry in (carry_config, carry_spec):
+        carry(original, None)  # a stock network, whose every layer may be looked at
+    cal = calibrate(original, images, options)
+    plan = replace(config.plan, store=kind)
+    with restored_on_error(model):
+        step = rounded(model, plan, cal, progress)
+        figures = reported(model, cal)
+        kept = tuple(record for record in config.steps if record.name != step.name)
+        carry_config(model, replace(without_figures(config), plan=plan, steps=(*kept, step)))
+    seconds = {"store": round(time.perf_counter() - start, 3)}
+    return Conversion(plan, cal.original, **figures, steps={step.name: step}, seconds=seconds), cal
+
+
+def store_of(text: str) -> str:
+    """The kind of store that ``text`` means: itself, or ``mixed:`` with the bytes of a budget.
+
+    Raises:
+        SharefoldError: neither.
+    """
+    try:
+        parse_store(text)
+    except SharefoldError as unknown:
+        try:
+            budget = parse_budget(text)
+        except SharefoldError:
+            raise unknown from None
+        if budget.unit != "bytes":
+            raise SharefoldError(f"round: {text!r} is no size of a file: write 60kB, or a kind such as int8") from None
+        return f"mixed:{int(budget.value)}B"
+    return text
