@@ -34,7 +34,9 @@ def data_folder() -> Path:
 def read_split(folder: Path, split: str, sprites: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Images (n, 32, 32, 3) uint8 and labels (n,) of the first ``sprites`` sprites of a split."""
     tiles = []
-    for path in sorted((folder / "cifar10").glob(f"{split}_[0-9]*.*"))[:sprites]:
+    # Of a sprite in two formats the first by name alone, else images would be doubled beside their labels.
+    paths = {path.stem: path for path in sorted((folder / "cifar10").glob(f"{split}_[0-9]*.*"), reverse=True)}
+    for path in sorted(paths.values())[:sprites]:
         sheet = np.asarray(Image.open(path).convert("RGB"))
         tiles.append(sheet.reshape(25, 32, 40, 32, 3).transpose(0, 2, 1, 3, 4).reshape(1000, 32, 32, 3))
     images = np.concatenate(tiles)

@@ -209,11 +209,14 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     return records
 
 
-def write(path: Path, record: dict[str, Any]) -> None:
-    """Puts a record into the file, in place of an earlier one of the same case, method, seed, epochs and hardware."""
+KEY = ("case", "method", "seed", "epochs", "train_images")
+
+
+def write(path: Path, record: dict[str, Any], names: tuple[str, ...] = KEY) -> None:
+    """Puts a record into the file, in place of an earlier one with the same values of ``names`` on the same GPU or none."""
 
     def key(r: dict[str, Any]) -> tuple[Any, ...]:
-        return r["case"], r["method"], r["seed"], r["epochs"], r["train_images"], r["hardware"]["gpu"]
+        return *(r[name] for name in names), r["hardware"]["gpu"]
 
     path.parent.mkdir(parents=True, exist_ok=True)
     old = json.loads(path.read_text()) if path.exists() else []

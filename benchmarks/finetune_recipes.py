@@ -31,6 +31,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sgd-.02": {**SGD, "lr": 0.02},
     "sgd-.05": {**SGD, "lr": 0.05},
     "sgd-.2": {**SGD, "lr": 0.2},
+    "sgd-.2-filters": {**SGD, "lr": 0.2, "decay": "filters"},
     "mixup-.4": {"mixup": 0.4},
     "temperature-2": {"temperature": 2.0},
 }
@@ -55,22 +56,21 @@ def main() -> None:
     start = finetune_cifar.start_of(dense, opened.pretrained_cfg, case, options.data, options.seed, options.start)
     train = open_data(options.data, "train", transform_cfg=opened.pretrained_cfg)
     deciding = finetune_cifar.halves(open_data(options.data, "test", transform_cfg=opened.pretrained_cfg))[0]
-    records = []
     for name in options.recipes:
         model, chosen = copy.deepcopy(start), {**settings, **RECIPES[name]}
         report = finetune(
             model, train, deciding, teacher=dense, quiet=True, epochs=options.epochs, eval_epochs=options.epochs,
             seed=options.seed, device=options.device, **chosen,
         )  # fmt: skip
-        records.append({
+        record = {
             "case": options.case, "recipe": name, "settings": chosen, "epochs": options.epochs, "seed": options.seed,
             "deciding_images": len(deciding),
             "top1_before": report.top1_before, "top1": report.top1_after, "top1_dense": report.teacher_top1,
             "seconds": report.seconds, "images_per_second": report.images_per_second,
             "hardware": finetune_cifar.hardware(), "date": time.strftime("%Y-%m-%d"),
-        })  # fmt: skip
-        print(json.dumps(records[-1]), flush=True)
-        options.out.write_text(json.dumps(records, indent=1) + "\n")
+        }  # fmt: skip
+        print(json.dumps(record), flush=True)
+        finetune_cifar.write(options.out, record, ("case", "recipe", "epochs", "seed"))
 
 
 if __name__ == "__main__":

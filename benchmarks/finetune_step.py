@@ -98,18 +98,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=finetune_cifar.RESULTS / "finetune_step.json")
     options = parser.parse_args()
     dense, shared = open_source(options.source).model, sharefold.load(options.start)
-    records = []
     for batch in options.batch:
         for kind, network in (("dense", dense), ("shared", shared)):
             config = FinetuneConfig(batch_size=batch, device=options.device, compile=options.compile)
             kernels = options.kernels if kind == "shared" else None
             found = measured(network, copy.deepcopy(dense), config, options.updates, kernels)
-            records.append({
+            record = {
                 "case": options.case, "network": kind, "batch": batch, "compile": options.compile, **found,
                 "hardware": finetune_cifar.hardware(), "date": time.strftime("%Y-%m-%d"),
-            })  # fmt: skip
-            print(json.dumps(records[-1]), flush=True)
-            options.out.write_text(json.dumps(records, indent=1) + "\n")
+            }  # fmt: skip
+            print(json.dumps(record), flush=True)
+            finetune_cifar.write(options.out, record, ("case", "network", "batch", "compile"))
 
 
 if __name__ == "__main__":

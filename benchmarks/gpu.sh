@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Every figure about GPUs, the most important first; each is written as soon as it is there. Nine minutes in all.
+# Every figure about GPUs, the most important first; each is written as soon as it is there.
 #
 #   benchmarks/gpu.sh DATA OUT [STEPS]
 #
 # DATA holds cifar10/ and weights/ as benchmarks/cifar.py says, where it has them converted networks start/CASE that fine-tuning
 # starts from (else it converts), and for the ImageNet figures lite0.safetensors and imagenet.npz as benchmarks/imagenet.py says.
-# OUT gets JSON and logs. STEPS is a regular expression of the steps to run (default: all but the comparison of recipes), so that
-# they can be spread over several calls. From the environment: MINUTES (2) of one fine-tuning run of ResNet-56, SETTINGS of
-# fine-tuning (name=value ...), EXTRA options of finetune_cifar.py (to try the script: EXTRA="--limit 2000"), CIFAR, the file
-# that the images are unpacked to.
+# OUT gets JSON and logs. STEPS is a regular expression of the steps to run: unpack, tune-CASE, convert-NETWORK, latency-NETWORK
+# (these by default, nine minutes in all), step and recipes. So they can be spread over several calls. From the environment:
+# MINUTES (2) of one fine-tuning run of ResNet-56, SETTINGS of fine-tuning (name=value ...), RECIPES and EPOCHS (25) of recipes,
+# EXTRA options of finetune_cifar.py (to try the script: EXTRA="--limit 2000"), CIFAR, the file that the images are unpacked to.
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD" PYTHONUNBUFFERED=1
@@ -38,6 +38,8 @@ tune() { # CASE MINUTES
 SHAREFOLD_DATA=$data step unpack 60 python3 benchmarks/cifar.py "$cifar"
 step recipes 150 python3 benchmarks/finetune_recipes.py resnet20 --source "$data/weights/resnet20-12fca82f.th" $(start resnet20) \
     --data "npz:$cifar" --epochs "${EPOCHS:-25}" --set $settings --out "$out/finetune_recipes.json" ${RECIPES:+--recipes $RECIPES}
+step step-resnet56 60 python3 benchmarks/finetune_step.py resnet56-319k --source "$data/weights/resnet56-4bfd9763.th" \
+    $(start resnet56-319k) --batch 256 512 1024 --out "$out/finetune_step.json"
 tune resnet56-319k "$minutes"
 tune resnet56-202k "$minutes"
 tune resnet20 "$(python3 -c "print($minutes / 2)")"

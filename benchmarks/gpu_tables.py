@@ -89,5 +89,6 @@ def tuning_recipes() -> str | None:
     head = ["case", "recipe", "epochs", "seconds", "converted [%]", "tuned [%]"]
     seen = sorted({r["deciding_images"] for r in records})
     note = (f"On the first {' or '.join(f'{n:,}' for n in seen)} test images, batches of 512, seed 0; half a point is noise. "
+            "Training images as AVIF of 41.5 dB. "
             f"{machine(records[0]['hardware'])}, `benchmarks/finetune_recipes.py`. " + taken(rows=records))  # fmt: skip
     return table(head, rows) + "\n\n" + note

@@ -22,6 +22,6 @@ def trained_tasks() -> str | None:
     first = records[0]
     head = ["task", "size", "parameters", "without a network", "trained", "converted", "lost", "at most", "methods"]
     note = (f"Trained for {first['minutes']:g} minutes on CIFAR-10, converted by 1,000 other images without targets, measured on "
-            "2,000 test images: PSNR against the clean images, pixels decided right, classes told right. "
+            "2,000 test images: PSNR against the clean images, pixels decided right, classes told right. On "
             f"{machine(first['hardware'])}, seed {first['seed']}, `benchmarks/tasks.py`. " + taken(rows=records))  # fmt: skip
     return table(head, rows) + "\n\n" + note

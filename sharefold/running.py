@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -93,15 +94,26 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+_alone = threading.Lock()
+_inside, _threads = 0, 1  # how many are within `one_thread`, and what the first of them found
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """While active, torch computes by one CPU thread; the setting of before comes back."""
-    before = torch.get_num_threads()
+    """While active, torch computes by one CPU thread; the setting of before comes back with the last to leave."""
+    global _inside, _threads
+    with _alone:
+        if _inside == 0:
+            _threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+        _inside += 1
     try:
-        torch.set_num_threads(1)
         yield
     finally:
-        torch.set_num_threads(before)
+        with _alone:
+            _inside -= 1
+            if _inside == 0:
+                torch.set_num_threads(_threads)
 
 
 def evenly(count: int, most: int) -> Tensor:

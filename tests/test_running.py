@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -29,5 +31,31 @@ def test_one_thread_is_given_back_whatever_happens() -> None:
             assert torch.get_num_threads() == 1
             raise ValueError("within")
         assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_one_thread_is_left_by_several_at_once() -> None:
+    """Whoever comes second must not take the first one's setting for the user's."""
+    before, inside, leave = torch.get_num_threads(), threading.Event(), threading.Event()
+
+    def second() -> None:
+        with one_thread():
+            inside.set()
+            leave.wait(10)
+
+    try:
+        torch.set_num_threads(2)
+        other = threading.Thread(target=second)
+        with one_thread():
+            other.start()
+            assert inside.wait(10)
+        leave.set()
+        other.join()
+        counts: list[int] = []
+        new = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+        new.start()
+        new.join()
+        assert counts == [2]
     finally:
         torch.set_num_threads(before)

@@ -186,8 +186,8 @@ def test_views_of_signals_are_shifted_louder_or_softer_and_drawn_by_the_seed() -
 def test_wrong_inputs_are_told(trained: Listener) -> None:
     cases: dict[str, Tensor] = {
         r"\(n, C, H, W\) or \(n, C, L\): pass normalised images or signals": torch.randn(8, 96),
-        "signals have 3 channels, the model takes 2: convert the signals": torch.randn(8, 3, 96),
-        "fails on the example input": torch.randn(8, 2, 1, 96),
+        "fails on the example input .* 2 channels, but got 3 channels": torch.randn(8, 3, 96),
+        "fails on the example input .*conv1d": torch.randn(8, 2, 1, 96),
     }
     for message, x in cases.items():
         with pytest.raises(SharefoldError, match=message):
@@ -205,3 +205,106 @@ def test_onnx_computes_the_same(trained: Listener, tmp_path: Path) -> None:
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(found), net(x), rtol=1e-4, atol=1e-4)
+
+
+class Ended(nn.Module):
+    """Ends in a convolution over the signal, as networks that label every moment do."""
+
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        conv, size, pad = (nn.Conv1d, 3, 1) if flat else (nn.Conv2d, (1, 3), (0, 1))
+        layers: list[nn.Module] = [conv(2, 16, size, padding=pad), nn.ReLU()]
+        for _ in range(4):
+            layers += [conv(16, 16, size, padding=pad), nn.ReLU()]
+        self.body, self.end = nn.Sequential(*layers), conv(16, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.body(x))
+
+
+def test_a_last_convolution_is_solved_as_that_of_maps_is() -> None:
+    x, lost = sounds(300)[0], []
+    for flat in (True, False):
+        net, inputs = Ended(flat).eval(), x if flat else x.unsqueeze(2)
+        original = copy.deepcopy(net)
+        cal = sharefold.calibrate(net, inputs, outputs="regression")
+        done = sharefold.convert_(net, sharefold.plan(net, "60%", cal, method="average"), cal)
+        assert "no output" not in done.steps["head"].reason
+        with torch.no_grad():
+            wanted, found = (m(inputs) for m in (original, net))
+            lost.append(float((found - wanted).square().mean() / wanted.var()))
+    assert lost[0] == pytest.approx(lost[1], rel=0.05)
+
+
+def test_subclasses_with_the_stock_forward_are_shared() -> None:
+    class Own(nn.Conv1d):
+        pass
+
+    class Causal(nn.Conv1d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(F.pad(x, (2, 0)))
+
+    net = nn.Sequential(
+        nn.Conv1d(2, 8, 3), nn.ReLU(), Own(8, 8, 3), nn.ReLU(), Causal(8, 8, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten()
+    )
+    graph = sharefold.analyze(net, torch.randn(1, 2, 40))
+    assert set(graph.layers) == {"0", "2"} and "Causal has a forward of its own" in graph.skipped["4"]
+
+
+def test_networks_that_turn_their_input_or_make_their_weights_are_calibrated() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(*[m for i in range(4) for m in (nn.Conv1d(12 if i else 3, 12, 3, padding=1), nn.ReLU())])
+            self.head = nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x.transpose(1, 2)).mean(2))
+
+    net, x = Turned().eval(), torch.randn(220, 50, 3)
+    sharefold.convert_(net, sharefold.plan(net, "60%", x, method="svd"), x)
+    normed = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 8, 3)), nn.AdaptiveAvgPool1d(4), nn.Flatten(),
+        nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4),
+    ).eval()  # fmt: skip
+    cal = sharefold.calibrate(normed, torch.randn(48, 2, 64))
+    assert "parametrized" in cal.graph.skipped["0"] and sharefold.plan(normed, "60%", cal).groups
+    views = random_views(x, torch.Generator().manual_seed(0), mix=0.0)
+    assert views.shape == x.shape
+    same = F.cosine_similarity(views.mean(1), x.mean(1))  # moments are moved, channels stay
+    assert float(same.mean()) > 0.9
+
+
+def test_signals_are_asked_for_where_there_are_none(trained: Listener) -> None:
+    with pytest.raises(SharefoldError, match=r"takes signals, and none can be made up: pass some, \(n, C, L\)"):
+        sharefold.plan(copy.deepcopy(trained), "50%")
+
+
+@pytest.mark.parametrize("conv", [nn.Conv1d, nn.Conv2d])
+def test_layers_that_run_on_one_input_at_a_time_are_left_out(conv: type[nn.Module]) -> None:
+    class OneByOne(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.one, self.two, self.three = (conv(2 if i == 0 else 8, 8, 3, padding=1) for i in range(4))
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.stem(x))
+            x = torch.stack([torch.relu(self.one(each)) for each in x])
+            return self.head(torch.relu(self.three(torch.relu(self.two(x)))).flatten(2).mean(2))
+
+    x = sounds(60)[0] if conv is nn.Conv1d else torch.randn(60, 2, 12, 12)
+    net = OneByOne().eval()
+    cal = sharefold.calibrate(net, x)
+    assert cal.graph.skipped == {"one": "it runs on one image at a time, without an axis for a batch"}
+    sharefold.convert_(net, sharefold.plan(net, "90%", cal, method="svd"), cal)
+    assert net(x).shape == (60, 4)
+
+
+def test_a_network_that_fails_on_a_batch_is_told_and_keeps_its_mode() -> None:
+    net = nn.Sequential(nn.BatchNorm1d(2), nn.Conv1d(2, 8, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 4)).train()
+    data = torch.randn(32, 2, 40), torch.randint(0, 4, (32,))
+    with pytest.raises(SharefoldError, match="the model fails on a batch"):
+        finetune(net, data, epochs=1, batch_size=8, workers=0, device="cpu", quiet=True)
+    assert net.training

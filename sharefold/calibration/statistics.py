@@ -268,5 +268,5 @@ def shrunk(moment: Tensor, noise: Tensor) -> Tensor:
 def _form(model: nn.Module, name: str) -> ConvForm:
     form = form_of(model.get_submodule(name))
     if form is None:
-        raise SharefoldError(f"layer {name} is not a dense Conv2d or Linear: only those have input statistics")
+        raise SharefoldError(f"layer {name} is not a dense Conv1d, Conv2d or Linear: only those have input statistics")
     return form

@@ -51,7 +51,9 @@ def _warped_and_recoloured(images: Tensor, generator: torch.Generator, strength:
 
 
 def _shifted(signals: Tensor, generator: torch.Generator, strength: float) -> Tensor:
-    """Signals (B, C, L) from another moment on, mirrored at their ends, at another volume."""
+    """Signals (B, C, L), or (B, L, C) where C < L, from another moment on, mirrored at their ends, at another volume."""
+    if signals.shape[1] > signals.shape[2]:  # the longer axis is time
+        return _shifted(signals.transpose(1, 2), generator, strength).transpose(1, 2).contiguous()
     count, length = len(signals), signals.shape[-1]
     drawn = 2 * torch.rand(2, count, generator=generator) - 1
     offset = (strength * SHIFT / 2 * length * drawn[0]).round().long()

@@ -107,18 +107,10 @@ class Updater:
     def _classes(self, example: Tensor) -> int:
         was_training = self.model.training
         try:
-            with torch.no_grad(), self.autocast():
-                logits = self.model.eval()(example)
-                goal = logits if self.teacher is None else self.teacher(example)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:150]
-            raise SharefoldError(
-                f"finetune: the model fails on a batch of shape {tuple(example.shape)} ({reason}): pass data as it takes them; "
-                "signals (C, L) come as a Dataset or a DataLoader"
-            ) from None
-        self.model.train(was_training)
+            logits = self._answer("model", self.model.eval(), example)
+            goal = logits if self.teacher is None else self._answer("teacher", self.teacher, example)
+        finally:
+            self.model.train(was_training)
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             raise SharefoldError("finetune: the model does not return logits (batch, classes): give a classifier")
         if self.distill and logits.shape != goal.shape:
@@ -126,6 +118,19 @@ class Updater:
                 f"finetune: the teacher has {goal.shape[1]} classes, the model {logits.shape[1]}: they must be the same"
             )
         return logits.shape[1]
+
+    def _answer(self, what: str, network: nn.Module, example: Tensor) -> Any:
+        try:
+            with torch.no_grad(), self.autocast():
+                return network(example)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            reason = " ".join(str(error).split())[:150]
+            raise SharefoldError(
+                f"finetune: the {what} fails on a batch of shape {tuple(example.shape)} ({reason}): pass data as it takes them; "
+                "signals (C, L) come as a Dataset or a DataLoader"
+            ) from None
 
     def _spreads(self, teacher: nn.Module, example: Tensor) -> list[float]:
         with Taps(teacher, self.blocks) as taps, torch.no_grad(), self.autocast():

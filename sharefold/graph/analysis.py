@@ -53,6 +53,9 @@ def analyze(model: nn.Module, example_input: Any, *, symbolic: bool = True) -> N
         for name in [name for name in layers if name not in run.layers]:
             skipped[name] = "never called as a module: unused, or its weight is used by other code"
             del layers[name]
+        for name in [name for name, form in layers.items() if len(run.layers[name].input_shape) < form.input_axes]:
+            skipped[name] = "it runs on one image at a time, without an axis for a batch"
+            del layers[name]
         if graph is not None:
             for name in _borrowed(graph, layers):
                 skipped[name] = "its weight is also used by other code, outside of the module"

@@ -57,6 +57,11 @@ class ConvForm:
             return self.out_channels, self.in_channels
         return (*self.weight_shape[:2], self.kernel_size[1]) if self.kind == "conv1d" else self.weight_shape
 
+    @property
+    def input_axes(self) -> int:
+        """How many axes a batch of inputs has, at least."""
+        return {"linear": 1, "conv1d": 3, "conv2d": 4}[self.kind]
+
     def sizes_of(self, pair: tuple[int, int]) -> tuple[int, ...]:
         """A pair (vertical, horizontal) as the stock layer has it: of a Conv1d the second alone."""
         return pair[1:] if self.kind == "conv1d" else pair
@@ -175,11 +180,14 @@ def form_of(module: nn.Module) -> ConvForm | None:
         if type(module).forward not in (nn.Linear.forward, TimmLinear.forward):
             return None
         return ConvForm("linear", module.in_features, module.out_features, module_class=type(module).__name__)
-    if type(module) is nn.Conv1d:
+    if isinstance(module, nn.Conv1d):
+        kind = type(module)
+        if kind.forward is not nn.Conv1d.forward or kind._conv_forward is not nn.Conv1d._conv_forward:
+            return None
         along = module.padding if isinstance(module.padding, str) else (0, int(module.padding[0]))
         return ConvForm(
             "conv1d", module.in_channels, module.out_channels, (1, int(module.kernel_size[0])), (1, int(module.stride[0])), along,
-            (1, int(module.dilation[0])), module.groups, module.padding_mode, module_class="Conv1d",
+            (1, int(module.dilation[0])), module.groups, module.padding_mode, module_class=kind.__name__,
         )  # fmt: skip
     if not isinstance(module, nn.Conv2d) or isinstance(module, nn.ConvTranspose2d):
         return None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sharefold.errors import SharefoldError
 from sharefold.layers.bank import Bank, not_replicated, refer
 from sharefold.layers.form import ConvForm, form_of
-from sharefold.layers.weight_cache import Keeper, Kept, own_tensors, symbolic
+from sharefold.layers.weight_cache import Keeper, Kept, channels_last, own_tensors, symbolic
 
 RUNTIMES = ("auto", "factored", "composed")
 # `auto` runs two small convolutions instead of one when they need at most this share of its multiplications
@@ -257,17 +257,16 @@ def rounded_once(x: Tensor, make: Callable[[], tuple[Tensor, Tensor | None]]) ->
         weight, bias = make()
     if torch.float64 in (weight.dtype, x.dtype):  # which autocast leaves alone
         return weight, bias
-    last = weight.ndim == 4 and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    last = weight.ndim == 4 and channels_last(x)
     layout = torch.channels_last if last else torch.preserve_format
     return weight.to(dtype, memory_format=layout), bias
 
 
 def in_order_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """A weight as a convolution of ``x`` takes it without putting it in order again, once a run, which is slow for small maps."""
-    if symbolic(x) or weight.ndim != 4:
+    if symbolic(x) or weight.ndim != 4 or torch._C._functorch.is_functorch_wrapped_tensor(weight):
         return weight, bias
-    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    return weight.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format), bias
+    return weight.contiguous(memory_format=torch.channels_last if channels_last(x) else torch.contiguous_format), bias
 
 
 def autocast_dtype(kind: str) -> torch.dtype | None:
@@ -285,5 +284,5 @@ def checked_form(name: str, layer: nn.Module) -> ConvForm:
     form = form_of(layer)
     if form is None:
         what = "is shared already" if isinstance(layer, SharedConv) else f"is a {type(layer).__name__}"
-        raise SharefoldError(f"layer {name} {what}: only dense Conv2d and Linear layers can be converted")
+        raise SharefoldError(f"layer {name} {what}: only dense Conv1d, Conv2d and Linear layers can be converted")
     return form

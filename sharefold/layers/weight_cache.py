@@ -35,8 +35,7 @@ class Kept:
             return make()
         tensors = tuple(sources)
         kind = x.device.type
-        last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        mode = _steps, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None, last
+        mode = _steps, torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None, channels_last(x)
         # Read and written as one: networks run in several threads.
         entry = self._entry
         # This is asked at every run of a layer: what follows takes as long as a tenth of a small convolution.
@@ -145,6 +144,13 @@ class Keeper(nn.Module):
 def _uncounted(t: Tensor) -> bool:
     """Tensors without an address of their own (in ``vmap`` and the like) or without a count of writes."""
     return t.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether maps lie with their channels last; not told within ``vmap``, where torch cannot say."""
+    if x.ndim != 4 or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def symbolic(x: Tensor) -> bool:

@@ -30,7 +30,7 @@ def build(model: nn.Module, graph: NetworkGraph, options: dict[str, Any]) -> lis
         if len(members) > 1 and numbers.get(group.stage, 0) in wanted:
             groups.append(replace(group, members=members))
     if not groups:
-        raise nothing_fits(NAME, "it needs stages with two or more convolutions of equal kernel size and channels")
+        raise nothing_fits(NAME, "it needs stages with two or more Conv2d of equal kernel size and channels")
     return [tied_plan(model, graph, group, share_bias=True) for group in groups]
 
 

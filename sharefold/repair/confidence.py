@@ -108,7 +108,8 @@ def _scalable(module: nn.Module) -> bool:
     own = list(module.parameters(recurse=False))
     if not own or not all(p.requires_grad and p.is_floating_point() for p in own):
         return False
-    return type(module) in (nn.Linear, nn.Conv2d) or (isinstance(module, SharedConv) and module.linear_part() is not None)
+    stock = type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d)
+    return stock or (isinstance(module, SharedConv) and module.linear_part() is not None)
 
 
 def _scale(layer: Any, factor: float) -> None:

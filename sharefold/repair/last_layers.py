@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sharefold.layers import form_of
 from sharefold.layers.norm_fusion import fused_for_inference
 from sharefold.repair.coefficients import Linear, best_ridge, best_step, fitted, halves_of, sums_of
 from sharefold.repair.output_layers import output_layers, watched
@@ -75,12 +76,12 @@ def _pairs(work: Work) -> list[tuple[Any, nn.Module]]:
 
 
 def _dense(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, nn.Conv2d)
+    return type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 def _solvable(module: nn.Module) -> bool:
     """With a bias, not frozen, and of a form that least squares can be set up for."""
-    if isinstance(module, nn.Conv2d) and (
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and (
         module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
     ):
         return False
@@ -122,8 +123,10 @@ def _rows_of(original: nn.Module, model: nn.Module, head: nn.Module, wanted_head
 
 def _rows(head: nn.Module, inputs: Tensor, outputs: Tensor, images: int) -> tuple[Tensor, Tensor]:
     """Features (rows, F) and outputs (rows, O) of evenly spaced positions of a batch."""
-    if isinstance(head, nn.Conv2d):
-        columns = F.unfold(inputs, head.kernel_size, head.dilation, head.padding, head.stride)  # type: ignore[arg-type]
+    form = form_of(head)
+    if form is not None and form.convolves:
+        padding = cast(tuple[int, int], form.padding)
+        columns = F.unfold(form.as_maps(inputs), form.kernel_size, form.dilation, padding, form.stride)
         every = _spacing(columns.shape[1], images * columns.shape[2])
         x, y = columns[..., ::every], outputs.flatten(2)[..., ::every]
         return x.transpose(1, 2).flatten(0, 1), y.transpose(1, 2).flatten(0, 1)

@@ -214,3 +214,12 @@ def test_a_kept_weight_lies_in_the_order_of_the_images() -> None:
         torch.testing.assert_close(output, outputs[0])
     assert all(weight.is_contiguous(memory_format=orders[index // 2]) for index, weight in enumerate(seen))
     assert seen[0] is seen[1] and seen[2] is seen[3]  # kept, not made anew
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_run_within_vmap(kind: str) -> None:
+    layer, x = layer_of(kind), torch.randn(3, 2, 6, 9, 7)
+    with torch.no_grad():
+        found = torch.func.vmap(layer)(x)
+        torch.testing.assert_close(found, torch.stack([layer(part) for part in x]))
+        torch.testing.assert_close(torch.func.vmap(layer)(x), found)
