@@ -29,7 +29,7 @@ def converted_on_gpu() -> str | None:
         ])  # fmt: skip
     head = ["network", "calibrate [s]", "plan", "convert", "whole", "peak GPU memory [GB]", "original [%]", "converted [%]", "KL",
             "test images", "on"]  # fmt: skip
-    note = ("1,000 calibration images each; those of CIFAR-10 had to be carried compressed (AVIF, 41.5 dB), which costs "
+    note = ("1,000 calibration images each; those of CIFAR-10 came compressed (AVIF, 41.5 dB), which costs "
             "accuracy, on the CPU as well. `benchmarks/gpu.py`. " + taken(rows=records))  # fmt: skip
     return table(head, rows) + "\n\n" + note
 

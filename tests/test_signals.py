@@ -200,6 +200,8 @@ def test_onnx_computes_the_same(trained: Listener, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     net, _ = converted(trained, "50%", "hybrid")
     x = sounds(6, 3)[0]
+    with pytest.raises(SharefoldError, match="takes signals, of a length that it does not say: pass example_input"):
+        export(net, tmp_path / "net.onnx")
     export(net, tmp_path / "net.onnx", example_input=x[:2])
     session = runtime.InferenceSession(str(tmp_path / "net.onnx"))
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})

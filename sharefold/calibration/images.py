@@ -11,8 +11,7 @@ from sharefold.calibration.input_matching import match_statistics
 from sharefold.data import calibration_images
 from sharefold.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from sharefold.errors import SharefoldError
-from sharefold.graph.layers import OTHER_CONVS
-from sharefold.layers import SharedConv
+from sharefold.graph.layers import OTHER_CONVS, convolves, takes_maps, takes_signals
 from sharefold.plans import Progress
 from sharefold.running import batch_within, dtype_of
 
@@ -72,10 +71,10 @@ def calibration_or_procedural(model: nn.Module, images: Tensor | None, seed: int
         SharefoldError: not a (n, C, H, W) float tensor, no image, NaN, or not the channel count the model takes.
     """
     if images is None:
-        if _takes_signals(model) and not any(isinstance(m, nn.Conv2d) for m in model.modules()):
+        if takes_signals(model) and not takes_maps(model):
             raise SharefoldError("calibration: the network takes signals, and none can be made up: pass some, (n, C, L)")
         return procedural_images(model, seed=seed)
-    signals = _takes_signals(model)
+    signals = takes_signals(model)
     ranks = (3, 4) if signals else (4,)
     if not isinstance(images, Tensor) or images.dim() not in ranks or not images.is_floating_point():
         what = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
@@ -89,20 +88,9 @@ def calibration_or_procedural(model: nn.Module, images: Tensor | None, seed: int
         raise SharefoldError("calibration: the images hold NaN or infinity: check how they were normalised")
     # Which layer comes first is not known yet; an image that no layer could take is wrong for sure.
     # Signals may lie (n, L, C), to be turned by the network: what it cannot take is seen when it runs.
-    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d) or _convolves(m, "conv2d")]
-    widths = [cast(int, m.in_channels) for m in convs]
+    widths = [cast(int, m.in_channels) for m in model.modules() if convolves(m, nn.Conv2d, "conv2d")]
     if images.dim() == 4 and widths and images.shape[1] not in widths:
         found, wanted = images.shape[1], widths[0]
         raise SharefoldError(f"calibration: images have {found} channels, the model takes {wanted}: convert the images")
     images = images.to(dtype_of(model))
     return images.clone() if images.is_inference() else images
-
-
-def _takes_signals(model: nn.Module) -> bool:
-    """Whether one-dimensional convolutions are among its layers, whatever makes their weights."""
-    return any(isinstance(module, nn.Conv1d) or _convolves(module, "conv1d") for module in model.modules())
-
-
-def _convolves(module: nn.Module, kind: str) -> bool:
-    """Whether a shared layer stands in for a convolution of this kind."""
-    return isinstance(module, SharedConv) and module.form.kind == kind

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sharefold.layers import ConvForm, checked_form, form_of
+from sharefold.layers import ConvForm, SharedConv, checked_form, form_of
 
 BATCH_NORM_KEYS = ("running_mean", "running_var")
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -16,6 +16,21 @@ _ALL_LAYERS = (*LAYERS, *OTHER_CONVS)
 def is_layer_like(module: nn.Module) -> bool:
     """True for every convolution and Linear, shareable or not."""
     return isinstance(module, _ALL_LAYERS)
+
+
+def convolves(module: nn.Module, stock: type[nn.Module], kind: str) -> bool:
+    """Whether ``module`` is a convolution of this kind, or a shared layer that stands in for one."""
+    return isinstance(module, stock) or (isinstance(module, SharedConv) and module.form.kind == kind)
+
+
+def takes_signals(model: nn.Module) -> bool:
+    """Whether one-dimensional convolutions are among its layers, whatever makes their weights."""
+    return any(convolves(module, nn.Conv1d, "conv1d") for module in model.modules())
+
+
+def takes_maps(model: nn.Module) -> bool:
+    """Whether two-dimensional ones are."""
+    return any(convolves(module, nn.Conv2d, "conv2d") for module in model.modules())
 
 
 def is_batch_norm(module: nn.Module, channels: int) -> bool:
