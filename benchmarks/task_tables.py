@@ -16,11 +16,12 @@ def trained_tasks() -> str | None:
         figures = [f"{value:.2f} dB" if decibels else f"{100 * value:.1f} %" for value in (r["before"], r["after"])]
         rows.append([
             r["task"], r["budget"].replace("%", " %"), f"{r['params'][0]:,} -> {r['params'][1]:,}",
-            f"{r['without']:.2f} dB" if decibels else "", *figures, f"{r['lost']:.2f} {r['unit']}", f"{r['most']:g}",
+            f"{r['without']:.2f} dB" if decibels else "", *figures, f"{r['lost']:.2f} {r['unit']}",
+            "" if r.get("refined") is None else f"{r['refined']['lost']:.2f} ({r['refined']['effort']})", f"{r['most']:g}",
             ", ".join(r["methods"]),
         ])  # fmt: skip
     first = records[0]
-    head = ["task", "size", "parameters", "without a network", "trained", "converted", "lost", "at most", "methods"]
+    head = ["task", "size", "parameters", "without a network", "trained", "converted", "lost", "refined", "at most", "methods"]
     note = (f"Trained for {first['minutes']:g} minutes on CIFAR-10, converted by 1,000 other images without targets, measured on "
             "2,000 test images: PSNR against the clean images, pixels decided right, classes told right. On "
             f"{machine(first['hardware'])}, seed {first['seed']}, `benchmarks/tasks.py`. " + taken(rows=records))  # fmt: skip

@@ -5,7 +5,8 @@
 Every network is trained from scratch for ``--minutes`` by one thread on CIFAR-10's training images, and converted with a thousand
 other ones of those, without their targets, on default settings. Measured are the task's own figure on 2,000 test images (PSNR
 against the clean images, share of pixels decided alike, relative error of every output) and what the conversion says by itself.
-One row a task in ``benchmarks/results/tasks.json``, beside the loss that it should not exceed.
+One row a task in ``benchmarks/results/tasks.json``, beside the loss that it should not exceed; with ``--refine 2m`` what is lost
+after refinement, too.
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ def lost(task: Task, before: nn.Module, after: nn.Module, inputs: Tensor, target
     return {"without": without, "before": start, "after": end, "lost": start - end}
 
 
-def measure(name: str, data: dict[str, Tensor], minutes: float, seed: int) -> dict[str, Any]:
+def measure(name: str, data: dict[str, Tensor], minutes: float, seed: int, refine: str | None) -> dict[str, Any]:
     task, random = TASKS[name], torch.Generator().manual_seed(1)
     used = len(data["train_x"]) - CALIBRATION
     net, updates = trained(task, data["train_x"][:used], data["train_y"][:used], minutes)
@@ -216,9 +217,14 @@ def measure(name: str, data: dict[str, Tensor], minutes: float, seed: int) -> di
     seconds = time.process_time() - start
     sizes = [sum(p.numel() for p in m.parameters()) for m in (net, model)]
     found = lost(task, net, model, inputs, target)
+    refined = None
+    if refine:
+        model = copy.deepcopy(net)
+        sharefold.convert_(model, plan, cal, refine=refine)
+        refined = {"effort": refine, **lost(task, net, model, inputs, target)}
     return {
         "task": name, "budget": task.budget, "seed": seed, "updates": updates, "minutes": minutes, "params": sizes,
-        **found, "unit": task.unit, "most": task.most, "reached": found["lost"] <= task.most,
+        **found, "unit": task.unit, "most": task.most, "reached": found["lost"] <= task.most, "refined": refined,
         "said": [f"{figure.name} {figure.metric} {figure.text()}" for figure in done.outputs], "cpu_seconds": round(seconds, 1),
         "methods": sorted({group.method for group in plan.groups}), "hardware": hardware(), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
@@ -229,6 +235,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="npz with train_x, train_y, test_x, test_y")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--minutes", type=float, default=4.0, help="of training a network")
+    parser.add_argument("--refine", metavar="EFFORT", help="also refined so long: 2m, or so many epochs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -240,7 +247,7 @@ def main() -> None:
             data[f"{split}_x"] = pixels.float().div_(255)
             data[f"{split}_y"] = torch.from_numpy(file[f"{split}_y"][:count]).long()
     for name in options.tasks:
-        row = measure(name, data, options.minutes, options.seed)
+        row = measure(name, data, options.minutes, options.seed, options.refine)
         print(json.dumps(row), flush=True)
         known = json.loads(options.out.read_text()) if options.out.exists() else []
         rows = [r for r in known if (r["task"], r["seed"]) != (row["task"], row["seed"])]
