@@ -27,7 +27,7 @@ FLOORS = (
     ("repair",),
     ("format", "store"),
     ("architectures",),
-    ("convert", "planner", "card", "blank", "checkpoint"),
+    ("convert", "round", "planner", "card", "blank", "checkpoint"),
     ("sources", "export", "onnx_codes", "bench", "report", "hub", "sweep", "finetune", "verify"),
     ("demo",),
     ("cli",),

@@ -68,7 +68,7 @@ STOPS = {
     "last layers": lambda patch: patch.setattr("sharefold.repair.last_layers._fit", stopped),
     "refining": lambda patch: patch.setattr("sharefold.repair.refine.random_views", stopped),
     "rounding": lambda patch: patch.setattr("sharefold.store.round_network.absorb_statistics", stopped),
-    "comparing": lambda patch: patch.setattr(module, "_reported", stopped),
+    "comparing": lambda patch: patch.setattr(module, "reported", stopped),
 }
 
 
@@ -110,7 +110,7 @@ def test_the_plan_of_a_recipe_that_reorders_channels_comes_back_too(monkeypatch:
     before = inside(model)
     plan = sharefold.build_plan("layer-reuse", model, IMAGES[:1])
     assert plan.groups
-    monkeypatch.setattr(module, "_reported", stopped)
+    monkeypatch.setattr(module, "reported", stopped)
     with pytest.raises(KeyboardInterrupt):
         sharefold.convert_(model, plan, IMAGES, config=CONFIG)
     assert inside(model) == before
