@@ -216,7 +216,7 @@ def write(path: Path, record: dict[str, Any], names: tuple[str, ...] = KEY) -> N
     """Puts a record into the file, in place of an earlier one with the same values of ``names`` on the same GPU or none."""
 
     def key(r: dict[str, Any]) -> tuple[Any, ...]:
-        return *(r[name] for name in names), r["hardware"]["gpu"]
+        return *(r[name] for name in names), r["hardware"].get("gpu")
 
     path.parent.mkdir(parents=True, exist_ok=True)
     old = json.loads(path.read_text()) if path.exists() else []

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from cifar import hardware
+from finetune_cifar import write
 from torch import Tensor, nn
 
 import sharefold
@@ -249,9 +250,7 @@ def main() -> None:
     for name in options.tasks:
         row = measure(name, data, options.minutes, options.seed, options.refine)
         print(json.dumps(row), flush=True)
-        known = json.loads(options.out.read_text()) if options.out.exists() else []
-        rows = [r for r in known if (r["task"], r["seed"]) != (row["task"], row["seed"])]
-        options.out.write_text(json.dumps([*rows, row], indent=1) + "\n")
+        write(options.out, row, ("task", "seed"))
 
 
 if __name__ == "__main__":

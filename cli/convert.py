@@ -12,7 +12,7 @@ from sharefold.options import ConvertOptions, PlanOptions
 
 from .agreement_text import agreement_text
 from .common import Run, jsonable, shared_options
-from .convert_report import Timer, group_rows, report_conversion, report_plan, weight_file_bytes
+from .convert_report import Timer, figures_of, group_rows, report_conversion, report_plan, weight_file_bytes
 from .convert_request import DEFAULT_BUDGET, Request, check_request
 from .input_check import input_warning, look_at
 from .keep import check_enough, held_out_for, smallest_keeping
@@ -149,14 +149,7 @@ def command(
         **request.told,
         **{key: {"before": before[key], "after": after[key]} for key in before},
         "groups": group_rows(done.plan),
-        "agreement": done.agreement,
-        "agreement_interval": done.agreement_interval,
-        "report_images": done.report_images,
-        "seen_before": done.seen_before,
-        "new_agreement": done.new_agreement,
-        "new_agreement_interval": done.new_agreement_interval,
-        "kl": done.kl,
-        "outputs": [figure.to_dict() for figure in done.outputs],
+        **figures_of(done),
         **({} if not done.plan.store else {"store": done.plan.store}),
         "steps": {name: record.to_dict() for name, record in done.steps.items()},
     }

@@ -36,6 +36,20 @@ class Timer:
         return {**self.seconds, "total": time.perf_counter() - self.started}
 
 
+def figures_of(done: Conversion) -> dict[str, Any]:
+    """What was measured on the images of the report, as the JSON tells it."""
+    return {
+        "agreement": done.agreement,
+        "agreement_interval": done.agreement_interval,
+        "report_images": done.report_images,
+        "seen_before": done.seen_before,
+        "new_agreement": done.new_agreement,
+        "new_agreement_interval": done.new_agreement_interval,
+        "kl": done.kl,
+        "outputs": [figure.to_dict() for figure in done.outputs],
+    }
+
+
 def weight_file_bytes(output: Path) -> int:
     """Size of the file that holds the tensors."""
     return (output / WEIGHTS_NAME if output.is_dir() else output).stat().st_size

@@ -10,7 +10,7 @@ from sharefold.errors import SharefoldError
 
 from .agreement_text import agreement_text
 from .common import Run, jsonable, shared_options
-from .convert_report import Timer, print_steps, weight_file_bytes
+from .convert_report import Timer, figures_of, print_steps, weight_file_bytes
 from .source import SourceOptions, source_options
 
 
@@ -61,13 +61,9 @@ def command(
             images = matched(model, images, run.seed, progress)
         done, cal = round_with(model, kind, images, sharefold.CalibrationOptions(run.seed, outputs=outputs or None), progress)
     timer.lap("round")
-    metrics = {
-        "store": kind, "agreement": done.agreement, "agreement_interval": done.agreement_interval,
-        "report_images": done.report_images, "seen_before": done.seen_before, "new_agreement": done.new_agreement,
-        "new_agreement_interval": done.new_agreement_interval, "kl": done.kl,
-        "outputs": [figure.to_dict() for figure in done.outputs],
-    }  # fmt: skip
-    sharefold.save(model, output, metrics=jsonable(metrics), force=force)
+    figures = figures_of(done)
+    # Under a name of their own: a file's agreement is that with the original, which nobody has measured here.
+    sharefold.save(model, output, metrics=jsonable({"store": kind, "rounding": figures}), force=force)
     timer.lap("save")
     size = weight_file_bytes(output)
     run.table(["", "MB"], [["weights in memory", f"{before / 1e6:.3f}"], ["file", f"{size / 1e6:.3f}"]])
@@ -78,6 +74,6 @@ def command(
             run.say(f"{figure.name}: {figure.metric} {figure.text()}")
     steps = {name: record.to_dict() for name, record in done.steps.items()}
     run.result(
-        {"source": source.source, **metrics, "steps": steps, "bytes": {"memory": before, "file": size},
+        {"source": source.source, "store": kind, **figures, "steps": steps, "bytes": {"memory": before, "file": size},
          "seconds": timer.total(), "output": str(output)}
     )  # fmt: skip

@@ -16,6 +16,7 @@ from sharefold.graph.preserved import restored_on_error
 from sharefold.layers.surgery import to_dense
 from sharefold.options import CalibrationOptions
 from sharefold.plans import Progress
+from sharefold.repair.step_record import ROUND
 from sharefold.settings import with_plain_settings
 from sharefold.store import parse_store
 from sharefold.store.held_codes import check_holds_none
@@ -41,7 +42,7 @@ def round_(
 
     Returns:
         What was done, as of a conversion: the plan with its new ``store``, the network before as ``original``, the one step
-        ``store`` and figures on images on which nothing was fitted or decided.
+        ``round`` and figures on images on which nothing was fitted or decided.
 
     Raises:
         SharefoldError: not converted, an unknown kind, too small a budget. After this or any other exception the model is what
@@ -65,11 +66,10 @@ def round_with(
     cal = calibrate(original, images, options)
     plan = replace(config.plan, store=kind)
     with restored_on_error(model):
-        step = rounded(model, plan, cal, progress)
+        step = replace(rounded(model, plan, cal, progress), name=ROUND)
         figures = reported(model, cal)
-        kept = tuple(record for record in config.steps if record.name != step.name)
-        carry_config(model, replace(without_figures(config), plan=plan, steps=(*kept, step)))
-    seconds = {"store": round(time.perf_counter() - start, 3)}
+        carry_config(model, replace(without_figures(config), plan=plan, steps=(step,)))
+    seconds = {ROUND: round(time.perf_counter() - start, 3)}
     return Conversion(plan, cal.original, **figures, steps={step.name: step}, seconds=seconds), cal
 
 

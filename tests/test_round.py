@@ -12,6 +12,7 @@ from networks import images, net
 from torch import nn
 
 import sharefold
+from sharefold.checkpoint import read_config
 from sharefold.errors import SharefoldError
 from sharefold.finetune import finetune
 from sharefold.format import config_of
@@ -44,7 +45,7 @@ def test_the_file_is_small_and_holds_what_the_figures_speak_of(tuned: nn.Module,
         torch.testing.assert_close(again(IMAGES), model(IMAGES), rtol=1e-5, atol=1e-5)
         same = (model(IMAGES).argmax(1) == tuned(IMAGES).argmax(1)).float().mean()
         torch.testing.assert_close(done.original(IMAGES), tuned(IMAGES), rtol=1e-4, atol=1e-4)
-    assert list(done.steps) == ["store"] and done.report_images >= 50 and abs(done.agreement - float(same)) < 0.15
+    assert list(done.steps) == ["round"] and done.report_images >= 50 and abs(done.agreement - float(same)) < 0.15
     assert done.plan.store == config_of(again).plan.store == store_of(store)
     assert done.plan.groups == config_of(tuned).plan.groups and done.plan.groups
 
@@ -56,7 +57,7 @@ def test_it_can_be_rounded_again_to_another_size(tuned: nn.Module, tmp_path: Pat
         sharefold.save(model, tmp_path / f"{store}.safetensors")
         sizes.append((tmp_path / f"{store}.safetensors").stat().st_size)
     assert sizes[1] <= 7_000 < sizes[0]
-    assert [step.name for step in config_of(model).steps].count("store") == 1
+    assert [step.name for step in config_of(model).steps] == ["round"]
 
 
 def test_what_cannot_be_rounded_is_told_and_stays_as_it_was(tuned: nn.Module) -> None:
@@ -80,6 +81,10 @@ def test_the_command_rounds_a_tuned_network_and_verify_agrees(tmp_path: Path, mo
     result = reported("round", "shared", "--store", "30kB", "--calib", "digits", "--calib-count", "240", "-o", "small")
     assert result["bytes"]["file"] == (tmp_path / "small" / "model.safetensors").stat().st_size <= 30_000
     assert result["store"] == "mixed:30000B" and 0.5 < result["agreement"] <= 1 and result["report_images"] >= 50
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "Divergence from the network before it was rounded on" in card and "Divergence from the original" not in card
+    config = read_config(tmp_path / "small")
+    assert "agreement" not in config.metrics and config.metrics["rounding"]["agreement"] == result["agreement"]
     assert call("verify", "small").exit_code == 0
     refused(call("round", "shared", "--store", "30kB", "-o", "small"), "exists")
     dense = call("round", "timm:digits_resnet", "--store", "int8", "-o", "other")

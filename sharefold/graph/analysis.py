@@ -53,7 +53,8 @@ def analyze(model: nn.Module, example_input: Any, *, symbolic: bool = True) -> N
         for name in [name for name in layers if name not in run.layers]:
             skipped[name] = "never called as a module: unused, or its weight is used by other code"
             del layers[name]
-        for name in [name for name, form in layers.items() if len(run.layers[name].input_shape) < form.input_axes]:
+        unbatched = [n for n, form in layers.items() if form.convolves and len(run.layers[n].input_shape) + form.channel_axis < 1]
+        for name in unbatched:
             skipped[name] = "it runs on one image at a time, without an axis for a batch"
             del layers[name]
         if graph is not None:

@@ -143,7 +143,7 @@ class _Propagation:
         chan, shape = self.chan(source), shape_of(source)
         if not isinstance(shape, tuple) or not isinstance(shape_of(node), tuple):
             return self.opaque(node, f"read by {name}")
-        axis = len(shape) - {"linear": 1, "conv1d": 2, "conv2d": 3}[form.kind]
+        axis = len(shape) + form.channel_axis
         if chan is not None and chan.axis != axis:
             if form.kind == "linear":
                 self.flow.token_mixing.add(name)

@@ -58,9 +58,9 @@ class ConvForm:
         return (*self.weight_shape[:2], self.kernel_size[1]) if self.kind == "conv1d" else self.weight_shape
 
     @property
-    def input_axes(self) -> int:
-        """How many axes a batch of inputs has, at least."""
-        return {"linear": 1, "conv1d": 3, "conv2d": 4}[self.kind]
+    def channel_axis(self) -> int:
+        """Where the channels of inputs and outputs lie, from the end."""
+        return {"linear": -1, "conv1d": -2, "conv2d": -3}[self.kind]
 
     def sizes_of(self, pair: tuple[int, int]) -> tuple[int, ...]:
         """A pair (vertical, horizontal) as the stock layer has it: of a Conv1d the second alone."""

@@ -14,6 +14,10 @@ from sharefold.untrusted import is_int, is_number, shown
 NOT_FINITE = "the divergence after it was not finite"
 
 
+# The step of `sharefold.round_`, which is compared with the network before it and not with the original.
+ROUND = "round"
+
+
 @dataclass(frozen=True)
 class StepRecord(Mapping[str, Any]):
     """What one step did; as a mapping, what the JSON of ``convert`` holds of it.
@@ -107,13 +111,14 @@ def _record(data: Any, where: str | Path) -> StepRecord:
 
 
 def measured_on(steps: Sequence[StepRecord]) -> str:
-    """A sentence for people: on which images the divergences of ``steps`` were taken; "" where there are none."""
+    """A sentence for people: from what and on which images the divergences of ``steps`` were taken; "" where there are none."""
     counts = sorted({step.images for step in steps if step.images})
     if not counts:
         return ""
     number = " or ".join(f"{count:,}" for count in counts)
+    whom = "network before it was rounded" if all(step.name == ROUND for step in steps) else "original"
     return (
-        f"Divergence from the original on {number} decide images, views of them included. They also chose what is kept, so that "
+        f"Divergence from the {whom} on {number} decide images, views of them included. They also chose what is kept, so that "
         "it may be larger on new ones."
     )
 
