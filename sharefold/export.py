@@ -27,7 +27,7 @@ from sharefold.checkpoint import expand
 from sharefold.checksum import check_types
 from sharefold.errors import SharefoldError
 from sharefold.files import check_output, write_buffered, write_file
-from sharefold.graph.layers import takes_maps, takes_signals
+from sharefold.graph.layers import takes_signals_alone
 from sharefold.graph.preserved import preserved
 from sharefold.measure import model_bytes
 from sharefold.onnx_codes import store_codes
@@ -100,7 +100,7 @@ def export(
         raise SharefoldError(f"output {target} is a folder: name a file ending in {' or '.join(FORMATS[kind])}")
     network = model if all(p.device.type == "cpu" for p in model.parameters()) else copy.deepcopy(model).cpu()
     if example_input is None:
-        if takes_signals(network) and not takes_maps(network):
+        if takes_signals_alone(network):
             raise SharefoldError("export: the network takes signals, of a length that it does not say: pass example_input")
         example_input = _random((2, *input_config(model)["input_size"]))
     example = as_input(network, example_input.detach())

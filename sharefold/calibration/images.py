@@ -11,7 +11,7 @@ from sharefold.calibration.input_matching import match_statistics
 from sharefold.data import calibration_images
 from sharefold.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from sharefold.errors import SharefoldError
-from sharefold.graph.layers import OTHER_CONVS, convolves, takes_maps, takes_signals
+from sharefold.graph.layers import OTHER_CONVS, convolves, takes_signals, takes_signals_alone
 from sharefold.plans import Progress
 from sharefold.running import batch_within, dtype_of
 
@@ -71,7 +71,7 @@ def calibration_or_procedural(model: nn.Module, images: Tensor | None, seed: int
         SharefoldError: not a (n, C, H, W) float tensor, no image, NaN, or not the channel count the model takes.
     """
     if images is None:
-        if takes_signals(model) and not takes_maps(model):
+        if takes_signals_alone(model):
             raise SharefoldError("calibration: the network takes signals, and none can be made up: pass some, (n, C, L)")
         return procedural_images(model, seed=seed)
     signals = takes_signals(model)

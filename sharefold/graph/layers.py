@@ -28,9 +28,9 @@ def takes_signals(model: nn.Module) -> bool:
     return any(convolves(module, nn.Conv1d, "conv1d") for module in model.modules())
 
 
-def takes_maps(model: nn.Module) -> bool:
-    """Whether two-dimensional ones are."""
-    return any(convolves(module, nn.Conv2d, "conv2d") for module in model.modules())
+def takes_signals_alone(model: nn.Module) -> bool:
+    """Whether they are, and no two-dimensional ones: no image can be made up for such a network."""
+    return takes_signals(model) and not any(convolves(module, nn.Conv2d, "conv2d") for module in model.modules())
 
 
 def is_batch_norm(module: nn.Module, channels: int) -> bool:
