@@ -27,7 +27,7 @@ from sharefold.checkpoint import expand
 from sharefold.checksum import check_types
 from sharefold.errors import SharefoldError
 from sharefold.files import check_output, write_buffered, write_file
-from sharefold.graph.layers import takes_signals_alone
+from sharefold.graph.layers import input_shapes
 from sharefold.graph.preserved import preserved
 from sharefold.measure import model_bytes
 from sharefold.onnx_codes import store_codes
@@ -88,7 +88,7 @@ def export(
 
     Raises:
         SharefoldError: unknown format, a package is missing, the network cannot be traced, the outputs differ by more
-            than ``tolerance``, codes are asked for of a network that was not rounded, no example of a network of signals; nothing
+            than ``tolerance``, codes are asked for of a network that was not rounded, no example of signals or volumes; nothing
             is written then.
     """
     options = chosen(options, settings, ExportOptions)
@@ -100,8 +100,9 @@ def export(
         raise SharefoldError(f"output {target} is a folder: name a file ending in {' or '.join(FORMATS[kind])}")
     network = model if all(p.device.type == "cpu" for p in model.parameters()) else copy.deepcopy(model).cpu()
     if example_input is None:
-        if takes_signals_alone(network):
-            raise SharefoldError("export: the network takes signals, of a length that it does not say: pass example_input")
+        if 4 not in (shapes := input_shapes(network)):
+            wanted = " or ".join(shapes.values())
+            raise SharefoldError(f"export: the network takes {wanted}, of a size that it does not say: pass example_input")
         example_input = _random((2, *input_config(model)["input_size"]))
     example = as_input(network, example_input.detach())
     if dynamic_batch and kind != "dense" and len(example) < 2:
@@ -305,6 +306,7 @@ def _simplify(graph: Any) -> None:
             step()(graph)
     passes.RemoveUnusedOpsetsPass()(graph)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph)
+    _without_zero_biases(graph.graph)
     _make_contiguous(graph.graph)
     for done in (
         passes.DeduplicateHashedInitializersPass(), passes.CommonSubexpressionEliminationPass(), passes.OutputFixPass(),
@@ -317,6 +319,15 @@ def _simplify(graph: Any) -> None:
         for value in node.outputs:  # inferred types of inner values are recomputed by every runtime
             if not value.is_graph_output():
                 value.type = value.shape = None
+
+
+def _without_zero_biases(graph: Any) -> None:
+    """Takes away biases of nothing but zeros; onnxscript up to 0.7 gives a Conv3d without a bias one of a wrong shape."""
+    for node in graph:
+        if node.op_type == "Conv" and len(node.inputs) == 3 and node.inputs[2] is not None:
+            value = node.inputs[2].const_value
+            if value is not None and not value.numpy().any():
+                node.resize_inputs(2)
 
 
 def _make_contiguous(graph: Any) -> None:

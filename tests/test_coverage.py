@@ -113,9 +113,7 @@ CASES: dict[str, tuple[Callable[[int], nn.Module], str, type[nn.Module], str]] =
     "mixer": (lambda w: Mixer(w, 12 if w == 8 else 6), "fx", nn.Linear, "mixes positions"),
     "grouped": (residual(lambda w: nn.Conv2d(w, w, 3, padding=1, groups=4)), "fx", nn.Conv2d, ""),
     "depthwise": (Inverted, "fx", nn.Conv2d, ""),
-    "transposed": (
-        lambda w: beside(nn.ConvTranspose2d(w, w, 3, padding=1), w), "fx", nn.Conv2d, "ConvTranspose2d: only Conv1d",
-    ),
+    "transposed": (residual(lambda w: nn.ConvTranspose2d(w, w, 3, padding=1)), "fx", nn.ConvTranspose2d, ""),
     "timm's Linear": (with_timm_linear, "fx", Linear, ""),
     "own forward": (lambda w: beside(Doubled(w, w, 3, padding=1), w), "fx", nn.Conv2d, "Doubled has a forward of its own"),
     "untraceable": (Untraceable, "hooks", nn.Conv2d, ""),

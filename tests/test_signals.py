@@ -185,14 +185,14 @@ def test_views_of_signals_are_shifted_louder_or_softer_and_drawn_by_the_seed() -
 
 def test_wrong_inputs_are_told(trained: Listener) -> None:
     cases: dict[str, Tensor] = {
-        r"\(n, C, H, W\) or \(n, C, L\): pass normalised images or signals": torch.randn(8, 96),
+        r"no float tensor of signals \(n, C, L\) or images \(n, C, H, W\): pass normalised ones": torch.randn(8, 96),
         "fails on the example input .* 2 channels, but got 3 channels": torch.randn(8, 3, 96),
         "fails on the example input .*conv1d": torch.randn(8, 2, 1, 96),
     }
     for message, x in cases.items():
         with pytest.raises(SharefoldError, match=message):
             sharefold.calibrate(copy.deepcopy(trained), x)
-    with pytest.raises(SharefoldError, match=r"\(n, C, H, W\): pass normalised images"):
+    with pytest.raises(SharefoldError, match=r"no float tensor of images \(n, C, H, W\): pass normalised ones"):
         sharefold.calibrate(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(8, 3, 32))
 
 
@@ -200,7 +200,7 @@ def test_onnx_computes_the_same(trained: Listener, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     net, _ = converted(trained, "50%", "hybrid")
     x = sounds(6, 3)[0]
-    with pytest.raises(SharefoldError, match="takes signals, of a length that it does not say: pass example_input"):
+    with pytest.raises(SharefoldError, match="takes signals .*, of a size that it does not say: pass example_input"):
         export(net, tmp_path / "net.onnx")
     export(net, tmp_path / "net.onnx", example_input=x[:2])
     session = runtime.InferenceSession(str(tmp_path / "net.onnx"))
@@ -279,7 +279,7 @@ def test_networks_that_turn_their_input_or_make_their_weights_are_calibrated() -
 
 
 def test_signals_are_asked_for_where_there_are_none(trained: Listener) -> None:
-    with pytest.raises(SharefoldError, match=r"takes signals, and none can be made up: pass some, \(n, C, L\)"):
+    with pytest.raises(SharefoldError, match=r"takes signals \(n, C, L\), and none can be made up: pass some"):
         sharefold.plan(copy.deepcopy(trained), "50%")
 
 

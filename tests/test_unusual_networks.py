@@ -115,10 +115,6 @@ def test_a_refusal_says_what_cannot_be_shared() -> None:
     )
     with pytest.raises(SharefoldError, match="3 x its weight is parametrized"):
         sharefold.plan(normed.eval(), "30%", IMAGES)
-    video = nn.Sequential(nn.Conv3d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
-    video(torch.randn(2, 1, 4, 8, 8))
-    with pytest.raises(SharefoldError, match="Conv3d of this network are not shared"):
-        sharefold.plan(video, "50%", torch.randn(8, 1, 4, 8, 8))
 
 
 def test_parameters_without_a_shape_are_refused() -> None:

@@ -11,7 +11,7 @@ from sharefold.calibration.input_matching import match_statistics
 from sharefold.data import calibration_images
 from sharefold.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from sharefold.errors import SharefoldError
-from sharefold.graph.layers import OTHER_CONVS, convolves, takes_signals, takes_signals_alone
+from sharefold.graph.layers import convolves, input_shapes
 from sharefold.plans import Progress
 from sharefold.running import batch_within, dtype_of
 
@@ -71,17 +71,16 @@ def calibration_or_procedural(model: nn.Module, images: Tensor | None, seed: int
         SharefoldError: not a (n, C, H, W) float tensor, no image, NaN, or not the channel count the model takes.
     """
     if images is None:
-        if takes_signals_alone(model):
-            raise SharefoldError("calibration: the network takes signals, and none can be made up: pass some, (n, C, L)")
+        shapes = input_shapes(model)
+        if 4 not in shapes:
+            wanted = " or ".join(shapes.values())
+            raise SharefoldError(f"calibration: the network takes {wanted}, and none can be made up: pass some")
         return procedural_images(model, seed=seed)
-    signals = takes_signals(model)
-    ranks = (3, 4) if signals else (4,)
-    if not isinstance(images, Tensor) or images.dim() not in ranks or not images.is_floating_point():
+    # Other axes may be merged into the batch on the way, as frames of a video are.
+    shapes = input_shapes(model) | {4: "images (n, C, H, W)"}
+    if not isinstance(images, Tensor) or images.dim() not in shapes or not images.is_floating_point():
         what = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
-        others = sorted({type(m).__name__ for m in model.modules() if isinstance(m, OTHER_CONVS)})
-        hint = f" ({' and '.join(others)} of this network are not shared: only Conv1d, Conv2d and Linear are)" if others else ""
-        shapes, name = ("(n, C, H, W) or (n, C, L)", "images or signals") if signals else ("(n, C, H, W)", "images")
-        raise SharefoldError(f"calibration: {what} is not a float tensor {shapes}: pass normalised {name}{hint}")
+        raise SharefoldError(f"calibration: {what} is no float tensor of {' or '.join(shapes.values())}: pass normalised ones")
     if len(images) == 0:
         raise SharefoldError("calibration: there are no images: pass at least one")
     if not bool(torch.isfinite(images).all()):
@@ -90,7 +89,8 @@ def calibration_or_procedural(model: nn.Module, images: Tensor | None, seed: int
     # Signals may lie (n, L, C), to be turned by the network: what it cannot take is seen when it runs.
     widths = [cast(int, m.in_channels) for m in model.modules() if convolves(m, nn.Conv2d, "conv2d")]
     if images.dim() == 4 and widths and images.shape[1] not in widths:
-        found, wanted = images.shape[1], widths[0]
-        raise SharefoldError(f"calibration: images have {found} channels, the model takes {wanted}: convert the images")
+        raise SharefoldError(
+            f"calibration: images have {images.shape[1]} channels, the model takes {widths[0]}: convert the images"
+        )
     images = images.to(dtype_of(model))
     return images.clone() if images.is_inference() else images

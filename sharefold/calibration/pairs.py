@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sharefold.calibration.statistics import patches_of, samples_for
+from sharefold.calibration.statistics import outputs_of, patches_of, samples_for
 from sharefold.layers import ConvForm
-from sharefold.solvers.data_norm import Window, sample_patches
 from sharefold.solvers.moments import Moments, PairSums
 
 
@@ -34,13 +33,12 @@ class Gatherer:
 
     @torch.no_grad()
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        """One batch: the layer's inputs, (B, I, H, W), (B, I, L) or (B, ..., I), and its wanted outputs on them."""
+        """One batch: the layer's inputs, (B, I, D, H, W), (B, I, H, W), (B, I, L) or (B, ..., I), and wanted outputs."""
         generator = torch.Generator()
         generator.manual_seed(self._seed)
         x = patches_of(self.form, inputs, self.positions, generator).float()  # (P, G, N)
         generator.manual_seed(self._seed)
-        window = Window(1) if self.form.convolves else None
-        y = sample_patches(self.form.as_maps(outputs), window, self.positions, generator).float()
+        y = outputs_of(self.form, outputs, self.positions, generator).float()
         self._seed += 1
         self._sums.add(*by_group(x, y))
 

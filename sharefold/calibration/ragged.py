@@ -82,6 +82,6 @@ def problem_for(
 
 def can_share(forms: Sequence[ConvForm]) -> bool:
     """Whether one bank can serve these layers: ungrouped, of one kind and kernel size, and not too much for memory."""
-    kinds = {(form.kind, form.kernel_size, form.standardize) for form in forms}
+    kinds = {(form.kind, form.depth, form.kernel_size, form.standardize) for form in forms}
     largest = max(form.features for form in forms)
     return len(kinds) == 1 and all(form.groups == 1 for form in forms) and len(forms) * largest**2 <= LARGEST

@@ -237,14 +237,30 @@ def is_wide(form: ConvForm) -> bool:
 
 
 def patches_of(form: ConvForm, x: Tensor, positions: int | None, generator: torch.Generator) -> Tensor:
-    """Input patches (P, G, N) of a layer of this form at sampled positions."""
+    """Input patches (P, G, N) of a layer of this form at sampled positions, about as many an image."""
     if form.kind == "linear":
         return sample_patches(x.detach(), None, positions, generator)
-    x = form.as_maps(x)
-    border = form.border(x.shape[-2], x.shape[-1])
+    maps, each = _side_by_side(form.as_maps(x.detach()), positions)
+    border = form.border(maps.shape[-2], maps.shape[-1])
     mode = "zeros" if form.same_pad else form.padding_mode
     window = Window(form.kernel_size, form.stride, border, form.dilation, form.groups, mode)
-    return sample_patches(x.detach(), window, positions, generator)
+    return sample_patches(maps, window, each, generator)
+
+
+def outputs_of(form: ConvForm, y: Tensor, positions: int | None, generator: torch.Generator) -> Tensor:
+    """Outputs (P, O) of a layer at the positions that :func:`patches_of` draws by an equal generator."""
+    if form.kind == "linear":
+        return sample_patches(y.detach(), None, positions, generator).flatten(1)
+    maps, each = _side_by_side(form.outputs_as_maps(y.detach()), positions)
+    return sample_patches(maps, Window(1), each, generator).flatten(1)
+
+
+def _side_by_side(maps: Tensor, positions: int | None) -> tuple[Tensor, int | None]:
+    """The slices (B, D, C, H, W) of volumes as maps (B * D, C, H, W), and how many positions of each to draw."""
+    if maps.ndim == 4:
+        return maps, positions
+    each = None if positions is None else -(-positions // maps.shape[1])
+    return maps.flatten(0, 1), each
 
 
 def shrunk(moment: Tensor, noise: Tensor) -> Tensor:
@@ -268,5 +284,5 @@ def shrunk(moment: Tensor, noise: Tensor) -> Tensor:
 def _form(model: nn.Module, name: str) -> ConvForm:
     form = form_of(model.get_submodule(name))
     if form is None:
-        raise SharefoldError(f"layer {name} is not a dense Conv1d, Conv2d or Linear: only those have input statistics")
+        raise SharefoldError(f"layer {name} is no dense convolution or Linear of plain torch: only those have input statistics")
     return form

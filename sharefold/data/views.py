@@ -24,9 +24,11 @@ MIX = 0.5
 
 
 def random_views(images: Tensor, generator: torch.Generator, *, strength: float = 1.0, mix: float = MIX) -> Tensor:
-    """One random view of each image of a batch (B, C, H, W), or of each signal of (B, C, L); same shape, dtype and device.
+    """One random view of each image of a batch (B, C, H, W), of each volume of (B, C, D, H, W), or of each signal of (B, C, L);
+    same shape, dtype and device.
 
-    Signals are shifted and made louder or softer instead of warped and recoloured, and not mirrored.
+    All slices of a volume, or frames of a video, get the same view. Signals are shifted and made louder or softer instead of
+    warped and recoloured, and not mirrored.
 
     Args:
         images: normalised to about unit variance; the border is mirrored where a view looks outside.
@@ -74,8 +76,9 @@ def _warped(images: Tensor, generator: torch.Generator, strength: float) -> Tens
     mirror = 1 - 2 * (torch.rand(len(images), generator=generator) < 0.5).float()
     first = torch.stack([mirror * size * aspect * angle.cos(), -mirror * size * aspect * angle.sin(), across], 1)
     second = torch.stack([size / aspect * angle.sin(), size / aspect * angle.cos(), down], 1)
-    grid = F.affine_grid(torch.stack([first, second], 1).to(images), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+    slices = images.flatten(1, -3)
+    grid = F.affine_grid(torch.stack([first, second], 1).to(images), list(slices.shape), align_corners=False)
+    return F.grid_sample(slices, grid, padding_mode="reflection", align_corners=False).reshape(images.shape)
 
 
 def _recoloured(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:
@@ -83,9 +86,9 @@ def _recoloured(images: Tensor, generator: torch.Generator, strength: float) -> 
 
     def within(limit: float, channels: int = 1) -> Tensor:
         drawn = 2 * torch.rand(len(images), channels, 1, 1, generator=generator) - 1
-        return (strength * limit * drawn).to(images)
+        return (strength * limit * drawn).to(images).reshape(len(images), channels, *[1] * (images.ndim - 2))
 
-    mean = images.mean((1, 2, 3), keepdim=True)
+    mean = images.mean(tuple(range(1, images.ndim)), keepdim=True)
     views = mean + (images - mean) * within(CONTRAST).exp()
     grey = views.mean(1, keepdim=True)
     views = grey + (views - grey) * within(COLOUR).exp()

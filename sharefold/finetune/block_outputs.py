@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
-from sharefold.layers import SharedConv
+from sharefold.layers import STOCK_LAYERS, SharedConv
 
 
 def _weighted_layers(module: nn.Module) -> int:
-    return sum(isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, SharedConv)) for m in module.modules())
+    return sum(isinstance(m, (*STOCK_LAYERS, SharedConv)) for m in module.modules())
 
 
 def matching_blocks(student: nn.Module, teacher: nn.Module, pattern: str = "auto") -> list[str]:

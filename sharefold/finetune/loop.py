@@ -163,7 +163,9 @@ class _Run:
         self.batches, self.checks, self.config, self.world = batches, checks, config, where
         self.folder = folder if where.first else None
         self.state_path = folder / STATE_FILE if folder is not None else None
-        layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        # Of volumes there is no such order.
+        flat = all(tensor.dim() < 5 for tensor in (*model.parameters(), *model.buffers()))
+        layout = torch.channels_last if config.channels_last and flat else torch.contiguous_format
         self.model = model.to(where.device).to(memory_format=layout)
         self.teacher = None if teacher is None else teacher.to(where.device).to(memory_format=layout).eval()
         self.optimizer = build_optimizer(model, config)

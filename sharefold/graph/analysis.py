@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from sharefold.errors import SharefoldError
 from sharefold.graph.blocks import ancestors, find_blocks
 from sharefold.graph.execution import LayerRun, ModuleRun, Run, run_with_hooks
 from sharefold.graph.flow_roles import roles_from_flow, roles_from_run
-from sharefold.graph.layers import LAYERS, find_layers
+from sharefold.graph.layers import find_layers
 from sharefold.graph.preserved import preserved
 from sharefold.graph.records import LayerRecord, NetworkGraph, Space
 from sharefold.graph.repeats import find_repeats
@@ -21,7 +22,7 @@ from sharefold.graph.roles import find_roles
 from sharefold.graph.spaces import Flow, propagate
 from sharefold.graph.stages import Size, find_stages, number_blocks
 from sharefold.graph.trace import ShapeRecorder, same_output, trace
-from sharefold.layers import ConvForm
+from sharefold.layers import STOCK_LAYERS, ConvForm
 from sharefold.running import as_input, check_shapes, keep_plain
 
 # fx patches nn.Module for the whole process while it traces.
@@ -56,6 +57,9 @@ def analyze(model: nn.Module, example_input: Any, *, symbolic: bool = True) -> N
         unbatched = [n for n, form in layers.items() if form.convolves and len(run.layers[n].input_shape) + form.channel_axis < 1]
         for name in unbatched:
             skipped[name] = "it runs on one image at a time, without an axis for a batch"
+            del layers[name]
+        for name in [name for name, form in layers.items() if _sized_by_call(form, run.layers[name])]:
+            skipped[name] = "its output_size is told where it is called, which a shared layer could not be"
             del layers[name]
         if graph is not None:
             for name in _borrowed(graph, layers):
@@ -125,7 +129,7 @@ def _trace(model: nn.Module, example: Any, run: Run, unshared: set[str]) -> tupl
         visible = set(recorder.called)
         hidden = [name for name in run.layers if name not in visible]
         unseen = [name for name in hidden if not visible & set(ancestors(name))]
-        called = [n for n in recorder.called if isinstance(model.get_submodule(n), LAYERS)]
+        called = [n for n in recorder.called if isinstance(model.get_submodule(n), STOCK_LAYERS)]
         expected = [name for name in run.order if name in visible]
         if unseen or [name for name in called if name not in unshared] != expected:
             reason = reason or "the trace calls other layers than the network"
@@ -134,6 +138,14 @@ def _trace(model: nn.Module, example: Any, run: Run, unshared: set[str]) -> tupl
         else:
             return graph, f"inside opaque modules: {', '.join(hidden)}" if hidden else ""
     return None, reason
+
+
+def _sized_by_call(form: ConvForm, run: LayerRun) -> bool:
+    """Whether a transposed convolution gives another size than it says by itself."""
+    if form.stock is None or not form.transposed or not run.output_shape:
+        return False
+    rank = form.stock.rank
+    return form.stock.output_size(run.input_shape[-rank:]) != run.output_shape[-rank:]
 
 
 def _borrowed(graph: fx.Graph, layers: Mapping[str, ConvForm]) -> list[str]:
@@ -169,6 +181,7 @@ def _assemble(model: nn.Module, layers: dict[str, ConvForm], run: Run, flow: Flo
         name: LayerRecord(
             name=name,
             **_form_fields(layers[name], model.get_submodule(name)),
+            input_shape=runs[name].input_shape[1:],
             input_size=sizes[name][0],
             output_size=sizes[name][1],
             stage=stages[name],
@@ -184,10 +197,11 @@ def _assemble(model: nn.Module, layers: dict[str, ConvForm], run: Run, flow: Flo
 
 
 def _form_fields(form: ConvForm, module: nn.Module) -> dict[str, Any]:
+    told = form if form.stock is None else form.stock
     return {
         "kind": form.kind, "module_class": form.module_class, "weight_shape": form.weight_shape, "groups": form.groups,
-        "stride": form.stride, "padding": "same" if form.same_pad else form.padding, "dilation": form.dilation,
-        "padding_mode": form.padding_mode, "bias": module.bias is not None,
+        "stride": told.stride, "padding": "same" if form.same_pad else told.padding, "dilation": told.dilation,
+        "padding_mode": told.padding_mode, "bias": module.bias is not None, "depth": form.depth,
     }  # fmt: skip
 
 
@@ -223,8 +237,9 @@ def _sizes(runs: Mapping[str, LayerRun], layers: Mapping[str, ConvForm]) -> dict
 
 
 def _map_size(form: ConvForm, shape: tuple[int, ...]) -> Size:
-    """Height and width of a convolution's maps; signals are one pixel high."""
-    return (1, shape[-1]) if form.kind == "conv1d" else (shape[-2], shape[-1])
+    """Height and width of a convolution's maps; signals are one pixel high, slices of volumes lie one below another."""
+    axes = shape[len(shape) + form.channel_axis + 1 :]
+    return math.prod(axes[:-1]), axes[-1]
 
 
 def _token_size(axes: tuple[int, ...], maps: Mapping[int, Size]) -> Size:

@@ -62,15 +62,17 @@ def _name(record: LayerRecord, by_role: bool, by_stride: bool) -> str:
     parts = [f"stage{record.stage}"]
     if by_role:
         parts.append(record.role)
-    depthwise = record.groups > 1 and record.weight_shape[1] == 1
-    kind = "linear" if record.kind == "linear" else f"{'dw' if depthwise else 'conv'}{h}x{w}"
+    depthwise = record.groups > 1 and record.weight_shape[1] == record.depth
+    size = f"{record.depth}x{h}x{w}" if record.kind.endswith("3d") else f"{h}x{w}"
+    turned = "t" if record.kind.startswith("conv_transpose") else ""
+    kind = "linear" if record.kind == "linear" else f"{'dw' if depthwise else 'conv'}{turned}{size}"
     if depthwise and record.in_channels == record.out_channels:
         kind += f"-{record.out_channels}"
     else:
         kind += f"-{record.in_channels}-{record.out_channels}"
         if record.groups > 1 and not depthwise:
             kind += f"-g{record.groups}"
-    if by_stride and record.stride != (1, 1):
+    if by_stride and set(record.stride) != {1}:
         kind += "-s" + "x".join(str(s) for s in dict.fromkeys(record.stride))
     if record.pooled:
         kind += "-pooled"

@@ -5,17 +5,21 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sharefold.layers import ConvForm, SharedConv, checked_form, form_of
+from sharefold.layers import STOCK_LAYERS, ConvForm, SharedConv, checked_form, form_of
 
+# By spatial axes: the classes of convolutions and the kinds of their forms, and what they take.
+_AXES: dict[int, tuple[tuple[type[nn.Module], ...], tuple[str, ...]]] = {
+    1: ((nn.Conv1d, nn.ConvTranspose1d), ("conv1d", "conv_transpose1d")),
+    2: ((nn.Conv2d, nn.ConvTranspose2d), ("conv2d", "conv_transpose2d")),
+    3: ((nn.Conv3d, nn.ConvTranspose3d), ("conv3d", "conv_transpose3d")),
+}
+_SHAPES = {1: "signals (n, C, L)", 2: "images (n, C, H, W)", 3: "volumes (n, C, D, H, W)"}
 BATCH_NORM_KEYS = ("running_mean", "running_var")
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
-OTHER_CONVS = (nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_ALL_LAYERS = (*LAYERS, *OTHER_CONVS)
 
 
 def is_layer_like(module: nn.Module) -> bool:
     """True for every convolution and Linear, shareable or not."""
-    return isinstance(module, _ALL_LAYERS)
+    return isinstance(module, STOCK_LAYERS)
 
 
 def convolves(module: nn.Module, stock: type[nn.Module], kind: str) -> bool:
@@ -23,14 +27,16 @@ def convolves(module: nn.Module, stock: type[nn.Module], kind: str) -> bool:
     return isinstance(module, stock) or (isinstance(module, SharedConv) and module.form.kind == kind)
 
 
-def takes_signals(model: nn.Module) -> bool:
-    """Whether one-dimensional convolutions are among its layers, whatever makes their weights."""
-    return any(convolves(module, nn.Conv1d, "conv1d") for module in model.modules())
+def spatial_axes(model: nn.Module) -> set[int]:
+    """How many spatial axes (1 to 3) the convolutions among its layers have, whatever makes their weights."""
+    return {axes for module in model.modules() for axes, (kinds, names) in _AXES.items() if any(
+        convolves(module, kind, name) for kind, name in zip(kinds, names, strict=True)
+    )}  # fmt: skip
 
 
-def takes_signals_alone(model: nn.Module) -> bool:
-    """Whether they are, and no two-dimensional ones: no image can be made up for such a network."""
-    return takes_signals(model) and not any(convolves(module, nn.Conv2d, "conv2d") for module in model.modules())
+def input_shapes(model: nn.Module) -> dict[int, str]:
+    """What batches its convolutions may be given, by number of axes; images where it has none."""
+    return {axes + 2: _SHAPES[axes] for axes in sorted(spatial_axes(model) or {2})}
 
 
 def is_batch_norm(module: nn.Module, channels: int) -> bool:
@@ -48,7 +54,7 @@ def find_layers(model: nn.Module) -> tuple[dict[str, ConvForm], dict[str, str]]:
     skipped: dict[str, str] = {}
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, LAYERS):
+        if not isinstance(module, STOCK_LAYERS):
             _skip_free_weights(name, module, skipped)
             continue
         reason = _obstacle(module)
@@ -86,9 +92,7 @@ def _skip_free_weights(name: str, module: nn.Module, skipped: dict[str, str]) ->
     for key, parameter in module._parameters.items():
         if parameter is None or parameter.numel() == max(parameter.shape, default=1):
             continue
-        if isinstance(module, OTHER_CONVS):
-            skipped[name] = f"{type(module).__name__}: only Conv1d, Conv2d and Linear are shared"
-        elif key == "weight" and name:
-            skipped[name] = f"{type(module).__name__}: its weight is not that of a plain Conv1d, Conv2d or Linear"
+        if key == "weight" and name:
+            skipped[name] = f"{type(module).__name__}: its weight is not that of a plain convolution or Linear"
         else:
             skipped[f"{name}.{key}" if name else key] = f"a parameter of {type(module).__name__}, not a layer"

@@ -12,18 +12,19 @@ class LayerRecord:
     """One convolution or Linear of the network, as it runs on the example input.
 
     Sizes are (height, width) in pixels of the first call; a Linear over tokens whose map is unknown has
-    (tokens, 1). ``stage``, ``block`` and ``role`` are explained in ``stages.py``, ``blocks.py`` and ``roles.py``,
-    the channel spaces in ``spaces.py``. Without an fx graph the space ids are -1 and the four flags are False.
+    (tokens, 1), a volume (depth * height, width). ``stage``, ``block`` and ``role`` are explained in ``stages.py``,
+    ``blocks.py`` and ``roles.py``, the channel spaces in ``spaces.py``. Without an fx graph the space ids are -1 and the
+    four flags are False.
     """
 
     name: str
-    kind: str  # "conv2d" | "conv1d" | "linear"
+    kind: str  # "conv1d" ... "conv3d" | "conv_transpose1d" ... "conv_transpose3d" | "linear"
     module_class: str
-    weight_shape: tuple[int, int, int, int]  # (O, I / groups, h, w); a Linear is (O, I, 1, 1)
+    weight_shape: tuple[int, int, int, int]  # (O, I / groups * depth, h, w); a Linear is (O, I, 1, 1)
     groups: int
-    stride: tuple[int, int]
-    padding: tuple[int, int] | str
-    dilation: tuple[int, int]
+    stride: tuple[int, ...]  # as the layer has it, one a spatial axis; padding and dilation as well
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
     padding_mode: str
     bias: bool
     input_size: tuple[int, int]
@@ -40,6 +41,14 @@ class LayerRecord:
     private_output: bool
     input_space: int
     output_space: int
+    depth: int = 1  # slices of a volume that a window covers
+    input_shape: tuple[int, ...] = ()  # of the first call, without the batch
+
+    @property
+    def windows(self) -> int:
+        """How often the weight is multiplied: once an output position, of a transposed convolution once an input position."""
+        height, width = self.input_size if self.kind.startswith("conv_transpose") else self.output_size
+        return height * width
 
     @property
     def pooled(self) -> bool:
@@ -48,7 +57,7 @@ class LayerRecord:
 
     @property
     def in_channels(self) -> int:
-        return self.weight_shape[1] * self.groups
+        return self.weight_shape[1] * self.groups // self.depth
 
     @property
     def out_channels(self) -> int:

@@ -154,15 +154,15 @@ class _Propagation:
             self.read(chan, name, form)
         pooled = chan.pooled if chan is not None else form.kind == "linear" and len(shape) == 2
         before = self.flow.outputs.get(name)
-        if form.depthwise and form.out_channels == form.in_channels:
+        if form.depthwise and form.out_channels == form.in_channels and not form.transposed:
             out = None if chan is None else replace(chan, pooled=pooled)
         elif before is not None:
             out = Chan(before.space, axis, pooled)
         else:
             out = Chan(self.spaces.new(form.out_channels), axis, pooled)
             self.spaces[out.space].writers.append(name)
-            if form.groups > 1:
-                self.spaces.freeze(out.space, f"written by the grouped convolution {name}")
+            if form.groups > 1 or form.transposed:
+                self.spaces.freeze(out.space, f"written by the {_kind(form)} convolution {name}")
         earlier = self.flow.inputs.get(name)
         if chan is not None and earlier is not None:
             self.spaces.unite(earlier.space, chan.space)
@@ -172,14 +172,14 @@ class _Propagation:
 
     def read(self, chan: Chan, name: str, form: ConvForm) -> None:
         draft = self.spaces[chan.space]
-        if form.depthwise and form.out_channels == form.in_channels:
+        if form.depthwise and form.out_channels == form.in_channels and not form.transposed:
             if name not in draft.through:
                 draft.through.append(name)
             return
         if name not in draft.readers:
             draft.readers.append(name)
-        if form.groups > 1:
-            self.spaces.freeze(chan.space, f"read by the grouped convolution {name}")
+        if form.groups > 1 or form.transposed:
+            self.spaces.freeze(chan.space, f"read by the {_kind(form)} convolution {name}")
 
     def unshared_layer(self, node: fx.Node, name: str) -> Chan | None:
         self.opaque(node, f"read by {name}, which is not shared")
@@ -378,6 +378,10 @@ class _Propagation:
             return chan
         self.spaces.freeze(chan.space, "padded along the channels")
         return self.fresh(after[chan.axis], chan.axis, "other channels with padding")
+
+
+def _kind(form: ConvForm) -> str:
+    return "transposed" if form.transposed else "grouped"
 
 
 def _area(shape: tuple[int, ...], axis: int) -> int:

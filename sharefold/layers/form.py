@@ -1,7 +1,8 @@
 """How a dense layer uses its weight: geometry, padding rule, weight standardisation.
 
-Every shared layer holds the form of the layer that it replaces, so that Conv1d, Conv2d, Linear, TensorFlow-"SAME" convs and
-weight-standardised convs all go through one piece of code: a Conv1d is a Conv2d of maps that are one pixel high.
+Every shared layer holds the form of the layer that it replaces, so that Conv1d, Conv2d, Conv3d, transposed convs, Linear,
+TensorFlow-"SAME" convs and weight-standardised convs all go through one piece of code, as convolutions of maps: a Conv1d is a
+Conv2d of maps that are one pixel high; for the others see :mod:`sharefold.layers.stock_axes`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,12 @@ from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdCon
 from timm.layers import Linear as TimmLinear
 from torch import Tensor, nn
 
+from sharefold.layers.stock_axes import StockAxes, axes_of
+
+# Classes whose objects are layers, shareable or not.
+STOCK_LAYERS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
+)  # fmt: skip
 _STANDARDIZED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
 
@@ -22,7 +29,9 @@ _STANDARDIZED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 class ConvForm:
     """What a convolution (or a Linear, as a 1x1 convolution of the last axis) is, apart from its weight.
 
-    ``kind`` is ``"conv2d"``, ``"conv1d"`` or ``"linear"``; sizes are those of maps, of a Conv1d (1, k) for its k.
+    ``kind`` is ``"conv2d"``, ``"conv1d"``, ``"conv3d"``, ``"conv_transpose2d"`` (1d, 3d) or ``"linear"``; sizes are those of
+    maps, of a Conv1d (1, k) for its k. ``stock`` is what a Conv3d or a transposed layer has instead: the rest then tells the
+    Conv2d that it is of its maps, without padding, and ``depth`` how many slices of a volume are channels of a map.
     ``padding`` is a pair or ``"same"``/``"valid"``; ``same_pad`` is TensorFlow's input-dependent padding (timm's
     Conv2dSame); ``standardize`` is None or (eps, scale) of weight standardisation (Qiao et al., arXiv:1903.10520;
     scaled: Brock et al., arXiv:2101.08692, with a learned gain per output channel).
@@ -40,10 +49,22 @@ class ConvForm:
     same_pad: bool = False
     standardize: tuple[float, float] | None = None
     module_class: str = ""
+    stock: StockAxes | None = None
+
+    @property
+    def depth(self) -> int:
+        """Slices of a volume in one window, which are channels of its map; 1 but for volumes."""
+        return 1 if self.stock is None else self.stock.depth
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
-        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+        """(O, I/groups * depth, h, w)."""
+        return (self.out_channels, self.in_channels // self.groups * self.depth, *self.kernel_size)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is a transposed convolution, whose weight lies (I, O/groups, ...)."""
+        return self.stock is not None and self.stock.transposed
 
     @property
     def convolves(self) -> bool:
@@ -52,7 +73,11 @@ class ConvForm:
 
     @property
     def stock_shape(self) -> tuple[int, ...]:
-        """The shape of the stock layer's weight: (O, I/groups, h, w), (O, I/groups, k), or (O, I) of a Linear."""
+        """The shape of the stock layer's weight: (O, I/groups, h, w), (O, I/groups, k), (O, I/groups, d, h, w), of a transposed
+        one (I, O/groups, ...), or (O, I) of a Linear."""
+        if self.stock is not None:
+            pair = (self.in_channels, self.out_channels) if self.transposed else (self.out_channels, self.in_channels)
+            return (pair[0], pair[1] // self.groups, *self.stock.kernel_size)
         if self.kind == "linear":
             return self.out_channels, self.in_channels
         return (*self.weight_shape[:2], self.kernel_size[1]) if self.kind == "conv1d" else self.weight_shape
@@ -60,19 +85,42 @@ class ConvForm:
     @property
     def channel_axis(self) -> int:
         """Where the channels of inputs and outputs lie, from the end."""
+        if self.stock is not None:
+            return -1 - self.stock.rank
         return {"linear": -1, "conv1d": -2, "conv2d": -3}[self.kind]
 
-    def sizes_of(self, pair: tuple[int, int]) -> tuple[int, ...]:
-        """A pair (vertical, horizontal) as the stock layer has it: of a Conv1d the second alone."""
-        return pair[1:] if self.kind == "conv1d" else pair
+    @property
+    def stock_kernel_size(self) -> tuple[int, ...]:
+        """As the stock layer has it: of a Conv1d the second alone."""
+        if self.stock is not None:
+            return self.stock.kernel_size
+        return self.kernel_size[1:] if self.kind == "conv1d" else self.kernel_size
+
+    @property
+    def stock_stride(self) -> tuple[int, ...]:
+        """As the stock layer has it."""
+        if self.stock is not None:
+            return self.stock.stride
+        return self.stride[1:] if self.kind == "conv1d" else self.stride
 
     def as_maps(self, x: Tensor) -> Tensor:
-        """Inputs or outputs of the stock layer as :meth:`apply` has them: signals (..., C, L) as maps (..., C, 1, L)."""
+        """Inputs of the stock layer as :meth:`apply` takes them: signals (..., C, L) as maps (..., C, 1, L); see
+        :meth:`StockAxes.maps` for others. Volumes get one axis more than maps have."""
+        if self.stock is not None:
+            return self.stock.maps(x)
         return x.unsqueeze(-2) if self.kind == "conv1d" else x
 
-    def as_stock(self, x: Tensor) -> Tensor:
+    def outputs_as_maps(self, y: Tensor) -> Tensor:
+        """Outputs of the stock layer as :meth:`apply` makes them."""
+        if self.stock is not None:
+            return self.stock.output_maps(y)
+        return y.unsqueeze(-2) if self.kind == "conv1d" else y
+
+    def as_stock(self, y: Tensor) -> Tensor:
         """The other way round."""
-        return x.squeeze(-2) if self.kind == "conv1d" else x
+        if self.stock is not None:
+            return self.stock.stock_outputs(y)
+        return y.squeeze(-2) if self.kind == "conv1d" else y
 
     @property
     def depthwise(self) -> bool:
@@ -80,13 +128,25 @@ class ConvForm:
 
     @property
     def features(self) -> int:
-        """Length N of one flattened filter: I/groups * h * w."""
-        return self.in_channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
+        """Length N of one flattened filter: I/groups * depth * h * w."""
+        return self.in_channels // self.groups * self.depth * self.kernel_size[0] * self.kernel_size[1]
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the stock layer makes of its own input, with a weight that went through :meth:`native`."""
+        if self.stock is not None:
+            return self.stock.run(x, weight, bias, self.groups)
+        return self.as_stock(self.apply(self.as_maps(x), weight, bias))
+
+    def native(self, weight: Tensor) -> Tensor:
+        """A weight (O, I/groups * depth, h, w) as :meth:`run` takes it."""
+        return weight if self.stock is None else self.stock.stock_weight(weight, self.groups)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Runs the layer on ``x`` (:meth:`as_maps`) with any ``weight`` (O', I/groups, h, w); O' may differ from the form's O."""
         if self.kind == "linear":
             return F.linear(x, weight.flatten(1), bias)
+        if x.ndim > 4:  # volumes: maps side by side
+            return self.apply(x.flatten(0, -4), weight, bias).unflatten(0, x.shape[:-3])
         padding: tuple[int, int] | str = self.padding
         if self.same_pad:
             x, padding = pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation)), (0, 0)
@@ -136,7 +196,7 @@ class ConvForm:
         with torch.device("meta"):
             module = self._empty(bias is not None, gain is not None)
         # Products come out in any order of axes, and a convolution puts such a weight in order at every run.
-        own = weight.detach().reshape(self.stock_shape).clone(memory_format=torch.contiguous_format)
+        own = self.native(weight.detach()).reshape(self.stock_shape).clone(memory_format=torch.contiguous_format)
         module.weight = nn.Parameter(own)  # type: ignore[assignment]
         if bias is not None:
             module.bias = nn.Parameter(bias.detach().clone())  # type: ignore[assignment]
@@ -145,6 +205,8 @@ class ConvForm:
         return module
 
     def _empty(self, bias: bool, gain: bool) -> nn.Module:
+        if self.stock is not None:
+            return self.stock.module(self.in_channels, self.out_channels, self.groups, bias)
         if self.kind == "linear":
             return nn.Linear(self.in_channels, self.out_channels, bias=bias)
         if self.kind == "conv1d":
@@ -189,7 +251,15 @@ def form_of(module: nn.Module) -> ConvForm | None:
             "conv1d", module.in_channels, module.out_channels, (1, int(module.kernel_size[0])), (1, int(module.stride[0])), along,
             (1, int(module.dilation[0])), module.groups, module.padding_mode, module_class=kind.__name__,
         )  # fmt: skip
-    if not isinstance(module, nn.Conv2d) or isinstance(module, nn.ConvTranspose2d):
+    if (stock := axes_of(module)) is not None:
+        layer: Any = module
+        height, width = (1, *stock.kernel_size)[-2:]
+        steps = (1, 1) if stock.transposed else _pair((1, *stock.stride)[-2:])
+        return ConvForm(
+            f"conv{'_transpose' * stock.transposed}{stock.rank}d", layer.in_channels, layer.out_channels, (height, width), steps,
+            dilation=_pair((1, *stock.dilation)[-2:]), groups=layer.groups, module_class=type(module).__name__, stock=stock,
+        )  # fmt: skip
+    if not isinstance(module, nn.Conv2d):
         return None
     if type(module)._conv_forward is not nn.Conv2d._conv_forward:
         return None  # weight standardisation, masks, fake quantisation
@@ -218,4 +288,11 @@ def target_weight(layer: nn.Module, form: ConvForm) -> Tensor:
     weight = layer.weight.detach()  # type: ignore[union-attr,operator]
     if form.standardize is not None:
         weight = form.standardized(weight, None)
-    return weight.reshape(form.out_channels, -1)  # type: ignore[operator]
+    return matrix_of(weight, form)  # type: ignore[arg-type]
+
+
+def matrix_of(weight: Tensor, form: ConvForm) -> Tensor:
+    """(O, N) of a stock layer's weight: one flattened filter a row."""
+    if form.stock is not None:
+        return form.stock.weight_of(weight, form.groups)
+    return weight.reshape(form.out_channels, -1)

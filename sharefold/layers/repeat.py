@@ -11,10 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.layers.bank import not_replicated
-
-# Weights of these are shared by all iterations; every other leaf module with parameters or running statistics (norms,
-# layer scales, PReLU) has one copy an iteration.
-SHARED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+from sharefold.layers.form import STOCK_LAYERS
 
 
 class _Running(threading.local):
@@ -144,7 +141,7 @@ def own_modules(block: nn.Module) -> list[str]:
     return [
         name
         for name, module in block.named_modules()
-        if name and not isinstance(module, SHARED) and not any(module.children())
+        if name and not isinstance(module, STOCK_LAYERS) and not any(module.children())
         and (any(True for _ in module.parameters()) or any(True for _ in module.buffers()))
     ]  # fmt: skip
 

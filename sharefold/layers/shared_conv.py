@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
 from sharefold.layers.bank import Bank, not_replicated, refer
-from sharefold.layers.form import ConvForm, form_of
+from sharefold.layers.form import ConvForm, form_of, matrix_of
 from sharefold.layers.weight_cache import Keeper, Kept, channels_last, own_tensors, symbolic
 
 RUNTIMES = ("auto", "factored", "composed")
@@ -29,8 +29,8 @@ class SharedConv(Keeper):
     tensor it was made from changes; in train mode it is made anew, so gradients reach the bank. Writes through ``.data``
     are seen after the next ``eval()`` or ``train()``.
 
-    Input and output are those of the replaced layer: (B, I, H, W) -> (B, O, H', W'), (B, I, L) -> (B, O, L'), or
-    (..., I) -> (..., O).
+    Input and output are those of the replaced layer: (B, I, H, W) -> (B, O, H', W'), (B, I, L) -> (B, O, L'), (B, I, D, H, W) ->
+    (B, O, D', H', W'), or (..., I) -> (..., O). Volumes and transposed convolutions always run the composed weight.
     """
 
     bank: Bank | None
@@ -128,8 +128,9 @@ class SharedConv(Keeper):
 
     @property
     def weight(self) -> Tensor:
-        """The effective weight in the stock layer's shape: (O, I/groups, h, w), of Conv1d (O, I/groups, k), of Linear (O, I)."""
-        return self.form.standardized(self.compose(), self.gain).reshape(self.form.stock_shape)
+        """The effective weight in the stock layer's shape (:attr:`ConvForm.stock_shape`)."""
+        weight = self.form.standardized(self.compose(), self.gain)
+        return self.form.native(weight).reshape(self.form.stock_shape)
 
     @property
     def bias(self) -> Tensor | None:
@@ -151,10 +152,10 @@ class SharedConv(Keeper):
 
     @torch.no_grad()
     def _rescale(self, weight: Tensor) -> None:
-        old, new = self.weight.double().flatten(1), weight.double().flatten(1)
-        part = self.linear_part()
-        if part is None or new.shape != old.shape:
+        old, part = self.weight, self.linear_part()
+        if part is None or weight.shape != old.shape:
             raise SharefoldError(f"{type(self).__name__}: its weight is put together and cannot be set: expand the network first")
+        old, new = (matrix_of(each.double(), self.form) for each in (old, weight))
         scale = (new * old).sum(1) / old.square().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
         allowed = max(SAME_WEIGHT, 4 * torch.finfo(weight.dtype).eps, 4 * torch.finfo(part[1].dtype).eps) * new.norm(dim=1)
         if not bool(((new - scale[:, None] * old).norm(dim=1) <= allowed).all()):
@@ -193,11 +194,11 @@ class SharedConv(Keeper):
 
     @property
     def kernel_size(self) -> tuple[int, ...]:
-        return self.form.sizes_of(self.form.kernel_size)
+        return self.form.stock_kernel_size
 
     @property
     def stride(self) -> tuple[int, ...]:
-        return self.form.sizes_of(self.form.stride)
+        return self.form.stock_stride
 
     @property
     def groups(self) -> int:
@@ -206,15 +207,14 @@ class SharedConv(Keeper):
     # Running -----------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.form.as_maps(x)
         if self.runs_factored():
-            return self.form.as_stock(self.factored(x))
+            return self.form.as_stock(self.factored(self.form.as_maps(x)))
         weight, bias = self._composed(x)
-        return self.form.as_stock(self.form.apply(x, weight, bias))
+        return self.form.run(x, weight, bias)
 
     def runs_factored(self) -> bool:
         """Whether :meth:`forward` calls :meth:`factored` instead of composing the weight."""
-        if self.form.standardize is not None or self.runtime == "composed":
+        if self.form.standardize is not None or self.form.stock is not None or self.runtime == "composed":
             return False
         share = self.factored_share()
         if self.runtime == "factored":
@@ -223,10 +223,10 @@ class SharedConv(Keeper):
 
     def _composed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         def make() -> tuple[Tensor, Tensor | None]:
-            return self.form.standardized(self.compose(), self.gain), self.bias
+            return self.form.native(self.form.standardized(self.compose(), self.gain)), self.bias
 
         if self.given is not None:
-            return self.given, self.bias
+            return self.form.native(self.given), self.bias
         if self.training:
             return rounded_once(x, make)
         return self._kept.get(x, own_tensors(self, self.bank), lambda: in_order_of(x, *make()))
@@ -241,7 +241,7 @@ class SharedConv(Keeper):
 
     def extra_repr(self) -> str:
         form = self.form
-        text = f"{form.in_channels}, {form.out_channels}, kernel_size={form.kernel_size}, stride={form.stride}"
+        text = f"{form.in_channels}, {form.out_channels}, kernel_size={form.stock_kernel_size}, stride={form.stock_stride}"
         return text + (f", groups={form.groups}" if form.groups > 1 else "")
 
 
@@ -275,6 +275,13 @@ def autocast_dtype(kind: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if on else None
 
 
+def weight_matrix(layer: nn.Module) -> Tensor:
+    """(O, N): the weight of a shared or stock layer, one flattened filter a row, as its patches (N,) meet it."""
+    form = layer.form if isinstance(layer, SharedConv) else form_of(layer)
+    weight: Any = layer.weight
+    return weight.flatten(1) if form is None else matrix_of(weight, form)
+
+
 def checked_form(name: str, layer: nn.Module) -> ConvForm:
     """The layer's form.
 
@@ -284,5 +291,5 @@ def checked_form(name: str, layer: nn.Module) -> ConvForm:
     form = form_of(layer)
     if form is None:
         what = "is shared already" if isinstance(layer, SharedConv) else f"is a {type(layer).__name__}"
-        raise SharefoldError(f"layer {name} {what}: only dense Conv1d, Conv2d and Linear layers can be converted")
+        raise SharefoldError(f"layer {name} {what}: only dense convolutions and Linear layers of plain torch can be converted")
     return form

@@ -79,7 +79,7 @@ def _put(module: nn.Module, key: str, tensor: Tensor) -> None:
 def _note_rows(module: nn.Module, before: int, after: int) -> None:
     if isinstance(module, nn.Linear):
         module.out_features = after
-    elif isinstance(module, nn.Conv1d | nn.Conv2d):
+    elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         if module.groups == module.in_channels == before and module.weight.shape[1] == 1:
             module.groups = module.in_channels = after  # depthwise
         module.out_channels = after

@@ -56,7 +56,7 @@ def _families(graph: NetworkGraph, groups: Sequence[Sequence[str]]) -> list[Fami
     for g, names in enumerate(groups):
         for index, name in enumerate(names):
             record = graph.layers[name]
-            if record.groups > 1:
+            if record.groups > 1 or record.depth > 1:
                 continue
             for axis, space in (("rows", record.output_space), ("columns", record.input_space)):
                 if space in graph.spaces and _permutable(graph, graph.spaces[space]):
@@ -86,7 +86,8 @@ def _independent(family: Family) -> bool:
 def _permutable(graph: NetworkGraph, space: Space) -> bool:
     names = [*space.writers, *space.readers]
     return space.private and all(
-        name in graph.layers and (graph.layers[name].groups == 1 or name in space.through) for name in names
+        name in graph.layers and (name in space.through or (graph.layers[name].groups == 1 and graph.layers[name].depth == 1))
+        for name in names
     )
 
 

@@ -110,7 +110,7 @@ class ClusterKernels(ClusterFilters):
         return rank_grid(min(slices // 4, 1024), points=5, smallest=8) if taps > 1 else []
 
     def _code_shape(self, form: ConvForm) -> tuple[int, ...]:
-        return (form.out_channels, form.in_channels // form.groups)
+        return form.weight_shape[:2]
 
     def _entry(self, form: ConvForm) -> int:
         return form.kernel_size[0] * form.kernel_size[1]

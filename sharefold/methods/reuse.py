@@ -15,6 +15,7 @@ from sharefold.layers import (
     ConvForm,
     RepeatedBlock,
     absorb_scale,
+    matrix_of,
     mean_output,
     repeat_blocks,
     replace_module,
@@ -60,7 +61,7 @@ class Reuse(ConversionStep):
         for names in inner_groups(graph, plan.members):
             leaf = names[0].removeprefix(f"{plan.members[0]}.")
             form, fit = fit_members(model, graph, statistics, names, share_bias=True)
-            tensors[f"{leaf}.weight"] = fit.weight.reshape(tensors[f"{leaf}.weight"].shape)
+            tensors[f"{leaf}.weight"] = form.native(fit.weight).reshape(tensors[f"{leaf}.weight"].shape)
             if fit.bias is not None:
                 tensors[f"{leaf}.bias"] = fit.bias
             _into_norms(model, graph, statistics, form, names, plan.members, fit, own)
@@ -123,7 +124,7 @@ def _into_norms(
         if norm is None:
             continue
         weight = fit.weight if fit.scales is None else fit.weight * fit.scales[index].unsqueeze(1)
-        dense = cast(Tensor, model.get_submodule(name).weight).detach().reshape(form.out_channels, -1)
+        dense = matrix_of(cast(Tensor, model.get_submodule(name).weight).detach(), form)
         change = dense - weight.to(dense)
         shift_output(norm, mean_output(change, statistics.means[name].to(change)))
         if fit.scales is not None:

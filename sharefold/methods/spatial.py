@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sharefold.calibration.problem import GroupProblem
 from sharefold.layers import Bank, ConvForm, SharedConv, SpatialConv
+from sharefold.layers.column_filters import column_shape
 from sharefold.methods.contract import Candidate, Solution, curve_effort, solve_effort
 from sharefold.methods.two_factors import TwoFactors, blank_pivots
 from sharefold.solvers import low_rank
@@ -25,7 +26,7 @@ class Spatial(TwoFactors):
     def candidates(self, problem: GroupProblem) -> list[Candidate]:
         layers, form = len(problem.forms), problem.forms[0]
         height, width = form.kernel_size
-        if form.groups > 1 or form.kind != "conv2d" or height == 1 or width == 1:
+        if form.groups > 1 or not form.convolves or height == 1 or width == 1:
             return []
         rows, columns = form.out_channels * width, self.columns(problem.forms)
         ranks = self.ranks(rows, columns, form.out_channels * form.features)
@@ -49,11 +50,11 @@ class Spatial(TwoFactors):
         return Solution({}, members, result.errors)
 
     def columns(self, forms: list[ConvForm]) -> int:
-        return forms[0].in_channels * forms[0].kernel_size[0]
+        return forms[0].features // forms[0].kernel_size[1]
 
     def largest(self, forms: list[ConvForm]) -> dict[str, int]:
-        height, width = forms[0].kernel_size
-        return {"rank": min(forms[0].in_channels * height, forms[0].out_channels * width)}
+        width = forms[0].kernel_size[1]
+        return {"rank": min(self.columns(forms), forms[0].out_channels * width)}
 
     def blank(self, forms: list[ConvForm], options: dict[str, Any]) -> Solution:
         rank = int(options["rank"])
@@ -61,7 +62,7 @@ class Spatial(TwoFactors):
         def vertical(form: ConvForm) -> dict[str, Tensor]:
             if options.get("pivoted"):
                 return blank_pivots("vertical", rank, self.columns([form]))
-            return {"vertical": torch.zeros(rank, form.in_channels, form.kernel_size[0], 1)}
+            return {"vertical": torch.zeros(rank, *column_shape(form))}
 
         return Solution({}, [
             {**vertical(f), "horizontal": torch.zeros(f.out_channels, rank, 1, f.kernel_size[1])} for f in forms

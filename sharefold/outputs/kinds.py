@@ -181,7 +181,7 @@ def _by_word(seen: Seen, values: Tensor) -> Leaf | None:
     said = seen.axis_of(tail.classes) if tail is not None else None
     if said and shape[said] > 1:
         return Leaf(seen.name, kinds.LOGITS, said, why=f"an argmax reads it over axis {said}")
-    if word.segments and values.ndim == 4:
+    if word.segments and values.ndim >= 4:
         if shape[1] == 1:
             return Leaf(seen.name, kinds.BINARY, 1, why="a segmentation network of one class")
         return Leaf(seen.name, kinds.LOGITS, 1, why="a segmentation network")

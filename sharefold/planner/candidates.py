@@ -180,13 +180,13 @@ def together(model: nn.Module, units: Sequence[Group]) -> list[Group]:
     for unit in units:
         form = checked_form(unit.members[0], model.get_submodule(unit.members[0]))
         if len(unit.members) == 1 and unit.stage is not None:
-            sets.setdefault((unit.stage, form.kind, form.kernel_size, form.standardize), []).append((unit, form))
+            sets.setdefault((unit.stage, form.kind, form.stock_kernel_size, form.standardize), []).append((unit, form))
     result = list(units)
     for found in sets.values():
         singles, forms = zip(*found, strict=True)
         if len(found) > 1 and can_share(forms):
-            height, width = forms[0].kernel_size
-            kind = f"conv{height}x{width}" if forms[0].convolves else "linear"
+            size = "x".join(str(k) for k in forms[0].stock_kernel_size)
+            kind = f"conv{'t' * forms[0].transposed}{size}" if forms[0].convolves else "linear"
             names = tuple(unit.members[0] for unit in singles)
             merged = replace(singles[0], name=f"stage{singles[0].stage}.{kind}-widths", members=names)
             result = [merged if unit is singles[0] else unit for unit in result if unit not in singles[1:]]

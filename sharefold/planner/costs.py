@@ -133,7 +133,7 @@ class Macs(_PerLayer):
     def dense(self, name: str) -> float:
         record = self.graph.layers[name]
         o, i, h, w = record.weight_shape
-        return o * i * h * w * record.output_size[0] * record.output_size[1] * record.calls
+        return o * i * h * w * record.windows * record.calls
 
     def _factored(self, record: LayerRecord, form: ConvForm, method: LayerMethod, options: dict[str, Any]) -> float:
         return self.dense(record.name) * (self.share(form, method, options) or 0.0)
@@ -170,12 +170,9 @@ class Seconds(_PerLayer):
         return record.calls * self._measured(record, form, f"{method.name} {json.dumps(options, sort_keys=True)}", layer)
 
     def _measured(self, record: LayerRecord, form: ConvForm, what: str, layer: nn.Module) -> float:
-        key = f"{form} {record.input_size} {what}"
+        key = f"{form} {record.input_shape} {what}"
         if key not in self.known:
-            shape = (self.batch, form.in_channels, *record.input_size)
-            if form.kind == "linear":
-                shape = (self.batch, *record.input_size, form.in_channels)
-            x = form.as_stock(torch.ones(shape, device=self.like.device, dtype=self.like.dtype))
+            x = torch.ones((self.batch, *record.input_shape), device=self.like.device, dtype=self.like.dtype)
             with torch.inference_mode():
                 self.known[key] = latency(layer, x, repeats=LAYER_REPEATS)
         return self.known[key]

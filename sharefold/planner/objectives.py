@@ -117,12 +117,11 @@ class _Probe:
         scale = torch.ones_like(shift)
         if gain is not None and form.standardize is not None:
             scale = gain.detach().reshape(-1).to(scale) * form.standardize[1]
-        kernel = (change * scale[:, None]).reshape(form.weight_shape)
-        shift = form.as_stock((shift * scale)[:, None, None]) if form.convolves else shift * scale
+        kernel = form.native((change * scale[:, None]).reshape(form.weight_shape))
+        shift = (shift * scale).view(-1, *[1] * (-1 - form.channel_axis))
 
         def disturb(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            changed = form.apply(form.as_maps(inputs[0]), kernel.to(inputs[0]), None)
-            return output + form.as_stock(changed) - shift.to(output)
+            return output + form.run(inputs[0], kernel.to(inputs[0]), None) - shift.to(output)
 
         handle = layer.register_forward_hook(disturb)
         try:

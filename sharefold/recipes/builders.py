@@ -89,7 +89,7 @@ def plain(model: nn.Module, record: LayerRecord) -> bool:
 
 def square(record: LayerRecord, kernel: int | None = None) -> bool:
     """Whether an ungrouped convolution keeps resolution and width."""
-    same = record.in_channels == record.out_channels and record.groups == 1 and record.stride == (1, 1)
+    same = record.in_channels == record.out_channels and record.groups == 1 and set(record.stride) == {1}
     return same and (kernel is None or record.weight_shape[2:] == (kernel, kernel))
 
 

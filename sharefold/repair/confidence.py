@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharefold.layers import SharedConv
+from sharefold.layers import STOCK_LAYERS, SharedConv
 from sharefold.outputs import Comparison
 from sharefold.outputs.leaf import LOGITS
 from sharefold.repair.output_layers import output_layers
@@ -108,7 +108,7 @@ def _scalable(module: nn.Module) -> bool:
     own = list(module.parameters(recurse=False))
     if not own or not all(p.requires_grad and p.is_floating_point() for p in own):
         return False
-    stock = type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d)
+    stock = type(module) in STOCK_LAYERS
     return stock or (isinstance(module, SharedConv) and module.linear_part() is not None)
 
 

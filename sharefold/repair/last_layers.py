@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sharefold.layers import form_of
+from sharefold.layers import STOCK_LAYERS, checked_form, form_of, matrix_of
 from sharefold.layers.norm_fusion import fused_for_inference
 from sharefold.repair.coefficients import Linear, best_ridge, best_step, fitted, halves_of, sums_of
 from sharefold.repair.output_layers import output_layers, watched
@@ -48,7 +48,8 @@ class LastLayers:
 
 def _fit(head: Any, fit: Rows, decide: Rows) -> float | None:
     """Solves ``head`` and gives how far it went, 0 to 1; None where there is no finite solution."""
-    start = Linear(head.weight.detach().cpu().double().flatten(1)[None], head.bias.detach().cpu().double()[None])
+    form = checked_form("", head)
+    start = Linear(matrix_of(head.weight.detach().cpu().double(), form)[None], head.bias.detach().cpu().double()[None])
     even, odd, whole = halves_of(*fit.pairs, fit.image)
     decide_sums = sums_of(*decide.pairs)
     if even is None or odd is None or whole is None or decide_sums is None:
@@ -58,7 +59,7 @@ def _fit(head: Any, fit: Rows, decide: Rows) -> float | None:
         return None
     step = best_step(start, new, decide_sums)
     found = start.towards(new, step)
-    head.weight.copy_(found.weight[0].reshape(head.weight.shape))
+    head.weight.copy_(form.native(found.weight[0]).reshape(head.weight.shape))
     head.bias.copy_(found.constant[0])
     return step
 
@@ -76,14 +77,13 @@ def _pairs(work: Work) -> list[tuple[Any, nn.Module]]:
 
 
 def _dense(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, nn.Conv1d, nn.Conv2d)
+    return type(module) in STOCK_LAYERS
 
 
 def _solvable(module: nn.Module) -> bool:
     """With a bias, not frozen, and of a form that least squares can be set up for."""
-    if isinstance(module, nn.Conv1d | nn.Conv2d) and (
-        module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)
-    ):
+    form = form_of(module)
+    if form is None or form.groups != 1 or form.padding_mode != "zeros" or isinstance(form.padding, str):
         return False
     own = dict(module.named_parameters(recurse=False))
     return set(own) == {"weight", "bias"} and all(p.requires_grad and p.is_floating_point() for p in own.values())
@@ -126,9 +126,10 @@ def _rows(head: nn.Module, inputs: Tensor, outputs: Tensor, images: int) -> tupl
     form = form_of(head)
     if form is not None and form.convolves:
         padding = cast(tuple[int, int], form.padding)
-        columns = F.unfold(form.as_maps(inputs), form.kernel_size, form.dilation, padding, form.stride)
-        every = _spacing(columns.shape[1], images * columns.shape[2])
-        x, y = columns[..., ::every], outputs.flatten(2)[..., ::every]
+        maps, wanted = (part.flatten(0, -4) for part in (form.as_maps(inputs), form.outputs_as_maps(outputs)))
+        columns = F.unfold(maps, form.kernel_size, form.dilation, padding, form.stride)
+        every = _spacing(columns.shape[1], images * columns.shape[2] * (len(maps) // len(inputs)))
+        x, y = columns[..., ::every], wanted.flatten(2)[..., ::every]
         return x.transpose(1, 2).flatten(0, 1), y.transpose(1, 2).flatten(0, 1)
     x, y = inputs.reshape(-1, inputs.shape[-1]), outputs.reshape(-1, outputs.shape[-1])
     every = _spacing(x.shape[1], images * len(x) // len(inputs)) if inputs.ndim > 2 else 1

@@ -20,6 +20,7 @@ from sharefold.layers import (
     resolve,
     shift_output,
     takes_scale,
+    weight_matrix,
 )
 from sharefold.methods.fold import kept_rows
 from sharefold.plans import GroupPlan
@@ -270,7 +271,7 @@ def _readers(work: Work) -> set[str]:
 def _rescale(at: Visited, fit: Samples) -> float:
     """For a layer without tensors of its own: the best scale and offset per channel, in the norm behind it."""
     layer: Any = at.layer
-    weight = cast(Tensor, layer.weight).detach().flatten(1).float()
+    weight = weight_matrix(layer).detach().float()
     groups = fit.x.shape[1]
     a = torch.einsum("pgn,gon->pgo", fit.x, weight.reshape(groups, -1, weight.shape[1])).flatten(1).double()
     if layer.bias is not None:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharefold.calibration.statistics import patches_of, samples_for
+from sharefold.calibration.statistics import outputs_of, patches_of, samples_for
 from sharefold.layers import ConvForm
-from sharefold.solvers.data_norm import Window, sample_patches
 
 # Bytes that the samples of one layer may take.
 MEMORY_BYTES = 1 << 28
@@ -103,9 +102,7 @@ class Collector:
         return values if len(values) % images else values.reshape(images, -1, values.shape[-1])
 
     def _rows(self, y: Tensor, positions: int) -> Tensor:
-        window = Window(1) if self.form.convolves else None
-        found = sample_patches(self.form.as_maps(y.detach()), window, positions, self._generator())
-        return found.flatten(1).float()
+        return outputs_of(self.form, y, positions, self._generator()).float()
 
     def _generator(self) -> torch.Generator:
         """The same positions for inputs and outputs of a batch."""

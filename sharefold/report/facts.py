@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.graph import analyze
+from sharefold.layers import SharedConv, form_of, weight_matrix
 from sharefold.methods import step_named
 from sharefold.plans import GroupPlan, Plan
 from sharefold.repair.step_record import StepRecord
@@ -110,10 +111,13 @@ def facts_of(
 
 def _matrix(model: nn.Module, name: str, method: str) -> Tensor:
     """The layer's weight as the matrix whose rank the method lowers: filters (O, N), or columns against rows."""
-    weight = model.get_submodule(name).weight.detach().float().cpu()  # type: ignore[operator]
-    if method == "spatial" and weight.dim() == 4:
-        return weight.permute(0, 3, 1, 2).reshape(weight.shape[0] * weight.shape[3], -1)
-    return weight.flatten(1)
+    layer = model.get_submodule(name)
+    matrix = weight_matrix(layer).detach().float().cpu()
+    form = layer.form if isinstance(layer, SharedConv) else form_of(layer)
+    if method != "spatial" or form is None or not form.convolves:
+        return matrix
+    weight = matrix.reshape(form.weight_shape)
+    return weight.permute(0, 3, 1, 2).reshape(weight.shape[0] * weight.shape[3], -1)
 
 
 def _rank(group: GroupPlan, matrices: list[Tensor]) -> dict[str, tuple[int, int]]:

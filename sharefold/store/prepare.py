@@ -14,7 +14,7 @@ from sharefold.calibration.sensitivity import output_sensitivity
 from sharefold.calibration.statistics import WIDE, batch_for
 from sharefold.format import carried_config
 from sharefold.graph import NetworkGraph
-from sharefold.layers import Bank, ConvForm, SharedConv, affine, banks, form_of, free_moments
+from sharefold.layers import STOCK_LAYERS, Bank, ConvForm, SharedConv, affine, banks, form_of, free_moments
 from sharefold.outputs import Divergence, divergence_of
 from sharefold.plans import Plan
 from sharefold.solvers.moments import PairSums
@@ -71,7 +71,7 @@ def plan_of(model: nn.Module) -> Plan:
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
     shelves = {id(bank) for bank in banks(model).values()}
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, SharedConv)) or id(module) in shelves:
+        if isinstance(module, (*STOCK_LAYERS, SharedConv)) or id(module) in shelves:
             for leaf, parameter in module.named_parameters(recurse=False):
                 yield name, module, leaf, parameter
 
@@ -149,6 +149,8 @@ def _measure(
     plan.importance[name] = rows
     per_group = rows.reshape(len(inputs.gram), -1)
     if not isinstance(layer, SharedConv):
+        if plan.forms[name].transposed:  # whose rows are inputs
+            return
         plan.rows[f"{name}.weight"] = (per_group * unabsorbed(inputs.gram).unsqueeze(1)).flatten()
         return
     part = layer.linear_part()

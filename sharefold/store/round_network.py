@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from sharefold.calibration.pairs import by_group
-from sharefold.layers import SharedConv, mean_output
+from sharefold.layers import SharedConv, form_of, mean_output, weight_matrix
 from sharefold.plans import Progress
 from sharefold.repair.lockstep import Visited, Wanted, walk
 from sharefold.repair.means import give_mean
@@ -125,12 +124,18 @@ def _round_layer(
         part = module.linear_part()
         if part is not None:
             _round_factors(module, name, inputs, rounder)
-    elif f"{name}.weight" in rounder.wanted:
+    elif f"{name}.weight" in rounder.wanted and not _turned(module):
         weight = rounder.wanted[f"{name}.weight"]
         weight.copy_(_refitted(weight.flatten(1), inputs.gram, inputs.cross).reshape(weight.shape).to(weight))
         rounder.settle(f"{name}.weight", inputs.gram)
     if centered:
         _match_mean(model, teacher, name, norm, inputs)
+
+
+def _turned(module: nn.Module) -> bool:
+    """Whether the rows of a dense layer's weight are its inputs, so that its patches do not go with its columns."""
+    form = form_of(module)
+    return form is not None and form.transposed
 
 
 def _round_factors(module: SharedConv, name: str, inputs: PairSums, rounder: _Rounder) -> None:
@@ -159,6 +164,6 @@ def _match_mean(model: nn.Module, teacher: nn.Module, name: str, norm: str | Non
     layer, plan = model.get_submodule(name), plan_of(model)
     if plan.protects(name) or (norm is not None and plan.protects(norm)):
         return
-    weight = (layer.compose() if isinstance(layer, SharedConv) else cast(Tensor, layer.weight)).detach().flatten(1)
+    weight = weight_matrix(layer).detach()
     ours = mean_output(weight.cpu().double(), inputs.mean.double())
     give_mean(teacher, model, layer, norm, inputs.mean_y.flatten() - ours)

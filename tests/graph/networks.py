@@ -70,7 +70,7 @@ class Branching(nn.Module):
 
 
 class Oddities(nn.Module):
-    """One layer of every kind that is not shared, next to two ordinary ones."""
+    """One layer of every kind that is not shared, next to ordinary ones."""
 
     def __init__(self) -> None:
         super().__init__()

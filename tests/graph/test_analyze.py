@@ -140,18 +140,16 @@ def test_a_trace_that_lies_is_not_believed() -> None:
 def test_what_is_not_shared_has_a_reason() -> None:
     graph = analyze(Oddities(), torch.randn(2, 3, 8, 8))
     assert graph.traced == "fx", graph.trace_note
-    assert list(graph.layers) == ["first", "last"]
+    assert list(graph.layers) == ["first", "up", "line", "last"]
     assert graph.skipped == {
         "borrowed": "its weight is also used by other code, outside of the module",
         "embedding": "a parameter of Oddities, not a layer",
-        "line": "ConvTranspose1d: only Conv1d, Conv2d and Linear are shared",
         "normed": "its weight is parametrized: remove the parametrization first",
         "normed.parametrizations.weight.original1": "a parameter of ParametrizationList, not a layer",
         "tied_a": "its weight is already shared with tied_b",
         "tied_b": "its weight is already shared with tied_a",
         "tokens": "it mixes positions, not channels",
         "unused": "never called as a module: unused, or its weight is used by other code",
-        "up": "ConvTranspose2d: only Conv1d, Conv2d and Linear are shared",
     }
     assert not graph.layers["first"].private_output and not graph.layers["last"].private_input
 
@@ -161,7 +159,7 @@ def test_per_sample_weights_and_attention() -> None:
         model = timm.create_model("cc_resnet50" if timm.is_model("cc_resnet50") else "tf_efficientnet_cc_b0_4e")
     graph = analyze(model, torch.empty(1, 3, 64, 64, device="meta"))
     found = [reason for reason in graph.skipped.values() if reason.startswith("CondConv2d: ")]
-    assert found and set(found) == {"CondConv2d: its weight is not that of a plain Conv1d, Conv2d or Linear"}
+    assert found and set(found) == {"CondConv2d: its weight is not that of a plain convolution or Linear"}
 
     class Attending(nn.Module):
         def __init__(self) -> None:
