@@ -240,6 +240,24 @@ def test_small_images_are_resized_like_timm() -> None:
     assert torch.allclose(got, wanted, atol=1e-5)
 
 
+def test_a_wide_picture_is_cropped_squashed_or_bordered_as_the_network_says() -> None:
+    wide = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8))
+
+    def shown(mode: str) -> torch.Tensor:
+        return Preprocess.from_cfg({**CFG, "crop_pct": 1.0, "crop_mode": mode}).image(wide)
+
+    def resized(picture: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+        return normalised(np.array(picture.resize(size, Image.Resampling.BICUBIC))[None])[0]
+
+    squashed = resized(wide, (8, 8))
+    assert torch.allclose(shown("squash"), squashed, atol=1e-5)
+    assert torch.allclose(Preprocess.from_cfg(CFG).whole.image(wide), squashed, atol=1e-5)
+    assert torch.allclose(shown("center"), resized(wide, (16, 8))[:, :, 4:12], atol=1e-5)
+    bordered = shown("border")
+    assert torch.allclose(bordered[:, 2:6], resized(wide, (8, 4)), atol=1e-5)
+    assert float(bordered[:, [0, 1, 6, 7]].abs().max()) < 0.02  # the mean, as near as whole numbers come to it
+
+
 @pytest.mark.parametrize(
     ("text", "size"), [("32", (3, 32, 32)), ("24,32", (3, 24, 32)), ("1x28x28", (1, 28, 28)), ((3, 4, 5), (3, 4, 5))]
 )

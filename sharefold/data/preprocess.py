@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -134,6 +134,11 @@ class Preprocess:
             "crop_pct": self.crop_pct,
             "crop_mode": self.crop_mode,
         }
+
+    @property
+    def whole(self) -> Preprocess:
+        """The same with nothing cut off: what belongs to the whole picture (masks, boxes) still fits after it."""
+        return replace(self, crop_pct=1.0, crop_mode="squash")
 
     @cached_property
     def _timm_transform(self) -> Any:

@@ -59,7 +59,8 @@ class Source:
         model: in eval mode, on the CPU.
         base: recipe of the stock architecture for :func:`build_base`; ``{}`` for a trusted pickle that no library can
             build again.
-        pretrained_cfg: ``input_size`` (C, H, W), ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``num_classes``.
+        pretrained_cfg: ``input_size`` (C, H, W), ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``num_classes``,
+            and ``crop_mode`` where it is not the centre.
         name: of the architecture.
         kind: ``timm`` | ``torchvision`` | ``smp`` | ``ultralytics`` | ``hf-hub`` | ``sharefold`` | ``checkpoint`` | ``pickle``.
         shared: whether it is a converted network, from a file or the Hub.
@@ -217,7 +218,7 @@ def _fill(
         check_buffers(blank, sum(tensor.nbytes for tensor in state.values()), str(path))
     model = _typed(build_base(base), state, path)
     config = preprocessing(model, base, path)
-    config.update({key: value for key, value in hub.get("pretrained_cfg", {}).items() if key in config})
+    config.update(hub.get("pretrained_cfg", {}))
     channels = config["input_size"][0]
     if options.in_chans not in (None, channels):
         raise SharefoldError(f"{path} takes {channels} input channels, not {options.in_chans}: leave the channel count out")
@@ -338,7 +339,7 @@ def _hub_layout(folder: Path) -> tuple[Path, dict[str, Any]]:
     check_arguments(config["architecture"], arguments)
     given = config.get("pretrained_cfg")
     source = given if isinstance(given, dict) else config
-    wanted = ("input_size", "mean", "std", "interpolation", "crop_pct")
+    wanted = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     cfg = checked_pretrained_cfg({key: source[key] for key in wanted if source.get(key) is not None}, config_file)
     return file, {"library": "timm", "architecture": config["architecture"], "model_args": arguments, "pretrained_cfg": cfg}
 

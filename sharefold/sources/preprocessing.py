@@ -15,8 +15,8 @@ from sharefold.untrusted import is_int
 
 
 def preprocessing(model: nn.Module, base: dict[str, Any], file: str | Path | None = None) -> dict[str, Any]:
-    """``input_size`` (C, H, W), ``mean`` and ``std`` (C values, for pixels in 0..1), ``interpolation``, ``crop_pct``
-    and ``num_classes`` (-1 if unknown).
+    """``input_size`` (C, H, W), ``mean`` and ``std`` (C values, for pixels in 0..1), ``interpolation``, ``crop_pct``,
+    ``num_classes`` (-1 if unknown), and ``crop_mode`` where it is not the centre.
 
     timm models tell their own; torchvision's come from the published weights, by the name of ``file`` if it is one
     of theirs, else the default ones; ultralytics' see pixels from 0 to 1; anything else gets ImageNet's.
@@ -62,12 +62,14 @@ def class_count(model: nn.Module) -> int:
 def _of_timm(model: nn.Module) -> dict[str, Any]:
     own = getattr(model, "pretrained_cfg", None)
     given = dict(own) if isinstance(own, dict) else {}
+    mode = given.get("crop_mode") or "center"
     return {
         "input_size": tuple(given.get("input_size") or (3, 224, 224)),
         "mean": tuple(given.get("mean") or IMAGENET_MEAN),
         "std": tuple(given.get("std") or IMAGENET_STD),
         "interpolation": given.get("interpolation") or "bicubic",
         "crop_pct": given.get("crop_pct") or 0.875,
+        **({} if mode == "center" else {"crop_mode": mode}),  # what is usual takes no place in a file
     }
 
 

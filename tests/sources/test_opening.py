@@ -80,6 +80,11 @@ class TestNamed:
         source = open_source("timm:vit_tiny_patch16_224:img_size=64,num_classes=3", pretrained=False)
         assert source.pretrained_cfg["input_size"] == (3, 64, 64) and logits(source.model).shape == (2, 3)
 
+    def test_a_picture_that_the_network_wants_squashed(self) -> None:
+        cfg = open_source("timm:convnextv2_nano.fcmae_ft_in22k_in1k_384", pretrained=False).pretrained_cfg
+        assert cfg["crop_mode"] == "squash" and cfg["crop_pct"] == 1.0
+        assert "crop_mode" not in open_source("timm:resnet20_cifar", pretrained=False).pretrained_cfg
+
     def test_torchvision(self) -> None:
         source = open_source("tv:mobilenet_v3_small:num_classes=4", pretrained=False)
         assert source.kind == "torchvision" and logits(source.model).shape == (2, 4)
@@ -331,6 +336,10 @@ class TestHubLayout:
         source = open_source(self.folder(tmp_path))
         assert source.base == {"library": "timm", "name": "resnet18", "kwargs": {"num_classes": 3}}
         assert source.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+
+    def test_how_pictures_are_cut(self, tmp_path: Path) -> None:
+        source = open_source(self.folder(tmp_path, pretrained_cfg={"crop_mode": "border", "crop_pct": 1.0}))
+        assert source.pretrained_cfg["crop_mode"] == "border"
 
     @pytest.mark.parametrize(
         ("config", "words"),
