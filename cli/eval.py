@@ -1,4 +1,5 @@
-"""``sharefold eval``: accuracy of any source on any labelled data set, or what it has in common with another."""
+"""``sharefold eval``: accuracy of any source on any labelled data set, masks, images or boxes against the truth, or what it has
+in common with another."""
 
 from __future__ import annotations
 
@@ -18,13 +19,15 @@ if TYPE_CHECKING:
 
     from sharefold.data import Preprocess
     from sharefold.outputs.streamed import Compared
+    from sharefold.tasks import TaskReport
 
 
 @click.command("eval")
 @source_options
 @click.option("--data", required=True, metavar="DATA", help="npz:FILE, imagefolder:DIR, cifar10:DIR, digits ...")
 @click.option("--against", metavar="ORIGINAL", help="Compare with this network instead, output by output; needs no labels.")
-@click.option("--outputs", metavar="KIND", multiple=True, help="For --against, what an output is: logits:axis=1; repeatable.")
+@click.option("--truth", metavar="PLACE", help="Measure against masks or images in this folder, or a COCO annotation file.")
+@click.option("--outputs", metavar="KIND", multiple=True, help="Beside classes, what an output is: logits:axis=1; repeatable.")
 @click.option("--split", default="test", show_default=True, help="Which part of the data.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=250, show_default=True, help="Images a batch.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images.")
@@ -36,6 +39,7 @@ def command(
     source: SourceOptions,
     data: str,
     against: str | None,
+    truth: str | None,
     outputs: tuple[str, ...],
     split: str,
     batch_size: int,
@@ -45,23 +49,27 @@ def command(
     std: tuple[float, ...] | None,
     input_size: str | None,
 ) -> None:
-    """Measure top-1 and top-5 accuracy and loss of SOURCE on DATA; with --against what it has in common with another network:
-    agreement of classes or masks, PSNR of images, boxes found again.
+    """Measure top-1 and top-5 accuracy and loss of SOURCE on DATA; with --truth mIoU of masks, PSNR and SSIM of images, mAP of
+    boxes; with --against what it has in common with another network: agreement of classes or masks, PSNR of images, boxes found
+    again.
 
     \b
     sharefold eval timm:resnet18 --data imagefolder:/data/imagenet --split val
     sharefold eval resnet20-shared --data npz:cifar10.npz --json
+    sharefold eval segmenter-shared --data imagefolder:pictures --truth masks
+    sharefold eval yolo-shared --data imagefolder:pictures --truth instances.json
     sharefold eval yolo-shared --against yolo:yolov8n.pt --data imagefolder:pictures
     """
     device = run.setup()
-    from sharefold.data import Preprocess, loader, open_data
+    from sharefold.data import ArrayDataset, Preprocess, loader, open_data, with_truth
     from sharefold.errors import SharefoldError
     from sharefold.measure import evaluate
     from sharefold.outputs.streamed import compared
     from sharefold.running import BATCH_ELEMENTS, batch_within
+    from sharefold.tasks import TaskOptions, evaluate_task
 
-    if outputs and against is None:
-        raise SharefoldError("eval: --outputs says what --against compares: give --against, too")
+    if truth is not None and against is not None:
+        raise SharefoldError("eval: --truth and --against are two questions: ask one at a time")
     look = look_at(data, split, run.seed, mean=mean, std=std, input_size=input_size)
     source, other = (source, None) if against is None else source.beside(against)
     opened = source.open(look)
@@ -76,9 +84,14 @@ def command(
             )
         batch_size = batch_within(BATCH_ELEMENTS, math.prod(preprocess.size), batch_size)
     dataset = open_data(data, split, transform_cfg=preprocess)
+    stored = isinstance(dataset, ArrayDataset) and dataset.answers is not None
+    pairs = with_truth(dataset, truth, split) if truth is not None or (stored and against is None) else None
+    if outputs and pairs is None and against is None:
+        raise SharefoldError("eval: --outputs says what --against compares or --truth measures: give one of them, too")
+    shown = dataset if pairs is None else pairs.images
     warning = None  # a converted network has its setting with it, and BatchNorms that were given new means
     if not opened.shared:
-        warning = input_warning(opened.model.to(device), images_of(dataset, preprocess), preprocess, opened.pretrained_cfg)
+        warning = input_warning(opened.model.to(device), images_of(shown, preprocess), preprocess, opened.pretrained_cfg)
     size = len(dataset) if hasattr(dataset, "__len__") else limit or 0
     total = min(size, limit) if limit else size
     batches = loader(dataset, batch_size, workers=workers)
@@ -87,7 +100,10 @@ def command(
         def tell(done: int) -> None:
             progress("evaluating", done, total)
 
-        if original is None:
+        if pairs is not None:
+            options = TaskOptions(outputs or None, batch_size, limit, workers, device, run.seed)
+            report = _task(evaluate_task(opened.model, pairs, options, tell), source.source)
+        elif original is None:
             report = _accuracy(evaluate(opened.model, batches, device, limit=limit, progress=tell), source.source)
         else:
             networks = original.model.to(device), opened.model.to(device)
@@ -124,6 +140,13 @@ def _comparison(found: Compared, source: str, against: str) -> _Report:
         {**result, "outputs": [one.to_dict() for one in found.figures]},
         f"divergence {found.divergence:.4g}, mean over {found.images} images",
     )  # fmt: skip
+
+
+def _task(found: TaskReport, source: str) -> _Report:
+    rows = [[figure.metric, figure.text(), found.images] for figure in found.figures]
+    for part in found.parts:
+        rows.append([f"{part.metric} of {part.id}{f' ({part.name})' if part.name else ''}", f"{part.value:.2%}", ""])
+    return _Report([f"{found.task} of {found.output}", f"{source} (95%)", "images"], rows, found.to_dict())
 
 
 def _images(preprocess: Preprocess) -> str:

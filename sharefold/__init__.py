@@ -39,6 +39,9 @@ _LAZY = {
     "expand": "sharefold.checkpoint",
     "analyze": "sharefold.graph",
     "open_source": "sharefold.sources",
+    "evaluate_task": "sharefold.tasks",
+    "TaskOptions": "sharefold.tasks",
+    "TaskReport": "sharefold.tasks",
 }
 
 __all__ = ["SharefoldError", "SharefoldWarning", "__version__", *_LAZY]

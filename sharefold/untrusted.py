@@ -43,15 +43,15 @@ def read_text(file: Path, what: str, limit: int = JSON_LIMIT) -> str:
         raise SharefoldError(f"{what} is no text (UTF-8): it is damaged, or another file is meant") from None
 
 
-def parse_json(text: str, what: str) -> Any:
-    """The values in a JSON text of at most :data:`JSON_LIMIT` characters.
+def parse_json(text: str, what: str, limit: int = JSON_LIMIT) -> Any:
+    """The values in a JSON text of at most ``limit`` characters.
 
     Raises:
         SharefoldError: larger, nested deeper than 64 levels, a whole number that no float can hold, half a character (a lone
             surrogate, which no file and no screen takes), or no JSON.
     """
-    if len(text) > JSON_LIMIT:
-        raise SharefoldError(f"{what} has more than {JSON_LIMIT >> 20} MB: it is damaged, or another file is meant")
+    if len(text) > limit:
+        raise SharefoldError(f"{what} has more than {limit >> 20} MB: it is damaged, or another file is meant")
     try:
         found = json.loads(text, parse_int=_whole)
         if _HALF_CHARACTER.search(text):

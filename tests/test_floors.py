@@ -22,7 +22,7 @@ FLOORS = (
     ("settings", "graph"),
     ("plans", "outputs"),
     ("data", "procedural", "measure"),
-    ("calibration",),
+    ("calibration", "tasks"),
     ("methods", "recipes"),
     ("repair",),
     ("format", "store"),

@@ -4,7 +4,8 @@ A data set is named by one string, ``KIND:PLACE``:
 
 ========================  ==================================================================================
 ``imagefolder:DIR``       ``DIR/<split>/<class>/*.png``, or ``DIR/<class>/*.png`` for every split
-``npz:FILE``              arrays ``{split}_x`` (uint8, N x H x W x C) and ``{split}_y``; plain ``x`` and ``y`` too
+``npz:FILE``              arrays ``{split}_x`` (uint8, N x H x W x C) and ``{split}_y`` (classes, or
+                          masks N x H x W, or target images); plain ``x`` and ``y`` too
 ``cifar10:DIR``           the torchvision layout, never downloaded; likewise ``cifar100:`` and ``fashionmnist:``
 ``timm:NAME[:k=v,...]``   ``timm.data.create_dataset(NAME, k=v, ...)``
 ``digits``                scikit-learn's 8 x 8 digits (extra ``demo``)
@@ -17,13 +18,16 @@ from sharefold.data.calibration import calibration_images
 from sharefold.data.datasets import ArrayDataset, BatchLoader, FileDataset, loader
 from sharefold.data.preprocess import Preprocess
 from sharefold.data.specs import open_data
+from sharefold.data.truth import Pairs, with_truth
 
 __all__ = [
     "ArrayDataset",
     "BatchLoader",
     "FileDataset",
+    "Pairs",
     "Preprocess",
     "calibration_images",
     "loader",
     "open_data",
+    "with_truth",
 ]

@@ -28,7 +28,12 @@ class ArrayDataset(Dataset):
         labels: integers (N,), or None for images without labels (they come out as -1).
         preprocess: what the model wants.
         classes: class names, where the source has them.
+
+    Attributes:
+        answers: what is true of each image where that is no class: masks (N, H, W) or images (N, H, W, C), of whole numbers.
     """
+
+    answers: np.ndarray | None = None
 
     def __init__(
         self,

@@ -100,7 +100,11 @@ def _npz(place: str, split: str, preprocess: Preprocess) -> Dataset:
         raise SharefoldError(f"{where} has shape {images.shape}, channels first: transpose it to N x H x W x C")
     if labels is not None and not np.issubdtype(labels.dtype, np.integer):
         raise SharefoldError(f"data npz:{place}: {prefix}y is {labels.dtype}: want whole-number class labels")
-    return ArrayDataset(images, labels, preprocess)
+    if labels is None or labels.ndim < 3:
+        return ArrayDataset(images, labels, preprocess)
+    dataset = ArrayDataset(images, None, preprocess)  # masks or images are no classes: see truth.py
+    dataset.answers = labels
+    return dataset
 
 
 def _image_files(folder: Path) -> list[Path]:

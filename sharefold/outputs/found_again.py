@@ -32,9 +32,19 @@ def anchors_found(boxes: Tensor, scores: Tensor, other_boxes: Tensor, other_scor
     same = other_scores.max(-1).indices == classes
     strong = other_scores.gather(-1, classes[..., None]).squeeze(-1) >= SAME_SCORE * best
     here, there = boxes[sure].float(), other_boxes[sure].float()
-    corners = bool((here[:, 2:] > here[:, :2]).all())
+    corners = are_corners(boxes, sure)
     near = _overlaps(*(one if corners else box_convert(one, "cxcywh", "xyxy") for one in (here, there))) >= SAME_PLACE
     return int((near & same[sure] & strong[sure]).sum()), int(sure.sum())
+
+
+def are_corners(boxes: Tensor, sure: Tensor) -> bool:
+    """Whether ``boxes`` (n, anchors, 4) are corners x1, y1, x2, y2, else centres and sizes; ``sure`` (n, anchors) are confident.
+
+    Corners stand in order in every confident box. So do centre and size where all objects fill their pictures; then the other
+    anchors tell, most of which are smaller than their distance from the upper left.
+    """
+    ordered = (boxes[..., 2:] > boxes[..., :2]).all(-1)
+    return bool(ordered[sure].all()) and float(ordered.float().mean()) > 0.5
 
 
 def _overlaps(a: Tensor, b: Tensor) -> Tensor:

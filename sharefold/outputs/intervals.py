@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 Z = 1.959964  # of the normal distribution, for 95 % on both sides together
+RESAMPLES, AT_ONCE = 1000, 100  # of a bootstrap: what is usual for percentiles of 95 %; and how many lie in memory together
 
 
 def wilson(share: float, count: float, z: float = Z) -> tuple[float, float]:
@@ -52,3 +55,26 @@ def of_shares(shares: Tensor, each: int) -> tuple[float, float]:
     low, high = of_mean(shares)
     all_low, all_high = wilson(mean, len(shares) * each)
     return max(0.0, min(low, all_low)), min(1.0, max(high, all_high))
+
+
+def bootstrap(values: Tensor, figure: Callable[[Tensor], Tensor], seed: int = 0) -> tuple[float, float] | None:
+    """Percentile interval of a figure over images that are drawn again and again with replacement (Efron,
+    https://doi.org/10.1214/aos/1176344552); None for fewer than two images, which say nothing about others.
+
+    Args:
+        values: (n, ...), an image each.
+        figure: from sums over n drawn images (draws, ...) to the figures (draws,); NaN where a draw has none.
+        seed: of the draws.
+    """
+    count = len(values)
+    if count < 2:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(RESAMPLES // AT_ONCE):
+        drawn = torch.randint(count, (AT_ONCE, count), generator=generator)
+        times = torch.zeros(AT_ONCE, count, dtype=torch.float64)
+        times.scatter_add_(1, drawn, torch.ones_like(times))
+        found.append(figure((times @ values.double().flatten(1)).unflatten(1, values.shape[1:] or (1,))))
+    low, high = torch.cat(found).nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high

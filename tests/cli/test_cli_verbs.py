@@ -324,7 +324,7 @@ def test_eval_compares_with_an_original(shared_cifar: tuple[Path, dict], tmp_pat
     assert turned["divergence"] > 1e-3 and turned["divergence"] != other["divergence"]
     wide = call("eval", shared_cifar[0], "--against", "timm:mobilenetv3_small_050", "--no-pretrained", "--data", npz)
     refused(wide, "want other images (3x32x32, mean")
-    refused(call("eval", shared_cifar[0], "--data", npz, "--outputs", "logits"), "give --against, too")
+    refused(call("eval", shared_cifar[0], "--data", npz, "--outputs", "logits"), "give one of them, too")
     refused(call("eval", shared_cifar[0], "--against", tmp_path / "no.pt", "--data", npz), "does not exist")
 
 
