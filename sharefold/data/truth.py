@@ -106,7 +106,7 @@ class StoredTruth:
     def __init__(self, values: np.ndarray, images: Sequence[int]) -> None:
         if values.ndim > 4 or len(values) != images[0]:
             raise SharefoldError(
-                f"truth has shape {values.shape} of images {tuple(images)}: want one mask (N, H, W) or image (N, H, W, C) an image"
+                f"truth has shape {values.shape}, the images {tuple(images)}: want a mask (N, H, W) or image (N, H, W, C) of each"
             )
         self.values = values
 

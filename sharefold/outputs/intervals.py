@@ -70,11 +70,11 @@ def bootstrap(values: Tensor, figure: Callable[[Tensor], Tensor], seed: int = 0)
     if count < 2:
         return None
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    found, each = [], values.double().reshape(count, -1)
     for _ in range(RESAMPLES // AT_ONCE):
         drawn = torch.randint(count, (AT_ONCE, count), generator=generator)
         times = torch.zeros(AT_ONCE, count, dtype=torch.float64)
         times.scatter_add_(1, drawn, torch.ones_like(times))
-        found.append(figure((times @ values.double().flatten(1)).unflatten(1, values.shape[1:] or (1,))))
+        found.append(figure((times @ each).unflatten(1, values.shape[1:] or (1,))))
     low, high = torch.cat(found).nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
