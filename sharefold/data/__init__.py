@@ -4,8 +4,7 @@ A data set is named by one string, ``KIND:PLACE``:
 
 ========================  ==================================================================================
 ``imagefolder:DIR``       ``DIR/<split>/<class>/*.png``, or ``DIR/<class>/*.png`` for every split
-``npz:FILE``              arrays ``{split}_x`` (uint8, N x H x W x C) and ``{split}_y`` (classes, or
-                          masks N x H x W, or target images); plain ``x`` and ``y`` too
+``npz:FILE``              arrays ``{split}_x`` (uint8, N x H x W x C) and ``{split}_y`` (or masks or images); plain ``x``, ``y``
 ``cifar10:DIR``           the torchvision layout, never downloaded; likewise ``cifar100:`` and ``fashionmnist:``
 ``timm:NAME[:k=v,...]``   ``timm.data.create_dataset(NAME, k=v, ...)``
 ``digits``                scikit-learn's 8 x 8 digits (extra ``demo``)
