@@ -107,7 +107,8 @@ def evaluate_task(
 
     Raises:
         SharefoldError: torchmetrics or faster-coco-eval is missing, no output fits the truth, a mask of another size or with
-            classes that the network has not, a target that does not fit, a class that is no category; nothing to measure by.
+            classes that the network has not, a target that does not fit, a count of scores that is not that of the categories,
+            nothing to measure by.
     """
     wanted = chosen(options, changes, TaskOptions)
     check_installed()

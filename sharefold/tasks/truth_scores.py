@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sharefold.data.coco import Objects
-from sharefold.errors import SharefoldError
+from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.outputs.figures import MOST_DB
 from sharefold.outputs.intervals import bootstrap
 from sharefold.tasks.detections import Found
@@ -212,13 +212,17 @@ class BoxScores:
     def figures(self, seed: int) -> tuple[list[TruthFigure], list[Part]]:
         """
         Raises:
-            SharefoldError: there are no true objects, or none of the classes found is a category.
+            SharefoldError: there are no true objects.
         """
         if self._objects == 0:
             raise SharefoldError("truth: no object is annotated in these pictures: there is nothing to find")
         if self._said and not self._said & self.categories.keys():
             said, known = (", ".join(map(str, sorted(ids)[:5])) for ids in (self._said, self.categories))
-            raise SharefoldError(f"truth: the network finds classes {said}, the annotation file has {known}: wrong file for it")
+            warnings.warn(
+                f"the network finds classes {said}, the annotation file has {known}: another file, or other numbers, are meant",
+                SharefoldWarning,
+                stacklevel=2,
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = self._metric.compute()

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import sharefold
 from sharefold.architectures.arguments import parse_options
 from sharefold.architectures.shapes import compare
+from sharefold.data.coco import read_annotations
 from sharefold.errors import SharefoldError
 from sharefold.finetune.run_state import read_state
 from sharefold.format import FileConfig
@@ -112,6 +113,10 @@ def run_state(data: bytes) -> None:
     read_state(_file("state.pt", data))
 
 
+def annotations(data: bytes) -> None:
+    read_annotations(_file("truth.json", data), [Path("0.png")]).objects(0, (20, 40))
+
+
 def options(data: bytes) -> None:
     parse_options(data.decode("utf-8", "replace"), "timm:x")
 
@@ -119,7 +124,7 @@ def options(data: bytes) -> None:
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "config": config, "plan": plan, "header": header, "blob": blob, "exact": exact,
     "short_config": short_config, "one_tensor": one_tensor, "state_dict": state_dict, "checkpoint": checkpoint,
-    "pickled": pickled, "run_state": run_state, "options": options,
+    "pickled": pickled, "run_state": run_state, "options": options, "annotations": annotations,
 }  # fmt: skip
 
 
