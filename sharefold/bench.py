@@ -30,6 +30,7 @@ from sharefold.checkpoint import load, save
 from sharefold.errors import SharefoldError
 from sharefold.format import config_of
 from sharefold.graph.preserved import preserved
+from sharefold.inputs import Input, Tensors, call, each_of, taken
 from sharefold.layers import SharedConv, shared_layers
 from sharefold.layers.shared_conv import FACTORED_SHARE
 from sharefold.plans import Progress
@@ -134,18 +135,19 @@ def can_factor(layer: SharedConv) -> bool:
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 15
 
 
-def latencies(dense: nn.Module, model: nn.Module, image: Tensor, seconds: float = 0.5) -> tuple[Timing, Timing]:
-    """Latency of both networks on ``image`` (1, C, H, W), in turns, as they run by themselves; both are left as they were.
+def latencies(dense: nn.Module, model: nn.Module, image: Tensors, seconds: float = 0.5) -> tuple[Timing, Timing]:
+    """Latency of both networks on ``image`` (1, C, H, W), or a tuple of tensors, in turns, as they run by themselves; both
+    are left as they were.
 
     Args:
         seconds: for rounds beyond the third.
     """
     device = device_of(model)
-    image = image.to(device)
+    given = taken(image).to(device)
     with preserved(dense), preserved(model), evaluating(dense, model):
         # Every run gets a copy: some networks write into their input.
         networks = {"dense": dense, "model": model}
-        runs: dict[str, Callable[[], Any]] = {name: partial(run_on, net, image) for name, net in networks.items()}
+        runs: dict[str, Callable[[], Any]] = {name: partial(run_on, net, given) for name, net in networks.items()}
         start = time.perf_counter()
         for run in runs.values():
             run()
@@ -155,35 +157,36 @@ def latencies(dense: nn.Module, model: nn.Module, image: Tensor, seconds: float 
 
 
 def race_forms(
-    model: nn.Module, dense: nn.Module | None, images: Tensor, repeats: int, progress: Progress | None = None
+    model: nn.Module, dense: nn.Module | None, images: Tensors, repeats: int, progress: Progress | None = None
 ) -> dict[str, Timing]:
     """Latency of ``dense`` (the reference, when given) and of ``model`` in the forms it can take.
 
     A network without shared layers runs as ``"model"``; one whose layers can only be composed runs as ``"composed"``.
     """
     layers = shared_layers(model)
-    given, images = images, as_input(model, images)
+    given = taken(images)
+    ours = as_input(model, given)
     forms = FORMS if any(can_factor(layer) for layer in layers.values()) else ("composed",)
 
     def in_form(form: str) -> Callable[[], Any]:
         def run() -> Any:
             _set_forms(layers, form)
-            return model(images)
+            return call(model, ours)
 
         return run
 
     runs: dict[str, Callable[[], Any]] = {}
     if dense is not None:
         rival, theirs = dense, as_input(dense, given)
-        runs["dense"] = lambda: rival(theirs)
-    runs.update({form: in_form(form) for form in forms} if layers else {"model": lambda: model(images)})
+        runs["dense"] = lambda: call(rival, theirs)
+    runs.update({form: in_form(form) for form in forms} if layers else {"model": lambda: call(model, ours)})
     networks = [model] if dense is None else [model, dense]
     with evaluating(*networks), runtime_form(model, {name: layer.runtime for name, layer in layers.items()}):
-        return race(runs, repeats, images.device, progress=progress)
+        return race(runs, repeats, ours.device, progress=progress)
 
 
 def race_layers(
-    model: nn.Module, images: Tensor, repeats: int, progress: Progress | None = None
+    model: nn.Module, images: Tensors, repeats: int, progress: Progress | None = None
 ) -> list[dict[str, Any]]:
     """For every layer that can run in both forms: which is faster on its real input, and what ``auto`` takes.
 
@@ -193,9 +196,9 @@ def race_layers(
     """
     layers = {name: layer for name, layer in shared_layers(model).items() if can_factor(layer)}
     rows: list[dict[str, Any]] = []
-    images = as_input(model, images)
+    given = as_input(model, taken(images))
     with evaluating(model), runtime_form(model, {n: layer.runtime for n, layer in shared_layers(model).items()}):
-        inputs = _inputs(model, layers, images)
+        inputs = _inputs(model, layers, given)
         for done, (name, layer) in enumerate(layers.items()):
 
             def run(form: str, name: str = name, layer: SharedConv = layer) -> Any:
@@ -204,7 +207,7 @@ def race_layers(
 
             times = race(
                 {"composed": lambda run=run: run("composed"), "factored": lambda run=run: run("factored")},  # type: ignore[misc]
-                repeats, images.device,
+                repeats, given.device,
             )  # fmt: skip
             ratio = times["factored"].ratio
             rows.append(
@@ -223,7 +226,7 @@ def race_layers(
     return rows
 
 
-def _inputs(model: nn.Module, layers: dict[str, SharedConv], images: Tensor) -> dict[str, Tensor]:
+def _inputs(model: nn.Module, layers: dict[str, SharedConv], images: Input) -> dict[str, Tensor]:
     """What every layer reads in a forward pass of ``images``; of the first call where there are several."""
     found: dict[str, Tensor] = {}
     handles = []
@@ -234,7 +237,7 @@ def _inputs(model: nn.Module, layers: dict[str, SharedConv], images: Tensor) -> 
 
         handles.append(layer.register_forward_pre_hook(hook))
     try:
-        model(images)
+        call(model, images)
     finally:
         for handle in handles:
             handle.remove()
@@ -270,27 +273,27 @@ class _Live(TorchDispatchMode):
         return result
 
 
-def peak_tensor_bytes(model: nn.Module, images: Tensor) -> int:
+def peak_tensor_bytes(model: nn.Module, images: Tensors) -> int:
     """Most bytes of tensors alive during inference: parameters, buffers, composed weights, activations, images.
 
     On a GPU what the allocator says; on the CPU counted tensor by tensor (a library's scratch space is not seen).
     """
     for layer in shared_layers(model).values():
         layer.train(layer.training)  # drops the composed weight, which belongs to what is measured
-    images = as_input(model, images)
-    device = images.device
+    given = as_input(model, taken(images))
+    device = given.device
     with evaluating(model):
         if device.type == "cuda":
-            model(images)
+            call(model, given)
             torch.cuda.reset_peak_memory_stats(device)
-            model(images)
+            call(model, given)
             return torch.cuda.max_memory_allocated(device)
         live = _Live()
-        for tensor in (images, *model.parameters(), *model.buffers()):
+        for tensor in (*each_of(given), *model.parameters(), *model.buffers()):
             live.see(tensor)
         with live:
-            model(images)
-            model(images)
+            call(model, given)
+            call(model, given)
     return live.peak
 
 

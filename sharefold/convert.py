@@ -21,6 +21,7 @@ from sharefold.calibration.images import input_config
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.format import FileConfig, aliases_of, carry_config, check_dense, config_of
 from sharefold.graph.preserved import restored_on_error
+from sharefold.inputs import AnyInput
 from sharefold.layers import Bank, shared_layers
 from sharefold.methods import Solution, step_named
 from sharefold.methods.checks import check_layers, check_plan
@@ -92,7 +93,7 @@ class Conversion:
 
 @with_plain_settings
 def convert_(
-    model: nn.Module, plan: Plan, calibration: Calibration | Tensor | None = None, options: ConvertOptions | None = None,
+    model: nn.Module, plan: Plan, calibration: Calibration | AnyInput | None = None, options: ConvertOptions | None = None,
     progress: Progress | None = None, **overrides: Any,
 ) -> Conversion:  # fmt: skip
     """Converts ``model`` in place as ``plan`` says and returns what was done.
@@ -101,7 +102,7 @@ def convert_(
         model: the dense network that the plan was made for.
         plan: from :func:`sharefold.plan`, a recipe, or :meth:`Plan.from_json`.
         calibration: the one that the plan was made with, so that nothing is measured twice; or (n, C, H, W) normalised
-            images, no labels; by default procedural images.
+            images, no labels, or what else :func:`sharefold.calibrate` takes; by default procedural images.
         options: see :class:`sharefold.options.ConvertOptions`; its fields may be given by keyword.
         progress: called with (what, done, total).
 
@@ -137,7 +138,8 @@ def reported(model: nn.Module, cal: Calibration) -> dict[str, Any]:
     if len(agreed) == 1:
         result["agreement_interval"] = agreed[0].interval
         leaf = cal.reading.classes
-        if len(cal.reading.leaves) == 1 and leaf is not None and leaf.kind == LOGITS and leaf.axis == 1:
+        one = isinstance(cal.images, Tensor) and len(cal.reading.leaves) == 1  # views are of one input
+        if one and leaf is not None and leaf.kind == LOGITS and leaf.axis == 1:
             new = mean_agreement(cal.stand_ins.measure(model)[1])
             result |= {"seen_before": cal.seen_before, "new_agreement": new, "new_agreement_interval": wilson(new, count)}
     return result

@@ -26,9 +26,11 @@ from sharefold.calibration.images import input_config
 from sharefold.checkpoint import expand
 from sharefold.checksum import check_types
 from sharefold.errors import SharefoldError
+from sharefold.export_inputs import another, free_batch, input_names, named, random
 from sharefold.files import check_output, write_buffered, write_file
 from sharefold.graph.layers import input_shapes
 from sharefold.graph.preserved import preserved
+from sharefold.inputs import Input, Inputs, Tensors, call, check_count, each_of, joined, parameters_of, taken
 from sharefold.measure import model_bytes
 from sharefold.onnx_codes import store_codes
 from sharefold.options import ExportOptions, chosen
@@ -73,7 +75,7 @@ class Exported:
 
 
 def export(
-    model: nn.Module, path: str | Path, format: str | None = None, example_input: Tensor | None = None,
+    model: nn.Module, path: str | Path, format: str | None = None, example_input: Tensors | None = None,
     options: ExportOptions | None = None, **settings: Any,
 ) -> Exported:  # fmt: skip
     """Writes ``model`` for use without sharefold, and checks that what was written computes the same.
@@ -83,13 +85,14 @@ def export(
         path: the file.
         format: ``onnx``, ``pt2`` (read by :func:`torch.export.load`) or ``dense`` (state dict of the stock
             architecture); by default what the suffix of ``path`` says.
-        example_input: (B, C, H, W), normalised; by default random, of the size in the model's configuration.
+        example_input: (B, C, H, W), normalised, or a tuple of tensors (B, ...), whose inputs ONNX then calls by the names of
+            ``forward``'s parameters; by default random, of the size in the model's configuration.
         options: what else may be chosen; ``settings`` are single fields of it (``dynamic_batch=False``).
 
     Raises:
         SharefoldError: unknown format, a package is missing, the network cannot be traced, the outputs differ by more
-            than ``tolerance``, codes are asked for of a network that was not rounded, no example of signals or volumes; nothing
-            is written then.
+            than ``tolerance``, codes are asked for of a network that was not rounded, no example of signals, volumes or
+            several inputs; nothing is written then.
     """
     options = chosen(options, settings, ExportOptions)
     dynamic_batch, tolerance = options.dynamic_batch, options.tolerance
@@ -103,17 +106,26 @@ def export(
         if 4 not in (shapes := input_shapes(network)):
             wanted = " or ".join(shapes.values())
             raise SharefoldError(f"export: the network takes {wanted}, of a size that it does not say: pass example_input")
-        example_input = _random((2, *input_config(model)["input_size"]))
-    example = as_input(network, example_input.detach())
+        known, needed, _ = parameters_of(network)
+        if needed > 1:
+            raise SharefoldError(
+                f"export: the network takes several inputs ({', '.join(known[:needed])}), of sizes that it does not say: "
+                "pass example_input, a tuple of tensors"
+            )
+        example_input = random((2, *input_config(model)["input_size"]))
+    given = taken(example_input, "export")
+    check_count(network, given, "export")
+    example: Input = as_input(network, given)
+    example = example.each(Tensor.detach) if isinstance(example, Inputs) else example.detach()
     if dynamic_batch and kind != "dense" and len(example) < 2:
-        example = torch.cat([example, example])  # tracing would take a batch of one for a constant
+        example = joined([example, example])  # tracing would take a batch of one for a constant
     coded = 0
     with preserved(network), _calm():
         if kind == "dense":
             difference = _write_expanded(network, target, example, tolerance)
             names: Names = ((), ())
         else:
-            check = [example, _random((3, *example.shape[1:])).to(example.dtype)] if dynamic_batch else [example]
+            check = [example, another(example)] if dynamic_batch else [example]
             program = _trace(network, example, dynamic_batch)
             if kind == "onnx":
                 difference, names, coded = _write_onnx(network, program, target, check, tolerance, codes)
@@ -156,10 +168,6 @@ def _tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def _random(shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
-
-
 @contextmanager
 def _calm() -> Iterator[None]:
     """Exporters warn about their own deprecations and log their progress; neither is for the user."""
@@ -173,12 +181,13 @@ def _calm() -> Iterator[None]:
         logging.disable(before)
 
 
-def _trace(model: nn.Module, example: Tensor, dynamic: bool) -> torch.export.ExportedProgram:
-    shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic else None
+def _trace(model: nn.Module, example: Input, dynamic: bool) -> torch.export.ExportedProgram:
+    tensors = each_of(example)
+    shapes = free_batch(model, len(tensors)) if dynamic else None
     try:
         # Networks that keep something from call to call (grids, anchors) make it now, of real tensors; tracing finds it.
         run_on(model, example)
-        program = torch.export.export(model, (example,), dynamic_shapes=shapes)
+        program = torch.export.export(model, tensors, dynamic_shapes=shapes)
     except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
         hint = "try a fixed batch size" if dynamic else "its forward pass depends on values"
@@ -191,11 +200,11 @@ def _trace(model: nn.Module, example: Tensor, dynamic: bool) -> torch.export.Exp
     return program
 
 
-def _difference(model: nn.Module, run: Callable[[Tensor], list[Tensor]], batches: list[Tensor]) -> float:
+def _difference(model: nn.Module, run: Callable[[Input], list[Tensor]], batches: list[Input]) -> float:
     """Largest absolute difference of all outputs over all batches."""
     worst = 0.0
     for batch in batches:
-        for ours, theirs in zip(_tensors(model(batch)), run(batch), strict=True):
+        for ours, theirs in zip(_tensors(call(model, batch)), run(batch), strict=True):
             gap = (ours.double() - theirs.double()).abs().max().item() if ours.numel() else 0.0
             worst = max(worst, gap) if gap == gap else float("inf")
     return worst
@@ -209,7 +218,7 @@ def _accept(difference: float, tolerance: float, what: str) -> float:
 
 
 def _write_archive(
-    model: nn.Module, program: torch.export.ExportedProgram, target: Path, batches: list[Tensor], tolerance: float
+    model: nn.Module, program: torch.export.ExportedProgram, target: Path, batches: list[Input], tolerance: float
 ) -> tuple[float, Names]:  # fmt: skip
     found: list[float] = []
 
@@ -220,7 +229,7 @@ def _write_archive(
         temporary.write_bytes(memory.getbuffer())
         with temporary.open("rb") as file:
             loaded = torch.export.load(file).module()
-        gap = _difference(model, lambda batch: _tensors(loaded(batch)), batches)
+        gap = _difference(model, lambda batch: _tensors(call(loaded, batch)), batches)
         found.append(_accept(gap, tolerance, "the torch.export archive"))
 
     write_file(target, write)
@@ -229,14 +238,15 @@ def _write_archive(
 
 
 def _write_onnx(
-    model: nn.Module, program: torch.export.ExportedProgram, target: Path, batches: list[Tensor], tolerance: float,
+    model: nn.Module, program: torch.export.ExportedProgram, target: Path, batches: list[Input], tolerance: float,
     codes: StoreSpec | None,
 ) -> tuple[float, Names, int]:  # fmt: skip
     onnx_ir, runtime = _package("onnx_ir"), _package("onnxruntime")
-    outputs = _tensors(model(batches[0][:1]))
-    names = ["logits"] if len(outputs) == 1 else [f"output_{index}" for index in range(len(outputs))]
+    outputs = _tensors(call(model, batches[0][:1]))
+    inputs = input_names(model, batches[0])
+    names = ["logits"] if len(outputs) == 1 and "logits" not in inputs else [f"output_{index}" for index in range(len(outputs))]
     try:
-        written = _translate(program, batches[0], names)
+        written = _translate(program, batches[0], inputs, names)
     except Exception as error:
         lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise SharefoldError(f"the network cannot be written as ONNX ({lines[0][:200]}): try --format pt2") from error
@@ -256,8 +266,8 @@ def _write_onnx(
         try:
             session = runtime.InferenceSession(str(temporary), options, providers=["CPUExecutionProvider"])
 
-            def run(batch: Tensor) -> list[Tensor]:
-                return [torch.from_numpy(array) for array in session.run(None, {"images": batch.numpy()})]
+            def run(batch: Input) -> list[Tensor]:
+                return [torch.from_numpy(array) for array in session.run(None, named(inputs, batch))]
 
             difference = _difference(model, run, batches)
         except Exception as error:  # onnxruntime's own; it has no convolution in float64 or bfloat16
@@ -267,16 +277,16 @@ def _write_onnx(
         found.append(_accept(difference, tolerance, "the ONNX graph in onnxruntime"))
 
     write_file(target, write)
-    return found[0], (("images",), tuple(names)), coded
+    return found[0], (tuple(inputs), tuple(names)), coded
 
 
-def _translate(program: torch.export.ExportedProgram, example: Tensor, names: list[str]) -> Any:
+def _translate(program: torch.export.ExportedProgram, example: Input, inputs: list[str], outputs: list[str]) -> Any:
     """The program as ONNX. What the exporter has no function for, as attention over five axes, is tried once more in
     torch's elementary operators; not at once, for they make longer graphs."""
 
     def translated(program: torch.export.ExportedProgram) -> Any:
         return torch.onnx.export(
-            program, (example,), dynamo=True, optimize=False, verbose=False, input_names=["images"], output_names=names,
+            program, each_of(example), dynamo=True, optimize=False, verbose=False, input_names=inputs, output_names=outputs,
         )  # fmt: skip
 
     try:
@@ -391,9 +401,9 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def _write_expanded(model: nn.Module, target: Path, example: Tensor, tolerance: float) -> float:
+def _write_expanded(model: nn.Module, target: Path, example: Input, tolerance: float) -> float:
     dense = expand(model)
-    gap = _difference(model, lambda batch: _tensors(dense(batch)), [example])
+    gap = _difference(model, lambda batch: _tensors(call(dense, batch)), [example])
     _accept(gap, tolerance, "the dense network")
     write_dense(dense, target)
     return gap

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sharefold.errors import SharefoldError
+from sharefold.inputs import Tensors, call, check_count, taken
 from sharefold.outputs.agreement import Agreement, agreement  # noqa: F401
 from sharefold.running import as_input, evaluating, run_on
 
@@ -58,14 +59,18 @@ def first_logits(output: Any) -> Tensor:
     raise SharefoldError(f"the model returned {type(output).__name__}, which holds no tensor of logits")
 
 
-def count_macs(model: nn.Module, example_input: Tensor) -> int:
+def count_macs(model: nn.Module, example_input: Tensors) -> int:
     """Multiply-accumulates of one forward pass for one image, of convolutions and matrix products.
 
     Args:
         model: any module, on any device (meta too); left as it was.
-        example_input: (n, C, H, W); only the first image is used.
+        example_input: (n, C, H, W), or a tuple of tensors; only the first image is used.
+
+    Raises:
+        SharefoldError: other tensors than ``forward`` takes.
     """
-    image = example_input[:1]
+    image = taken(example_input)[:1]
+    check_count(model, image, "MACs")
     with evaluating(model):
         run_on(model, image)  # composed weights are cached here, once, and are no part of the cost of an image
         counter = FlopCounterMode(display=False)
@@ -76,7 +81,7 @@ def count_macs(model: nn.Module, example_input: Tensor) -> int:
 
 def evaluate(
     model: nn.Module,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Iterable[tuple[Tensors, Tensor]],
     device: torch.device | str = "cpu",
     *,
     limit: int | None = None,
@@ -86,7 +91,7 @@ def evaluate(
 
     Args:
         model: gives (n, classes) logits; moved to ``device``, its modes restored.
-        loader: batches of normalised images (n, C, H, W) and int64 labels (n,).
+        loader: batches of normalised images (n, C, H, W), or tuples of tensors, and int64 labels (n,).
         device: where to run.
         limit: stop after this many images.
         progress: called with the number of images done after each batch.
@@ -103,7 +108,8 @@ def evaluate(
     loss = 0.0
     started = time.perf_counter()
     with evaluating(model):
-        for images, labels in loader:
+        for given, labels in loader:
+            images = taken(given)
             if limit is not None:
                 images, labels = images[: limit - done], labels[: limit - done]
             logits = first_logits(run_on(model, images)).float()
@@ -144,21 +150,21 @@ def _check_labels(labels: Tensor, classes: int) -> None:
 
 def latency(
     model: nn.Module,
-    example_input: Tensor,
+    example_input: Tensors,
     repeats: int = 20,
     warmup: int = 3,
     threads: int | None = None,
 ) -> float:
-    """Median seconds of a forward pass of ``example_input``, after ``warmup`` unmeasured ones.
+    """Median seconds of a forward pass of ``example_input``, a tensor or a tuple of them, after ``warmup`` unmeasured ones.
 
     Args:
         threads: CPU threads for the measurement; the setting of before comes back.
     """
     if repeats < 1:
         raise SharefoldError(f"latency: {repeats} repeats: at least 1 is needed")
-    example_input = as_input(model, example_input)
+    example = as_input(model, taken(example_input))
     before = torch.get_num_threads()
-    cuda = example_input.device.type == "cuda"
+    cuda = example.device.type == "cuda"
     times: list[float] = []
     try:
         if threads is not None:
@@ -166,11 +172,11 @@ def latency(
         with evaluating(model):
             for index in range(warmup + repeats):
                 if cuda:
-                    torch.cuda.synchronize(example_input.device)
+                    torch.cuda.synchronize(example.device)
                 started = time.perf_counter()
-                model(example_input)
+                call(model, example)
                 if cuda:
-                    torch.cuda.synchronize(example_input.device)
+                    torch.cuda.synchronize(example.device)
                 if index >= warmup:
                     times.append(time.perf_counter() - started)
     finally:

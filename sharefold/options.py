@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from sharefold.inputs import Tensors
+
 DEFAULT_OBJECTIVE = "fisher"
 FIRST_BLOCK = ("shape", "stride", "skip")
 
@@ -51,7 +53,8 @@ class CalibrationOptions:
 
     Attributes:
         seed: of everything random, from the parts of the images to the sampled positions.
-        example_input: (B, C, H, W) for tracing and for latency, by default one image of the calibration images.
+        example_input: (B, C, H, W) for tracing and for latency, or a tuple of tensors; by default one image of the calibration
+            images.
         outputs: kinds of the network's outputs that would be read wrongly: ``"logits:axis=1"``, ``{"boxes": "regression"}``.
         criterion: (original's outputs, outputs) of a batch -> (n,), 0 where both say the same: compares whole networks.
         held_out: how many of the images should decide, and be reported on, each; by default about 15 %, and at most 30 %
@@ -59,7 +62,7 @@ class CalibrationOptions:
     """
 
     seed: int = 0
-    example_input: Tensor | None = None
+    example_input: Tensors | None = None
     outputs: Outputs = None
     criterion: Callable[[Any, Any], Tensor] | None = None
     held_out: int | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from sharefold.budget import parse_budget
 from sharefold.calibration.calibrate import Calibration, calibrate
@@ -13,6 +13,7 @@ from sharefold.convert import Conversion, reported, rounded
 from sharefold.errors import SharefoldError
 from sharefold.format import carry_config, config_of, without_figures
 from sharefold.graph.preserved import restored_on_error
+from sharefold.inputs import AnyInput
 from sharefold.layers.surgery import to_dense
 from sharefold.options import CalibrationOptions
 from sharefold.plans import Progress
@@ -25,7 +26,7 @@ from sharefold.store.tensor_spec import carry_spec
 
 @with_plain_settings
 def round_(
-    model: nn.Module, store: str, images: Tensor | None = None, options: CalibrationOptions | None = None,
+    model: nn.Module, store: str, images: AnyInput | None = None, options: CalibrationOptions | None = None,
     progress: Progress | None = None,
 ) -> Conversion:  # fmt: skip
     """Rounds ``model`` in place to what :func:`sharefold.save` will then write in few bytes.
@@ -36,7 +37,8 @@ def round_(
     Args:
         model: a converted network; one that was rounded before is rounded from the values that it has now.
         store: ``int2`` to ``int8``, ``kmeans2`` to ``kmeans8``, ``fp16``, or the bytes of the file, ``60kB`` or ``mixed:60kB``.
-        images: (n, C, H, W) normalised images, no labels; by default procedural ones.
+        images: (n, C, H, W) normalised images, no labels, or what else :func:`sharefold.calibrate` takes; by default procedural
+            ones.
         options: how they are used; what outputs are.
         progress: called with (what, done, total).
 
@@ -52,7 +54,7 @@ def round_(
 
 
 def round_with(
-    model: nn.Module, store: str, images: Tensor | None, options: CalibrationOptions | None = None,
+    model: nn.Module, store: str, images: AnyInput | None, options: CalibrationOptions | None = None,
     progress: Progress | None = None,
 ) -> tuple[Conversion, Calibration]:  # fmt: skip
     """:func:`round_`, and the calibration that it was done with."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
+from sharefold.inputs import Input, Inputs, call, elements
 
 # Pixels of an image from which on channels last is faster.
 LARGE_IMAGE = 96 * 96
@@ -20,6 +21,7 @@ PACKAGES = ("timm.", "torchvision.", "segmentation_models_pytorch.", "ultralytic
 _PLAIN: WeakSet[type] = WeakSet()  # but not these
 # Numbers of the images of a batch: larger batches leave the processor's caches, and take twice as long an image.
 BATCH_ELEMENTS = 1 << 22
+Images = TypeVar("Images", Tensor, Inputs, Input)
 COMPUTED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -33,12 +35,15 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.dtype in COMPUTED), torch.float32)
 
 
-def as_input(model: nn.Module, images: Tensor) -> Tensor:
-    """A copy of ``images`` where ``model`` computes, and, if they are of a floating type, in the type that it computes in.
+def as_input(model: nn.Module, images: Images) -> Images:
+    """A copy of ``images`` where ``model`` computes, and, if they are of a floating type, in the type that it computes in; of
+    several inputs each by itself.
 
     Large images lie channels last on a CPU, which its convolutions take faster; networks keep the order on their way. Those of
     libraries alone: code that calls ``view`` on a map, as users' often does, wants the other order.
     """
+    if isinstance(images, Inputs):
+        return images.each(lambda tensor: as_input(model, tensor))
     device, dtype = device_of(model), dtype_of(model) if images.is_floating_point() else images.dtype
     large = device.type == "cpu" and images.ndim == 4 and images.shape[2] * images.shape[3] >= LARGE_IMAGE
     layout = torch.channels_last if large and _takes_channels_last(model) else torch.preserve_format
@@ -66,9 +71,9 @@ def check_shapes(model: nn.Module) -> None:
         raise SharefoldError(f"model: {type(model).__name__} has lazy modules without shapes: run it once first")
 
 
-def run_on(model: nn.Module, images: Tensor) -> Any:
+def run_on(model: nn.Module, images: Input) -> Any:
     """What ``model`` makes of :func:`as_input` of ``images``: some networks write into their input."""
-    return model(as_input(model, images))
+    return call(model, as_input(model, images))
 
 
 def has_doubles(device: torch.device) -> bool:
@@ -121,9 +126,9 @@ def evenly(count: int, most: int) -> Tensor:
     return torch.linspace(0, count - 1, min(most, count)).long()
 
 
-def batch_of(images: Tensor, most: int = 250, least: int = 1) -> int:
+def batch_of(images: Input, most: int = 250, least: int = 1) -> int:
     """How many of ``images`` (n, C, H, W) a forward pass without gradients takes at best, between ``least`` and ``most``."""
-    return batch_within(BATCH_ELEMENTS, images[0].numel(), most, least)
+    return batch_within(BATCH_ELEMENTS, elements(images), most, least)
 
 
 def batch_within(elements: int, each: int, most: int, least: int = 1) -> int:

@@ -14,12 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from sharefold.budget import Budget, Budgets, parse_combined
 from sharefold.calibration.calibrate import Calibration
 from sharefold.convert import Conversion, convert_
 from sharefold.errors import SharefoldError
+from sharefold.inputs import Input
 from sharefold.measure import count_macs, count_parameters, model_bytes
 from sharefold.options import ConvertOptions, PlanOptions, chosen
 from sharefold.planner import Planner
@@ -122,7 +123,7 @@ def sweep(
 
 
 def _point(
-    budget: str, model: nn.Module, dense: int, scores: dict[str, Any], done: Conversion | None, seconds: float, example: Tensor
+    budget: str, model: nn.Module, dense: int, scores: dict[str, Any], done: Conversion | None, seconds: float, example: Input
 ) -> Point:
     agreed = (1.0, None, 0, 0.0) if done is None else _reported(done)
     params = count_parameters(model)

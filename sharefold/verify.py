@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
 from sharefold.architectures.build import build_on_meta
@@ -18,6 +18,7 @@ from sharefold.data import Preprocess, loader
 from sharefold.data.preprocess import shape_text
 from sharefold.errors import SharefoldError
 from sharefold.format import FileConfig, config_of
+from sharefold.inputs import Input, joined, taken
 from sharefold.measure import agreement, count_macs, count_parameters, evaluate, model_bytes
 from sharefold.options import VerifyOptions, chosen
 from sharefold.sources.preprocessing import preprocessing
@@ -115,15 +116,15 @@ def _agreement(
     return _share("agreement", told, found, len(images), told.get("report_images"))
 
 
-def _images(data: Dataset, limit: int | None, batch_size: int) -> Tensor:
-    found: list[Tensor] = []
+def _images(data: Dataset, limit: int | None, batch_size: int) -> Input:
+    found: list[Input] = []
     for images, _ in loader(data, batch_size):
-        found.append(images)
+        found.append(taken(images))
         if limit is not None and sum(map(len, found)) >= limit:
             break
     if not found:
         raise SharefoldError("verify: the data hold no images")
-    return torch.cat(found)[:limit]
+    return joined(found)[:limit]
 
 
 def _share(name: str, told: dict[str, Any], found: float, count: int, behind: Any = None) -> Claim:
@@ -161,16 +162,17 @@ def _dense_parameters(config: FileConfig) -> int | None:
 def _macs(network: nn.Module, config: FileConfig, data: Dataset | None, options: VerifyOptions) -> Claim:
     """MACs at the size that the file names, else the network, else the images have."""
     claimed = _claimed(config.metrics.get("macs"), _is_count)
-    sizes = [Preprocess.from_cfg(image_config(network, config)).size]
+    size = Preprocess.from_cfg(image_config(network, config)).size
+    examples: list[Input] = [torch.zeros(1, *size)]
     if data is not None and not isinstance(data, IterableDataset):
-        sizes.append(tuple(data[0][0].shape))
-    kind = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-    for size in sizes:
+        first = data[0][0]
+        examples.append(taken([tensor[None] for tensor in first]) if isinstance(first, tuple | list) else first[None])
+    for example in examples:
         try:
-            return Claim("macs", claimed, count_macs(network, torch.zeros(1, *size, dtype=kind, device=options.device)))
+            return Claim("macs", claimed, count_macs(network, example))
         except Exception:  # networks raise what they like for images that they cannot take
             continue
-    note = f"the network takes no images of {shape_text(sizes[0])}"
+    note = f"the network takes no images of {shape_text(size)}"
     # A network of the user's own may come from a conversion that did not know its size; a stock one does not.
     return Claim("macs", claimed, None if config.base is None or claimed is None else note, note=note)
 

@@ -245,9 +245,9 @@ def test_a_shared_network_is_not_converted_again() -> None:
     [
         (torch.zeros(0, 3, 12, 12), "no images"),
         (torch.zeros(4, 1, 12, 12), "1 channels, the model takes 3"),
-        (torch.zeros(4, 3, 12, 12, dtype=torch.uint8), "not a float tensor"),
+        (torch.zeros(4, 3, 12, 12, dtype=torch.uint8), "no float tensor"),
         (torch.full((4, 3, 12, 12), float("nan")), "NaN"),
-        ([1, 2], "list is not a float tensor"),
+        ([1, 2], "list is no float tensor"),
     ],
 )
 def test_bad_calibration_images(calibration: object, words: str) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 # Bottom to top. A name stands for a file or a folder of sharefold/.
 FLOORS = (
-    ("errors", "version", "budget", "checksum", "exchange", "files", "options", "offline", "ownership", "untrusted"),
+    ("errors", "version", "budget", "checksum", "exchange", "files", "inputs", "options", "offline", "ownership", "untrusted"),
     ("solvers", "layers", "state_dicts", "models", "running"),
     ("settings", "graph"),
     ("plans", "outputs"),
@@ -28,7 +28,7 @@ FLOORS = (
     ("format", "store"),
     ("architectures",),
     ("convert", "round", "planner", "card", "blank", "checkpoint"),
-    ("sources", "export", "onnx_codes", "bench", "report", "hub", "sweep", "finetune", "verify"),
+    ("sources", "export", "export_inputs", "onnx_codes", "bench", "report", "hub", "sweep", "finetune", "verify"),
     ("demo",),
     ("cli",),
 )

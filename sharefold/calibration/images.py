@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.calibration.input_matching import match_statistics
+from sharefold.calibration.several_inputs import checked_inputs, first_of, procedural_inputs
 from sharefold.data import calibration_images
 from sharefold.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from sharefold.errors import SharefoldError
 from sharefold.graph.layers import convolves, input_shapes
+from sharefold.inputs import AnyInput, Input, Inputs, check_count, image_shape, parameters_of
 from sharefold.plans import Progress
 from sharefold.running import batch_within, dtype_of
 
@@ -64,13 +66,34 @@ def matched(model: nn.Module, images: Tensor, seed: int = 0, progress: Progress 
     return match_statistics(model, images, batch_size=batch, seed=seed, progress=progress)
 
 
-def calibration_or_procedural(model: nn.Module, images: Tensor | None, seed: int = 0) -> Tensor:
-    """``images`` after a check, or procedural ones.
+def calibration_or_procedural(
+    model: nn.Module, given: AnyInput | None, seed: int = 0, example: Input | None = None
+) -> Input:
+    """What a user gives to calibrate with after a check, or procedural images.
+
+    Args:
+        given: images (n, C, H, W); a tuple of tensors (n, ...) for a network of several inputs; or a loader, or whatever else
+            gives batches, of which the first ``COUNT`` samples are taken.
+        example: of what a network of several inputs takes, after which procedural ones are made.
 
     Raises:
-        SharefoldError: not a (n, C, H, W) float tensor, no image, NaN, or not the channel count the model takes.
+        SharefoldError: not a (n, C, H, W) float tensor, no image, NaN, or not the channel count the model takes; several tensors
+            that do not belong together, or not as many as ``forward`` takes; none for a network of several inputs.
     """
+    images = given if given is None or isinstance(given, Tensor | Inputs) else first_of(model, given, COUNT)
+    if isinstance(images, Inputs):
+        return checked_inputs(model, images, dtype_of(model))
     if images is None:
+        if isinstance(example, Inputs):
+            _, *size = image_shape(example)
+            made = procedural_inputs(model, example, default_count(size[0], size[1]) if len(size) == 2 else COUNT, seed)
+            return checked_inputs(model, made, dtype_of(model))
+        names, needed, _ = parameters_of(model)
+        if needed > 1:
+            raise SharefoldError(
+                f"calibration: {type(model).__name__} takes several inputs ({', '.join(names[:needed])}), of sizes that it does "
+                "not say: pass a tuple of tensors (n, ...), or calibrate with example_input=(...)"
+            )
         shapes = input_shapes(model)
         if 4 not in shapes:
             wanted = " or ".join(shapes.values())
@@ -92,5 +115,6 @@ def calibration_or_procedural(model: nn.Module, images: Tensor | None, seed: int
         raise SharefoldError(
             f"calibration: images have {images.shape[1]} channels, the model takes {widths[0]}: convert the images"
         )
+    check_count(model, images, "calibration")
     images = images.to(dtype_of(model))
     return images.clone() if images.is_inference() else images

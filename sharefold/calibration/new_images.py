@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.data.views import random_views
+from sharefold.inputs import Input
 from sharefold.outputs import OutputReading, read_outputs
 from sharefold.outputs.terms import log_shares
 from sharefold.running import batch_of, evaluating
@@ -29,7 +30,7 @@ def stand_ins(images: Tensor, seed: int = 0) -> Tensor:
     return torch.cat([random_views(images, generator, strength=STRENGTH, mix=0.0) for _ in range(VIEWS)])
 
 
-def doubt(model: nn.Module, images: Tensor, reading: OutputReading | None = None) -> float:
+def doubt(model: nn.Module, images: Input, reading: OutputReading | None = None) -> float:
     """1 - the probability of the most probable class, mean over images (and pixels, where those are predicted).
 
     Args:
@@ -46,7 +47,7 @@ def doubt(model: nn.Module, images: Tensor, reading: OutputReading | None = None
     return float(torch.cat(found).double().mean())
 
 
-def seen_before(model: nn.Module, images: Tensor, views: Tensor, reading: OutputReading | None = None) -> bool:
+def seen_before(model: nn.Module, images: Input, views: Input, reading: OutputReading | None = None) -> bool:
     """Whether ``model`` was trained on ``images``, as far as its certainty tells: see ``SURER`` and :func:`doubt`."""
     reading = read_outputs(model, images) if reading is None else reading
     return doubt(model, views, reading) > SURER * doubt(model, images, reading)

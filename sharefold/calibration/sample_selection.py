@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sharefold.inputs import Input
 from sharefold.outputs import OutputReading, read_outputs
 from sharefold.outputs.terms import log_shares
 from sharefold.running import evaluating
@@ -20,7 +21,7 @@ FEWEST = 1000
 
 
 def least_certain(
-    model: nn.Module, images: Tensor, batch_size: int = 100, reading: OutputReading | None = None
+    model: nn.Module, images: Input, batch_size: int = 100, reading: OutputReading | None = None
 ) -> Tensor:
     """Indices (m,) int64, rising, of the images whose predictions have the highest entropy.
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
 from sharefold.graph.preserved import preserved
+from sharefold.inputs import Input, each_of
 from sharefold.outputs import Divergence, divergence_of
 from sharefold.running import as_input, evaluating, evenly
 
@@ -19,7 +20,7 @@ Visit = Callable[[str, Tensor, Tensor], None]
 
 
 def output_sensitivity(
-    model: nn.Module, names: Iterable[str], images: Tensor, batch_size: int = 100, seed: int = 0,
+    model: nn.Module, names: Iterable[str], images: Input, batch_size: int = 100, seed: int = 0,
     divergence: Divergence | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Per layer, (O,): expected squared gradient of log p(y|x) at each output channel, summed over positions.
@@ -49,7 +50,7 @@ def output_sensitivity(
 
 
 def vector_gradients(
-    model: nn.Module, names: Iterable[str], images: Tensor, batch_size: int = 100, seed: int = 0,
+    model: nn.Module, names: Iterable[str], images: Input, batch_size: int = 100, seed: int = 0,
     divergence: Divergence | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:  # fmt: skip
     """Of layers with one position an image (classifiers, squeeze-and-excitation): inputs (n, I) and gradients (n, O), float32.
@@ -72,7 +73,7 @@ def vector_gradients(
 
 
 def _gradients(
-    model: nn.Module, names: Iterable[str], images: Tensor, visit: Visit, *, batch_size: int, seed: int,
+    model: nn.Module, names: Iterable[str], images: Input, visit: Visit, *, batch_size: int, seed: int,
     divergence: Divergence | None,
 ) -> int:  # fmt: skip
     """Shows ``visit`` every layer's input and gradient; the number of images, 0 where there is no gradient."""
@@ -98,12 +99,13 @@ def _gradients(
         # What a network keeps of this run would hold on to its gradients, and could not be copied.
         with preserved(model), evaluating(model), torch.enable_grad():
             for batch in images[index].split(batch_size):
-                leaf = as_input(model, batch).requires_grad_(True)
-                scalar = divergence.fisher_seed(divergence.reading.run(model, leaf), generator)
+                given = as_input(model, batch)
+                leaves = [tensor.requires_grad_(True) for tensor in each_of(given) if tensor.is_floating_point()]
+                scalar = divergence.fisher_seed(divergence.reading.run(model, given), generator)
                 if scalar is None:
                     return 0
                 # With respect to the images: the parameters' own gradients are neither needed nor touched.
-                torch.autograd.grad(scalar, leaf)
+                torch.autograd.grad(scalar, leaves, allow_unused=len(leaves) > 1)
     except (RuntimeError, NotImplementedError, SharefoldError):
         return 0
     finally:

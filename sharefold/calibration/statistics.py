@@ -14,6 +14,7 @@ from sharefold.calibration.parts import Parts
 from sharefold.calibration.sample_selection import least_certain
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
+from sharefold.inputs import Input, Inputs, elements
 from sharefold.layers import ConvForm, form_of, target_weight
 from sharefold.outputs import Divergence, divergence_of
 from sharefold.running import batch_within, device_of, evaluating, evenly, has_doubles, run_on, runs_within
@@ -60,7 +61,7 @@ class Statistics:
     """
 
     def __init__(
-        self, model: nn.Module, images: Tensor, *, chosen: Tensor | None = None, centered: dict[str, bool] | None = None,
+        self, model: nn.Module, images: Input, *, chosen: Tensor | None = None, centered: dict[str, bool] | None = None,
         batch_size: int = 100, seed: int = 0, cache_bytes: int = CACHE_BYTES, divergence: Divergence | None = None,
         apart: Tensor | None = None,
     ) -> None:  # fmt: skip
@@ -111,7 +112,7 @@ class Statistics:
             )
         return self._vectors
 
-    def sample(self, count: int) -> Tensor:
+    def sample(self, count: int) -> Input:
         """At most ``count`` of the chosen images, evenly spaced."""
         return self.images[self.chosen[evenly(len(self.chosen), count)]]
 
@@ -154,7 +155,8 @@ class Statistics:
                     patches = patches - shifts.setdefault(name, patches.mean(0))
                 sums[name].add(patches.permute(1, 2, 0))
                 waiting.discard(name)
-                if not waiting:
+                # A layer that several inputs pass may be called once more.
+                if not waiting and not isinstance(self.images, Inputs):
                     raise _Done
 
             handles.append(self.model.get_submodule(name).register_forward_hook(hook))
@@ -190,7 +192,7 @@ class Statistics:
 
 
 def statistics_of(
-    model: nn.Module, graph: NetworkGraph, images: Tensor, seed: int = 0, divergence: Divergence | None = None,
+    model: nn.Module, graph: NetworkGraph, images: Input, seed: int = 0, divergence: Divergence | None = None,
     parts: Parts | None = None,
 ) -> Statistics:  # fmt: skip
     """Statistics of all layers of ``graph`` on the images that ``model`` is least certain of; of ``parts`` they are taken from
@@ -221,9 +223,9 @@ def statistics_of(
     )  # fmt: skip
 
 
-def batch_for(images: Tensor) -> int:
+def batch_for(images: Input) -> int:
     """Images a forward pass: a hundred small ones."""
-    return batch_within(100 * 3 * 64 * 64, images[0].numel(), 100)
+    return batch_within(100 * 3 * 64 * 64, elements(images), 100)
 
 
 def samples_for(form: ConvForm) -> int:

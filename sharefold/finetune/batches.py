@@ -20,8 +20,10 @@ from sharefold.data import ArrayDataset, FileDataset, Preprocess
 from sharefold.errors import SharefoldError
 from sharefold.finetune import seeds
 from sharefold.finetune.augmentation import Augment, sent
+from sharefold.finetune.inputs_dataset import InputsDataset
+from sharefold.inputs import Input, taken
 
-Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float32, labels (B,) int64 (-1: none) or (B, classes) float
+Batch = tuple[Input, Tensor]  # images (B, C, H, W) float32, or several inputs; labels (B,) int64 (-1: none) or (B, classes) float
 Data = Any  # a DATA string, (images, labels), images, a Dataset, a DataLoader
 
 
@@ -96,7 +98,8 @@ class _Labelled:
 
     def _to_device(self, batches: Any) -> Iterator[Batch]:
         for batch in batches:
-            images, labels = batch[:2] if isinstance(batch, (tuple, list)) else (batch, None)
+            given, labels = batch[:2] if isinstance(batch, (tuple, list)) else (batch, None)
+            images = taken(given, "finetune")
             if labels is None:
                 labels = torch.full((len(images),), -1)
             if self.classes is not None:
@@ -333,4 +336,4 @@ def labelled(data: Data) -> bool:
         return False
     if isinstance(data, (tuple, list)):
         return data[1] is not None
-    return data.labelled if isinstance(data, (ArrayDataset, FileDataset)) else True
+    return data.labelled if isinstance(data, (ArrayDataset, FileDataset, InputsDataset)) else True

@@ -12,6 +12,7 @@ from torch import nn
 from sharefold.errors import SharefoldError
 from sharefold.finetune.batches import EvalBatches
 from sharefold.finetune.distributed import World
+from sharefold.inputs import call
 from sharefold.running import evaluating, has_doubles
 
 
@@ -23,7 +24,7 @@ def evaluate(
     with evaluating(model):
         for images, labels in batches:
             with autocast():
-                logits = model(images)
+                logits = call(model, images)
             logits = logits.float()
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")

@@ -30,7 +30,9 @@ from sharefold.finetune.batches import (
 )
 from sharefold.finetune.config import FinetuneConfig
 from sharefold.finetune.distributed import World
+from sharefold.finetune.inputs_dataset import InputsDataset
 from sharefold.format import carried_config
+from sharefold.inputs import Inputs
 
 
 def preprocess_of(model: nn.Module, config: FinetuneConfig) -> Preprocess:
@@ -42,7 +44,9 @@ def preprocess_of(model: nn.Module, config: FinetuneConfig) -> Preprocess:
 
 
 def opened(data: Data, split: str, preprocess: Preprocess) -> Data:
-    """``data``, opened when it is a DATA string."""
+    """``data``, opened when it is a DATA string; several inputs in memory, ((a, b), labels or None), as a data set."""
+    if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], (tuple, list)):
+        return InputsDataset(Inputs(data[0], "finetune"), data[1])
     return open_data(data, split, transform_cfg=preprocess) if isinstance(data, str) else data
 
 

@@ -77,7 +77,8 @@ def finetune(
     Args:
         model: any classifier, converted or not; returns logits (B, classes).
         train: a DATA string, (images, labels), images alone, a map-style Dataset or a DataLoader. Images are uint8 or
-            normalised float, (N, C, H, W) or (N, H, W, C).
+            normalised float, (N, C, H, W) or (N, H, W, C). Several inputs come as ((a, b), labels), or as a Dataset or
+            DataLoader of ((a, b), label), and are not augmented.
         val: the same, or None.
         teacher: a network of the same classes; it is put in eval mode and moved to the device.
         config: how it trains.

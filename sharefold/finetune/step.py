@@ -21,6 +21,7 @@ from sharefold.finetune.graphed import GraphedGradients
 from sharefold.finetune.losses import block_error, collect_bases, distillation, moments, orthogonality, spread
 from sharefold.finetune.mixing import Mixing
 from sharefold.graph import analyze
+from sharefold.inputs import Input, Inputs, call, shapes_of
 from sharefold.layers import running
 from sharefold.layers.norm_fusion import norms_fused
 from sharefold.layers.together import composed_together
@@ -38,12 +39,25 @@ def autocast_for(config: FinetuneConfig, device: torch.device) -> tuple[torch.dt
     return dtype, lambda: torch.autocast(device.type, dtype=dtype)
 
 
-def _norms_of(teacher: nn.Module, example: Tensor) -> dict[str, str | None]:
+def _norms_of(teacher: nn.Module, example: Input) -> dict[str, str | None]:
     """The norm behind each of the teacher's layers; nothing for a network that the graph pass cannot read."""
     try:
         return {name: record.norm for name, record in analyze(teacher, example).layers.items()}
     except SharefoldError:
         return {}
+
+
+def _check_augmentation(config: FinetuneConfig, example: Input) -> None:
+    """Refuses what is asked for of other inputs than it is made for; several stay as they are, to belong together still."""
+    if isinstance(example, Inputs):
+        wanted = [name for name in ("small_images", "cutmix", "mixup", "random_erase") if getattr(config, name)]
+        if wanted:
+            raise SharefoldError(f"finetune: {wanted[0]} changes single images, the model takes several inputs: leave it out")
+        return
+    wanted = [name for name in ("small_images", "cutmix") if getattr(config, name)]
+    if wanted and example.ndim != 4:
+        shape = tuple(example.shape)
+        raise SharefoldError(f"finetune: {wanted[0]} is for images (N, C, H, W), the model takes {shape}: leave it out")
 
 
 def freeze_norms(model: nn.Module) -> None:
@@ -68,17 +82,14 @@ class Updater:
 
     def __init__(
         self, model: nn.Module, teacher: nn.Module | None, optimizer: torch.optim.Optimizer, config: FinetuneConfig,
-        world: World, example: Tensor,
+        world: World, example: Input,
     ) -> None:  # fmt: skip
         self.model, self.teacher, self.optimizer, self.config, self.world = model, teacher, optimizer, config, world
         self.dtype, self.autocast = autocast_for(config, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.distill = 0.0 if teacher is None else (config.distill if config.labels else 1.0)
         self.classes = self._classes(example[:2])
-        wanted = [name for name in ("small_images", "cutmix") if getattr(config, name)]
-        if wanted and example.ndim != 4:
-            shape = tuple(example.shape)
-            raise SharefoldError(f"finetune: {wanted[0]} is for images (N, C, H, W), the model takes {shape}: leave it out")
+        _check_augmentation(config, example)
         self.mixing = Mixing(config, self.classes, world.device.type)
         self.blocks: list[str] = []
         if teacher is not None and config.block_match:
@@ -96,15 +107,16 @@ class Updater:
         self.forward: Any = torch.compile(forward) if config.compile else forward
         self.wrapped = forward
         self.teacher_forward: Any = torch.compile(teacher) if config.compile and teacher is not None else teacher
-        self.gradients: Callable[[Tensor, Tensor], dict[str, Tensor]] = self._gradients
+        self.gradients: Callable[[Any, Tensor], dict[str, Tensor]] = self._gradients
         # Slices add up, processes talk and fp16 looks for its factor: none of it belongs into a recorded update.
         alone = world.size == 1 and config.accumulate == 1 and self.dtype != torch.float16
+        alone = alone and not isinstance(example, Inputs)  # a recorded update reads one tensor
         if config.cuda_graphs and world.device.type == "cuda" and alone:
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             self.gradients = GraphedGradients(self._gradients, trained, world.device)
         self.norms = {} if teacher is None else _norms_of(teacher, example[:1])
 
-    def _classes(self, example: Tensor) -> int:
+    def _classes(self, example: Input) -> int:
         was_training = self.model.training
         try:
             logits = self._answer("model", self.model.eval(), example)
@@ -119,22 +131,22 @@ class Updater:
             )
         return logits.shape[1]
 
-    def _answer(self, what: str, network: nn.Module, example: Tensor) -> Any:
+    def _answer(self, what: str, network: nn.Module, example: Input) -> Any:
         try:
             with torch.no_grad(), self.autocast():
-                return network(example)
+                return call(network, example)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             reason = " ".join(str(error).split())[:150]
             raise SharefoldError(
-                f"finetune: the {what} fails on a batch of shape {tuple(example.shape)} ({reason}): pass data as it takes them; "
+                f"finetune: the {what} fails on a batch of shape {shapes_of(example)} ({reason}): pass data as it takes them; "
                 "signals (C, L) come as a Dataset or a DataLoader"
             ) from None
 
-    def _spreads(self, teacher: nn.Module, example: Tensor) -> list[float]:
+    def _spreads(self, teacher: nn.Module, example: Input) -> list[float]:
         with Taps(teacher, self.blocks) as taps, torch.no_grad(), self.autocast():
-            teacher(example)
+            call(teacher, example)
             found = [moments(output) for output in taps.outputs()]
         return [spread(self.world.sum(values) / self.world.size) for values in found]
 
@@ -157,14 +169,14 @@ class Updater:
             self._taps = [stack.enter_context(Taps(network, self.blocks)) for network in networks]
             yield
 
-    def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def losses(self, images: Input, labels: Tensor) -> dict[str, Tensor]:
         """The loss's parts before weighting, their weighted sum ``loss``, and ``top1`` of hard labels."""
         config, parts = self.config, {}
         with self.autocast():
             if self.teacher is not None and (self.distill or self.blocks):
                 with torch.no_grad():
-                    goal = self.teacher_forward(images)
-            logits = self.forward(images).float()
+                    goal = call(self.teacher_forward, images)
+            logits = call(self.forward, images).float()
         total = torch.zeros((), device=logits.device)
         if config.labels and self.distill < 1:
             smoothing = 0.0 if labels.ndim == 2 else config.label_smoothing
@@ -186,7 +198,7 @@ class Updater:
             parts["top1"] = (logits.argmax(1) == labels).float().mean()
         return {"loss": total, **parts}
 
-    def _gradients(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def _gradients(self, images: Input, labels: Tensor) -> dict[str, Tensor]:
         """Adds the gradients of one slice of a batch to those of the parameters; returns the loss's parts."""
         with ExitStack() as stack:
             with self.autocast():
@@ -206,11 +218,12 @@ class Updater:
         sums: dict[str, Tensor] = {}
         for i in range(count):
             images, labels = next(batches)
-            if small:
-                images = shrunk(images)
-            if self.config.channels_last and images.ndim == 4:
-                images = images.contiguous(memory_format=torch.channels_last)
-            images, labels = self.mixing(images, labels)
+            if isinstance(images, Tensor):
+                if small:
+                    images = shrunk(images)
+                if self.config.channels_last and images.ndim == 4:
+                    images = images.contiguous(memory_format=torch.channels_last)
+                images, labels = self.mixing(images, labels)
             with self._no_sync() if i < count - 1 else nullcontext():
                 parts = self.gradients(images, labels)
             for name, value in parts.items():

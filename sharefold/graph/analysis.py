@@ -22,6 +22,7 @@ from sharefold.graph.roles import find_roles
 from sharefold.graph.spaces import Flow, propagate
 from sharefold.graph.stages import Size, find_stages, number_blocks
 from sharefold.graph.trace import ShapeRecorder, same_output, trace
+from sharefold.inputs import Inputs
 from sharefold.layers import STOCK_LAYERS, ConvForm
 from sharefold.running import as_input, check_shapes, keep_plain
 
@@ -47,6 +48,8 @@ def analyze(model: nn.Module, example_input: Any, *, symbolic: bool = True) -> N
     if not isinstance(model, nn.Module):
         raise SharefoldError(f"model: {type(model).__name__} is not an nn.Module: pass the network itself")
     check_shapes(model)
+    if isinstance(example_input, Inputs):
+        example_input = example_input.tensors
     with _TRACING, preserved(model):
         layers, skipped = find_layers(model)
         run = _first_run(model, example_input, layers)

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from sharefold.errors import SharefoldError
+from sharefold.inputs import Tensors, taken
 from sharefold.outputs.comparison import BATCH, Comparison
 from sharefold.outputs.figure import Figure
 from sharefold.outputs.reading import OutputReading
@@ -22,9 +23,10 @@ class Agreement(NamedTuple):
 
 
 def agreement(
-    a: nn.Module, b: nn.Module, images: Tensor, *, batch_size: int = BATCH, reading: OutputReading | None = None
+    a: nn.Module, b: nn.Module, images: Tensors, *, batch_size: int = BATCH, reading: OutputReading | None = None
 ) -> Agreement:
-    """Agreement of ``b`` with ``a`` and its divergence from it over ``images`` (n, C, H, W) normalised float.
+    """Agreement of ``b`` with ``a`` and its divergence from it over ``images`` (n, C, H, W) normalised float, or a tuple
+    of tensors (n, ...).
 
     All outputs count; of those that are classes, each position is one prediction.
 
@@ -34,9 +36,10 @@ def agreement(
     Raises:
         SharefoldError: no images, nothing to compare, or outputs of other shapes.
     """
-    if len(images) == 0:
+    given = taken(images)
+    if len(given) == 0:
         raise SharefoldError("agreement: no images given")
-    comparison = Comparison(a, images, reading, batch_size=batch_size)
+    comparison = Comparison(a, given, reading, batch_size=batch_size)
     found, figures = comparison.measure(b)
     return Agreement(mean_agreement(figures), found.mean)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
+from sharefold.inputs import Input
 from sharefold.layers.norm_fusion import fused_for_inference
 from sharefold.outputs.divergence import Divergence
 from sharefold.outputs.figures import Figure, Figures, figure_of_criterion
@@ -53,7 +54,7 @@ class Comparison:
 
     Args:
         original: the teacher; run in eval mode, left as it was.
-        images: (n, C, H, W) normalised.
+        images: (n, C, H, W) normalised, or several inputs.
         reading: of ``original``; by default read here, from ``graph`` too where given.
         divergence: measured elsewhere, on more images; by default on these.
         criterion: (original's outputs, outputs) of a batch -> (n,), 0 where they are equal, in place of the divergence.
@@ -66,7 +67,7 @@ class Comparison:
     """
 
     def __init__(
-        self, original: nn.Module, images: Tensor, reading: OutputReading | None = None, *,
+        self, original: nn.Module, images: Input, reading: OutputReading | None = None, *,
         divergence: Divergence | None = None, criterion: Criterion | None = None, graph: NetworkGraph | None = None,
         batch_size: int = BATCH, cache_bytes: int = CACHE_BYTES, norms: Mapping[str, str | None] | None = None,
     ) -> None:  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
+from sharefold.inputs import Input
 from sharefold.outputs.leaf import CLASSES, LABELS, LOGITS, Leaf, rows
 from sharefold.outputs.reading import OutputReading, read_outputs
 from sharefold.outputs.terms import Categorical, Measuring, Numbers, Term, as_numbers, is_categorical, over_axis
@@ -46,7 +47,7 @@ class Divergence:
         self.terms: list[Term] = [one.term() for one in measured]
 
     @classmethod
-    def of(cls, model: nn.Module, reading: OutputReading, images: Tensor, batch_size: int = 100) -> Divergence:
+    def of(cls, model: nn.Module, reading: OutputReading, images: Input, batch_size: int = 100) -> Divergence:
         """Measured on what ``model`` says on ``images`` (n, C, H, W), of which some, evenly spaced, are run."""
         if not any(Measuring(leaf, reading.classes is not None).varies for leaf in reading.leaves):
             return cls(reading, [])
@@ -156,7 +157,7 @@ def _of_labels(leaf: Leaf, tensor: Tensor, generator: torch.Generator, informati
     return loss / math.sqrt(positions * information)
 
 
-def divergence_of(model: nn.Module, images: Tensor, graph: NetworkGraph | None = None, batch_size: int = 100) -> Divergence:
+def divergence_of(model: nn.Module, images: Input, graph: NetworkGraph | None = None, batch_size: int = 100) -> Divergence:
     """The divergence from ``model`` as it is told on ``images`` (n, C, H, W); without terms where nothing can be compared."""
     return Divergence.of(model, read_outputs(model, images, graph), images, batch_size)
 

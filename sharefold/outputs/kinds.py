@@ -31,7 +31,7 @@ class Seen:
     Attributes:
         name: as :func:`sharefold.outputs.leaves.tensors_of` gives it.
         values: (images, ...), images first, as the network computes them.
-        inputs: shape (C, H, W) of an image.
+        inputs: shape (C, H, W) of an image, of several inputs of the first one that is an image.
         tail: its last operations, None where they are not known.
         word: what the network says of itself.
         alone: the network returns no other tensor.

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.graph.preserved import preserved
+from sharefold.inputs import Input, Tensors, elements, image_shape, taken
 from sharefold.outputs.kinds import Seen, tell
 from sharefold.outputs.last_operations import Tail, tails_of
 from sharefold.outputs.leaf import CLASSES, REGRESSION, Leaf, images_first
@@ -55,7 +56,7 @@ class OutputReading:
         """The only output, where that is class logits or probabilities: a classifier or segmenter."""
         return self.leaves[0] if len(self.leaves) == 1 and self.leaves[0].kind in CLASSES else None
 
-    def run(self, model: nn.Module, images: Tensor) -> list[Tensor]:
+    def run(self, model: nn.Module, images: Input) -> list[Tensor]:
         """What ``model`` says on ``images``: one tensor (n, ...) a leaf, on the model's device, in its own type.
 
         Modes and gradients are the caller's.
@@ -65,7 +66,7 @@ class OutputReading:
         """
         return self.run_raw(model, images)[1]
 
-    def run_raw(self, model: nn.Module, images: Tensor) -> tuple[Any, list[Tensor]]:
+    def run_raw(self, model: nn.Module, images: Input) -> tuple[Any, list[Tensor]]:
         """As :meth:`run`, and what the network returned, as it is."""
         if not self.taps:
             output = run_on(model, images)
@@ -92,13 +93,13 @@ class OutputReading:
 
 
 def read_outputs(
-    model: nn.Module, images: Tensor, graph: NetworkGraph | None = None, overrides: Given = None
+    model: nn.Module, images: Tensors, graph: NetworkGraph | None = None, overrides: Given = None
 ) -> OutputReading:
     """Tells what every output of ``model`` is.
 
     Args:
         model: any network; left exactly as it was.
-        images: (n, C, H, W) normalised; up to eight are run.
+        images: (n, C, H, W) normalised, or a tuple of tensors (n, ...); up to eight are run.
         graph: of ``model``, whose last operations tell most; without one, values, names and the last layer do.
         overrides: the user's word: ``"logits:axis=1"``, ``"boxes:regression"``, several, or {name: kind}.
 
@@ -108,12 +109,12 @@ def read_outputs(
     Raises:
         SharefoldError: an override that does not fit, or no images.
     """
-    said = parse_overrides(overrides)
-    if len(images) == 0:
+    said, given = parse_overrides(overrides), taken(images)
+    if len(given) == 0:
         raise SharefoldError("outputs: there are no images to read them on: give at least one")
-    counts = RUNS if images[0].numel() < LARGE else LARGE_RUNS
-    index = torch.arange(sum(counts)) % len(images)
-    batches = images[index].split(list(counts))
+    counts = RUNS if elements(given) < LARGE else LARGE_RUNS
+    index = torch.arange(sum(counts)) % len(given)
+    batches = given[index].split(list(counts))
     with preserved(model):
         last = _LastLayer(model)
         with last:
@@ -132,7 +133,7 @@ def read_outputs(
         tails = tails_of(graph.fx_graph, model)
     elif not taps and len(places) == 1 and (tail := last.tail(tensors_of(outputs[-1])[next(iter(places))])) is not None:
         tails = dict.fromkeys(places, tail)
-    leaves = _told(places, taps, tails, own_word(model), tuple(images.shape[1:]))
+    leaves = _told(places, taps, tails, own_word(model), image_shape(given))
     shapes = {name: place.shape for name, place in places.items()}
     return OutputReading(overridden(leaves, shapes, said) if said else leaves, taps, left_out, detections)
 
@@ -174,7 +175,7 @@ def _placed(runs: list[dict[str, Tensor]], counts: tuple[int, ...]) -> tuple[dic
 
 
 def _tapped(
-    model: nn.Module, taps: list[Tap], batches: Iterable[Tensor], counts: tuple[int, ...]
+    model: nn.Module, taps: list[Tap], batches: Iterable[Input], counts: tuple[int, ...]
 ) -> dict[str, _Place | str]:
     """What the taps give, without those whose results vary in number themselves."""
     runs: list[dict[str, Any]] = []

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sharefold.errors import SharefoldError
+from sharefold.inputs import Input, Tensors, joined, taken
 from sharefold.options import Outputs
 from sharefold.outputs.divergence import IMAGES, Divergence
 from sharefold.outputs.figure import Figure
@@ -37,7 +37,7 @@ class Compared:
 
 
 def compared(
-    original: nn.Module, other: nn.Module, batches: Iterable[Tensor], outputs: Outputs = None,
+    original: nn.Module, other: nn.Module, batches: Iterable[Tensors], outputs: Outputs = None,
     progress: Callable[[int], None] | None = None,
 ) -> Compared:  # fmt: skip
     """Runs both networks over ``batches``, of which the first that have 256 images together are held until they have run, and of
@@ -45,18 +45,19 @@ def compared(
 
     Args:
         original, other: in eval mode meanwhile; left as they were.
-        batches: images (n, C, H, W), normalised. The first 256 tell what the outputs are and how much they vary.
+        batches: images (n, C, H, W), normalised, or tuples of tensors (n, ...). The first 256 tell what the outputs are and how
+            much they vary.
         outputs: the user's word on what the outputs are, as for :func:`sharefold.calibrate`.
         progress: called with the number of images done after each batch.
 
     Raises:
         SharefoldError: no images, nothing to compare, or outputs of two shapes.
     """
-    rest = iter(batches)
+    rest = map(taken, batches)
     first = deque(_first(rest, IMAGES))
     if not first:
         raise SharefoldError("outputs: there are no images to compare networks on: give at least one")
-    images = torch.cat(list(first))[:IMAGES]
+    images = joined(list(first))[:IMAGES]
     reading = read_outputs(original, images, None, outputs)
     if not reading.comparable:
         raise SharefoldError(
@@ -80,13 +81,13 @@ def compared(
     return Compared(figures, total / done, done)
 
 
-def _emptied(batches: deque[Tensor]) -> Iterator[Tensor]:
+def _emptied(batches: deque[Input]) -> Iterator[Input]:
     """``batches``, which then holds them no more."""
     while batches:
         yield batches.popleft()
 
 
-def _first(batches: Iterator[Tensor], count: int) -> Iterator[Tensor]:
+def _first(batches: Iterator[Input], count: int) -> Iterator[Input]:
     """Batches until they have ``count`` images or more."""
     seen = 0
     while seen < count and (batch := next(batches, None)) is not None:

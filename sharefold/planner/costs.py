@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sharefold.graph import LayerRecord, NetworkGraph
+from sharefold.inputs import Input
 from sharefold.layers import ConvForm, form_of
 from sharefold.measure import count_macs, latency
 from sharefold.methods import Candidate, LayerMethod
@@ -126,7 +127,7 @@ class Macs(_PerLayer):
 
     unit = "MACs"
 
-    def __init__(self, model: nn.Module, graph: NetworkGraph, example_input: Tensor) -> None:
+    def __init__(self, model: nn.Module, graph: NetworkGraph, example_input: Input) -> None:
         super().__init__(graph)
         self.total = count_macs(model, example_input)
 
@@ -147,7 +148,7 @@ class Seconds(_PerLayer):
 
     unit = "seconds"
 
-    def __init__(self, model: nn.Module, graph: NetworkGraph, example_input: Tensor) -> None:
+    def __init__(self, model: nn.Module, graph: NetworkGraph, example_input: Input) -> None:
         super().__init__(graph)
         parameter = next(model.parameters())
         self.model, self.batch, self.like = model, len(example_input), parameter
@@ -181,7 +182,7 @@ class Seconds(_PerLayer):
         return f"{amount * 1e3:,.3g} ms"
 
 
-def cost_of(unit: str, model: nn.Module, graph: NetworkGraph, example_input: Tensor) -> Cost:
+def cost_of(unit: str, model: nn.Module, graph: NetworkGraph, example_input: Input) -> Cost:
     """The costs that a budget's ``unit`` counts; bytes are planned through parameters."""
     if unit == "macs":
         return Macs(model, graph, example_input)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from sharefold.budget import Budget, Budgets, parse_combined
 from sharefold.calibration.calibrate import Calibration, calibration_of
@@ -13,6 +13,7 @@ from sharefold.calibration.statistics import is_wide
 from sharefold.format import check_dense
 from sharefold.graph.hidden_channels import hidden_spaces
 from sharefold.graph.preserved import preserved
+from sharefold.inputs import AnyInput
 from sharefold.layers import form_of
 from sharefold.methods import AUTO, FOLD
 from sharefold.options import CalibrationOptions, PlanOptions, chosen
@@ -32,7 +33,7 @@ from sharefold.settings import with_plain_settings
 
 @with_plain_settings
 def plan(
-    model: nn.Module, budget: str | float | Budget | Budgets = "50%", calibration: Calibration | Tensor | None = None,
+    model: nn.Module, budget: str | float | Budget | Budgets = "50%", calibration: Calibration | AnyInput | None = None,
     options: PlanOptions | None = None, progress: Progress | None = None, **overrides: Any,
 ) -> Plan:  # fmt: skip
     """Decides what every group of ``model`` shares so that the whole model fits ``budget``.
@@ -43,8 +44,9 @@ def plan(
             several of these that hold together, with commas between them (``"50%, 70% MACs"``). Bytes are those of the saved
             file, whose number types are then part of the plan. Latency is measured here, layer by layer, with torch's present
             number of threads.
-        calibration: of :func:`sharefold.calibrate`, or (n, C, H, W) normalised images, no labels; by default procedural
-            images. Make a calibration where more than a plan is wanted: :func:`sharefold.convert_` then measures nothing again.
+        calibration: of :func:`sharefold.calibrate`, or (n, C, H, W) normalised images, no labels, or what else that takes; by
+            default procedural images. Make a calibration where more than a plan is wanted: :func:`sharefold.convert_` then
+            measures nothing again.
         options: see :class:`sharefold.options.PlanOptions`; its fields may be given by keyword.
         progress: called with (what, done, total).
 

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sharefold.calibration.images import input_config
 from sharefold.errors import SharefoldError, unknown
 from sharefold.graph import NetworkGraph, analyze
+from sharefold.inputs import Tensors
 from sharefold.plans import Plan
 from sharefold.recipes.builders import Recipe
 from sharefold.recipes.deeply_shared_bases import FILTER_BASES
@@ -63,14 +64,15 @@ def parse_recipe(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def build_plan(
-    name: str, model: nn.Module, example_input: Tensor | None = None, graph: NetworkGraph | None = None,
+    name: str, model: nn.Module, example_input: Tensors | None = None, graph: NetworkGraph | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Plan:  # fmt: skip
     """The plan that the recipe ``name`` (or ``NAME:k=v,...``) makes for ``model``, which is not changed.
 
     Args:
         model: a dense network with any weights, on any device, the meta device included.
-        example_input: (1, C, H, W) for tracing; by default zeros of the size in the model's ``pretrained_cfg``.
+        example_input: (1, C, H, W) for tracing, or a tuple of tensors; by default zeros of the size in the model's
+            ``pretrained_cfg``.
         graph: reused when given.
         options: the recipe's options; they win over those in ``name``.
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sharefold.inputs import Input
 from sharefold.layers import STOCK_LAYERS, checked_form, form_of, matrix_of
 from sharefold.layers.norm_fusion import fused_for_inference
 from sharefold.repair.coefficients import Linear, best_ridge, best_step, fitted, halves_of, sums_of
@@ -103,7 +104,7 @@ class Rows:
         return self.features.T[None], self.wanted.T[None]
 
 
-def _rows_of(original: nn.Module, model: nn.Module, head: nn.Module, wanted_head: nn.Module, images: Tensor) -> Rows:
+def _rows_of(original: nn.Module, model: nn.Module, head: nn.Module, wanted_head: nn.Module, images: Input) -> Rows:
     features, wanted, index = [], [], []
     done = 0
     with watched(head) as seen, watched(wanted_head) as seen_wanted:

@@ -16,8 +16,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from sharefold.calibration.mean_owner import output_mean_owner
+from sharefold.inputs import Input, Inputs
+from sharefold.inputs import elements as numbers
 from sharefold.layers import ConvForm, resolve
 from sharefold.repair.boundary import Shelf, Values, elements, shelf_for
+from sharefold.repair.call_order import calls_together
+from sharefold.repair.node_values import fetch, run_node, value_at
 from sharefold.repair.rectifier import Rectifier, rectifier_behind
 from sharefold.repair.samples import Collector, Samples
 from sharefold.running import as_input, batch_within, device_of, evaluating, run_on
@@ -79,7 +83,7 @@ Visit = Callable[[Visited], None]
 
 @torch.no_grad()
 def walk(
-    graph: fx.Graph, teacher: nn.Module, student: nn.Module, images: Tensor, wanted: dict[str, Wanted], visit: Visit
+    graph: fx.Graph, teacher: nn.Module, student: nn.Module, images: Input, wanted: dict[str, Wanted], visit: Visit
 ) -> None:
     """Walks ``graph`` once; before the student runs a layer of ``wanted``, calls ``visit`` with what was seen of it.
 
@@ -87,20 +91,23 @@ def walk(
 
     Args:
         teacher, student: both on one device.
-        images: (n, C, H, W).
+        images: (n, C, H, W), or several inputs.
     """
     with evaluating(teacher, student):
         _Walk(graph, teacher, student, images).run(wanted, visit)
 
 
 class _Walk:
-    def __init__(self, graph: fx.Graph, teacher: nn.Module, student: nn.Module, images: Tensor) -> None:
+    def __init__(self, graph: fx.Graph, teacher: nn.Module, student: nn.Module, images: Input) -> None:
         self.nodes = [node for node in graph.nodes if node.op != "output"]
+        self.several = isinstance(images, Inputs)
+        if self.several:
+            self.nodes = calls_together(teacher, self.nodes, as_input(teacher, images[:1]))
         self.place = {node: index for index, node in enumerate(self.nodes)}
         self.teacher, self.student = teacher, student
         self.device = device_of(teacher)
         last: dict[fx.Node, int] = {}
-        for node in graph.nodes:
+        for node in (*self.nodes, *(node for node in graph.nodes if node.op == "output")):
             for used in node.all_input_nodes:
                 last[used] = self.place.get(node, len(self.nodes))
         self.last = {node: last.get(node, self.place[node]) for node in self.nodes}
@@ -109,6 +116,7 @@ class _Walk:
             sum(sizes[n] for n in self.nodes[:index] if self.last[n] >= index) for index in range(len(self.nodes) + 1)
         ]
         self.first_different = self._first_different()
+        self.given = sum(node.op == "placeholder" for node in self.nodes)
         self.batches = images.split(batch_within(BATCH_ELEMENTS, largest, 100))
         self.count = len(images)
 
@@ -118,27 +126,43 @@ class _Walk:
             self.first_different = min(self.first_different, stops[0])
         shelf, start = None, 0
         previous = 0
-        for stop in stops:
-            node = self.nodes[stop]
+        for nodes in self._groups(stops):
+            stop = self.place[nodes[0]]
             cut = min(range(previous, stop + 1), key=lambda index: (self.live[index], -index))
+            cut = cut if cut >= self.given else 0  # inputs are read from the batch itself
             made, _ = shelf_for(self.live[cut], self.count, MEMORY_BYTES)
             target = made() if made is not None and cut > 0 and cut > start else None
-            name = str(node.target)
-            found = self._collect(node, wanted[name], shelf, start, target, cut)
+            name = str(nodes[0].target)
+            found = self._collect(nodes, wanted[name], shelf, start, target, cut)
             if target is not None:
                 shelf, start = target, cut
-            previous = stop + 1
+            previous = stop + len(nodes)
             samples, rectifier = found
             if samples is not None:
                 visit(Visited(self.teacher, self.student, name, wanted[name].norm, samples, rectifier))
 
+    def _groups(self, stops: list[int]) -> list[list[fx.Node]]:
+        """The nodes at ``stops``, those together that call one layer on several inputs."""
+        groups: list[list[fx.Node]] = []
+        for stop in stops:
+            node, before = self.nodes[stop], groups[-1] if groups else []
+            beside = self.several and bool(before) and self.place[before[-1]] == stop - 1
+            if beside and before[0].target == node.target and not set(before) & set(node.all_input_nodes):
+                before.append(node)
+            else:
+                groups.append([node])
+        return groups
+
     def _collect(
-        self, node: fx.Node, want: Wanted, shelf: Shelf | None, start: int, target: Shelf | None, cut: int
+        self, nodes: list[fx.Node], want: Wanted, shelf: Shelf | None, start: int, target: Shelf | None, cut: int
     ) -> tuple[Samples | None, Rectifier | None]:
-        """Runs all images from ``start`` to ``node``, puts the values at ``cut`` on ``target``, and samples the layer."""
-        collector = Collector(want.form, self.count)
-        rectifier = rectifier_behind(node, self.teacher, want.norm) if want.rectified else None
-        stop = self.place[node]
+        """Runs all images from ``start`` to ``nodes``, puts the values at ``cut`` on ``target``, and samples the layer, whose
+        calls on several inputs they are; most have one."""
+        collector = Collector(want.form, self.count * len(nodes))
+        behind = [rectifier_behind(node, self.teacher, want.norm) if want.rectified else None for node in nodes]
+        kinds = {(one.addend is None, one.rectified) if one is not None else None for one in behind}
+        rectifier = behind[0] if len(kinds) == 1 else None
+        stop = self.place[nodes[0]]
         for index, (theirs, ours) in enumerate(self._starts(shelf, start)):
             at = start
             if target is not None:
@@ -150,19 +174,33 @@ class _Walk:
                     shelf.drop(2 * index + 1)
                 at = cut
             ours = self._advance(theirs, ours, at, stop)
-            inputs = _fetch(node.args[0] if node.args else next(iter(node.kwargs.values())), theirs if ours is None else ours)
-            outputs = _kept(_run(node, self.teacher, dict(theirs), None), want)
-            addends = None
-            if rectifier is not None and rectifier.addend is not None:
-                wanted = _kept(_value(rectifier.addend, self.teacher, dict(theirs)), want)
-                given = _value(rectifier.addend, self.student, theirs if ours is None else ours)
-                if wanted is None or given is None or given.shape != outputs.shape or wanted.shape != outputs.shape:
+            seen = []
+            for node, at_end in zip(nodes, behind, strict=True):
+                found = self._at(node, want, at_end if rectifier is not None else None, theirs, theirs if ours is None else ours)
+                if rectifier is not None and rectifier.addend is not None and found[2] is None:
                     rectifier = None
-                else:
-                    addends = given, wanted
-            if isinstance(inputs, Tensor) and isinstance(outputs, Tensor):
-                collector.add(inputs, outputs, addends, len(self.batches[index]))
+                seen.append(found)
+            again = False
+            for inputs, outputs, addends in seen:
+                if isinstance(inputs, Tensor) and isinstance(outputs, Tensor):
+                    collector.add(inputs, outputs, None if rectifier is None else addends, len(self.batches[index]), again)
+                    again = True
         return collector.samples(), rectifier
+
+    def _at(
+        self, node: fx.Node, want: Wanted, rectifier: Rectifier | None, theirs: Values, ours: Values
+    ) -> tuple[Any, Any, tuple[Tensor, Tensor] | None]:
+        """What the student's layer reads at ``node``, what the teacher's gives, and what both networks add behind it; None where
+        nothing is, or it is not there yet."""
+        inputs = fetch(node.args[0] if node.args else next(iter(node.kwargs.values())), ours)
+        outputs = _kept(run_node(node, self.teacher, dict(theirs), None), want)
+        if rectifier is None or rectifier.addend is None:
+            return inputs, outputs, None
+        wanted = _kept(value_at(rectifier.addend, self.teacher, dict(theirs)), want)
+        given = value_at(rectifier.addend, self.student, ours)
+        if wanted is None or given is None or given.shape != outputs.shape or wanted.shape != outputs.shape:
+            return inputs, outputs, None
+        return inputs, outputs, (given, wanted)
 
     def _starts(self, shelf: Shelf | None, start: int) -> Iterator[tuple[Values, Values | None]]:
         """The values of both networks for every batch; None for the student's where they are the teacher's still."""
@@ -179,9 +217,9 @@ class _Walk:
             node = self.nodes[index]
             if index >= self.first_different and ours is None:
                 ours = {key: fx.node.map_aggregate(value, _copy) for key, value in theirs.items()}
-            values = _run(node, self.teacher, theirs, theirs.get(_IMAGES))
+            values = run_node(node, self.teacher, theirs, theirs.get(_IMAGES))
             if ours is not None:
-                ours[node] = _run(node, self.student, ours, ours.get(_IMAGES))
+                ours[node] = run_node(node, self.student, ours, ours.get(_IMAGES))
             theirs[node] = values
             for used in (*node.all_input_nodes, node):
                 if self.last[used] <= index:
@@ -205,17 +243,17 @@ class _Walk:
                     return index
         return len(self.nodes)
 
-    def _sizes(self, image: Tensor) -> tuple[dict[fx.Node, int], int]:
+    def _sizes(self, image: Input) -> tuple[dict[fx.Node, int], int]:
         """Elements of every node's value for one image, and of the largest."""
         values: Values = {_IMAGES: image.to(self.device)}
         sizes = {}
         for index, node in enumerate(self.nodes):
-            values[node] = _run(node, self.teacher, values, values[_IMAGES])
+            values[node] = run_node(node, self.teacher, values, values[_IMAGES])
             sizes[node] = elements(values[node])
             for used in (*node.all_input_nodes, node):
                 if self.last[used] <= index:
                     values.pop(used, None)
-        return sizes, max([image.numel(), *sizes.values()])
+        return sizes, max([numbers(image), *sizes.values()])
 
 
 def _kept(outputs: Any, want: Wanted) -> Any:
@@ -242,81 +280,9 @@ def _same_module(first: nn.Module, second: nn.Module) -> bool:
     )
 
 
-def _fetch(argument: Any, values: Values) -> Any:
-    return fx.node.map_arg(argument, lambda n: values[n])
-
-
-def _value(node: fx.Node, model: nn.Module, values: Values) -> Tensor | None:
-    """What the node has given, or gives now that its inputs are there: a shortcut often comes after the layers it skips."""
-    steps = _ahead(node, model, values)
-    if steps is None or not _harmless(steps, model, values):
-        return None
-    found = _computed(steps, model, dict(values))[node]
-    return found if isinstance(found, Tensor) else None
-
-
-def _ahead(node: fx.Node, model: nn.Module, values: Values) -> list[fx.Node] | None:
-    """What must run to give ``node``'s value, in order; None if something of it must wait for its turn."""
-    steps: dict[fx.Node, None] = {}
-
-    def possible(node: fx.Node) -> bool:
-        if node in values or node in steps:
-            return True
-        if node.op not in ("call_module", "call_function", "call_method"):
-            return False
-        if node.op == "call_module" and any(True for _ in resolve(model, str(node.target)).parameters()):
-            return False  # may be a layer that is not repaired yet
-        if not all(possible(used) for used in node.all_input_nodes):
-            return False
-        steps[node] = None
-        return True
-
-    return list(steps) if possible(node) else None
-
-
-def _harmless(steps: list[fx.Node], model: nn.Module, values: Values) -> bool:
-    """Whether the steps leave their inputs as they are: in place, they would do their work twice."""
-    tensors: list[Tensor] = []
-
-    def copied(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        tensors.append(leaf.clone())
-        return tensors[-1]
-
-    used = {node for step in steps for node in step.all_input_nodes if node in values}
-    copies = {node: fx.node.map_aggregate(values[node], copied) for node in used}
-    versions = [tensor._version for tensor in tensors]
-    _computed(steps, model, copies)
-    return versions == [tensor._version for tensor in tensors]
-
-
-def _computed(steps: list[fx.Node], model: nn.Module, values: Values) -> dict[fx.Node, Any]:
-    """``values``, and those of the steps."""
-    for step in steps:
-        values[step] = _run(step, model, values, None)
-    return values
-
-
-def _run(node: fx.Node, model: nn.Module, values: Values, batch: Tensor | None) -> Any:
-    if node.op == "placeholder":
-        # A traced forward may have optional arguments; only the first placeholder is the image batch.
-        first = all(isinstance(key, str) for key in values)
-        return batch.clone() if first and batch is not None else (node.args[0] if node.args else None)
-    args, kwargs = _fetch(node.args, values), _fetch(node.kwargs, values)
-    if node.op == "get_attr":
-        return resolve(model, str(node.target))
-    if node.op == "call_module":
-        return resolve(model, str(node.target))(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    assert callable(node.target)
-    return node.target(*args, **kwargs)
-
-
-def largest_map(model: nn.Module, image: Tensor) -> int:
+def largest_map(model: nn.Module, image: Input) -> int:
     """Elements of the largest module output for one image; bounds what :func:`walk` keeps per image."""
-    largest = image.numel()
+    largest = numbers(image)
     handles = []
 
     def note(module: nn.Module, inputs: Any, output: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharefold.inputs import Input
 from sharefold.outputs import OutputReading
 from sharefold.outputs.leaves import tensors_of
 from sharefold.outputs.taps import listening
@@ -16,7 +17,7 @@ from sharefold.running import evaluating, run_on
 
 
 def output_layers(
-    reading: OutputReading, model: nn.Module, images: Tensor, wanted: Callable[[nn.Module], bool]
+    reading: OutputReading, model: nn.Module, images: Input, wanted: Callable[[nn.Module], bool]
 ) -> dict[str, nn.Module]:
     """Layers, of those that are ``wanted``, that run once and whose output is one of the network's, by its name; in one run."""
     sources = {leaf.source for leaf in reading.leaves}

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sharefold.calibration.calibrate import Calibration
 from sharefold.data.views import random_views
 from sharefold.errors import SharefoldError
+from sharefold.inputs import Input, Inputs
 from sharefold.layers import running
 from sharefold.layers.norm_fusion import norms_fused
 from sharefold.options import RefineOptions, chosen
@@ -48,6 +49,8 @@ CHECKS = 5
 # Where time allows fewer steps than this, they are smaller: what large ones disturb so few cannot mend.
 MANY_STEPS = 1000
 BATCH, SMALLEST_BATCH = 64, 8
+# A block's name, and which of its runs in one run of the network.
+BlockRun: TypeAlias = tuple[str, int]
 
 
 def refine(
@@ -198,14 +201,18 @@ def _train(
     optimizer = torch.optim.AdamW(_groups(parameters, step), weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]
     share = 0.0
-    with _outputs(original, names) as theirs, _outputs(model, names) as ours:
+    hooked, every = {name for name, _ in names}, isinstance(images, Inputs)
+    with _outputs(original, hooked, every) as theirs, _outputs(model, hooked, every) as ours:
         while True:
             order = torch.randperm(len(images), generator=generator)
             for index in order.split(batch_size):
                 caution = clock.caution()
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * _rate(share) * caution
-                batch = random_views(images[index], generator).to(parameters[0].device)
+                picked = images[index]
+                # What is turned in one of several inputs would no longer belong to the others.
+                views = picked if isinstance(picked, Inputs) else random_views(picked, generator)
+                batch = views.to(parameters[0].device)
                 losses = wishes.losses(model, batch)
                 losses += relative_errors([ours[n] for n in names], [theirs[n] for n in names], spreads)
                 loss = torch.stack(losses).mean()
@@ -223,13 +230,13 @@ def _train(
 class _Wishes:
     """What the student's outputs shall be: the teacher's, by the loss of the divergence or the user's criterion."""
 
-    def __init__(self, cal: Calibration, first: Tensor) -> None:
+    def __init__(self, cal: Calibration, first: Input) -> None:
         self.original, self.divergence, self.criterion = cal.original, cal.divergence, cal.criterion
         with torch.no_grad():
             self.spreads = self.divergence.spreads(self.divergence.reading.run(self.original, first))
         self.scale = 0.0
 
-    def losses(self, model: nn.Module, batch: Tensor) -> list[Tensor]:
+    def losses(self, model: nn.Module, batch: Input) -> list[Tensor]:
         """Scalars, one an output; both networks run, so that their hooks see the batch.
 
         Raises:
@@ -273,18 +280,20 @@ def _groups(parameters: list[nn.Parameter], step: float) -> list[dict[str, Any]]
 
 @torch.no_grad()
 def _comparable(
-    original: nn.Module, model: nn.Module, batch: Tensor, blocks: Sequence[str]
-) -> tuple[list[str], list[float]]:
-    """Those blocks whose outputs are single tensors of one shape in both networks, and the original's variances."""
+    original: nn.Module, model: nn.Module, batch: Input, blocks: Sequence[str]
+) -> tuple[list[BlockRun], list[float]]:
+    """Those runs of blocks whose outputs are single tensors of one shape in both networks, and the original's variances."""
     modules = dict(model.named_modules())
     names = [name for name in blocks if name in modules]
-    with _outputs(original, names) as theirs, _outputs(model, names) as ours:
+    every = isinstance(batch, Inputs)
+    with _outputs(original, names, every) as theirs, _outputs(model, names, every) as ours:
         run_on(original, batch)
         run_on(model, batch)
-        both = [name for name in names if name in theirs and name in ours and theirs[name].shape == ours[name].shape]
-        spreads = [_spread(theirs[name]) for name in both]
-    usable = [(name, spread) for name, spread in zip(both, spreads, strict=True) if spread > 0]
-    return [name for name, _ in usable], [spread for _, spread in usable]
+        runs = sorted(theirs, key=lambda run: (names.index(run[0]), run[1]))
+        both = [run for run in runs if run in ours and theirs[run].shape == ours[run].shape]
+        spreads = [_spread(theirs[run]) for run in both]
+    usable = [(run, spread) for run, spread in zip(both, spreads, strict=True) if spread > 0]
+    return [run for run, _ in usable], [spread for _, spread in usable]
 
 
 def _spread(output: Tensor) -> float:
@@ -294,15 +303,17 @@ def _spread(output: Tensor) -> float:
 
 
 @contextmanager
-def _outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """The last output tensor of each named module; blocks that run more than once count by their last run."""
-    seen: dict[str, Tensor] = {}
-    handles = []
+def _outputs(model: nn.Module, names: Iterable[str], every: bool = False) -> Iterator[dict[BlockRun, Tensor]]:
+    """The output tensors of each named module in the network's last run; blocks that run more than once count by their last
+    run, with ``every`` by all, as several inputs may pass one block."""
+    seen: dict[BlockRun, Tensor] = {}
+    handles = [model.register_forward_pre_hook(lambda *_: seen.clear())] if every else []
     for name in names:
 
         def keep(module: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
             if isinstance(output, Tensor):
-                seen[name] = output
+                before = sum(other == name for other, _ in seen) if every else 0
+                seen[name, before] = output
 
         handles.append(model.get_submodule(name).register_forward_hook(keep))
     try:

@@ -65,16 +65,19 @@ class Collector:
         self._seen = 0
 
     def add(
-        self, inputs: Tensor, outputs: Tensor, addends: tuple[Tensor, Tensor] | None = None, images: int | None = None
-    ) -> None:
+        self, inputs: Tensor, outputs: Tensor, addends: tuple[Tensor, Tensor] | None = None, images: int | None = None,
+        again: bool = False,
+    ) -> None:  # fmt: skip
         """One batch.
 
         Args:
             addends: (given, wanted), of the shape of ``outputs``.
             images: how many they are of, where the first axis holds several parts of each, one after another (windows, tokens,
                 frames).
+            again: they are the images of the last batch, in another run of the layer.
         """
         images = len(outputs) if images is None else images
+        self._seen -= images if again else 0
         inputs, *rows = (self._by_image(part, images) for part in (inputs, outputs, *(addends or ())))
         count = len(inputs)
         positions = max(1, self.positions * images // count)

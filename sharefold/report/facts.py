@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.graph import analyze
+from sharefold.inputs import Tensors
 from sharefold.layers import SharedConv, form_of, weight_matrix
 from sharefold.methods import step_named
 from sharefold.plans import GroupPlan, Plan
@@ -78,13 +79,13 @@ Weights = Literal["original", "shared", "none"]
 
 def facts_of(
     title: str, plan: Plan, metrics: Mapping[str, Any] | None = None, dense: nn.Module | None = None,
-    example_input: Tensor | None = None, *, weights: Weights = "original",
+    example_input: Tensors | None = None, *, weights: Weights = "original",
 ) -> Facts:  # fmt: skip
     """Reads the map and the spectra off the dense network.
 
     Args:
         dense: the network that the plan was made for; without it there is neither map nor spectrum.
-        example_input: (B, C, H, W), for tracing.
+        example_input: (B, C, H, W), for tracing, or a tuple of tensors.
         weights: which ones ``dense`` has: those before sharing, what sharing made of them, or none that mean something;
             then there are no spectra.
     """

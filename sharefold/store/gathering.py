@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sharefold.calibration.pairs import Gatherer
 from sharefold.calibration.statistics import batch_for
+from sharefold.inputs import Input
 from sharefold.layers import ConvForm
 from sharefold.running import run_on, runs_within
 from sharefold.solvers.moments import PairSums
@@ -15,7 +16,7 @@ CACHE_BYTES = 1 << 30
 
 
 @torch.no_grad()
-def gather(model: nn.Module, forms: dict[str, ConvForm], centered: dict[str, bool], images: Tensor) -> dict[str, PairSums]:
+def gather(model: nn.Module, forms: dict[str, ConvForm], centered: dict[str, bool], images: Input) -> dict[str, PairSums]:
     """:class:`PairSums` of the layers ``forms`` of ``model``, whose own outputs are the wanted ones; one pass."""
     gatherers = {name: Gatherer(form, len(images)) for name, form in forms.items()}
     handles = [

@@ -14,6 +14,7 @@ from sharefold.calibration.sensitivity import output_sensitivity
 from sharefold.calibration.statistics import WIDE, batch_for
 from sharefold.format import carried_config
 from sharefold.graph import NetworkGraph
+from sharefold.inputs import Input
 from sharefold.layers import STOCK_LAYERS, Bank, ConvForm, SharedConv, affine, banks, form_of, free_moments
 from sharefold.outputs import Divergence, divergence_of
 from sharefold.plans import Plan
@@ -78,7 +79,7 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Para
 
 @torch.no_grad()
 def prepare(
-    original: nn.Module, model: nn.Module, graph: NetworkGraph, images: Tensor, divergence: Divergence | None = None
+    original: nn.Module, model: nn.Module, graph: NetworkGraph, images: Input, divergence: Divergence | None = None
 ) -> Prepared:
     """Measures ``model`` (float still) and turns the bases of its banks; the network computes what it did.
 
@@ -168,7 +169,7 @@ def _measure(
 
 def _shared(
     model: nn.Module, graph: NetworkGraph, plan: Prepared, members: dict[str, list[str]],
-    sensitivity: dict[str, Tensor], images: Tensor,
+    sensitivity: dict[str, Tensor], images: Input,
 ) -> None:  # fmt: skip
     for bank_name, names in members.items():
         found = gather(model, {name: plan.forms[name] for name in names}, plan.centered, images)

@@ -16,6 +16,7 @@ from sharefold.errors import SharefoldError
 from sharefold.format import config_of
 from sharefold.graph import analyze
 from sharefold.graph.preserved import restored_on_error
+from sharefold.inputs import AnyInput, Input
 from sharefold.layers import to_dense
 from sharefold.outputs import Divergence
 from sharefold.plans import Progress
@@ -57,7 +58,7 @@ class StoreReport:
 
 @with_plain_settings
 def quantize_(
-    model: nn.Module, spec: str | StoreRequest, calibration: Calibration | Tensor | None = None,
+    model: nn.Module, spec: str | StoreRequest, calibration: Calibration | AnyInput | None = None,
     original: nn.Module | None = None, seed: int = 0, progress: Progress | None = None,
 ) -> StoreReport:  # fmt: skip
     """Rounds ``model`` in place to what the file will hold, so that saving and loading changes nothing more.
@@ -67,7 +68,7 @@ def quantize_(
         spec: ``fp16``, ``int2``..``int8``, ``kmeans2``..``kmeans8``, ``mixed:0.4MB``, or a request of
             :func:`plan_store`.
         calibration: of the dense network, of whose images the part ``fit`` is used, or (n, C, H, W) normalised images, no
-            labels, all used; by default procedural images.
+            labels, or a tuple of tensors, all used; by default procedural images.
         original: the dense network whose outputs are aimed at; by default the calibrated one, else the model as it is.
         seed: of procedural images.
 
@@ -104,7 +105,7 @@ def _same_shapes(one: nn.Module, other: nn.Module) -> bool:
 
 
 def _rounded(
-    model: nn.Module, teacher: nn.Module, dense: nn.Module, request: StoreRequest, images: Tensor, divergence: Divergence | None,
+    model: nn.Module, teacher: nn.Module, dense: nn.Module, request: StoreRequest, images: Input, divergence: Divergence | None,
     progress: Progress | None,
 ) -> StoreReport:  # fmt: skip
     """Rounds ``model``, in eval mode like both others, and again with another step until the file has the size asked for."""
@@ -157,8 +158,8 @@ def _next_step(tried: list[tuple[float, int]], wanted: float, weights: int) -> f
 
 
 def _material(
-    model: nn.Module, calibration: Calibration | Tensor | None, original: nn.Module | None, seed: int
-) -> tuple[Tensor, nn.Module | None]:
+    model: nn.Module, calibration: Calibration | AnyInput | None, original: nn.Module | None, seed: int
+) -> tuple[Input, nn.Module | None]:
     """The images, and the network that they are compared on."""
     if isinstance(calibration, Calibration):
         return calibration.fit_images, calibration.original if original is None else original
@@ -166,7 +167,7 @@ def _material(
 
 
 def plan_store(
-    model: nn.Module, budget_bytes: int, calibration: Calibration | Tensor | None = None, seed: int = 0
+    model: nn.Module, budget_bytes: int, calibration: Calibration | AnyInput | None = None, seed: int = 0
 ) -> StoreRequest:
     """The request whose file is predicted to fit ``budget_bytes``: the step at which rounding to the nearest does.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.calibration.pairs import by_group
+from sharefold.inputs import Input
 from sharefold.layers import SharedConv, form_of, mean_output, weight_matrix
 from sharefold.plans import Progress
 from sharefold.repair.lockstep import Visited, Wanted, walk
@@ -24,7 +25,7 @@ from sharefold.store.tensor_spec import StoreRequest, StoreSpec
 
 @torch.no_grad()
 def round_network(
-    model: nn.Module, teacher: nn.Module, prepared: Prepared, request: StoreRequest, images: Tensor,
+    model: nn.Module, teacher: nn.Module, prepared: Prepared, request: StoreRequest, images: Input,
     progress: Progress | None,
 ) -> tuple[StoreSpec, bool]:  # fmt: skip
     """Rounds every tensor of ``model`` in place, in eval mode like ``teacher``.
@@ -99,7 +100,7 @@ class _Rounder:
 
 
 def _sequential(
-    model: nn.Module, teacher: nn.Module, prepared: Prepared, images: Tensor,
+    model: nn.Module, teacher: nn.Module, prepared: Prepared, images: Input,
     layer: Callable[[str, PairSums | None], None],
 ) -> bool:  # fmt: skip
     graph = prepared.graph

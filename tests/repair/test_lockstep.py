@@ -198,7 +198,7 @@ def test_values_are_dropped_when_nothing_needs_them(monkeypatch: pytest.MonkeyPa
     teacher = net()
     walkers: list[Any] = []
     most: list[int] = []
-    real_init, real_run = lockstep._Walk.__init__, lockstep._run
+    real_init, real_run = lockstep._Walk.__init__, lockstep.run_node
 
     def made(self: Any, *args: Any) -> None:
         walkers.append(self)
@@ -211,7 +211,7 @@ def test_values_are_dropped_when_nothing_needs_them(monkeypatch: pytest.MonkeyPa
         return real_run(node, model, values, batch)
 
     monkeypatch.setattr(lockstep._Walk, "__init__", made)
-    monkeypatch.setattr(lockstep, "_run", run)
+    monkeypatch.setattr(lockstep, "run_node", run)
     walk(fx.symbolic_trace(teacher).graph, teacher, changed(teacher, RESIDUAL), IMAGES,
          {name: Wanted(form(teacher, name)) for name in RESIDUAL}, lambda _: None)  # fmt: skip
     assert max(most) == 2  # a block's input and what its layers make of it
