@@ -165,7 +165,8 @@ class _Run:
         self.folder = folder if where.first else None
         self.state_path = folder / STATE_FILE if folder is not None else None
         # Of volumes there is no such order.
-        flat = all(tensor.dim() < 5 for tensor in (*model.parameters(), *model.buffers()))
+        known = [*model.parameters(), *model.buffers(), *(() if teacher is None else (*teacher.parameters(), *teacher.buffers()))]
+        flat = all(tensor.dim() < 5 for tensor in known)
         layout = torch.channels_last if config.channels_last and flat else torch.contiguous_format
         self.model = model.to(where.device).to(memory_format=layout)
         self.teacher = None if teacher is None else teacher.to(where.device).to(memory_format=layout).eval()
