@@ -165,26 +165,38 @@ TASKS = {
 }  # fmt: skip
 
 
-def trained(task: Task, images: Tensor, labels: Tensor, minutes: float) -> tuple[nn.Module, int]:
-    """The network after so many minutes, and the number of updates."""
-    torch.manual_seed(0)
-    net, random = task.network(), torch.Generator().manual_seed(0)
+def train(net: nn.Module, batch_loss: Callable[[int], Tensor], minutes: float) -> int:
+    """So many minutes of AdamW with a step that falls to 2 %; gives the number of updates.
+
+    Args:
+        batch_loss: the loss of the next batch, of the update of this number.
+    """
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
     start, updates, seconds = time.perf_counter(), 0, 60 * minutes
     while (spent := time.perf_counter() - start) < seconds:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * max(0.02, 1 - spent / seconds)
+        optimizer.zero_grad()
+        batch_loss(updates).backward()
+        optimizer.step()
+        updates += 1
+    net.eval()
+    return updates
+
+
+def trained(task: Task, images: Tensor, labels: Tensor, minutes: float) -> tuple[nn.Module, int]:
+    """The network after so many minutes, and the number of updates."""
+    torch.manual_seed(0)
+    net, random = task.network(), torch.Generator().manual_seed(0)
+
+    def batch_loss(update: int) -> Tensor:
         pick = torch.randint(0, len(images), (64,), generator=random)
         top, left = torch.randint(0, 33 - task.crop, (2,), generator=random).tolist()
         some = images[pick][:, :, top : top + task.crop, left : left + task.crop]
-        if updates % 2:
-            some = some.flip(3)
-        inputs, target = task.batch(some, labels[pick], random)
-        optimizer.zero_grad()
-        task.loss(net(inputs), target).backward()
-        optimizer.step()
-        updates += 1
-    return net.eval(), updates
+        inputs, target = task.batch(some.flip(3) if update % 2 else some, labels[pick], random)
+        return task.loss(net(inputs), target)
+
+    return net, train(net, batch_loss, minutes)
 
 
 @torch.no_grad()
@@ -205,30 +217,46 @@ def lost(task: Task, before: nn.Module, after: nn.Module, inputs: Tensor, target
     return {"without": without, "before": start, "after": end, "lost": start - end}
 
 
+def converted(
+    net: nn.Module, seen: Tensor, budget: str, lost: Callable[[nn.Module], dict[str, Any]], *, most: float, seed: int = 0,
+    refine: str | None = None, outputs: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """What a conversion of ``net`` by images ``seen`` loses, for a row of the table.
+
+    Args:
+        lost: figures of a converted network, ``lost`` among them, which should be ``most``.
+        refine: also refined so long.
+    """
+    model, start = copy.deepcopy(net), time.process_time()
+    cal = sharefold.calibrate(model, seen, seed=seed, outputs=outputs)
+    plan = sharefold.plan(model, budget, cal)
+    done = sharefold.convert_(model, plan, cal)
+    seconds = time.process_time() - start
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (net, model)]
+    found, refined = lost(model), None
+    if refine:
+        model = copy.deepcopy(net)
+        sharefold.convert_(model, plan, cal, refine=refine)
+        refined = {"effort": refine, **lost(model)}
+    return {
+        "budget": budget, "seed": seed, "params": sizes, **found, "most": most, "reached": found["lost"] <= most,
+        "refined": refined, "said": [f"{figure.name} {figure.metric} {figure.text()}" for figure in done.outputs],
+        "cpu_seconds": round(seconds, 1), "methods": sorted({group.method for group in plan.groups}), "hardware": hardware(),
+        "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
 def measure(name: str, data: dict[str, Tensor], minutes: float, seed: int, refine: str | None) -> dict[str, Any]:
     task, random = TASKS[name], torch.Generator().manual_seed(1)
     used = len(data["train_x"]) - CALIBRATION
     net, updates = trained(task, data["train_x"][:used], data["train_y"][:used], minutes)
     inputs, target = task.batch(data["test_x"], data["test_y"], random)
     seen = task.batch(data["train_x"][used:], data["train_y"][used:], random)[0]
-    model, start = copy.deepcopy(net), time.process_time()
-    cal = sharefold.calibrate(model, seen, seed=seed, outputs=task.outputs)
-    plan = sharefold.plan(model, task.budget, cal)
-    done = sharefold.convert_(model, plan, cal)
-    seconds = time.process_time() - start
-    sizes = [sum(p.numel() for p in m.parameters()) for m in (net, model)]
-    found = lost(task, net, model, inputs, target)
-    refined = None
-    if refine:
-        model = copy.deepcopy(net)
-        sharefold.convert_(model, plan, cal, refine=refine)
-        refined = {"effort": refine, **lost(task, net, model, inputs, target)}
-    return {
-        "task": name, "budget": task.budget, "seed": seed, "updates": updates, "minutes": minutes, "params": sizes,
-        **found, "unit": task.unit, "most": task.most, "reached": found["lost"] <= task.most, "refined": refined,
-        "said": [f"{figure.name} {figure.metric} {figure.text()}" for figure in done.outputs], "cpu_seconds": round(seconds, 1),
-        "methods": sorted({group.method for group in plan.groups}), "hardware": hardware(), "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+    found = converted(
+        net, seen, task.budget, lambda model: lost(task, net, model, inputs, target), most=task.most, seed=seed, refine=refine,
+        outputs=task.outputs,
+    )  # fmt: skip
+    return {"task": name, "updates": updates, "minutes": minutes, "unit": task.unit, **found}
 
 
 def main() -> None:
