@@ -1,4 +1,4 @@
-"""Which architectures the tool takes: every model of timm's and torchvision's registries, converted to 50 %.
+"""Which architectures the tool takes: every model of four libraries' registries, converted to 50 %.
 
     OMP_NUM_THREADS=1 python benchmarks/coverage.py --family-samples 1
     OMP_NUM_THREADS=1 python benchmarks/coverage.py --match 'resnet' --again failed
@@ -8,7 +8,10 @@ images of the smallest size that the network takes, inspect, plan, convert witho
 outputs bit for bit. Larger ones are built on the meta device, planned by uniform ranks, converted with blank tensors,
 counted and run there; those whose forward code reads values do the same on the CPU. From timm only conv-dominated
 networks are converted: more than half of the parameters in convolutions, or in Linears that run at every position of a
-map. From torchvision: all for classification, segmentation and detection.
+map. From torchvision: all for classification, segmentation and detection, and the twins of torchvision.models.quantization,
+which are made for quantisation and run in floats. Of segmentation_models_pytorch every decoder with its default encoder and with
+a small one, of ultralytics every network that it ships, each where the package is installed; ``--library ultralytics`` leaves out
+all others.
 
 Every model runs in a process of its own, so that a crash, a memory limit or ``--seconds`` costs one line. Writes
 results/coverage.csv after every model; rows that are there stay unless ``--again``. One model of each family comes
@@ -35,6 +38,9 @@ from coverage_check import Row, check
 from sharefold.architectures.build import registry, torchvision_builder
 
 RESULTS = Path(__file__).parent / "results" / "coverage.csv"
+LIBRARIES = ("timm", "torchvision", "smp", "ultralytics")
+SMALL_ENCODER = "encoder_name=tu-mobilenetv3_small_100"  # with which a decoder goes through the whole job
+NO_ENCODER = {"dpt": "encoder_name=tu-vit_tiny_patch16_224"}  # takes vision transformers alone
 SMALL = re.compile(r"atto|femto|pico|nano|tiny|xxs|small|mobile|_050|_s0|_b0|_m0|_t0|18|_xs|_s\b|_0")
 
 
@@ -46,10 +52,16 @@ def entries(library: str | None = None, match: str | None = None) -> list[Row]:
         rows += [Row(n, "timm", timm.models.model_entrypoint(n).__module__.rpartition(".")[2]) for n in names]
     if library in (None, "torchvision"):
         models = torchvision.models
-        for kind, module in (("", models), ("segmentation.", models.segmentation), ("detection.", models.detection)):
-            for name in models.list_models(module=module):
-                family = kind + torchvision_builder(name).__module__.rpartition(".")[2]
-                rows.append(Row(name, "torchvision", family))
+        for kind in ("", "segmentation", "detection", "quantization"):
+            for name in models.list_models(module=getattr(models, kind) if kind else models):
+                file = torchvision_builder(name).__module__.rpartition(".")[2]
+                rows.append(Row(name, "torchvision", f"{kind}.{file}" if kind else file))
+    if library in (None, "smp"):
+        for name in registry("smp"):
+            encoders = (NO_ENCODER.get(name, SMALL_ENCODER), "")
+            rows += [Row(f"{name}:{encoder}" if encoder else name, "smp", name) for encoder in encoders]
+    if library in (None, "ultralytics"):
+        rows += [Row(name, "ultralytics", re.sub(r"(\d)[a-z](?=-|$)", r"\1", name)) for name in registry("ultralytics")]
     place: Counter[tuple[str, str]] = Counter()
     ranks = {}
     for row in sorted(rows, key=lambda row: (not SMALL.search(row.model), row.model)):
@@ -92,7 +104,7 @@ def summary(rows: Iterable[dict[str, str]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--library", choices=("timm", "torchvision"))
+    parser.add_argument("--library", choices=LIBRARIES)
     parser.add_argument("--match", metavar="REGEX", help="only models whose name it is found in")
     parser.add_argument("--family-samples", type=int, metavar="N", help="only the first N models of each family")
     parser.add_argument("--limit-params", type=int, default=8_000_000, help="above it: plan and count only")

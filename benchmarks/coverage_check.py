@@ -1,8 +1,8 @@
 """One architecture through the whole job: built, inspected, converted to half its parameters, saved, loaded, compared.
 
 What ``coverage.py`` does to every model of the registries, and the tests to a few. Small networks go through it for
-real (:func:`convert_for_real`), with random weights; large ones on the meta device, where a plan that needs no data
-(:func:`uniform_plan`) is carried out with blank tensors and counted (:func:`convert_blank`).
+real (:func:`convert_for_real`), with random weights; large ones on the meta device, where a plan that needs no data is carried
+out with blank tensors and counted (``coverage_blank.py``).
 """
 
 from __future__ import annotations
@@ -16,35 +16,28 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from coverage_blank import BUDGET, NOTHING, Stated, above, convert_blank, outputs
 from timm.layers import CondConv2d
 from torch import Tensor, nn
 
 import sharefold
+from sharefold.architectures import yolo
+from sharefold.architectures.arguments import parse_options
 from sharefold.architectures.build import build_base, build_on_meta, make_base
 from sharefold.calibration.images import input_config
 from sharefold.errors import SharefoldError
 from sharefold.format import distinct
-from sharefold.graph import Group, NetworkGraph, analyze, find_groups
-from sharefold.graph.trace import tensors_in
-from sharefold.layers import checked_form
+from sharefold.graph import NetworkGraph, analyze, find_groups
 from sharefold.measure import count_parameters
-from sharefold.methods import method_named, step_named
-from sharefold.methods.checks import check_plan
 from sharefold.options import PlanOptions
-from sharefold.planner import find_candidates, find_units
-from sharefold.plans import GroupPlan, Plan
+from sharefold.outputs import OutputReading, read_outputs
+from sharefold.planner import find_candidates
 from sharefold.procedural import dead_leaves
 from sharefold.store.plain_size import plain_bytes
 
-BUDGET = 0.5
 SIZES = (64, 96, 128)  # tried in this order before the network's own input size
 IMAGES = 6
-NOTHING = "nothing to share: no layer has a cheaper form"
 CPU_LIMIT = 400_000_000  # networks that only run on real tensors are counted on the CPU up to this size
-
-
-class Stated(Exception):
-    """Why an architecture is no case for the tool, or is not converted: a reason, not a failure."""
 
 
 @dataclass
@@ -57,6 +50,8 @@ class Row:
         shareable: share of the parameters that lies in convertible layers.
         reduced_to: share of the parameters after conversion.
         mode: ``real`` (weights, images, file), ``meta`` or ``cpu`` (planned, installed blank, counted, run).
+        outputs: what both networks are compared by: kinds of outputs, or, where results vary in number, the modules that are
+            listened to. Blank where nothing ran on real tensors.
         reason: why not, or what is worth knowing; failures begin with ``failed``.
     """
 
@@ -72,6 +67,7 @@ class Row:
     mode: str = ""
     seconds: float | None = None
     reason: str = ""
+    outputs: str = ""
 
 
 def check(row: Row, *, limit: int = 8_000_000, method: Sequence[str] | str = ("basis", "svd")) -> Row:
@@ -92,14 +88,15 @@ def check(row: Row, *, limit: int = 8_000_000, method: Sequence[str] | str = ("b
 
 
 def _check(row: Row, limit: int, method: Sequence[str] | str) -> None:
-    base = make_base(row.library, row.model, {})
+    name, _, arguments = row.model.partition(":")
+    base = make_base(row.library, name, parse_options(arguments, row.model))
     torch.manual_seed(0)
     try:
         model = build_on_meta(base)
     except SharefoldError as error:
         raise Stated(f"cannot be built: {brief(error)}") from None
     row.parameters = count_parameters(model)
-    everything = row.library == "torchvision"
+    everything = row.library != "timm"
     if row.parameters <= limit:
         model = build_base(base)
         vary(model)
@@ -107,10 +104,12 @@ def _check(row: Row, limit: int, method: Sequence[str] | str) -> None:
         row.mode = "real"
         graph = inspect(row, model, images[:1], everything)
         with tempfile.TemporaryDirectory() as folder, quick():
+            reading = read(row, model, images, graph)
             row.reduced_to, row.reason = convert_for_real(model, images, Path(folder), method=method, graph=graph)
+            check_outputs(reading, model, images[:2])
         return
     row.mode = "meta"
-    image = torch.empty(1, *input_config(model)["input_size"], device="meta")
+    image = torch.empty(1, *input_size(model), device="meta")
     try:
         graph = inspect(row, model, image, everything)
     except SharefoldError as error:  # forward code that reads values
@@ -119,7 +118,38 @@ def _check(row: Row, limit: int, method: Sequence[str] | str) -> None:
         row.mode = "cpu"
         model, image = build_base(base), torch.rand(image.shape)
         graph = inspect(row, model, image, everything)
+    reading = None if row.mode == "meta" else read(row, model, image, graph)
     row.reduced_to, row.reason = convert_blank(model, image, graph)
+    if reading is not None:
+        check_outputs(reading, model, image)
+
+
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """(C, H, W); of ultralytics' networks a small one that goes by their largest stride."""
+    if yolo.is_network(model):
+        return (3, 256, 256)
+    return input_config(model)["input_size"]
+
+
+def read(row: Row, model: nn.Module, images: Tensor, graph: NetworkGraph) -> OutputReading:
+    """What ``model`` returns and is compared by, noted in ``row``."""
+    reading = read_outputs(model, images, graph)
+    row.outputs = " ".join(sorted({tap.name for tap in reading.taps} or {leaf.kind for leaf in reading.leaves})) or "none"
+    return reading
+
+
+@torch.no_grad()
+def check_outputs(reading: OutputReading, model: nn.Module, images: Tensor) -> None:
+    """Whether the converted network gives all that it is compared by.
+
+    Raises:
+        AssertionError: an output is missing, or has another number of images.
+    """
+    try:
+        found = reading.run(model.eval(), images)
+    except SharefoldError as error:
+        raise AssertionError(f"the converted network cannot be compared: {brief(error)}") from None
+    assert all(len(answer) == len(images) for answer in found), "outputs of the converted network are not one an image"
 
 
 @torch.no_grad()
@@ -136,7 +166,7 @@ def images_for(model: nn.Module, sizes: Sequence[int] = SIZES) -> Tensor:
     Raises:
         Stated: the network does not run at its own input size either.
     """
-    channels, height, width = input_config(model)["input_size"]
+    channels, height, width = input_size(model)
     for size in [(size, size) for size in sizes if size < min(height, width)] + [(height, width)]:
         images = (dead_leaves(IMAGES, size, channels) - 0.5) / 0.25
         try:
@@ -207,7 +237,7 @@ def convert_for_real(
     limit = max(int(BUDGET * before), candidates.floor)
     if limit >= before:
         raise Stated(NOTHING)
-    note = _above(limit / before) if limit > BUDGET * before else ""
+    note = above(limit / before) if limit > BUDGET * before else ""
     plan = candidates.plan(candidates.pick(limit, f"{limit:,}"), f"{limit:,}")
     done = sharefold.convert_(model, plan, cal, repair=False)
     after = count_parameters(model)
@@ -232,78 +262,6 @@ def quick() -> Iterator[None]:
         mock.patch("sharefold.methods.basis.solve_effort", lambda features: {"rounds": 1}),
     ):
         yield
-
-
-def outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Every tensor of the network's output, whatever holds them."""
-    with torch.no_grad():
-        return list(tensors_in(model.eval()(images)))
-
-
-def convert_blank(model: nn.Module, image: Tensor, graph: NetworkGraph) -> tuple[float, str]:
-    """Plans without data, puts blank shared layers in place, counts them and runs the network for its output shapes.
-
-    Raises:
-        AssertionError: a count or a shape is not what was planned.
-    """
-    before, wanted = count_parameters(model), outputs(model, image)
-    plan = uniform_plan(model, graph)
-    check_plan(model, plan)
-    for group in plan.groups:
-        step_named(group.method).install(model, group, None)
-    after, found = count_parameters(model), outputs(model, image)
-    assert after == plan.params_after, f"{after:,} parameters, planned {plan.params_after:,}"
-    # A detector's blank network finds another number of boxes.
-    kept = len(found) == len(wanted) and all(a.shape[1:] == b.shape[1:] for a, b in zip(found, wanted, strict=True))
-    assert kept, "the converted network's outputs have other shapes"
-    return round(after / before, 4), _above(after / before) if after > BUDGET * before else ""
-
-
-def uniform_plan(model: nn.Module, graph: NetworkGraph) -> Plan:
-    """Every group at the same share of the rank at which sharing stops paying, as large as the budget allows.
-
-    Needs shapes only: groups share a basis, other layers become low-rank ones. At its floor where the budget is
-    out of reach.
-
-    Raises:
-        Stated: there is nothing to share.
-    """
-    before = count_parameters(model)
-    units = [found for unit in find_units(graph) if (found := _ranks(model, unit)) is not None]
-    if not units:
-        raise Stated(NOTHING)
-    low, high = 0.0, 1.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        saved = sum(group.params_before - group.params_after for group in _at(middle, units))
-        low, high = (middle, high) if before - saved <= BUDGET * before else (low, middle)
-    groups = _at(low, units)
-    return Plan(groups, before, before - sum(g.params_before - g.params_after for g in groups), "uniform ranks")
-
-
-def _ranks(model: nn.Module, unit: Group) -> tuple[Group, str, int, int, int] | None:
-    """(unit, method, its parameters, parameters of one rank, largest rank that saves any); None if none does."""
-    forms = [checked_form(name, model.get_submodule(name)) for name in unit.members]
-    dense = sum(form.out_channels * form.features for form in forms)
-    name = "basis" if len(forms) > 1 else "svd"
-    if name == "svd" and unit.groups > 1:
-        return None
-    method = method_named(name)
-    each = method.cost(forms, {"rank": 1})
-    most = min((dense - 1) // each, method.largest(forms)["rank"])
-    return None if most < 1 else (unit, name, dense, each, most)
-
-
-def _at(share: float, units: Sequence[tuple[Group, str, int, int, int]]) -> list[GroupPlan]:
-    ranks = [max(1, int(share * most)) for *_, most in units]
-    return [
-        GroupPlan(unit.name, name, unit.members, {"rank": rank}, dense, rank * each, None, unit.stage, unit.role)
-        for rank, (unit, name, dense, each, _) in zip(ranks, units, strict=True)
-    ]
-
-
-def _above(share: float) -> str:
-    return f"{BUDGET:.0%} is out of reach: {share:.1%} is the floor"
 
 
 def brief(error: BaseException) -> str:

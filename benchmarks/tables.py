@@ -376,12 +376,19 @@ def results() -> str | None:
     covered = RESULTS / "coverage.csv"
     if covered.exists():
         with covered.open(newline="") as file:
-            ends = Counter(_end(row) for row in csv.DictReader(file))
-        note += (f" Of {sum(ends.values()):,} architectures of timm and torchvision {ends['converted']:,} convert, "
+            lines = list(csv.DictReader(file))
+        ends = Counter(_end(row) for row in lines)
+        *most, last = sorted({LIBRARIES[row["library"]] for row in lines})
+        note += (f" Of {sum(ends.values()):,} architectures of {', '.join(most)} and {last} {ends['converted']:,} convert, "
                  f"{ends['left out']} are left out with the reason, {ends['failed'] or 'none'} failed.")  # fmt: skip
         names.append("coverage.csv")
     head = ["network", "size", "original", "converted", "refined", "low rank a layer"]
     return table(head, rows) + "\n\n" + note + " " + taken(*names, rows=measured)
+
+
+LIBRARIES = {
+    "timm": "timm", "torchvision": "torchvision", "smp": "segmentation_models_pytorch", "ultralytics": "ultralytics",
+}  # fmt: skip
 
 
 def _end(row: dict[str, str]) -> str:

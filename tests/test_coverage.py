@@ -21,6 +21,7 @@ from sharefold.layers import shared_layers
 from sharefold.measure import count_parameters
 
 # Not as "coverage", which is the name of a package that pytest plugins import.
+load_script("benchmarks/coverage_blank.py")
 check = load_script("benchmarks/coverage_check.py")
 load_script("benchmarks/architectures.py")
 coverage = load_script("benchmarks/coverage.py", "coverage_benchmark")
@@ -172,7 +173,23 @@ def test_families_come_first() -> None:
     assert rows[: len(first)] == first and {(row.library, row.family) for row in first} == families
     assert len({(row.library, row.model) for row in rows}) == len(rows) > 1000
     names = {row.model for row in coverage.entries("torchvision")}
-    assert {"resnet18", "fcn_resnet50", "ssd300_vgg16"} <= names and not {"r3d_18", "raft_small"} & names
+    assert {"resnet18", "fcn_resnet50", "ssd300_vgg16", "quantized_resnet18"} <= names and not {"r3d_18", "raft_small"} & names
+    assert {"unet", "unet:encoder_name=tu-mobilenetv3_small_100"} <= {row.model for row in coverage.entries("smp")}
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "limit", "mode", "outputs"),
+    [
+        ("torchvision", "ssdlite320_mobilenet_v3_large", 0, "cpu", "backbone head"),
+        ("torchvision", "quantized_shufflenet_v2_x0_5", 8_000_000, "real", "logits"),
+        ("smp", "linknet:encoder_name=tu-mobilenetv3_small_100", 8_000_000, "real", "binary"),
+    ],
+)
+def test_every_library_goes_through_the_whole_job(library: str, name: str, limit: int, mode: str, outputs: str) -> None:
+    """A detector at the outputs of its parts, a twin for quantisation in floats, a decoder with an encoder of timm's."""
+    row = check.check(coverage.Row(name, library, ""), limit=limit)
+    assert (row.reason, row.mode, row.outputs) == ("", mode, outputs)
+    assert row.reduced_to <= 0.5
 
 
 def test_one_model_cannot_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from sharefold.layers import Bank, BasisConv, add_bank, form_of
 from sharefold.options import ExportOptions
 
 table = load_script("benchmarks/architectures.py")
+load_script("benchmarks/coverage_blank.py")
 load_script("benchmarks/coverage_check.py")
 families = load_script("benchmarks/onnx_families.py", "onnx_families")
 
