@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from sharefold.architectures.arguments import close_matches
@@ -79,7 +80,7 @@ def build_network(name: str, kwargs: dict[str, Any]) -> nn.Module:
             raise ValueError(f"{key} must be a whole number from 1 to {_MOST[key]}")
     file, size = _shipped()[name]
     with _aside():
-        tasks, utils, yaml = (importlib.import_module(part) for part in (f"{PACKAGE}.nn.tasks", f"{PACKAGE}.utils", "yaml"))
+        tasks, utils, yaml = (_module(part) for part in (f"{PACKAGE}.nn.tasks", f"{PACKAGE}.utils", "yaml"))
         # Not by the package's own reader: it looks in the current folder first, and expressions of such a file are evaluated.
         config = {**yaml.safe_load(file.read_text(encoding="utf-8")), "scale": size, "yaml_file": f"{name}.yaml"}
         task = tasks.guess_model_task(config)
@@ -114,6 +115,12 @@ def preprocessing_of(model: nn.Module) -> dict[str, Any]:
     return {"input_size": (3, side, side), "mean": zeros, "std": ones, "interpolation": "bilinear", "crop_pct": 1.0}
 
 
+def _module(name: str) -> Any:
+    """Imported on the CPU, wherever the caller builds: classes of the package hold tensors, which meta would leave empty."""
+    with torch.device("cpu"):
+        return importlib.import_module(name)
+
+
 @contextlib.contextmanager
 def _aside() -> Iterator[None]:
     """The package greets on stdout, where machines read our JSON, and looks for its servers when it is imported."""
@@ -123,7 +130,7 @@ def _aside() -> Iterator[None]:
     level = log.level
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            importlib.import_module(PACKAGE)  # which sets its level
+            _module(PACKAGE)  # which sets its level
             level = log.level
             log.setLevel(logging.ERROR)
             yield

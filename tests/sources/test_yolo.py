@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,19 @@ def trained(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.uniform_(-0.2, 0.2), module.running_var.uniform_(0.5, 1.5)
     return model.eval()
+
+
+def test_a_first_network_on_the_meta_device_leaves_nothing_there() -> None:
+    """Tensors that the package's classes hold are made when it is imported, here by a process of its own."""
+    code = (
+        "import copy, torch; from sharefold.architectures.build import build_base, build_on_meta\n"
+        "base = {'library': 'ultralytics', 'name': 'yolov8n', 'kwargs': {}}\n"
+        "assert all(p.is_meta for p in build_on_meta(base).parameters())\n"
+        "model = build_base(base); model(torch.rand(1, 3, 64, 64)); copy.deepcopy(model).to('cpu')\n"
+        "from ultralytics.nn.modules.head import Detect; assert not Detect.anchors.is_meta"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
