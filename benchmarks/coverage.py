@@ -39,9 +39,10 @@ from sharefold.architectures.build import registry, torchvision_builder
 
 RESULTS = Path(__file__).parent / "results" / "coverage.csv"
 LIBRARIES = ("timm", "torchvision", "smp", "ultralytics")
-SMALL_ENCODER = "encoder_name=tu-mobilenetv3_small_100"  # with which a decoder goes through the whole job
-NO_ENCODER = {"dpt": "encoder_name=tu-vit_tiny_patch16_224"}  # takes vision transformers alone
-SMALL = re.compile(r"atto|femto|pico|nano|tiny|xxs|small|mobile|_050|_s0|_b0|_m0|_t0|18|_xs|_s\b|_0")
+# A decoder's default encoder, and a small one with which it goes through the whole job.
+ENCODERS = ("", ":encoder_name=tu-mobilenetv3_small_100")
+TRANSFORMERS = {"dpt": (":encoder_name=tu-vit_tiny_patch16_224",)}  # which alone this decoder takes
+SMALL = re.compile(r"atto|femto|pico|nano|tiny|xxs|small|mobile|_050|_s0|_b0|_m0|_t0|18|_xs|_s\b|_0|\dn(-|$)")
 
 
 def entries(library: str | None = None, match: str | None = None) -> list[Row]:
@@ -58,8 +59,7 @@ def entries(library: str | None = None, match: str | None = None) -> list[Row]:
                 rows.append(Row(name, "torchvision", f"{kind}.{file}" if kind else file))
     if library in (None, "smp"):
         for name in registry("smp"):
-            encoders = (NO_ENCODER.get(name, SMALL_ENCODER), "")
-            rows += [Row(f"{name}:{encoder}" if encoder else name, "smp", name) for encoder in encoders]
+            rows += [Row(f"{name}{encoder}", "smp", name) for encoder in TRANSFORMERS.get(name, ENCODERS)]
     if library in (None, "ultralytics"):
         rows += [Row(name, "ultralytics", re.sub(r"(\d)[a-z](?=-|$)", r"\1", name)) for name in registry("ultralytics")]
     place: Counter[tuple[str, str]] = Counter()

@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
@@ -68,6 +68,7 @@ class Row:
     seconds: float | None = None
     reason: str = ""
     outputs: str = ""
+    date: str = field(default_factory=lambda: time.strftime("%Y-%m-%d"))
 
 
 def check(row: Row, *, limit: int = 8_000_000, method: Sequence[str] | str = ("basis", "svd")) -> Row:

@@ -357,7 +357,7 @@ SHORT = {"resnet20": ("50%", "0.08MB"), "resnet56": ("50%", "25%", "0.33MB")}
 
 def results() -> str | None:
     """A few rows of everything that was measured: CIFAR, ImageNet, files, architectures."""
-    rows, names = [], []
+    rows = []
     cifar = (read("label_free.json") or {}).get("rows", [])
     for network, sizes in SHORT.items():
         rows += _result_rows("CIFAR-10", [r for r in cifar if r["network"] == network and r["images"]], sizes)
@@ -381,9 +381,9 @@ def results() -> str | None:
         *most, last = sorted({LIBRARIES[row["library"]] for row in lines})
         note += (f" Of {sum(ends.values()):,} architectures of {', '.join(most)} and {last} {ends['converted']:,} convert, "
                  f"{ends['left out']} are left out with the reason, {ends['failed'] or 'none'} failed.")  # fmt: skip
-        names.append("coverage.csv")
+        measured += lines
     head = ["network", "size", "original", "converted", "refined", "low rank a layer"]
-    return table(head, rows) + "\n\n" + note + " " + taken(*names, rows=measured)
+    return table(head, rows) + "\n\n" + note + " " + taken(rows=measured)
 
 
 LIBRARIES = {
