@@ -4,7 +4,8 @@
 
 Every network is trained from scratch for ``--minutes`` by one thread on CIFAR-10's training images, and converted with a thousand
 other ones of those, without their targets, on default settings. Measured are the task's own figure on 2,000 test images (PSNR
-against the clean images, share of pixels decided alike, relative error of every output) and what the conversion says by itself.
+against the clean images, share of pixels decided alike, relative error of every output, of pictures also that against the truth)
+and what the conversion says by itself.
 One row a task in ``benchmarks/results/tasks.json``, beside the loss that it should not exceed; with ``--refine 2m`` what is lost
 after refinement, too.
 """
@@ -207,7 +208,8 @@ def lost(task: Task, before: nn.Module, after: nn.Module, inputs: Tensor, target
     if isinstance(pairs[0][0], dict):
         found = {key: relative(*(torch.cat([pair[i][key] for pair in pairs]) for i in (0, 1))) for key in pairs[0][0]}
         right = [float((torch.cat([p[i]["classes"] for p in pairs]).argmax(1) == target[0]).float().mean()) for i in (0, 1)]
-        return {"before": right[0], "after": right[1], "errors": found, "lost": 100 * max(found.values())}
+        truth = [relative(target[1], torch.cat([p[i]["picture"] for p in pairs])) for i in (0, 1)]
+        return {"before": right[0], "after": right[1], "truth": truth, "errors": found, "lost": 100 * max(found.values())}
     first, second = (torch.cat([pair[i] for pair in pairs]) for i in (0, 1))
     if task.outputs == "binary":
         right = [float(((output > 0) == (target > 0.5)).float().mean()) for output in (first, second)]
