@@ -8,10 +8,10 @@ images of the smallest size that the network takes, inspect, plan, convert witho
 outputs bit for bit. Larger ones are built on the meta device, planned by uniform ranks, converted with blank tensors,
 counted and run there; those whose forward code reads values do the same on the CPU. From timm only conv-dominated
 networks are converted: more than half of the parameters in convolutions, or in Linears that run at every position of a
-map. From torchvision: all for classification, segmentation and detection, and the twins of torchvision.models.quantization,
-which are made for quantisation and run in floats. Of segmentation_models_pytorch every decoder with its default encoder and with
-a small one, of ultralytics every network that it ships, each where the package is installed; ``--library ultralytics`` leaves out
-all others.
+map. From torchvision: all for classification, segmentation, detection and video, and the twins of
+torchvision.models.quantization, which are made for quantisation and run in floats. Of segmentation_models_pytorch every
+decoder with its default encoder and with a small one, of ultralytics every network that it ships, each where the package is
+installed; ``--library ultralytics`` leaves out all others.
 
 Every model runs in a process of its own, so that a crash, a memory limit or ``--seconds`` costs one line. Writes
 results/coverage.csv after every model; rows that are there stay unless ``--again``. One model of each family comes
@@ -53,7 +53,7 @@ def entries(library: str | None = None, match: str | None = None) -> list[Row]:
         rows += [Row(n, "timm", timm.models.model_entrypoint(n).__module__.rpartition(".")[2]) for n in names]
     if library in (None, "torchvision"):
         models = torchvision.models
-        for kind in ("", "segmentation", "detection", "quantization"):
+        for kind in ("", "segmentation", "detection", "quantization", "video"):
             for name in models.list_models(module=getattr(models, kind) if kind else models):
                 file = torchvision_builder(name).__module__.rpartition(".")[2]
                 rows.append(Row(name, "torchvision", f"{kind}.{file}" if kind else file))

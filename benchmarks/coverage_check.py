@@ -125,10 +125,12 @@ def _check(row: Row, limit: int, method: Sequence[str] | str) -> None:
         check_outputs(reading, model, image)
 
 
-def input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(C, H, W); of ultralytics' networks a small one that goes by their largest stride."""
+def input_size(model: nn.Module) -> tuple[int, ...]:
+    """(C, H, W), of videos (C, T, H, W); of ultralytics' networks a small one that goes by their largest stride."""
     if yolo.is_network(model):
         return (3, 256, 256)
+    if type(model).__module__.startswith("torchvision.models.video."):
+        return (3, 16, 224, 224)
     return input_config(model)["input_size"]
 
 
@@ -167,7 +169,8 @@ def images_for(model: nn.Module, sizes: Sequence[int] = SIZES) -> Tensor:
     Raises:
         Stated: the network does not run at its own input size either.
     """
-    channels, height, width = input_size(model)
+    channels, *frames, height, width = input_size(model)
+    assert not frames, "networks for videos are larger than those that are converted for real"
     for size in [(size, size) for size in sizes if size < min(height, width)] + [(height, width)]:
         images = (dead_leaves(IMAGES, size, channels) - 0.5) / 0.25
         try:
