@@ -143,6 +143,8 @@ class SharedConv(Keeper):
         Raises:
             SharefoldError: the weight is not the present one with every filter multiplied by a number.
         """
+        if name in ("runtime", "given") and "_kept" in self.__dict__:
+            self._kept.clear()
         if name == "weight" and isinstance(value, Tensor):
             self._rescale(value)
         elif name == "bias":
@@ -207,6 +209,9 @@ class SharedConv(Keeper):
     # Running -----------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
+        ready = self._kept.ready(x)
+        if ready is not None:
+            return self.form.run(x, *ready)
         if self.runs_factored():
             return self.form.as_stock(self.factored(self.form.as_maps(x)))
         weight, bias = self._composed(x)
@@ -229,7 +234,9 @@ class SharedConv(Keeper):
             return self.form.native(self.given), self.bias
         if self.training:
             return rounded_once(x, make)
-        return self._kept.get(x, own_tensors(self, self.bank), lambda: in_order_of(x, *make()))
+        found = self._kept.get(x, own_tensors(self, self.bank), lambda: in_order_of(x, *make()))
+        self._kept.watch(self, "bank")
+        return found
 
     _replicate_for_data_parallel = not_replicated
 

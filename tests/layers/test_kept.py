@@ -192,6 +192,32 @@ class Whole(nn.Module):
         return self.layer(x)
 
 
+@torch.no_grad()
+def test_what_is_ready_is_asked_for_again_where_anything_has_changed() -> None:
+    layer, x = layer_of("composed"), torch.randn(2, 6, 9, 7)
+    other = layer_of("composed")
+    for _ in range(2):
+        torch.testing.assert_close(layer(x), expected(layer, x), rtol=1e-4, atol=1e-4)
+    assert layer._kept.ready(x) is not None and layer._kept.ready(x.to(memory_format=torch.channels_last)) is None
+    layer.bank.basis.mul_(2)  # counted
+    assert layer._kept.ready(x) is None
+    torch.testing.assert_close(layer(x), expected(layer, x), rtol=1e-4, atol=1e-4)
+    assert layer._kept.ready(x) is not None
+    layer.__dict__["bank"] = other.bank
+    assert layer._kept.ready(x) is None
+    torch.testing.assert_close(layer(x), expected(layer, x), rtol=1e-4, atol=1e-4)
+    layer.own_bias = nn.Parameter(torch.randn(8))
+    torch.testing.assert_close(layer(x), expected(layer, x), rtol=1e-4, atol=1e-4)
+    with torch.enable_grad():
+        assert layer._kept.ready(x) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer._kept.ready(x) is None and layer(x).dtype == torch.bfloat16
+    assert layer(x).dtype == torch.float32
+    layer.runtime = "factored"
+    assert layer._kept.ready(x) is None
+    torch.testing.assert_close(layer(x), expected(layer, x), rtol=1e-4, atol=1e-4)
+
+
 def test_a_kept_weight_lies_in_the_order_of_the_images() -> None:
     """Else every run puts it in order once more, which takes as long as a convolution of small maps."""
     layer, x = layer_of("composed"), torch.randn(2, 6, 9, 7)
