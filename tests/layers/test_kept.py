@@ -222,15 +222,15 @@ def test_a_kept_weight_lies_in_the_order_of_the_images() -> None:
     """Else every run puts it in order once more, which takes as long as a convolution of small maps."""
     layer, x = layer_of("composed"), torch.randn(2, 6, 9, 7)
     seen = []
-    apply = layer.form.apply
+    run = layer.form.run
 
     class Watching:
         def __getattr__(self, name: str) -> object:
             return getattr(form, name)
 
-        def apply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        def run(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             seen.append(weight)
-            return apply(x, weight, bias)
+            return run(x, weight, bias)
 
     form, layer.form = layer.form, Watching()  # type: ignore[assignment]
     orders = (torch.contiguous_format, torch.channels_last)
