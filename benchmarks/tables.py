@@ -379,7 +379,9 @@ def results() -> str | None:
             lines = list(csv.DictReader(file))
         ends = Counter(_end(row) for row in lines)
         *most, last = sorted({LIBRARIES[row["library"]] for row in lines})
+        half = sum(bool(row["reduced_to"]) and float(row["reduced_to"]) <= 0.5 for row in lines)
         note += (f" Of {sum(ends.values()):,} architectures of {', '.join(most)} and {last} {ends['converted']:,} convert, "
+                 f"{half:,} of them to half of their parameters, {ends['converted'] - half} to a floor above; "
                  f"{ends['left out']} are left out with the reason, {ends['failed'] or 'none'} failed.")  # fmt: skip
         measured += lines
     head = ["network", "size", "original", "converted", "refined", "low rank a layer"]

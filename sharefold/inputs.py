@@ -133,6 +133,14 @@ def parameters_of(model: nn.Module) -> tuple[list[str], int, bool]:
     return [p.name for p in plain], sum(p.default is p.empty for p in plain), more
 
 
+def _by_keyword_alone(model: nn.Module) -> list[str]:
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+
+
 def check_count(model: nn.Module, given: Input, what: str) -> None:
     """Checks that ``forward`` takes as many tensors as are given.
 
@@ -140,6 +148,9 @@ def check_count(model: nn.Module, given: Input, what: str) -> None:
         SharefoldError: it takes others; says which.
     """
     names, needed, more = parameters_of(model)
+    if alone := _by_keyword_alone(model):
+        raise SharefoldError(f"{what}: forward of {type(model).__name__} takes {', '.join(alone)} by keyword alone: wrap it in a "
+                             "network that takes tensors in order")  # fmt: skip
     count = len(each_of(given))
     if count < needed or (count > len(names) and not more):
         least = "" if needed == len(names) and not more else "at least " if count < needed else "at most "

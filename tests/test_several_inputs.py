@@ -563,3 +563,24 @@ def test_wrong_inputs_are_told_in_one_line(pair: Pair, teller: Told) -> None:
     one = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 3)).eval()
     with pytest.raises(SharefoldError, match=r"2 tensors are given, forward of Sequential takes 1 \(input\): pass a tensor"):
         sharefold.calibrate(one, (left, right_))
+
+
+def test_inputs_that_cannot_be_given_are_told(pair: Pair) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Conv2d(3, 8, 3)
+
+        def forward(self, a: Tensor, *, b: Tensor) -> Tensor:
+            return self.body(a) + b
+
+    (a, b), y = pairs(24)
+    with pytest.raises(SharefoldError, match="takes b by keyword alone"):
+        sharefold.calibrate(Named(), torch.randn(8, 3, 8, 8))
+    with pytest.raises(SharefoldError, match="dict: pass several inputs as a tuple of tensors"):
+        sharefold.calibrate(pair, {"a": a, "b": b})
+    for odd in (b.to("meta"), b.to_sparse()):
+        with pytest.raises(SharefoldError, match="input 2 is no ordinary tensor in memory"):
+            sharefold.calibrate(pair, (a, odd))
+    with pytest.raises(SharefoldError, match="labels are torch.float32: want whole numbers"):
+        finetune(copy.deepcopy(pair), ((a, b), y.float()), epochs=1, device="cpu", quiet=True)

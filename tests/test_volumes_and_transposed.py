@@ -293,14 +293,88 @@ def test_wrong_inputs_are_told(watcher: Watcher) -> None:
         export(watcher, "never.onnx")
 
 
-def test_a_layer_whose_size_is_told_by_the_call_is_left_out() -> None:
-    class Told(nn.Module):
+class Told(nn.Module):
+    def __init__(self, kernel: int = 4) -> None:
+        super().__init__()
+        self.down, self.mix = nn.Conv2d(3, 24, 3, stride=2, padding=1), nn.Conv2d(24, 24, 3, padding=1)
+        self.up, self.end = nn.ConvTranspose2d(24, 24, kernel, stride=2, padding=1), nn.Conv2d(24, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.mix(torch.relu(self.down(x))))
+        return self.end(torch.relu(self.up(y, output_size=x.shape[2:])))
+
+
+def test_a_layer_that_is_told_the_size_which_it_has_anyway_is_shared_and_takes_others() -> None:
+    torch.manual_seed(0)
+    net, x = Told().eval(), torch.randn(60, 3, 16, 16)
+    cal = sharefold.calibrate(net, x)
+    plan = sharefold.plan(net, "70%", cal, method="svd", exclude="down|mix|end")
+    done = sharefold.convert_(net, plan, cal)
+    assert set(shared_layers(net)) == {"up"}
+    stock = sharefold.expand(copy.deepcopy(net))
+    for size in (16, 20):
+        x = torch.randn(2, 3, size, size)
+        torch.testing.assert_close(net(x), stock(x), rtol=1e-4, atol=1e-4)
+    x = torch.randn(2, 24, 5, 5)
+    for size in ([11, 11], [10, 11], [2, 24, 11, 10]):
+        torch.testing.assert_close(net.up(x, output_size=size), stock.up(x, output_size=size), rtol=1e-4, atol=1e-4)
+    assert done.original(torch.randn(2, 3, 20, 20)).shape == (2, 3, 20, 20)
+    with pytest.raises(ValueError, match=r"requested an output size of \[40, 40\], but valid sizes range from \[10, 10\]"):
+        net.up(torch.randn(1, 24, 5, 5), output_size=[40, 40])
+    # By itself it would give 15 x 15, and its statistics would not be those of its outputs.
+    other = sharefold.analyze(Told(3), torch.randn(1, 3, 16, 16))
+    assert "output_size is told where it is called" in other.skipped["up"] and "up" not in other.layers
+
+
+def test_a_layer_that_is_called_by_name_is_left_out() -> None:
+    class Named(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.down, self.up = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ConvTranspose2d(8, 3, 3, stride=2, padding=1)
+            self.a, self.b = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1)
+            self.c = nn.Conv2d(24, 24, 3, padding=1)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.up(torch.relu(self.down(x)), output_size=x.shape[2:])
+            return self.c(torch.relu(self.b(input=torch.relu(self.a(x)))))
 
-    graph = sharefold.analyze(Told(), torch.randn(1, 3, 16, 16))
-    assert "output_size is told where it is called" in graph.skipped["up"] and set(graph.layers) == {"down"}
+    net, x = Named().eval(), torch.randn(60, 3, 12, 12)
+    cal = sharefold.calibrate(net, x)
+    assert set(cal.graph.layers) == {"a", "c"} and "by name" in cal.graph.skipped["b"]
+    sharefold.convert_(net, sharefold.plan(net, "80%", cal), cal)
+    assert net(x).shape == (60, 24, 12, 12)
+
+
+def test_generators_begin_with_a_transposed_layer() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.ConvTranspose2d(4, 16, 2, 2), nn.ReLU(), nn.ConvTranspose2d(16, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 3, 3, padding=1)
+    ).eval()
+    latents = torch.randn(60, 4, 4, 4)
+    sharefold.convert_(net, sharefold.plan(net, "60%", latents), latents)
+    assert any(layer.form.transposed for layer in shared_layers(net).values()) and net(latents).shape == (60, 3, 16, 16)
+    with pytest.raises(SharefoldError, match="images have 3 channels, the model takes 4"):
+        sharefold.calibrate(net[:1], torch.randn(8, 3, 4, 4))
+
+
+def test_as_many_positions_are_drawn_of_a_volume_as_of_an_image() -> None:
+    form, x = form_of(nn.Conv3d(2, 3, 3, padding=1)), torch.randn(5, 2, 9, 8, 8)
+    assert form is not None
+    for positions in (4, 9, 20):
+        drawn = [torch.Generator().manual_seed(1) for _ in range(3)]
+        patches = patches_of(form, x, positions, drawn[0])
+        assert patches.shape == (5 * positions, 1, 54)
+        outputs = outputs_of(form, torch.arange(5.0).view(5, 1, 1, 1, 1).expand(5, 3, 9, 8, 8), positions, drawn[1])
+        torch.testing.assert_close(outputs[:, 0], torch.arange(5.0).repeat_interleave(positions))
+
+
+def test_an_exception_leaves_a_network_in_its_mode(watcher: Watcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, data = copy.deepcopy(watcher), TensorDataset(*videos(64))
+    few: dict[str, Any] = {"epochs": 1, "quiet": True, "workers": 0, "device": "cpu", "batch_size": 16}
+    with pytest.raises(SharefoldError, match=r"random_erase is for images \(N, C, H, W\)"):
+        finetune(net, data, random_erase=0.5, **few)
+    assert not any(module.training for module in net.modules())
+    monkeypatch.setattr("sharefold.finetune.schedule.Schedule.step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finetune(net, data, **few)
+    assert not any(module.training for module in net.modules())
+    with pytest.raises(SharefoldError, match="or a Dataset for other inputs"):
+        finetune(net, videos(32), **few)

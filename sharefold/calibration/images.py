@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -103,6 +104,8 @@ def calibration_or_procedural(
     shapes = input_shapes(model) | {4: "images (n, C, H, W)"}
     if not isinstance(images, Tensor) or images.dim() not in shapes or not images.is_floating_point():
         what = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+        if isinstance(images, Mapping):
+            raise SharefoldError(f"calibration: {what}: pass several inputs as a tuple of tensors, in the order of forward")
         raise SharefoldError(f"calibration: {what} is no float tensor of {' or '.join(shapes.values())}: pass normalised ones")
     if len(images) == 0:
         raise SharefoldError("calibration: there are no images: pass at least one")
@@ -110,7 +113,8 @@ def calibration_or_procedural(
         raise SharefoldError("calibration: the images hold NaN or infinity: check how they were normalised")
     # Which layer comes first is not known yet; an image that no layer could take is wrong for sure.
     # Signals may lie (n, L, C), to be turned by the network: what it cannot take is seen when it runs.
-    widths = [cast(int, m.in_channels) for m in model.modules() if convolves(m, nn.Conv2d, "conv2d")]
+    kinds = (nn.Conv2d, "conv2d"), (nn.ConvTranspose2d, "conv_transpose2d")
+    widths = [cast(int, m.in_channels) for m in model.modules() if any(convolves(m, *kind) for kind in kinds)]
     if images.dim() == 4 and widths and images.shape[1] not in widths:
         raise SharefoldError(
             f"calibration: images have {images.shape[1]} channels, the model takes {widths[0]}: convert the images"

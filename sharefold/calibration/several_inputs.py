@@ -71,6 +71,9 @@ def checked_inputs(model: nn.Module, given: Inputs, dtype: torch.dtype) -> Input
     floats = [tensor.is_floating_point() for tensor in given.tensors]
     if not any(floats):
         raise SharefoldError("calibration: no input holds floats: pass normalised images or signals among them")
+    for place, tensor in enumerate(given.tensors, 1):
+        if tensor.is_meta or tensor.layout != torch.strided:
+            raise SharefoldError(f"calibration: input {place} is no ordinary tensor in memory: pass dense tensors with values")
     for place, (tensor, floating) in enumerate(zip(given.tensors, floats, strict=True), 1):
         if floating and not bool(torch.isfinite(tensor).all()):
             raise SharefoldError(f"calibration: input {place} holds NaN or infinity: check how it was normalised")

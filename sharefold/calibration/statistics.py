@@ -239,30 +239,33 @@ def is_wide(form: ConvForm) -> bool:
 
 
 def patches_of(form: ConvForm, x: Tensor, positions: int | None, generator: torch.Generator) -> Tensor:
-    """Input patches (P, G, N) of a layer of this form at sampled positions, about as many an image."""
+    """Input patches (P, G, N) of a layer of this form at sampled positions, as many an image."""
     if form.kind == "linear":
         return sample_patches(x.detach(), None, positions, generator)
-    maps, each = _side_by_side(form.as_maps(x.detach()), positions)
+    maps = form.as_maps(x.detach())
     border = form.border(maps.shape[-2], maps.shape[-1])
     mode = "zeros" if form.same_pad else form.padding_mode
-    window = Window(form.kernel_size, form.stride, border, form.dilation, form.groups, mode)
-    return sample_patches(maps, window, each, generator)
+    return _sampled(maps, Window(form.kernel_size, form.stride, border, form.dilation, form.groups, mode), positions, generator)
 
 
 def outputs_of(form: ConvForm, y: Tensor, positions: int | None, generator: torch.Generator) -> Tensor:
     """Outputs (P, O) of a layer at the positions that :func:`patches_of` draws by an equal generator."""
     if form.kind == "linear":
         return sample_patches(y.detach(), None, positions, generator).flatten(1)
-    maps, each = _side_by_side(form.outputs_as_maps(y.detach()), positions)
-    return sample_patches(maps, Window(1), each, generator).flatten(1)
+    return _sampled(form.outputs_as_maps(y.detach()), Window(1), positions, generator).flatten(1)
 
 
-def _side_by_side(maps: Tensor, positions: int | None) -> tuple[Tensor, int | None]:
-    """The slices (B, D, C, H, W) of volumes as maps (B * D, C, H, W), and how many positions of each to draw."""
+def _sampled(maps: Tensor, window: Window, positions: int | None, generator: torch.Generator) -> Tensor:
+    """:func:`sample_patches`; of volumes (B, D, C, H, W) some of every slice, and of those as many a volume as were asked for."""
     if maps.ndim == 4:
-        return maps, positions
-    each = None if positions is None else -(-positions // maps.shape[1])
-    return maps.flatten(0, 1), each
+        return sample_patches(maps, window, positions, generator)
+    volumes, depth = maps.shape[:2]
+    each = None if positions is None else -(-positions // depth)
+    found = sample_patches(maps.flatten(0, 1), window, each, generator).unflatten(0, (volumes, -1))
+    if positions is not None and found.shape[1] > positions:
+        index = torch.rand(found.shape[:2], generator=generator).topk(positions, dim=1).indices.sort(1).values.to(found.device)
+        found = found[torch.arange(volumes, device=found.device)[:, None], index]
+    return found.flatten(0, 1)
 
 
 def shrunk(moment: Tensor, noise: Tensor) -> Tensor:

@@ -297,7 +297,7 @@ class MemoryImages:
         if pixels.ndim != 4 or not (pixels.dtype == torch.uint8 or pixels.is_floating_point()):
             raise SharefoldError(
                 f"finetune: images: {pixels.dtype} of shape {tuple(pixels.shape)}: want uint8 or float, "
-                "N x C x H x W or N x H x W x C"
+                "N x C x H x W or N x H x W x C, or a Dataset for other inputs"
             )
         channels = preprocess.size[0]
         if pixels.shape[1] == channels and pixels.shape[3] != channels:

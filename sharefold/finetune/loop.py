@@ -112,7 +112,7 @@ def finetune(
             warn_about_teacher(model, teacher, config)
         batches = training_batches(train, model, config, where)
         checks = None if val is None else validation_batches(val, model, config, where)
-        with whole_factors(model):
+        with _modes_after_errors(model), whole_factors(model):
             loop = _Run(model, teacher, batches, checks, config, where, folder, run.quiet)
             report = loop.go(run.resume)
         if out is not None and where.first:
@@ -138,6 +138,18 @@ def _card(report: FinetuneReport, config: FinetuneConfig, batches: TrainBatches)
     short = {k: v for k, v in report.to_dict().items() if k not in {"history", "output", "run_dir"} and v is not None}
     changed = {k: v for k, v in config.to_dict().items() if v != FinetuneConfig().to_dict()[k]}
     return {**short, "train_images": batches.images, "batch_size": batches.batch_size, "config": changed}
+
+
+@contextmanager
+def _modes_after_errors(model: nn.Module) -> Iterator[None]:
+    """An exception leaves every module in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, mode in modes:
+            module.training = mode
+        raise
 
 
 @contextmanager

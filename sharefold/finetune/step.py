@@ -54,7 +54,7 @@ def _check_augmentation(config: FinetuneConfig, example: Input) -> None:
         if wanted:
             raise SharefoldError(f"finetune: {wanted[0]} changes single images, the model takes several inputs: leave it out")
         return
-    wanted = [name for name in ("small_images", "cutmix") if getattr(config, name)]
+    wanted = [name for name in ("small_images", "cutmix", "random_erase") if getattr(config, name)]
     if wanted and example.ndim != 4:
         shape = tuple(example.shape)
         raise SharefoldError(f"finetune: {wanted[0]} is for images (N, C, H, W), the model takes {shape}: leave it out")

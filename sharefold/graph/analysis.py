@@ -62,7 +62,10 @@ def analyze(model: nn.Module, example_input: Any, *, symbolic: bool = True) -> N
             skipped[name] = "it runs on one image at a time, without an axis for a batch"
             del layers[name]
         for name in [name for name, form in layers.items() if _sized_by_call(form, run.layers[name])]:
-            skipped[name] = "its output_size is told where it is called, which a shared layer could not be"
+            skipped[name] = "its output_size is told where it is called, and is not the one that its statistics are taken at"
+            del layers[name]
+        for name in [name for name in layers if run.layers[name].by_name]:
+            skipped[name] = "it is called with its input by name, where no hook sees it"
             del layers[name]
         if graph is not None:
             for name in _borrowed(graph, layers):

@@ -25,6 +25,7 @@ class LayerRun:
     norms: set[str] = field(default_factory=set)
     norm_calls: int = 0
     reads_input_of: set[str] = field(default_factory=set)
+    by_name: bool = False  # its input is passed by name, where hooks do not see it
 
 
 @dataclass
@@ -71,6 +72,7 @@ def run_with_hooks(model: nn.Module, example: Any, layers: Mapping[str, ConvForm
             if source is not None:
                 entry = run.layers.setdefault(name, LayerRun(tuple(source.shape), ()))
                 entry.reads_input_of |= {outer for outer, tensor in active if tensor is source}
+                entry.by_name |= not args
             return
         if latest is not None and source is latest[1] and is_batch_norm(module, layers[latest[0]].out_channels):
             run.layers[latest[0]].norms.add(name)

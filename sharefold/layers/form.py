@@ -7,6 +7,7 @@ Conv2d of maps that are one pixel high; for the others see :mod:`sharefold.layer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -131,12 +132,13 @@ class ConvForm:
         """Length N of one flattened filter: I/groups * depth * h * w."""
         return self.in_channels // self.groups * self.depth * self.kernel_size[0] * self.kernel_size[1]
 
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What the stock layer makes of its own input, with a weight that went through :meth:`native`."""
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: Sequence[int] | None = None) -> Tensor:
+        """What the stock layer makes of its own input, with a weight that went through :meth:`native`; ``output_size`` as of
+        :meth:`StockAxes.run`."""
         if self.kind == "conv2d" and not self.same_pad and self.padding_mode == "zeros":
             return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
         if self.stock is not None:
-            return self.stock.run(x, weight, bias, self.groups)
+            return self.stock.run(x, weight, bias, self.groups, output_size)
         return self.as_stock(self.apply(self.as_maps(x), weight, bias))
 
     def native(self, weight: Tensor) -> Tensor:

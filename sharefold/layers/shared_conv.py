@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -208,14 +208,16 @@ class SharedConv(Keeper):
 
     # Running -----------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """What the replaced layer computes; ``output_size`` as torch's transposed layers take it."""
         ready = self._kept.ready(x)
         if ready is not None:
-            return self.form.run(x, *ready)
+            weight, bias = ready
+            return self.form.run(x, weight, bias, output_size)
         if self.runs_factored():
             return self.form.as_stock(self.factored(self.form.as_maps(x)))
         weight, bias = self._composed(x)
-        return self.form.run(x, weight, bias)
+        return self.form.run(x, weight, bias, output_size)
 
     def runs_factored(self) -> bool:
         """Whether :meth:`forward` calls :meth:`factored` instead of composing the weight."""

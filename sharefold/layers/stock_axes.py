@@ -7,6 +7,7 @@ and a weight of the shape that the solvers know. It runs as torch runs it: only 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,16 +108,36 @@ class StockAxes:
             stock = turned.flip(list(range(-self.rank, 0)))
         return stock.flatten(1)
 
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-        """The layer on its own inputs, with the weight as it holds it."""
+    def run(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, output_size: Sequence[int] | None = None
+    ) -> Tensor:
+        """The layer on its own inputs, with the weight as it holds it.
+
+        Args:
+            output_size: of a transposed layer, sizes of the output's spatial axes, as torch's layers take them.
+
+        Raises:
+            ValueError: an output size that the layer does not reach, as torch's layers raise it.
+        """
         if self.transposed:
             call = _TRANSPOSED[self.rank - 1]
-            return call(x, weight, bias, self.stride, self.padding, self.output_padding, groups, self.dilation)
+            extra = self.output_padding if output_size is None else self._padding_for(x, output_size)
+            return call(x, weight, bias, self.stride, self.padding, extra, groups, self.dilation)
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             amounts = [amount for pair in reversed(self.pads()) for amount in pair]
             x, padding = F.pad(x, amounts, mode=self.padding_mode), 0
         return _STRAIGHT[self.rank - 1](x, weight, bias, self.stride, padding, self.dilation, groups)
+
+    def _padding_for(self, x: Tensor, wanted: Sequence[int]) -> tuple[int, ...]:
+        """Output padding with which the output has these spatial sizes; sizes of all axes may be given."""
+        usual = self.output_size(tuple(x.shape[-self.rank :]))
+        least = [size - extra for size, extra in zip(usual, self.output_padding, strict=True)]
+        found = tuple(int(size) - low for size, low in zip(list(wanted)[-self.rank :], least, strict=True))
+        if any(not 0 <= extra < step for extra, step in zip(found, self.stride, strict=True)):
+            most = [low + step - 1 for low, step in zip(least, self.stride, strict=True)]
+            raise ValueError(f"requested an output size of {list(wanted)}, but valid sizes range from {least} to {most}")
+        return found
 
     def module(self, inputs: int, outputs: int, groups: int, bias: bool) -> nn.Module:
         """A new layer of this kind."""

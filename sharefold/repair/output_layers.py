@@ -47,7 +47,11 @@ def _is_view(output: Any, returned: Tensor) -> bool:
 def watched(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Inputs and outputs of every run of ``module``."""
     seen: list[tuple[Tensor, Tensor]] = []
-    handle = module.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any], output: Tensor) -> None:
+        seen.append((next(iter((*inputs, *named.values()))), output))
+
+    handle = module.register_forward_hook(note, with_kwargs=True)
     try:
         yield seen
     finally:
