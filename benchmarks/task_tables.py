@@ -33,6 +33,12 @@ def trained_tasks() -> str | None:
     if detector:
         note += (f"The detector for {detector['minutes']:g} minutes on 10,000 drawn scenes of circles, squares and triangles, "
                  "converted by 1,000 other ones, mAP (IoU 0.5 to 0.95) on 2,000 more (`benchmarks/detector.py`). ")
+    missed = []
+    for r in (r for r in records if not r["reached"]):
+        refined = f", refined {r['refined']['lost']:.2f}" if r.get("refined") else ""
+        missed.append(f"{r['task']} ({r['lost']:.2f}{refined}; aim {r['most']:g})")
+    if missed:
+        note += f"Missed the aim: {', '.join(missed)}. What was tried for two-tasks is in [the log](log.md). "
     machines = " and ".join(sorted({machine(r["hardware"]) for r in records}))
     note += f"On {machines}, seed {first['seed']}. " + taken(rows=records)
     return table(head, rows) + "\n\n" + note

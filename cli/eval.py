@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sharefold.untrusted import shown
+
 from .common import Run, shared_options
 from .input_check import images_of, input_warning, look_at
 from .source import SourceOptions, preprocess_options, source_options
@@ -88,10 +90,10 @@ def command(
     pairs = with_truth(dataset, truth, split) if truth is not None or (stored and against is None) else None
     if outputs and pairs is None and against is None:
         raise SharefoldError("eval: --outputs says what --against compares or --truth measures: give one of them, too")
-    shown = dataset if pairs is None else pairs.images
+    pictures = dataset if pairs is None else pairs.images
     warning = None  # a converted network has its setting with it, and BatchNorms that were given new means
     if not opened.shared:
-        warning = input_warning(opened.model.to(device), images_of(shown, preprocess), preprocess, opened.pretrained_cfg)
+        warning = input_warning(opened.model.to(device), images_of(pictures, preprocess), preprocess, opened.pretrained_cfg)
     size = len(dataset) if hasattr(dataset, "__len__") else limit or 0
     total = min(size, limit) if limit else size
     batches = loader(dataset, batch_size, workers=workers)
@@ -145,8 +147,8 @@ def _comparison(found: Compared, source: str, against: str) -> _Report:
 def _task(found: TaskReport, source: str) -> _Report:
     rows = [[figure.metric, figure.text(), found.images] for figure in found.figures]
     for part in found.parts:
-        rows.append([f"{part.metric} of {part.id}{f' ({part.name})' if part.name else ''}", f"{part.value:.2%}", ""])
-    return _Report([f"{found.task} of {found.output}", f"{source} (95%)", "images"], rows, found.to_dict())
+        rows.append([f"{part.metric} of {part.id}{f' ({shown(part.name)})' if part.name else ''}", f"{part.value:.2%}", ""])
+    return _Report([f"{found.task} of {found.output}", f"{source} (95%)", "images"], rows, found.to_dict(), found.scale)
 
 
 def _images(preprocess: Preprocess) -> str:

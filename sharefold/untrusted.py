@@ -23,7 +23,7 @@ _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
 def read_text(file: Path, what: str, limit: int = JSON_LIMIT) -> str:
-    """The text (UTF-8) of a file with at most ``limit`` bytes.
+    """The text (UTF-8, with or without a byte order mark) of a file with at most ``limit`` bytes.
 
     Raises:
         SharefoldError: missing, unreadable, larger, or no text.
@@ -38,7 +38,7 @@ def read_text(file: Path, what: str, limit: int = JSON_LIMIT) -> str:
     if len(data) > limit:
         raise SharefoldError(f"{what} has more than {limit >> 20} MB: it is damaged, or another file is meant")
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise SharefoldError(f"{what} is no text (UTF-8): it is damaged, or another file is meant") from None
 

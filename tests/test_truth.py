@@ -70,7 +70,7 @@ class TestMasks:
         said, true = torch.randint(5, (6, 9, 7)), torch.randint(5, (6, 9, 7))
         true[torch.rand(true.shape) < 0.1] = 255
         said[said == 3], true[true == 3] = 0, 0
-        scores = MaskScores(5, binary=False)
+        scores = MaskScores(5)
         for one, mask in zip(said, true, strict=True):
             scores.add(one, mask, "")
         (miou, accuracy), parts = scores.figures(0)
@@ -193,8 +193,9 @@ class TestImages:
         assert found["psnr"] > 25
 
     def test_of_images_under_11_pixels_there_is_no_ssim(self, tmp_path: Path) -> None:
-        save(grey(np.arange(100).reshape(10, 10)), tmp_path / "pictures" / "a.png")
-        found = sharefold.evaluate_task(Says(lambda x: +x), opened(tmp_path, tmp_path / "pictures", small(10, 10)))
+        for folder in ("pictures", "clean"):
+            save(grey(np.arange(100).reshape(10, 10)), tmp_path / folder / "a.png")
+        found = sharefold.evaluate_task(Says(lambda x: +x), opened(tmp_path, tmp_path / "clean", small(10, 10)))
         assert [figure.metric for figure in found.figures] == ["psnr"]
 
 
@@ -316,12 +317,14 @@ class TestRefused:
             (np.array([[0, 3], [1, 1]], np.uint8), "its mask holds class 3, the network tells 2 apart"),
             (np.zeros((2, 3), np.uint8), "the mask is 3x2 pixels, its picture 2x2: they must be of one size"),
             (grey(np.zeros((2, 2))), "a mask holds one class number a pixel, grey or as a palette, and this is RGB"),
-            (np.full((2, 2), 255, np.uint8), "every pixel of the masks is void"),
         ]
         for pixels, words in cases:
             save(pixels, truth / "0.png")
             with pytest.raises(SharefoldError, match=words):
                 measured(tmp_path, truth, colours(2), CLASSES)
+        save(np.full((2, 2), 255, np.uint8), truth / "0.png")
+        with pytest.raises(SharefoldError, match="every pixel of the masks is void"):
+            measured(tmp_path, truth, colours(3), CLASSES)
         (truth / "0.png").write_bytes(b"no image")
         with pytest.raises(SharefoldError, match="not a readable image"):
             measured(tmp_path, truth, colours(2), CLASSES)
@@ -335,7 +338,7 @@ class TestRefused:
         with pytest.raises(SharefoldError, match="truth.json: no such file"):
             opened(tmp_path, tmp_path / "truth.json")
         save(np.zeros((2, 2), np.uint8), truth / "more" / "0.png")
-        with pytest.raises(SharefoldError, match="named like .*0.png"):
+        with pytest.raises(SharefoldError, match=r"2 things in it are named like .*0.png, .*0.png and .*more.0.png: keep one"):
             opened(tmp_path, truth)
         save(grey(np.zeros((2, 2))), tmp_path / "pictures" / "1.png")
         (truth / "more" / "0.png").unlink()
@@ -378,7 +381,7 @@ class TestRefused:
             (lambda c: c.update(annotations={}), "is no COCO annotation file"),
             (lambda c: c.update(images=[3]), "is no COCO annotation file"),
             (lambda c: c.update(categories=[]), "it has no categories"),
-            (lambda c: c["categories"][0].update(id="1"), "has the id 1: want a whole number of its own"),
+            (lambda c: c["categories"][0].update(id="1"), "has the id '1': want a whole number of its own"),
             (lambda c: c["categories"].append({"id": 1, "name": "\x1b[2J"}), r"category '\\x1b\[2J' has the id 1"),
             (lambda c: c["images"][0].pop("file_name"), "want a file_name and an id of its own"),
             (lambda c: c["images"].append({"id": 0, "file_name": "1.png"}), "want a file_name and an id of its own"),
@@ -392,7 +395,8 @@ class TestRefused:
             (lambda c: c["annotations"][0].update(bbox=[0, 0, -1, 1]), "annotation 0 has the bbox"),
             (lambda c: c["annotations"][0].update(bbox=[0, 0, 1e30, 1]), "annotation 0 has the bbox"),
             (lambda c: c["annotations"][0].update(bbox=[0, 0, float("nan"), 1]), "annotation 0 has the bbox"),
-            (lambda c: c["annotations"][0].update(iscrowd="yes"), "annotation 0 has the iscrowd yes: want 0 or 1"),
+            (lambda c: c["annotations"][0].update(iscrowd="1"), "annotation 0 has the iscrowd '1': want 0 or 1"),
+            (lambda c: c["annotations"][0].update(iscrowd="yes"), "annotation 0 has the iscrowd 'yes': want 0 or 1"),
         ],
     )
     def test_annotation_files(self, tmp_path: Path, change: Any, words: str) -> None:

@@ -109,7 +109,7 @@ def _categories(entries: list[dict[str, Any]], where: str) -> dict[int, str]:
         key: Any = entry.get("id")
         name = entry.get("name")
         if not is_int(key) or not 0 <= key < _LARGEST_ID or key in names:
-            raise SharefoldError(f"{where}: category {quoted(name)} has the id {shown(key)}: want a whole number of its own")
+            raise SharefoldError(f"{where}: category {quoted(name)} has the id {quoted(key)}: want a whole number of its own")
         names[key] = name if isinstance(name, str) else str(key)
     if not names:
         raise SharefoldError(f"{where}: it has no categories: there is nothing to find")
@@ -122,7 +122,7 @@ def _pictures(entries: list[dict[str, Any]], where: str) -> dict[int | str, _Pic
         key: Any = entry.get("id")
         name = entry.get("file_name")
         if not isinstance(name, str) or not (is_int(key) or isinstance(key, str)) or key in listed:
-            raise SharefoldError(f"{where}: image {quoted(name)} has the id {shown(key)}: want a file_name and an id of its own")
+            raise SharefoldError(f"{where}: image {quoted(name)} has the id {quoted(key)}: want a file_name and an id of its own")
         size: Any = entry.get("height"), entry.get("width")
         listed[key] = _Picture(name, size if all(is_int(side) for side in size) else None)
     return listed
@@ -134,12 +134,12 @@ def _add(entry: dict[str, Any], listed: Mapping[int | str, _Picture], names: Map
     box: Any = entry.get("bbox")
     crowd: Any = entry.get("iscrowd")
     if not (is_int(image) or isinstance(image, str)) or image not in listed:
-        raise SharefoldError(f"{where} is of image {shown(image)}, which is none of the file's images")
+        raise SharefoldError(f"{where} is of image {quoted(image)}, which is none of the file's images")
     if not is_int(category) or category not in names:
-        raise SharefoldError(f"{where} is of category {shown(category)}, which is none of the file's categories")
+        raise SharefoldError(f"{where} is of category {quoted(category)}, which is none of the file's categories")
     numbers = isinstance(box, list) and len(box) == 4 and all(is_number(x) and abs(x) <= LARGEST_SIDE for x in box)
     if not numbers or min(box[2:]) < 0:
-        raise SharefoldError(f"{where} has the bbox {shown(box)}: want [x, y, width, height] in pixels")
+        raise SharefoldError(f"{where} has the bbox {quoted(box)}: want [x, y, width, height] in pixels")
     if crowd not in (None, 0, 1):
-        raise SharefoldError(f"{where} has the iscrowd {shown(crowd)}: want 0 or 1")
+        raise SharefoldError(f"{where} has the iscrowd {quoted(crowd)}: want 0 or 1")
     listed[image].rows.append((*box, category, int(crowd or 0)))

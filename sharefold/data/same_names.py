@@ -28,12 +28,18 @@ def matched(pictures: Sequence[PurePath], named: Sequence[PurePath], key: Callab
     taken: dict[int, PurePath] = {}
     for picture in pictures:
         same = places.get(key(picture), [])
-        if len(same) > 1:
-            same = [index for index in same if named[index].parent.name == picture.parent.name]
         if not same:
             raise SharefoldError(f"{where}: nothing in it is named like {_text(picture)}: add it, or take the picture out")
         if len(same) > 1:
-            raise SharefoldError(f"{where}: several things in it are named like {_text(picture)}: keep one")
+            near = [index for index in same if named[index].parent.name == picture.parent.name]
+            if len(near) != 1:
+                several = [_text(named[index]) for index in near or same]
+                more = f" and {len(several) - 2} more" if len(several) > 2 else ""
+                raise SharefoldError(
+                    f"{where}: {len(several)} things in it are named like {_text(picture)}, {' and '.join(several[:2])}{more}: "
+                    "keep one"
+                )
+            same = near
         if same[0] in taken:
             raise SharefoldError(
                 f"{where}: {_text(named[same[0]])} is named like two pictures, {_text(taken[same[0]])} and {_text(picture)}: "

@@ -26,6 +26,8 @@ from sharefold.untrusted import expanded, printable
 
 MASKS, IMAGES, BOXES = "masks", "images", "boxes"
 _ONE_NUMBER = ("1", "L", "P", "I", "I;16")  # Pillow's modes of one whole number a pixel
+_LOSSY = ("JPEG", "MPO")  # of WebP, the other lossy format, every image is one of colours
+_LOSSY_WITHIN = ("jpeg", "tiff_jpeg")  # of TIFF
 _CHANNELS = {1: "L", 3: "RGB"}
 _DEEP = ("I", "I;16", "F")  # those that Pillow cuts off at 255 instead of scaling them
 
@@ -69,9 +71,13 @@ class FileTruth:
     def mask(self, index: int) -> Tensor:
         """
         Raises:
-            SharefoldError: no readable image, or one of colours.
+            SharefoldError: no readable image, one of colours, or one whose format changes numbers.
         """
         with opened_image(self.files[index]) as image:
+            if image.format in _LOSSY or image.info.get("compression") in _LOSSY_WITHIN:
+                raise SharefoldError(
+                    f"{self.name(index)}: JPEG changes the numbers of a mask: save masks anew as PNG, from their source"
+                )
             if image.mode not in _ONE_NUMBER:
                 raise SharefoldError(
                     f"{self.name(index)}: a mask holds one class number a pixel, grey or as a palette, and this is {image.mode}"
@@ -222,7 +228,8 @@ def with_truth(dataset: Dataset, place: str | Path | None = None, split: str = "
         split: which part of the data.
 
     Raises:
-        SharefoldError: nothing there, pictures without names, a picture without truth, an annotation file of another form.
+        SharefoldError: nothing there, pictures without names, a picture without truth or that is its own, an annotation file of
+            another form.
     """
     if place is None:
         if not isinstance(dataset, ArrayDataset) or dataset.answers is None:
@@ -236,7 +243,11 @@ def with_truth(dataset: Dataset, place: str | Path | None = None, split: str = "
         folder = next((root / name for name in split_names(split) if (root / name).is_dir()), root)
         files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
         order = matched(dataset.files, files, lambda path: path.stem, where)
-        return Pairs(dataset, FileTruth([files[index] for index in order]))
+        found = [files[index] for index in order]
+        for picture, file in zip(dataset.files, found, strict=True):
+            if file.resolve() == picture.resolve():
+                raise SharefoldError(f"{where}: {printable(str(file))} is the picture itself: give the folder of its truth")
+        return Pairs(dataset, FileTruth(found))
     if root.suffix.lower() != ".json":
         problem = "neither a folder nor a .json file" if root.exists() else "no such folder or file"
         raise SharefoldError(f"{where}: {problem}: want a folder of masks or images, or a COCO annotation file")

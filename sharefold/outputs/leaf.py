@@ -19,9 +19,13 @@ EMBEDDING = "embedding"
 BOXES = "boxes"
 SCORES = "scores"
 LABELS = "labels"
+GIVEN = "given"  # why a kind is what it is, where the user says so
 # What a user may say; "labels" are told from the type alone.
 KINDS = (LOGITS, PROBABILITIES, BINARY, MULTILABEL, REGRESSION, IMAGE, EMBEDDING, BOXES, SCORES)
 CLASSES = (LOGITS, PROBABILITIES)
+# What the numbers of an image are, as users say it: from 0 to 1, from 0 to 255, or normalised as the images that go in.
+SHARES, BYTES, NORMALISED = "1", "255", "normalised"
+SCALES = (SHARES, BYTES, NORMALISED)
 YES_NO = (BINARY, MULTILABEL, SCORES)
 
 
@@ -37,6 +41,7 @@ class Leaf:
         activated: sigmoid or softmax is done already.
         weight: in the sum over outputs.
         why: how the kind was told.
+        scale: of an image, one of :data:`SCALES`; "" where the user says nothing.
         source: name of the tensor that it is (a part of).
         images_axis: where the tensor as returned counts images.
         per_image: entries of that axis an image; more than one where a network flattens steps into it.
@@ -49,6 +54,7 @@ class Leaf:
     activated: bool = False
     weight: float = 1.0
     why: str = ""
+    scale: str = ""
     source: str = ""
     images_axis: int = 0
     per_image: int = 1

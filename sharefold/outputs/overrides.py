@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from sharefold.errors import SharefoldError, unknown
-from sharefold.outputs.leaf import CLASSES, KINDS, LABELS, MULTILABEL, PROBABILITIES, Leaf
+from sharefold.outputs.leaf import CLASSES, GIVEN, IMAGE, KINDS, LABELS, MULTILABEL, PROBABILITIES, SCALES, Leaf
 
-FORM = "write KIND or NAME:KIND, then :axis=N, :channels=A-B, :weight=W or :sigmoid, such as logits:axis=1"
+FORM = "write KIND or NAME:KIND, then :axis=N, :channels=A-B, :weight=W, :scale=S or :sigmoid, such as logits:axis=1"
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Override:
         channels: (first, end) along the axis that are meant; several overrides of one output divide it.
         weight: in the sum over outputs.
         activated: sigmoid or softmax is done already; None leaves it as found.
+        scale: of an image's values, one of :data:`SCALES`; "" leaves it to be told.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Override:
     channels: tuple[int, int] | None = None
     weight: float | None = None
     activated: bool | None = None
+    scale: str = ""
 
 
 def parse_overrides(given: str | Iterable[str] | Mapping[str, str] | None) -> list[Override]:
@@ -66,9 +68,19 @@ def _parse(text: str) -> Override:
             found = replace(found, channels=(int(match[1]), int(match[2])))
         elif match := re.fullmatch(r"weight=(\d*\.?\d+)", word):
             found = replace(found, weight=float(match[1]))
+        elif word.startswith("scale="):
+            found = replace(found, scale=_scale(word[6:], kind))
         else:
             raise SharefoldError(f"--outputs {text!r}: {word!r} is not understood: {FORM}")
     return found
+
+
+def _scale(text: str, kind: str) -> str:
+    if kind != IMAGE:
+        raise SharefoldError(f"--outputs {kind}:scale={text}: only an image has a scale: say {IMAGE}:scale={text}")
+    if text not in SCALES:
+        raise unknown("scale of an image", text, SCALES)
+    return text
 
 
 def overridden(leaves: list[Leaf], shapes: Mapping[str, tuple[int, ...]], overrides: Iterable[Override]) -> list[Leaf]:
@@ -126,7 +138,7 @@ def _changed(leaf: Leaf, override: Override, shape: tuple[int, ...]) -> Leaf:
     return replace(
         leaf, name=name, kind=override.kind, axis=axis, channels=override.channels,
         activated=activated or override.kind == PROBABILITIES,
-        weight=leaf.weight if override.weight is None else override.weight, why="given",
+        weight=leaf.weight if override.weight is None else override.weight, why=GIVEN, scale=override.scale,
     )  # fmt: skip
 
 

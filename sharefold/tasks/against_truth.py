@@ -17,6 +17,7 @@ from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.outputs import leaf as kinds
 from sharefold.outputs.leaf import Leaf
 from sharefold.tasks.detections import Found, RawBoxes, as_found
+from sharefold.tasks.image_scale import ImageScale
 from sharefold.tasks.truth_scores import BoxScores, ImageScores, MaskScores, Part, TruthFigure
 
 _MOST_CLASSES = 256  # of networks that return class numbers themselves, which do not say how many there are
@@ -43,7 +44,7 @@ class MaskMeasure:
     def __init__(self, leaf: Leaf, answer: Tensor) -> None:
         self.leaf = leaf
         classes = 2 if leaf.kind == kinds.BINARY else _MOST_CLASSES if leaf.kind == kinds.LABELS else answer.shape[leaf.axis or 1]
-        self._scores = MaskScores(classes, leaf.kind == kinds.BINARY)
+        self._scores = MaskScores(classes, counted=leaf.kind != kinds.LABELS)
 
     def add(self, said: Sequence[Tensor], answers: Sequence[Answer]) -> None:
         (maps,) = said
@@ -74,28 +75,17 @@ class ImageMeasure:
 
     Args:
         preprocess: of the pictures.
+        scale: on which the network makes them.
     """
 
-    def __init__(self, preprocess: Preprocess) -> None:
-        self.preprocess, self._scores, self.resized = preprocess, ImageScores(), 0
-        self._scale: tuple[Tensor, Tensor] | None = None
+    def __init__(self, preprocess: Preprocess, scale: ImageScale) -> None:
+        self.preprocess, self.scale, self._scores, self.resized = preprocess, scale, ImageScores(), 0
 
     def add(self, said: Sequence[Tensor], answers: Sequence[Answer]) -> None:
         made = said[0].float().cpu()
         targets = torch.stack([self._fitting(answer, (made.shape[2], made.shape[3])) for answer in answers])
-        if self._scale is None:
-            self._scale = self._told(made, targets)
-        gain, shift = self._scale
-        for one, target in zip(made * gain + shift, targets, strict=True):
+        for one, target in zip(self.scale(made), targets, strict=True):
             self._scores.add(one, target)
-
-    def _told(self, made: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Gain and shift to [0, 1]: images come so already, normalised as they went in, or up to 255, whichever is nearest."""
-        ways = [(torch.ones(1, 1, 1), torch.zeros(1, 1, 1)), (torch.full((1, 1, 1), 1 / 255), torch.zeros(1, 1, 1))]
-        if made.shape[1] == self.preprocess.size[0]:
-            std, mean = (torch.tensor(values).view(-1, 1, 1) for values in (self.preprocess.std, self.preprocess.mean))
-            ways.append((std, mean))
-        return min(ways, key=lambda way: float((made * way[0] + way[1] - targets).square().mean().nan_to_num(torch.inf)))
 
     def _fitting(self, answer: Answer, made: tuple[int, int]) -> Tensor:
         """The target as large as what the network makes of the picture; with a picture that was resized, it is resized."""

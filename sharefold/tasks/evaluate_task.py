@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,13 +16,17 @@ from sharefold.data.coco import Annotations
 from sharefold.data.truth import IMAGES, MASKS, Answer, Pairs
 from sharefold.errors import SharefoldError
 from sharefold.options import Outputs, chosen
+from sharefold.outputs import leaf as kinds
+from sharefold.outputs.leaf import Leaf
 from sharefold.outputs.reading import OutputReading, read_outputs
 from sharefold.running import BATCH_ELEMENTS, batch_within, evaluating, run_on
 from sharefold.tasks.against_truth import BoxMeasure, ImageMeasure, MaskMeasure, Measure
+from sharefold.tasks.image_scale import image_scale
 from sharefold.tasks.task_reading import Task, task_of
-from sharefold.tasks.truth_scores import Part, TruthFigure, check_installed
+from sharefold.tasks.truth_scores import VOID, Part, TruthFigure, check_installed
+from sharefold.untrusted import is_int, quoted
 
-_LOOKED_AT = 4  # images that tell what a network returns
+_LOOKED_AT = 8  # images that tell what a network returns
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,16 @@ class TaskOptions:
     """How a network is measured against the truth.
 
     Attributes:
-        outputs: kinds of the network's outputs that would be read wrongly: ``"logits:axis=1"``, ``"binary"``, ``"image"``.
+        outputs: kinds of the network's outputs that would be read wrongly: ``"logits:axis=1"``, ``"binary"``,
+            ``"image:scale=255"``.
         batch_size: images a batch at most; fewer of large ones.
         limit: only the first so many images.
         workers: processes that load images.
         device: where the network runs; it is moved there.
         seed: of the bootstrap.
+
+    Raises:
+        SharefoldError: a count that is no whole number, or too small a one.
     """
 
     outputs: Outputs = None
@@ -44,6 +52,12 @@ class TaskOptions:
     workers: int = 0
     device: torch.device | str = "cpu"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("limit", 1), ("workers", 0)):
+            value = getattr(self, name)
+            if not (is_int(value) and value >= least) and (name, value) != ("limit", None):
+                raise SharefoldError(f"evaluate_task: {name}={quoted(value)}: want a whole number from {least} on")
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,7 @@ class TaskReport:
         parts: the IoU of every class, or the mAP of every category.
         images: how many they are of.
         seconds: how long it took.
+        scale: of images, how their values were read; "" of masks and boxes.
     """
 
     task: str
@@ -66,6 +81,7 @@ class TaskReport:
     parts: list[Part]
     images: int
     seconds: float
+    scale: str = ""
 
     def __getitem__(self, metric: str) -> float:
         """The value of a figure."""
@@ -74,7 +90,7 @@ class TaskReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
-            "task": self.task, "output": self.output, "images": self.images, "seconds": self.seconds,
+            "task": self.task, "output": self.output, "images": self.images, "seconds": self.seconds, "scale": self.scale,
             "figures": [figure.to_dict() for figure in self.figures], "parts": [asdict(part) for part in self.parts],
         }  # fmt: skip
 
@@ -91,13 +107,15 @@ def evaluate_task(
     What is measured follows from what the network returns:
 
     - Class logits or probabilities (n, C, h, w), class numbers (n, h, w) or a binary map (n, 1, h, w) by masks. They are resized
-      to the mask's size (bilinearly), then decided by. Pixels of 255 are void, or yes where the masks of a binary map hold no 1.
-    - Images (n, C, h, w) from 0 to 1, from 0 to 255 or normalised as the pictures were, by target images, which may be larger
-      than the pictures.
+      to the mask's size (bilinearly), then decided by. Pixels of 255 are void; of a binary map or of two classes they are yes
+      (class 1) where no mask holds a 1.
+    - Images (n, C, h, w) by target images, which may be larger than the pictures. Their values go from 0 to 1, from 0 to 255, or
+      are normalised as the pictures were. What the network makes of the first pictures tells which; ``outputs`` may say it:
+      ``"image:scale=1"``, ``"image:scale=255"``, ``"image:scale=normalised"``.
     - Detections (a dictionary of boxes, labels and scores an image, labels being category ids) or raw boxes (n, 4, anchors)
       beside scores (n, classes, anchors) by an annotation file. Boxes are scaled back to the picture, raw ones after those that
-      overlap have gone. Of C raw scores, k is that of the k-th category by id where there are C categories, and that of id k
-      where C - 1 is the largest id.
+      overlap have gone. Where there are as many raw scores as categories, they are in the order of the categories' ids; where
+      there is one more than the largest id, score number k (from 0) is of the category with id k.
 
     Args:
         model: any network; in eval mode meanwhile, its modes restored.
@@ -107,38 +125,44 @@ def evaluate_task(
 
     Raises:
         SharefoldError: torchmetrics or faster-coco-eval is missing, no output fits the truth, a mask of another size or with
-            classes that the network has not, a target that does not fit, a count of scores that is not that of the categories,
-            nothing to measure by.
+            classes that the network has not, a target that does not fit, targets that look like masks of an output that looks
+            like an image, a count of scores that is not that of the categories, an output of NaN, nothing to measure by.
     """
     wanted = chosen(options, changes, TaskOptions)
     check_installed()
     model.to(wanted.device)
     started = time.perf_counter()
-    count = min(len(pairs), wanted.limit or len(pairs))
+    count = len(pairs) if wanted.limit is None else min(len(pairs), wanted.limit)
     few = torch.stack([pairs.images[index][0] for index in range(min(count, _LOOKED_AT))])
     reading = read_outputs(model, few, None, wanted.outputs)
     with evaluating(model):
         answers = reading.run(model, few)
         task = task_of(reading, answers, isinstance(pairs.truth, Annotations))
-        measure = _measure(task, reading, answers, pairs)
         channels = answers[task.leaves[0]].shape[1] if task.kind == IMAGES else 0
-        batch = batch_within(BATCH_ELEMENTS, math.prod(pairs.preprocess.size), wanted.batch_size)
         chosen_pairs: Subset = Subset(pairs.of(task.kind, channels), range(count))
+        if channels == 1:
+            _check_no_masks(reading.leaves[task.leaves[0]], [chosen_pairs[index][1] for index in range(len(few))])
+        measure = _measure(task, reading, answers, pairs)
+        batch = batch_within(BATCH_ELEMENTS, math.prod(pairs.preprocess.size), wanted.batch_size)
         done = 0
         for images, truths in DataLoader(chosen_pairs, batch, collate_fn=_together, num_workers=wanted.workers):
-            measure.add(_said(model, images, reading, task), truths)
+            said = _said(model, images, reading, task)
+            _check_numbers(said, truths, task.output)
+            measure.add(said, truths)
             done += len(images)
             if progress is not None:
                 progress(done)
     figures, parts = measure.figures(wanted.seed)
-    return TaskReport(task.kind, task.output, figures, parts, done, time.perf_counter() - started)
+    scale = measure.scale.text if isinstance(measure, ImageMeasure) else ""
+    return TaskReport(task.kind, task.output, figures, parts, done, time.perf_counter() - started, scale)
 
 
 def _measure(task: Task, reading: OutputReading, answers: Sequence[Tensor], pairs: Pairs) -> Measure:
     if task.kind == MASKS:
         return MaskMeasure(reading.leaves[task.leaves[0]], answers[task.leaves[0]])
     if task.kind == IMAGES:
-        return ImageMeasure(pairs.preprocess)
+        leaf, made = reading.leaves[task.leaves[0]], answers[task.leaves[0]].cpu()
+        return ImageMeasure(pairs.preprocess, image_scale(made, pairs.preprocess, leaf.scale))
     assert isinstance(pairs.truth, Annotations)
     return BoxMeasure([reading.leaves[index] for index in task.leaves], pairs.truth.categories, pairs.preprocess.size[1:])
 
@@ -152,6 +176,39 @@ def _said(model: nn.Module, images: Tensor, reading: OutputReading, task: Task) 
         return said
     found = reading.run(model, images)
     return [found[index] for index in task.leaves]
+
+
+def _check_no_masks(leaf: Leaf, first: Sequence[Answer]) -> None:
+    """A map of shares may be a mask as well as a grey image: what is measured would be another thing.
+
+    Raises:
+        SharefoldError: the network's one channel was read as an image without the user's word, and the first targets hold no
+            other values than a mask of yes and no does.
+    """
+    if leaf.why == kinds.GIVEN:
+        return
+    levels = torch.cat([answer.value.unique() for answer in first if isinstance(answer.value, Tensor)]).unique()
+    if any(set((levels * 255).round().int().tolist()) <= {0, yes} for yes in (1, VOID)):
+        raise SharefoldError(
+            f"truth: output {leaf.name} has one channel and was read as an image ({leaf.why}), and the first targets hold two "
+            "values, as masks do: say which: --outputs binary or --outputs image"
+        )
+
+
+def _check_numbers(said: Any, answers: Sequence[Answer], output: str) -> None:
+    """
+    Raises:
+        SharefoldError: the network says NaN of a picture.
+    """
+    detections = isinstance(said[0], Mapping)
+    for index, answer in enumerate(answers):
+        parts = [said[index][key] for key in ("boxes", "scores")] if detections else [tensor[index] for tensor in said]
+        lost = sum(int(part.isnan().sum()) for part in parts)
+        if lost:
+            raise SharefoldError(
+                f"output {output}: {lost} of its values for {answer.name} are NaN (no numbers), so that there is nothing to "
+                "measure: look into the network's weights and its --mean and --std"
+            )
 
 
 def _together(items: Sequence[tuple[Tensor, Answer]]) -> tuple[Tensor, list[Answer]]:

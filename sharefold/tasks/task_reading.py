@@ -79,7 +79,8 @@ def _boxes(reading: OutputReading) -> Task:
             return Task(BOXES, source, (boxes, near[0]))
     raise SharefoldError(
         f"truth: the network returns no boxes beside scores ({_said(reading)}): give a folder of masks or images, or say where "
-        "they are: --outputs boxes:channels=0-4 --outputs scores:channels=4-84"
+        "they are: --outputs boxes:channels=0-4 --outputs scores:channels=4-84, or scores:channels=4-84:sigmoid where the scores "
+        "lie between 0 and 1 already"
     )
 
 

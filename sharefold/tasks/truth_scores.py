@@ -98,12 +98,14 @@ class MaskScores:
 
     Args:
         classes: that the network tells apart.
-        binary: yes or no. Masks of it may say yes by 1 or, if none of them has a 1, by 255.
+        counted: their count is known. Where it is not, it is two if the network names no other classes than 0 and 1.
+
+    Masks of two classes may be of 0 and 255: where none of them holds a 1, 255 is class 1 and no void.
     """
 
-    def __init__(self, classes: int, binary: bool) -> None:
-        self.classes, self.binary = classes, binary
-        self._counts: list[Tensor] = []  # (true, predicted) an image; of binary masks a third of either, for 255
+    def __init__(self, classes: int, counted: bool = True) -> None:
+        self.classes, self.counted = classes, counted
+        self._counts: list[Tensor] = []  # (4, classes) an image: right, true, predicted, predicted where the mask has 255
 
     def add(self, predicted: Tensor, mask: Tensor, where: str) -> None:
         """One picture's classes (h, w), predicted and true, int64.
@@ -117,24 +119,18 @@ class MaskScores:
                 f"{where}: its mask holds class {int(mask[wrong][0])}, the network tells {self.classes} apart (0 to "
                 f"{self.classes - 1}; {VOID} is void): wrong masks for this network"
             )
-        count = self.classes
-        if self.binary:
-            mask, count = torch.where(mask == VOID, 2, mask), 3
-        functional = _metrics("functional.classification")
-        found = functional.multiclass_confusion_matrix(predicted, mask, count, ignore_index=VOID, validate_args=False)
-        self._counts.append(found if self.binary else torch.stack([found.diagonal(), found.sum(1), found.sum(0)]))
+        functional, count = _metrics("functional.classification"), self.classes
+        mask = torch.where(mask == VOID, count, mask)  # a class of its own until all masks are known
+        table = functional.multiclass_confusion_matrix(predicted, mask, count + 1, validate_args=False)[:, :count]
+        right, known = table[:count].diagonal(), table[:count]
+        self._counts.append(torch.stack([right, known.sum(1), known.sum(0), table[count]]))
 
     def figures(self, seed: int) -> tuple[list[TruthFigure], list[Part]]:
         """
         Raises:
             SharefoldError: no pixel counts.
         """
-        counts = torch.stack(self._counts)
-        if self.binary:
-            by_255 = not bool(counts[:, 1].any())
-            table = counts[:, [0, 2 if by_255 else 1], :2]
-            counts = torch.stack([table.diagonal(dim1=1, dim2=2), table.sum(2), table.sum(1)], 1)
-        counts = counts.double()  # (images, 3, classes): right, true, predicted
+        counts = self._without_void(torch.stack(self._counts)).double()
         total = counts.sum(0)
         if not bool(total[1].any()):
             raise SharefoldError(f"truth: every pixel of the masks is void ({VOID}): there is nothing to measure by")
@@ -142,6 +138,16 @@ class MaskScores:
         figures = [TruthFigure(name, float(of(total[None])), bootstrap(counts, of, seed))
                    for name, of in (("miou", _miou), ("pixel_accuracy", _accuracy))]  # fmt: skip
         return figures, [Part(index, "", "iou", float(value)) for index, value in enumerate(each) if not math.isnan(value)]
+
+    def _without_void(self, counts: Tensor) -> Tensor:
+        """(images, 3, classes), right, true and predicted, with the pixels of 255 as class 1 or left out."""
+        counts, void = counts[:, :3], counts[:, 3]
+        two = self.classes == 2 if self.counted else not bool(counts[:, :, 2:].any() or void[:, 2:].any())
+        if two and not bool(counts[:, 1, 1].any()):
+            counts = counts.clone()
+            counts[:, 0, 1], counts[:, 1, 1] = void[:, 1], void.sum(1)
+            counts[:, 2] += void
+        return counts
 
 
 def _iou(counts: Tensor) -> Tensor:
@@ -198,11 +204,12 @@ class BoxScores:
         self.categories = categories
         self._metric = _metrics("detection").MeanAveragePrecision(class_metrics=True, backend="faster_coco_eval")
         self._metric.warn_on_many_detections = False
-        self._objects, self._said = 0, set[int]()
+        self._objects, self._crowds, self._said = 0, 0, set[int]()
 
     def add(self, found: Found, objects: Objects) -> None:
         """One picture's."""
         self._objects += len(objects.boxes)
+        self._crowds += int(objects.crowds.sum())
         self._said |= set(found.categories.tolist())
         self._metric.update(
             [{"boxes": found.boxes, "scores": found.scores, "labels": found.categories}],
@@ -212,10 +219,11 @@ class BoxScores:
     def figures(self, seed: int) -> tuple[list[TruthFigure], list[Part]]:
         """
         Raises:
-            SharefoldError: there are no true objects.
+            SharefoldError: there are no true objects, or crowds alone.
         """
-        if self._objects == 0:
-            raise SharefoldError("truth: no object is annotated in these pictures: there is nothing to find")
+        if self._objects == self._crowds:
+            what = f"only crowds ({self._crowds} with iscrowd 1) are" if self._crowds else "no object is"
+            raise SharefoldError(f"truth: {what} annotated in these pictures: there is nothing to find")
         if self._said and not self._said & self.categories.keys():
             said, known = (", ".join(map(str, sorted(ids)[:5])) for ids in (self._said, self.categories))
             warnings.warn(

@@ -62,6 +62,10 @@ def test_images_larger_than_the_pictures(tmp_path: Path, network: dict[str, nn.M
     report = reported("eval", "net.pt", "--data", f"imagefolder:{tmp_path / 'pictures'}", "--truth", tmp_path / "large")
     assert report["task"] == "images" and report["figures"][0]["value"] == pytest.approx(20 * np.log10(51), abs=1e-3)
     assert [figure["metric"] for figure in report["figures"]] == ["psnr", "ssim"] and report["figures"][0]["interval"] is None
+    assert report["scale"].startswith("values were read as 0 to 1 (they lie between ")
+    options = ("net.pt", "--data", f"imagefolder:{tmp_path / 'pictures'}", "--truth", tmp_path / "large")
+    assert "values were read as 0 to 1 (they" in call("eval", *options).output
+    assert "values were read as 0 to 255 (given)" in call("eval", *options, "--outputs", "image:scale=255").output
 
 
 def test_boxes(tmp_path: Path, network: dict[str, nn.Module]) -> None:
@@ -72,7 +76,10 @@ def test_boxes(tmp_path: Path, network: dict[str, nn.Module]) -> None:
     assert report["task"] == "boxes" and report["parts"] == [{"id": 2, "name": "kind 2", "metric": "map", "value": 1.0}]
     assert report["figures"][1] == {"metric": "map50", "value": 1.0, "interval": None}
     assert "map of 2 (kind 2)" in call("eval", "net.pt", "--data", data, "--truth", truth).stdout
-    text = truth.read_text().replace('"category_id": 2', '"category_id": 3')
+    long = truth.read_text()
+    truth.write_text(long.replace("kind 2", "x" * 3000))
+    assert f"map of 2 ({'x' * 80}...)" in call("eval", "net.pt", "--data", data, "--truth", truth).stdout.replace("\n", "")
+    text = long.replace('"category_id": 2', '"category_id": 3')
     truth.write_text(text)
     refused(call("eval", "net.pt", "--data", data, "--truth", truth), "category 3, which is none of the file's categories")
 
