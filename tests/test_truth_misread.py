@@ -14,7 +14,7 @@ from truth_nets import CFG, Says, block_box, block_picture, coco, colours, detec
 
 import sharefold
 from sharefold.data import Preprocess
-from sharefold.errors import SharefoldError
+from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.outputs.leaf import BYTES, NORMALISED, SHARES
 from sharefold.tasks.image_scale import image_scale
 from sharefold.tasks.truth_scores import MaskScores
@@ -91,10 +91,15 @@ class TestScale:
         truth = pictures(tmp_path, block_picture() // 255 * np.uint8(yes))
         pairs = opened(tmp_path, truth, {**CFG, "input_size": (3, 20, 40)})
         shares = Says(lambda x: x[:, :1].clamp(0.1, 0.9))
-        with pytest.raises(SharefoldError, match="output has one channel .* say which: --outputs binary or --outputs image"):
+        with pytest.raises(SharefoldError, match="output has one channel .* which: --outputs binary:sigmoid or --outputs image"):
             sharefold.evaluate_task(shares, pairs)
         assert sharefold.evaluate_task(shares, pairs, outputs="binary:sigmoid")["miou"] == 1.0
+        with pytest.warns(SharefoldWarning, match="binary before a sigmoid, and its values lie between 0 and 1: .* binary:sigmoid"):
+            assert sharefold.evaluate_task(shares, pairs, outputs="binary")["miou"] < 0.5
         assert sharefold.evaluate_task(shares, pairs, outputs="image").task == "images"
+        grey_alone = opened(tmp_path, truth, {**CFG, "input_size": (1, 20, 40), "mean": (0.0,), "std": (1.0,)})
+        with pytest.raises(SharefoldError, match="say which: --outputs binary or --outputs image"):
+            sharefold.evaluate_task(Says(lambda x: x * 2 - 1), grey_alone)
         save(np.full((20, 40), 7, np.uint8), truth / "0.png")
         assert sharefold.evaluate_task(shares, pairs).task == "images"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Subset
 
 from sharefold.data.coco import Annotations
 from sharefold.data.truth import IMAGES, MASKS, Answer, Pairs
-from sharefold.errors import SharefoldError
+from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.options import Outputs, chosen
 from sharefold.outputs import leaf as kinds
 from sharefold.outputs.leaf import Leaf
@@ -138,10 +139,13 @@ def evaluate_task(
     with evaluating(model):
         answers = reading.run(model, few)
         task = task_of(reading, answers, isinstance(pairs.truth, Annotations))
+        for index in task.leaves:
+            _warn_of_sigmoids(reading.leaves[index], answers[index])
         channels = answers[task.leaves[0]].shape[1] if task.kind == IMAGES else 0
         chosen_pairs: Subset = Subset(pairs.of(task.kind, channels), range(count))
         if channels == 1:
-            _check_no_masks(reading.leaves[task.leaves[0]], [chosen_pairs[index][1] for index in range(len(few))])
+            first = [chosen_pairs[index][1] for index in range(len(few))]
+            _check_no_masks(reading.leaves[task.leaves[0]], answers[task.leaves[0]], first)
         measure = _measure(task, reading, answers, pairs)
         batch = batch_within(BATCH_ELEMENTS, math.prod(pairs.preprocess.size), wanted.batch_size)
         done = 0
@@ -178,7 +182,7 @@ def _said(model: nn.Module, images: Tensor, reading: OutputReading, task: Task) 
     return [found[index] for index in task.leaves]
 
 
-def _check_no_masks(leaf: Leaf, first: Sequence[Answer]) -> None:
+def _check_no_masks(leaf: Leaf, made: Tensor, first: Sequence[Answer]) -> None:
     """A map of shares may be a mask as well as a grey image: what is measured would be another thing.
 
     Raises:
@@ -189,9 +193,25 @@ def _check_no_masks(leaf: Leaf, first: Sequence[Answer]) -> None:
         return
     levels = torch.cat([answer.value.unique() for answer in first if isinstance(answer.value, Tensor)]).unique()
     if any(set((levels * 255).round().int().tolist()) <= {0, yes} for yes in (1, VOID)):
+        binary = "binary:sigmoid" if _within_0_and_1(made) else "binary"
         raise SharefoldError(
             f"truth: output {leaf.name} has one channel and was read as an image ({leaf.why}), and the first targets hold two "
-            "values, as masks do: say which: --outputs binary or --outputs image"
+            f"values, as masks do: say which: --outputs {binary} or --outputs image"
+        )
+
+
+def _within_0_and_1(values: Tensor) -> bool:
+    return float(values.min()) >= 0 and float(values.max()) <= 1
+
+
+def _warn_of_sigmoids(leaf: Leaf, made: Tensor) -> None:
+    """Where the user's word leaves out that a sigmoid is done already: as logits all of its values would say yes."""
+    if leaf.kind in (kinds.BINARY, kinds.SCORES) and not leaf.activated and _within_0_and_1(made):
+        warnings.warn(
+            f"output {leaf.name} was read as {leaf.kind} before a sigmoid, and its values lie between 0 and 1: if a sigmoid is "
+            f"done already, say {leaf.kind}:sigmoid",
+            SharefoldWarning,
+            stacklevel=3,
         )
 
 
