@@ -58,6 +58,10 @@ class TestScale:
         made[0, 0, 0, :5] = torch.tensor([-3.0, 4, 9, -8, 300])
         assert image_scale(made, Preprocess.from_cfg({**CFG, **NORMAL})).name == SHARES
 
+    def test_what_lies_below_0_is_spoken_of_where_nothing_says_that_it_is_normalised(self) -> None:
+        scale = image_scale(torch.rand(4, 3, 20, 20) * 2 - 1, Preprocess.from_cfg(CFG))
+        assert scale.name == SHARES and scale.text.endswith("in the first pictures; what lies below 0 is cut off)")
+
     def test_bright_normalised_images(self) -> None:
         preprocess = Preprocess.from_cfg({**CFG, **NORMAL})
         assert image_scale(torch.rand(4, 3, 20, 20) + 1, preprocess).name == NORMALISED
@@ -94,12 +98,15 @@ class TestScale:
         with pytest.raises(SharefoldError, match="output has one channel .* which: --outputs binary:sigmoid or --outputs image"):
             sharefold.evaluate_task(shares, pairs)
         assert sharefold.evaluate_task(shares, pairs, outputs="binary:sigmoid")["miou"] == 1.0
-        with pytest.warns(SharefoldWarning, match="binary before a sigmoid, and its values lie between 0 and 1: .* binary:sigmoid"):
+        with pytest.warns(SharefoldWarning, match="binary before a sigmoid, and its values lie .* say binary:sigmoid"):
             assert sharefold.evaluate_task(shares, pairs, outputs="binary")["miou"] < 0.5
         assert sharefold.evaluate_task(shares, pairs, outputs="image").task == "images"
         grey_alone = opened(tmp_path, truth, {**CFG, "input_size": (1, 20, 40), "mean": (0.0,), "std": (1.0,)})
         with pytest.raises(SharefoldError, match="say which: --outputs binary or --outputs image"):
             sharefold.evaluate_task(Says(lambda x: x * 2 - 1), grey_alone)
+        save(np.tile(np.array([0, 1, 255, 0], np.uint8), (20, 10)), truth / "0.png")  # with void
+        with pytest.raises(SharefoldError, match="no other values than 0, 1 and 255, as masks do"):
+            sharefold.evaluate_task(shares, pairs)
         save(np.full((20, 40), 7, np.uint8), truth / "0.png")
         assert sharefold.evaluate_task(shares, pairs).task == "images"
 
@@ -142,6 +149,10 @@ class TestMasks:
             with pytest.raises(SharefoldError, match=r"0\.(jpg|tif): JPEG changes the numbers of a mask"):
                 sharefold.evaluate_task(colours(2), opened(tmp_path, truth), outputs=CLASSES)
             (truth / f"0{suffix}").unlink()
+        mask.save(truth / "0.webp", lossless=True)
+        with pytest.raises(SharefoldError, match="a mask holds one class number a pixel, grey or as a palette, and this is RGB"):
+            sharefold.evaluate_task(colours(2), opened(tmp_path, truth), outputs=CLASSES)  # WebP knows colours alone
+        (truth / "0.webp").unlink()
         save(grey(block_picture()), truth / "0.jpg")
         wide = {**CFG, "input_size": (3, 20, 40)}
         assert sharefold.evaluate_task(Says(lambda x: +x), opened(tmp_path, truth, wide))["psnr"] > 20  # of images it is no harm

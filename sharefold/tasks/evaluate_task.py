@@ -192,11 +192,11 @@ def _check_no_masks(leaf: Leaf, made: Tensor, first: Sequence[Answer]) -> None:
     if leaf.why == kinds.GIVEN:
         return
     levels = torch.cat([answer.value.unique() for answer in first if isinstance(answer.value, Tensor)]).unique()
-    if any(set((levels * 255).round().int().tolist()) <= {0, yes} for yes in (1, VOID)):
+    if set((levels * 255).round().int().tolist()) <= {0, 1, VOID}:
         binary = "binary:sigmoid" if _within_0_and_1(made) else "binary"
         raise SharefoldError(
-            f"truth: output {leaf.name} has one channel and was read as an image ({leaf.why}), and the first targets hold two "
-            f"values, as masks do: say which: --outputs {binary} or --outputs image"
+            f"truth: output {leaf.name} has one channel and was read as an image ({leaf.why}), and the first targets hold no "
+            f"other values than 0, 1 and {VOID}, as masks do: say which: --outputs {binary} or --outputs image"
         )
 
 

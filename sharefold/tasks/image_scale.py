@@ -63,6 +63,8 @@ def image_scale(made: Tensor, preprocess: Preprocess, said: str = "") -> ImageSc
     if name == NORMALISED:
         std, mean = (torch.tensor(values).view(-1, 1, 1) for values in (preprocess.std, preprocess.mean))
         return ImageScale(name, std, mean, f"values were read as normalised by the pictures' mean and std ({why})")
+    if not said and low < _BELOW:
+        why += "; what lies below 0 is cut off"
     gain = torch.full((1, 1, 1), 1 / 255 if name == BYTES else 1.0)
     return ImageScale(name, gain, torch.zeros(1, 1, 1), f"values were read as 0 to {name} ({why})")
 
