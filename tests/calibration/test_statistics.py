@@ -138,7 +138,7 @@ def test_layers_that_cannot_be_measured_are_named() -> None:
     model = Forks()
     with pytest.raises(SharefoldError, match="layer idle was not reached"):
         Statistics(model, IMAGES).moments(["idle"])
-    with pytest.raises(SharefoldError, match="not a dense Conv1d, Conv2d or Linear"):
+    with pytest.raises(SharefoldError, match="no dense convolution or Linear of plain torch"):
         Statistics(net("residual"), IMAGES).moments(["bn"])
     deep = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
     deep[0].weight.data.fill_(float("inf"))

@@ -41,7 +41,7 @@ def test_resnet18_records_are_exact() -> None:
         input_size=(16, 16), output_size=(8, 8), stage=2, block="layer2.0", block_index=0, role="conv1", calls=1,
         norm="layer2.0.bn1", reads_stream=True, writes_stream=False, private_input=False, private_output=True,
         input_space=graph.layers["layer1.1.conv2"].output_space,
-        output_space=graph.layers["layer2.0.conv2"].input_space,
+        output_space=graph.layers["layer2.0.conv2"].input_space, depth=1, input_shape=(64, 16, 16),
     )  # fmt: skip
     stages = {r.block: r.stage for r in graph.layers.values()}
     assert stages == {"": 4, **{f"layer{s}.{b}": s for s in (1, 2, 3, 4) for b in (0, 1)}}

@@ -228,9 +228,9 @@ def test_a_kept_weight_lies_in_the_order_of_the_images() -> None:
         def __getattr__(self, name: str) -> object:
             return getattr(form, name)
 
-        def run(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        def run(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, size: None = None) -> torch.Tensor:
             seen.append(weight)
-            return run(x, weight, bias)
+            return run(x, weight, bias, size)
 
     form, layer.form = layer.form, Watching()  # type: ignore[assignment]
     orders = (torch.contiguous_format, torch.channels_last)
