@@ -144,7 +144,7 @@ class SharedConv(Keeper):
             SharefoldError: the weight is not the present one with every filter multiplied by a number.
         """
         if name in ("runtime", "given") and "_kept" in self.__dict__:
-            self._kept.clear()
+            self._kept.unwatch()
         if name == "weight" and isinstance(value, Tensor):
             self._rescale(value)
         elif name == "bias":

@@ -71,6 +71,10 @@ class Kept:
         if plain and entry.holds(entry.mode, tuple(own_tensors(owner, second))):
             self._ready = _Ready(entry, owner, other)
 
+    def unwatch(self) -> None:
+        """:meth:`get` is asked the next time; what is kept stays."""
+        self._ready = None
+
     def clear(self) -> None:
         self._entry = self._ready = None
 

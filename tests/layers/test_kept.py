@@ -213,9 +213,14 @@ def test_what_is_ready_is_asked_for_again_where_anything_has_changed() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert layer._kept.ready(x) is None and layer(x).dtype == torch.bfloat16
     assert layer(x).dtype == torch.float32
-    layer.runtime = "factored"
-    assert layer._kept.ready(x) is None
-    torch.testing.assert_close(layer(x), expected(layer, x), rtol=1e-4, atol=1e-4)
+    layer.runtime = "composed"
+    layer(x)
+    kept = layer._kept.ready(x)[0]
+    for runtime in ("factored", "composed"):
+        layer.runtime = runtime
+        assert layer._kept.ready(x) is None
+        torch.testing.assert_close(layer(x), expected(layer, x), rtol=1e-4, atol=1e-4)
+    assert layer._kept.ready(x)[0] is kept  # not made anew
 
 
 def test_a_kept_weight_lies_in_the_order_of_the_images() -> None:
