@@ -54,12 +54,13 @@ class Timing:
 
 def race(
     runs: dict[str, Callable[[], Any]], repeats: int, device: torch.device, warmup: int = WARMUP,
-    progress: Progress | None = None,
+    progress: Progress | None = None, before: dict[str, Callable[[], Any]] | None = None,
 ) -> dict[str, Timing]:  # fmt: skip
     """Runs every contestant once a round, each round starting with another one.
 
     Args:
         runs: name -> what to time; the first is the reference of the ratios.
+        before: name -> what to do before each of its runs, untimed.
         repeats: rounds that count.
         device: synchronised before and after each run when it is a GPU.
         warmup: rounds before.
@@ -73,6 +74,8 @@ def race(
         for index in range(warmup + repeats):
             shift = index % len(names)
             for name in names[shift:] + names[:shift]:
+                if before is not None and name in before:
+                    before[name]()
                 _wait(device)
                 start, worked = time.perf_counter(), time.process_time()
                 runs[name]()
@@ -169,20 +172,21 @@ def race_forms(
     forms = FORMS if any(can_factor(layer) for layer in layers.values()) else ("composed",)
 
     def in_form(form: str) -> Callable[[], Any]:
-        def run() -> Any:
+        def prepare() -> Any:
             _set_forms(layers, form)
-            return call(model, ours)
+            return call(model, ours)  # the first run after a change of form is not one of those that users wait for
 
-        return run
+        return prepare
 
     runs: dict[str, Callable[[], Any]] = {}
     if dense is not None:
         rival, theirs = dense, as_input(dense, given)
         runs["dense"] = lambda: call(rival, theirs)
-    runs.update({form: in_form(form) for form in forms} if layers else {"model": lambda: call(model, ours)})
+    runs.update(dict.fromkeys(forms if layers else ("model",), lambda: call(model, ours)))
+    before = {form: in_form(form) for form in forms} if layers else {}
     networks = [model] if dense is None else [model, dense]
     with evaluating(*networks), runtime_form(model, {name: layer.runtime for name, layer in layers.items()}):
-        return race(runs, repeats, ours.device, progress=progress)
+        return race(runs, repeats, ours.device, progress=progress, before=before)
 
 
 def race_layers(
