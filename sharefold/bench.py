@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -53,8 +53,8 @@ class Timing:
 
 
 def race(
-    runs: dict[str, Callable[[], Any]], repeats: int, device: torch.device, warmup: int = WARMUP,
-    progress: Progress | None = None, before: dict[str, Callable[[], Any]] | None = None,
+    runs: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device, warmup: int = WARMUP,
+    progress: Progress | None = None, before: Mapping[str, Callable[[], Any]] | None = None,
 ) -> dict[str, Timing]:  # fmt: skip
     """Runs every contestant once a round, each round starting with another one.
 
@@ -129,11 +129,6 @@ def _set_forms(layers: dict[str, SharedConv], form: str | dict[str, str]) -> Non
         layer.runtime = form if isinstance(form, str) else form.get(name, "auto")
 
 
-def can_factor(layer: SharedConv) -> bool:
-    """Whether the layer can run without its composed weight."""
-    return layer.form.standardize is None and layer.factored_share() != float("inf")
-
-
 # Rounds of :func:`latencies`.
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 15
 
@@ -169,24 +164,24 @@ def race_forms(
     layers = shared_layers(model)
     given = taken(images)
     ours = as_input(model, given)
-    forms = FORMS if any(can_factor(layer) for layer in layers.values()) else ("composed",)
+    forms = FORMS if any(layer.can_run_factored() for layer in layers.values()) else ("composed",)
 
-    def in_form(form: str) -> Callable[[], Any]:
-        def prepare() -> Any:
-            _set_forms(layers, form)
-            return call(model, ours)  # the first run after a change of form is not one of those that users wait for
-
-        return prepare
-
+    ourselves = partial(call, model, ours)
     runs: dict[str, Callable[[], Any]] = {}
     if dense is not None:
         rival, theirs = dense, as_input(dense, given)
         runs["dense"] = lambda: call(rival, theirs)
-    runs.update(dict.fromkeys(forms if layers else ("model",), lambda: call(model, ours)))
-    before = {form: in_form(form) for form in forms} if layers else {}
+    runs.update(dict.fromkeys(forms if layers else ("model",), ourselves))
+    before = {form: partial(_first_run, layers, form, ourselves) for form in forms} if layers else {}
     networks = [model] if dense is None else [model, dense]
     with evaluating(*networks), runtime_form(model, {name: layer.runtime for name, layer in layers.items()}):
         return race(runs, repeats, ours.device, progress=progress, before=before)
+
+
+def _first_run(layers: dict[str, SharedConv], form: str, run: Callable[[], Any]) -> None:
+    """Changes the form and runs once: the first run in a form, which may put weights together, is not one that users wait for."""
+    _set_forms(layers, form)
+    run()
 
 
 def race_layers(
@@ -198,21 +193,16 @@ def race_layers(
         Rows ``name, share`` (multiplications of the factored form over those of the composed), ``composed, factored``
         (median seconds), ``ratio`` (factored over composed), ``faster, auto`` (form names).
     """
-    layers = {name: layer for name, layer in shared_layers(model).items() if can_factor(layer)}
+    layers = {name: layer for name, layer in shared_layers(model).items() if layer.can_run_factored()}
     rows: list[dict[str, Any]] = []
     given = as_input(model, taken(images))
     with evaluating(model), runtime_form(model, {n: layer.runtime for n, layer in shared_layers(model).items()}):
         inputs = _inputs(model, layers, given)
         for done, (name, layer) in enumerate(layers.items()):
 
-            def run(form: str, name: str = name, layer: SharedConv = layer) -> Any:
-                layer.runtime = form
-                return layer(inputs[name])
-
-            times = race(
-                {"composed": lambda run=run: run("composed"), "factored": lambda run=run: run("factored")},  # type: ignore[misc]
-                repeats, given.device,
-            )  # fmt: skip
+            run, alone = partial(layer, inputs[name]), {name: layer}
+            before = {form: partial(_first_run, alone, form, run) for form in ("composed", "factored")}
+            times = race(dict.fromkeys(before, run), repeats, given.device, before=before)
             ratio = times["factored"].ratio
             rows.append(
                 {

@@ -124,21 +124,24 @@ def taken(given: Tensors, what: str = "inputs") -> Input:
 def parameters_of(model: nn.Module) -> tuple[list[str], int, bool]:
     """Names of the parameters of ``forward`` that tensors can be passed to in order, how many of them have no default, and
     whether any number more may follow (``*args``, or a ``forward`` that does not tell)."""
-    try:
-        parameters = list(inspect.signature(model.forward).parameters.values())
-    except (TypeError, ValueError):
+    parameters = _parameters(model)
+    if parameters is None:
         return [], 0, True
     plain = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     more = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     return [p.name for p in plain], sum(p.default is p.empty for p in plain), more
 
 
-def _by_keyword_alone(model: nn.Module) -> list[str]:
+def _parameters(model: nn.Module) -> list[inspect.Parameter] | None:
+    """Those of ``forward``; None where it does not tell."""
     try:
-        parameters = inspect.signature(model.forward).parameters.values()
+        return list(inspect.signature(model.forward).parameters.values())
     except (TypeError, ValueError):
-        return []
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+        return None
+
+
+def _by_keyword_alone(model: nn.Module) -> list[str]:
+    return [p.name for p in _parameters(model) or () if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
 
 
 def check_count(model: nn.Module, given: Input, what: str) -> None:

@@ -41,13 +41,16 @@ def made_once(make: Callable[P, R]) -> Callable[P, R]:
 
 
 class Block(nn.Module):
-    """Residual block of two 3x3 convolutions of so many groups."""
+    """Residual block of two convolutions, 3 an axis, of so many groups."""
 
-    def __init__(self, width: int, groups: tuple[int, int] = (1, 1), norm: type[nn.Module] = nn.BatchNorm2d) -> None:
+    def __init__(
+        self, width: int, groups: tuple[int, int] = (1, 1), norm: type[nn.Module] = nn.BatchNorm2d,
+        conv: type[nn.Conv1d | nn.Conv2d | nn.Conv3d] = nn.Conv2d,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, groups=groups[0], bias=False)
+        self.conv1 = conv(width, width, 3, padding=1, groups=groups[0], bias=False)
         self.bn1 = norm(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, groups=groups[1], bias=False)
+        self.conv2 = conv(width, width, 3, padding=1, groups=groups[1], bias=False)
         self.bn2 = norm(width)
 
     def forward(self, x: Tensor) -> Tensor:

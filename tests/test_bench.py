@@ -15,7 +15,6 @@ import sharefold
 from sharefold.bench import (
     FORMS,
     Timing,
-    can_factor,
     explain,
     latencies,
     peak_tensor_bytes,
@@ -86,7 +85,7 @@ def test_composed_weights_count_as_memory(shared: nn.Module) -> None:
     with runtime_form(shared, "composed"):
         shared(images)
         composed = peak_tensor_bytes(shared, images)
-    members = [layer for layer in shared_layers(shared).values() if can_factor(layer)]
+    members = [layer for layer in shared_layers(shared).values() if layer.can_run_factored()]
     weights = sum(4 * layer.weight.numel() for layer in members)
     with runtime_form(shared, "factored"):
         factored = peak_tensor_bytes(shared, images)

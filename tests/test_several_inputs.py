@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import Block
 from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -33,16 +34,6 @@ from sharefold.verify import verify
 
 # Of the images. With so much noise networks are not sure, and there is something to lose.
 SIDE, NOISE = 8, 0.6
-
-
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
 
 
 class Pair(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import Block
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -22,23 +23,13 @@ from sharefold.layers import form_of, shared_layers
 from sharefold.measure import count_macs
 
 
-class Block(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv1d(width, width, 3, padding=1, bias=False), nn.BatchNorm1d(width)
-        self.conv2, self.bn2 = nn.Conv1d(width, width, 3, padding=1, bias=False), nn.BatchNorm1d(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
-
-
 class Listener(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Conv1d(2, 16, 7, stride=2, padding=3)
-        self.layer1 = nn.Sequential(*[Block(16) for _ in range(3)])
+        self.layer1 = nn.Sequential(*[Block(16, norm=nn.BatchNorm1d, conv=nn.Conv1d) for _ in range(3)])
         self.down = nn.Conv1d(16, 32, 3, stride=2, padding=1, padding_mode="circular")
-        self.layer2 = nn.Sequential(*[Block(32) for _ in range(3)])
+        self.layer2 = nn.Sequential(*[Block(32, norm=nn.BatchNorm1d, conv=nn.Conv1d) for _ in range(3)])
         self.pool, self.head = nn.AdaptiveAvgPool1d(1), nn.Linear(32, 4)
 
     def forward(self, x: Tensor) -> Tensor:

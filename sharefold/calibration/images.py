@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.calibration.input_matching import match_statistics
-from sharefold.calibration.several_inputs import checked_inputs, first_of, procedural_inputs
+from sharefold.calibration.several_inputs import checked_inputs, first_of, ordinary, procedural_inputs
 from sharefold.data import calibration_images
 from sharefold.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from sharefold.errors import SharefoldError
-from sharefold.graph.layers import convolves, input_shapes
+from sharefold.graph.layers import input_shapes, spatial_axes
 from sharefold.inputs import AnyInput, Input, Inputs, check_count, image_shape, parameters_of
 from sharefold.plans import Progress
 from sharefold.running import batch_within, dtype_of
@@ -113,12 +113,10 @@ def calibration_or_procedural(
         raise SharefoldError("calibration: the images hold NaN or infinity: check how they were normalised")
     # Which layer comes first is not known yet; an image that no layer could take is wrong for sure.
     # Signals may lie (n, L, C), to be turned by the network: what it cannot take is seen when it runs.
-    kinds = (nn.Conv2d, "conv2d"), (nn.ConvTranspose2d, "conv_transpose2d")
-    widths = [cast(int, m.in_channels) for m in model.modules() if any(convolves(m, *kind) for kind in kinds)]
+    widths = [cast(int, m.in_channels) for m in model.modules() if spatial_axes(m) == 2]
     if images.dim() == 4 and widths and images.shape[1] not in widths:
         raise SharefoldError(
             f"calibration: images have {images.shape[1]} channels, the model takes {widths[0]}: convert the images"
         )
     check_count(model, images, "calibration")
-    images = images.to(dtype_of(model))
-    return images.clone() if images.is_inference() else images
+    return ordinary(images.to(dtype_of(model)))

@@ -77,10 +77,11 @@ def checked_inputs(model: nn.Module, given: Inputs, dtype: torch.dtype) -> Input
     for place, (tensor, floating) in enumerate(zip(given.tensors, floats, strict=True), 1):
         if floating and not bool(torch.isfinite(tensor).all()):
             raise SharefoldError(f"calibration: input {place} holds NaN or infinity: check how it was normalised")
-    return given.each(lambda tensor: _plain(tensor.to(dtype) if tensor.is_floating_point() else tensor))
+    return given.each(lambda tensor: ordinary(tensor.to(dtype) if tensor.is_floating_point() else tensor))
 
 
-def _plain(tensor: Tensor) -> Tensor:
+def ordinary(tensor: Tensor) -> Tensor:
+    """A tensor that autograd can save: those of inference mode are copied."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -54,27 +54,19 @@ def analyze(model: nn.Module, example_input: Any, *, symbolic: bool = True) -> N
         layers, skipped = find_layers(model)
         run = _first_run(model, example_input, layers)
         graph, note = _trace(model, example_input, run, set(skipped)) if symbolic else (None, "not asked for")
-        for name in [name for name in layers if name not in run.layers]:
-            skipped[name] = "never called as a module: unused, or its weight is used by other code"
-            del layers[name]
-        unbatched = [n for n, form in layers.items() if form.convolves and len(run.layers[n].input_shape) + form.channel_axis < 1]
-        for name in unbatched:
-            skipped[name] = "it runs on one image at a time, without an axis for a batch"
-            del layers[name]
-        for name in [name for name, form in layers.items() if _sized_by_call(form, run.layers[name])]:
-            skipped[name] = "its output_size is told where it is called, and is not the one that its statistics are taken at"
-            del layers[name]
-        for name in [name for name in layers if run.layers[name].by_name]:
-            skipped[name] = "it is called with its input by name, where no hook sees it"
-            del layers[name]
-        if graph is not None:
-            for name in _borrowed(graph, layers):
-                skipped[name] = "its weight is also used by other code, outside of the module"
+
+        def leave_out(names: Iterable[str], reason: str) -> None:
+            for name in names:
+                skipped[name] = reason
                 del layers[name]
+
+        for name, form in list(layers.items()):
+            if (reason := _misfit(form, run.layers.get(name))) is not None:
+                leave_out([name], reason)
+        if graph is not None:
+            leave_out(_borrowed(graph, layers), "its weight is also used by other code, outside of the module")
         flow = propagate(graph, model, layers) if graph is not None else None
-        for name in flow.token_mixing if flow else ():
-            skipped[name] = "it mixes positions, not channels"
-            del layers[name]
+        leave_out(flow.token_mixing if flow else (), "it mixes positions, not channels")
     self_contained = graph is not None and all(_has(model, n.target) for n in graph.nodes if n.op == "get_attr")
     result = _assemble(model, layers, run, flow)
     return NetworkGraph(
@@ -144,6 +136,17 @@ def _trace(model: nn.Module, example: Any, run: Run, unshared: set[str]) -> tupl
         else:
             return graph, f"inside opaque modules: {', '.join(hidden)}" if hidden else ""
     return None, reason
+
+
+def _misfit(form: ConvForm, run: LayerRun | None) -> str | None:
+    """Why a shared layer could not stand in for a layer as it ran; None if one can."""
+    if run is None:
+        return "never called as a module: unused, or its weight is used by other code"
+    if form.convolves and len(run.input_shape) + form.channel_axis < 1:
+        return "it runs on one image at a time, without an axis for a batch"
+    if _sized_by_call(form, run):
+        return "its output_size is told where it is called, and is not the one that its statistics are taken at"
+    return "it is called with its input by name, where no hook sees it" if run.by_name else None
 
 
 def _sized_by_call(form: ConvForm, run: LayerRun) -> bool:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sharefold.layers import STOCK_LAYERS, ConvForm, SharedConv, checked_form, form_of
 
-# By spatial axes: the classes of convolutions and the kinds of their forms, and what they take.
-_AXES: dict[int, tuple[tuple[type[nn.Module], ...], tuple[str, ...]]] = {
-    1: ((nn.Conv1d, nn.ConvTranspose1d), ("conv1d", "conv_transpose1d")),
-    2: ((nn.Conv2d, nn.ConvTranspose2d), ("conv2d", "conv_transpose2d")),
-    3: ((nn.Conv3d, nn.ConvTranspose3d), ("conv3d", "conv_transpose3d")),
-}
 _SHAPES = {1: "signals (n, C, L)", 2: "images (n, C, H, W)", 3: "volumes (n, C, D, H, W)"}
 BATCH_NORM_KEYS = ("running_mean", "running_var")
 
@@ -22,21 +18,17 @@ def is_layer_like(module: nn.Module) -> bool:
     return isinstance(module, STOCK_LAYERS)
 
 
-def convolves(module: nn.Module, stock: type[nn.Module], kind: str) -> bool:
-    """Whether ``module`` is a convolution of this kind, or a shared layer that stands in for one."""
-    return isinstance(module, stock) or (isinstance(module, SharedConv) and module.form.kind == kind)
-
-
-def spatial_axes(model: nn.Module) -> set[int]:
-    """How many spatial axes (1 to 3) the convolutions among its layers have, whatever makes their weights."""
-    return {axes for module in model.modules() for axes, (kinds, names) in _AXES.items() if any(
-        convolves(module, kind, name) for kind, name in zip(kinds, names, strict=True)
-    )}  # fmt: skip
+def spatial_axes(module: nn.Module) -> int:
+    """How many spatial axes (1 to 3) a convolution has, or the one that a shared layer stands in for; 0 of anything else."""
+    layer: Any = module
+    stock = isinstance(module, STOCK_LAYERS) and not isinstance(module, nn.Linear)
+    return len(layer.kernel_size) if stock or (isinstance(module, SharedConv) and module.form.convolves) else 0
 
 
 def input_shapes(model: nn.Module) -> dict[int, str]:
-    """What batches its convolutions may be given, by number of axes; images where it has none."""
-    return {axes + 2: _SHAPES[axes] for axes in sorted(spatial_axes(model) or {2})}
+    """What batches its convolutions may be given, by number of axes, whatever makes their weights; images where it has none."""
+    found = {spatial_axes(module) for module in model.modules()} - {0}
+    return {axes + 2: _SHAPES[axes] for axes in sorted(found or {2})}
 
 
 def is_batch_norm(module: nn.Module, channels: int) -> bool:

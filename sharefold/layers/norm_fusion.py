@@ -17,8 +17,8 @@ from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 
 from sharefold.layers.batchnorm import affine
-from sharefold.layers.form import ConvForm, form_of
-from sharefold.layers.shared_conv import SharedConv, rounded_once
+from sharefold.layers.form import ConvForm
+from sharefold.layers.shared_conv import SharedConv, any_form_of, rounded_once
 from sharefold.running import dtype_of
 
 
@@ -46,7 +46,8 @@ def norms_fused(
             fused[name] = layer, norm
     try:
         for layer, norm in fused.values():
-            layer.__dict__["forward"] = _constant(layer, norm, dtype) if constant else partial(_both, layer, norm, _form(layer))
+            form = cast(ConvForm, any_form_of(layer))
+            layer.__dict__["forward"] = _constant(layer, norm, form, dtype) if constant else partial(_both, layer, norm, form)
             norm.__dict__["forward"] = _rest(norm)
         yield list(fused)
     finally:
@@ -105,15 +106,10 @@ def _merged(layer: Any, norm: Any) -> tuple[Tensor, Tensor]:
     return weight * scale[:, None, None, None], shift
 
 
-def _form(layer: Any) -> ConvForm:
-    return layer.form if isinstance(layer, SharedConv) else cast(ConvForm, form_of(layer))
-
-
 @torch.no_grad()
-def _constant(layer: Any, norm: Any, dtype: torch.dtype | None) -> Any:
+def _constant(layer: Any, norm: Any, form: ConvForm, dtype: torch.dtype | None) -> Any:
     weight, shift = _merged(layer, norm)
     weight, shift = weight.to(dtype or weight.dtype), shift.to(dtype or shift.dtype)
-    form = _form(layer)
     return lambda x: form.apply(x, weight, shift)
 
 

@@ -221,12 +221,13 @@ class SharedConv(Keeper):
 
     def runs_factored(self) -> bool:
         """Whether :meth:`forward` calls :meth:`factored` instead of composing the weight."""
-        if self.form.standardize is not None or self.form.stock is not None or self.runtime == "composed":
+        if self.runtime == "composed" or not self.can_run_factored():
             return False
-        share = self.factored_share()
-        if self.runtime == "factored":
-            return share != float("inf")
-        return share <= FACTORED_SHARE
+        return self.runtime == "factored" or self.factored_share() <= FACTORED_SHARE
+
+    def can_run_factored(self) -> bool:
+        """Whether the layer can run without its composed weight."""
+        return self.form.standardize is None and self.form.stock is None and self.factored_share() != float("inf")
 
     def _composed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         def make() -> tuple[Tensor, Tensor | None]:
@@ -284,9 +285,14 @@ def autocast_dtype(kind: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if on else None
 
 
+def any_form_of(layer: nn.Module) -> ConvForm | None:
+    """The form of a stock layer, as :func:`form_of` tells it, or of the one that a shared layer stands in for."""
+    return layer.form if isinstance(layer, SharedConv) else form_of(layer)
+
+
 def weight_matrix(layer: nn.Module) -> Tensor:
     """(O, N): the weight of a shared or stock layer, one flattened filter a row, as its patches (N,) meet it."""
-    form = layer.form if isinstance(layer, SharedConv) else form_of(layer)
+    form = any_form_of(layer)
     weight: Any = layer.weight
     return weight.flatten(1) if form is None else matrix_of(weight, form)
 

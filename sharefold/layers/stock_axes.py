@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_STRAIGHT: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d)
+from sharefold.solvers.data_norm import PAD_MODES
+
 _TRANSPOSED: tuple[Any, ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 _MODULES: dict[tuple[int, bool], Any] = {
     (3, False): nn.Conv3d, (1, True): nn.ConvTranspose1d, (2, True): nn.ConvTranspose2d, (3, True): nn.ConvTranspose3d,
@@ -65,9 +66,7 @@ class StockAxes:
         one of stride 1, turns into the outputs: (..., I, H', W'), of volumes (..., D', I * d, H', W')."""
         if self.transposed:
             x = _with_zeros_between(x, self.stride)
-        amounts = [amount for pair in reversed(self.pads()) for amount in pair]
-        if any(amounts):
-            x = F.pad(x, amounts, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+        x = self._padded(x)
         if self.rank == 3:
             span = self.dilation[0] * (self.depth - 1) + 1
             windows = x.unfold(-3, span, 1 if self.transposed else self.stride[0])[..., :: self.dilation[0]]
@@ -123,11 +122,13 @@ class StockAxes:
             call = _TRANSPOSED[self.rank - 1]
             extra = self.output_padding if output_size is None else self._padding_for(x, output_size)
             return call(x, weight, bias, self.stride, self.padding, extra, groups, self.dilation)
-        padding: Any = self.padding
-        if self.padding_mode != "zeros":
-            amounts = [amount for pair in reversed(self.pads()) for amount in pair]
-            x, padding = F.pad(x, amounts, mode=self.padding_mode), 0
-        return _STRAIGHT[self.rank - 1](x, weight, bias, self.stride, padding, self.dilation, groups)
+        if self.padding_mode == "zeros":
+            return F.conv3d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
+        return F.conv3d(self._padded(x), weight, bias, self.stride, 0, self.dilation, groups)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        amounts = [amount for pair in reversed(self.pads()) for amount in pair]
+        return F.pad(x, amounts, mode=PAD_MODES[self.padding_mode]) if any(amounts) else x
 
     def _padding_for(self, x: Tensor, wanted: Sequence[int]) -> tuple[int, ...]:
         """Output padding with which the output has these spatial sizes; sizes of all axes may be given."""

@@ -16,6 +16,7 @@ from sharefold.layers import (
     SharedConv,
     absorb_scale,
     affine,
+    any_form_of,
     form_of,
     resolve,
     shift_output,
@@ -246,7 +247,7 @@ def _refittable(work: Work) -> dict[str, ConvForm]:
     repeated = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, RepeatedBlock | Again))
     for name, record in work.cal.graph.layers.items():
         layer = resolve(model, name)
-        form = layer.form if isinstance(layer, SharedConv) else form_of(layer)
+        form = any_form_of(layer)
         if form is None:
             continue
         if name in readers or (isinstance(layer, SharedConv) and layer.linear_part() is not None):

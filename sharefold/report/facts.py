@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sharefold.graph import analyze
 from sharefold.inputs import Tensors
-from sharefold.layers import SharedConv, form_of, weight_matrix
+from sharefold.layers import any_form_of, weight_matrix
 from sharefold.methods import step_named
 from sharefold.plans import GroupPlan, Plan
 from sharefold.repair.step_record import StepRecord
@@ -114,7 +114,7 @@ def _matrix(model: nn.Module, name: str, method: str) -> Tensor:
     """The layer's weight as the matrix whose rank the method lowers: filters (O, N), or columns against rows."""
     layer = model.get_submodule(name)
     matrix = weight_matrix(layer).detach().float().cpu()
-    form = layer.form if isinstance(layer, SharedConv) else form_of(layer)
+    form = any_form_of(layer)
     if method != "spatial" or form is None or not form.convolves:
         return matrix
     weight = matrix.reshape(form.weight_shape)

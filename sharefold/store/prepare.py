@@ -15,7 +15,7 @@ from sharefold.calibration.statistics import WIDE, batch_for
 from sharefold.format import carried_config
 from sharefold.graph import NetworkGraph
 from sharefold.inputs import Input
-from sharefold.layers import STOCK_LAYERS, Bank, ConvForm, SharedConv, affine, banks, form_of, free_moments
+from sharefold.layers import STOCK_LAYERS, Bank, ConvForm, SharedConv, affine, any_form_of, banks, free_moments
 from sharefold.outputs import Divergence, divergence_of
 from sharefold.plans import Plan
 from sharefold.solvers.moments import PairSums
@@ -94,7 +94,7 @@ def prepare(
             layer = model.get_submodule(name)
         except AttributeError:  # a block that another one stands in for
             continue
-        form = layer.form if isinstance(layer, SharedConv) else form_of(layer)
+        form = any_form_of(layer)
         if form is not None and form.standardize is None and form.features <= WIDE:
             forms[name] = form
             centered[name] = output_mean_owner(model, layer, record.norm) is not None

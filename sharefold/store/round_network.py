@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sharefold.calibration.pairs import by_group
 from sharefold.inputs import Input
-from sharefold.layers import SharedConv, form_of, mean_output, weight_matrix
+from sharefold.layers import SharedConv, mean_output, weight_matrix
 from sharefold.plans import Progress
 from sharefold.repair.lockstep import Visited, Wanted, walk
 from sharefold.repair.means import give_mean
@@ -125,18 +125,12 @@ def _round_layer(
         part = module.linear_part()
         if part is not None:
             _round_factors(module, name, inputs, rounder)
-    elif f"{name}.weight" in rounder.wanted and not _turned(module):
+    elif f"{name}.weight" in rounder.wanted and not rounder.prepared.forms[name].transposed:  # whose rows are inputs
         weight = rounder.wanted[f"{name}.weight"]
         weight.copy_(_refitted(weight.flatten(1), inputs.gram, inputs.cross).reshape(weight.shape).to(weight))
         rounder.settle(f"{name}.weight", inputs.gram)
     if centered:
         _match_mean(model, teacher, name, norm, inputs)
-
-
-def _turned(module: nn.Module) -> bool:
-    """Whether the rows of a dense layer's weight are its inputs, so that its patches do not go with its columns."""
-    form = form_of(module)
-    return form is not None and form.transposed
 
 
 def _round_factors(module: SharedConv, name: str, inputs: PairSums, rounder: _Rounder) -> None:
