@@ -19,9 +19,10 @@ DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 @click.argument("shared", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=f"File ending in {KINDS}.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), help="Type of the floating tensors.  [default: their own]")
+@click.option("--arch", metavar="FILE.py:FACTORY", help="What builds the dense network, where it is your own.")
 @click.option("--force", is_flag=True, help="Replace what is there.")
 @shared_options
-def command(run: Run, shared: Path, output: Path, dtype: str | None, force: bool) -> None:
+def command(run: Run, shared: Path, output: Path, dtype: str | None, arch: str | None, force: bool) -> None:
     """Write the dense state dict that computes what SHARED, a sharefold directory or file, computes.
 
     \b
@@ -41,8 +42,9 @@ def command(run: Run, shared: Path, output: Path, dtype: str | None, force: bool
     import sharefold
     from sharefold.export import write_dense
     from sharefold.measure import count_parameters
+    from sharefold.sources.own import own_network
 
-    model = sharefold.load(shared)
+    model = sharefold.load(shared, model=None if arch is None else own_network(arch))
     dense = sharefold.expand(model)
     write_dense(dense, target, None if dtype is None else getattr(torch, DTYPES[dtype]))
     before, after = count_parameters(model), count_parameters(dense)

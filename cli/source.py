@@ -42,11 +42,14 @@ class SourceOptions:
     def beside(self, other: str) -> tuple[SourceOptions, SourceOptions]:
         """This source and ``other``; what is said of an architecture is meant for those that are no files of sharefold."""
         from sharefold.checkpoint import is_sharefold
+        from sharefold.sources.own import is_own
 
         known = [is_sharefold(source) for source in (self.source, other)]
         if all(known):
             return self, SourceOptions(other, self.options)
-        described = replace(self.options, arch=None, num_classes=None, in_chans=None)
+        # Which class a network of the user's own is of no file knows.
+        arch = self.options.arch if is_own(self.options.arch) else None
+        described = replace(self.options, arch=arch, num_classes=None, in_chans=None)
         first, second = (described if shared else self.options for shared in known)
         return SourceOptions(self.source, first), SourceOptions(other, second)
 

@@ -150,7 +150,10 @@ def load(
     """
     config, state = _settled(Path(path), _read)
     if model is None and config.base is None:
-        raise SharefoldError(f"{path} was made from a network of your own: pass its dense module as load(..., model=...)")
+        raise SharefoldError(
+            f"{path} was made from a network of your own: pass its dense module as load(..., model=...), or say what builds it: "
+            "--arch FILE.py:FACTORY"
+        )
     spec = None
     if model is not None:
         original = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}

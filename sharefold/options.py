@@ -171,7 +171,8 @@ class OpenOptions:
 
     Attributes:
         arch: architecture of a checkpoint, ``NAME``, ``timm:NAME:k=v`` or ``tv:NAME:k=v``; found by names and shapes when
-            left out.
+            left out. Of a network of the user's own, converted or not, ``FILE.py:FACTORY``: the Python file is run, and
+            FACTORY, a class or function without arguments, builds the dense network.
         pretrained: published weights for named models; files are read in any case.
         num_classes: for named models, outputs of the classifier; for checkpoints with another count, the classifier is made
             anew and a warning says so.
@@ -179,7 +180,9 @@ class OpenOptions:
         trust_pickle: allow a checkpoint to run code.
     """
 
-    arch: str | None = option(None, "Architecture of a bare state dict: timm:NAME, tv:NAME.  [default: matched]", "TEXT")
+    arch: str | None = option(
+        None, "Of a bare state dict: timm:NAME, tv:NAME; of your own network: FILE.py:FACTORY.  [default: matched]", "TEXT"
+    )
     pretrained: bool = option(True, "Weights of a named source.")
     num_classes: int | None = option(None, "Classes of the last layer.", "N")
     in_chans: int | None = option(None, "Channels of the input, for a named source.", "N")

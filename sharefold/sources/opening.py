@@ -35,6 +35,7 @@ from sharefold.hub import shared_folder
 from sharefold.options import OpenOptions, chosen
 from sharefold.ownership import WEIGHTS_NAME
 from sharefold.sources.hub_models import open_hub, open_smp, open_timm, open_torchvision, open_yolo
+from sharefold.sources.own import fitting_part, is_own, own_network
 from sharefold.sources.preprocessing import preprocessing
 from sharefold.sources.read import check_file, read_state_dict
 from sharefold.sources.twins import Look, settled
@@ -57,12 +58,13 @@ class Source:
 
     Attributes:
         model: in eval mode, on the CPU.
-        base: recipe of the stock architecture for :func:`build_base`; ``{}`` for a trusted pickle that no library can
-            build again.
+        base: recipe of the stock architecture for :func:`build_base`; ``{}`` for a network of the user's own that no
+            library can build again.
         pretrained_cfg: ``input_size`` (C, H, W), ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``num_classes``,
             and ``crop_mode`` where it is not the centre.
         name: of the architecture.
-        kind: ``timm`` | ``torchvision`` | ``smp`` | ``ultralytics`` | ``hf-hub`` | ``sharefold`` | ``checkpoint`` | ``pickle``.
+        kind: ``timm`` | ``torchvision`` | ``smp`` | ``ultralytics`` | ``hf-hub`` | ``sharefold`` | ``checkpoint`` | ``pickle`` |
+            ``own``, a checkpoint whose architecture is ``FILE.py:FACTORY``.
         shared: whether it is a converted network, from a file or the Hub.
         meta: for checkpoints, what was unwrapped and dropped, extras such as the stored accuracy, other architectures
             with the same tensors (``others``) and why this one was chosen (``rule``), absent buffers (``absent``).
@@ -176,8 +178,9 @@ def _open_path(path: Path, options: OpenOptions, look: Look | None) -> Source:
     arch = options.arch
     check_path(path)
     if checkpoint.is_sharefold(path):
-        _refuse_options(path, options)
-        return _open_sharefold(path)
+        builder = arch if is_own(arch) and checkpoint.read_config(path).base is None else None
+        _refuse_options(path, replace(options, arch=None) if builder else options)
+        return _open_sharefold(path, builder)
     hub: dict[str, Any] = {}
     if path.is_dir():
         path, hub = _hub_layout(path)
@@ -185,6 +188,8 @@ def _open_path(path: Path, options: OpenOptions, look: Look | None) -> Source:
         _refuse_missing(path)
     state, notes = read_state_dict(path, options.trust_pickle)
     module = notes.pop("module", None)
+    if arch is not None and is_own(arch):
+        return _open_own(arch, state, notes, path, options)
     own = module is not None and type(module).__module__.partition(".")[0] not in ("timm", "torchvision", "sharefold")
     if own and arch is None:
         return _open_module(module, path, notes)
@@ -295,12 +300,23 @@ def _refuse_options(source: str | Path, options: OpenOptions) -> None:
             raise SharefoldError(f"{source} is a converted network and knows its architecture: leave {option} out")
 
 
-def _open_sharefold(path: Path) -> Source:
-    model = checkpoint.load(path)
+def _open_sharefold(path: Path, own: str | None = None) -> Source:
+    model = checkpoint.load(path, model=None if own is None else own_network(own))
     config = config_of(model)
     base = config.base or {}
     cfg = {**preprocessing(model, base), **config.pretrained_cfg}
     return Source(model.eval(), base, cfg, base.get("name", path.stem), "sharefold", shared=True)
+
+
+def _open_own(arch: str, state: dict[str, Tensor], notes: dict[str, Any], path: Path, options: OpenOptions) -> Source:
+    for name in ("num_classes", "in_chans"):
+        if getattr(options, name) is not None:
+            raise SharefoldError(f"--{name.replace('_', '-')} has no effect with --arch {arch}: the file builds the network")
+    model = own_network(arch)
+    state = fitting_part(model, state)
+    model = _typed(model, state, path)
+    notes["absent"] = load_weights(model, state, str(path), arch)
+    return Source(model, {}, preprocessing(model, {}, path), type(model).__name__, "own", meta=notes)
 
 
 def _open_module(module: nn.Module, path: Path, notes: dict[str, Any]) -> Source:

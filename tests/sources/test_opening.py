@@ -391,7 +391,7 @@ class TestSharefoldFiles:
         base = {"library": "timm", "name": "resnet18", "kwargs": {}}
         carry_config(model, FileConfig(Plan([], 0, 0), base, {"mean": (0.1,)}))
         seen: list[Path] = []
-        monkeypatch.setattr(sharefold.checkpoint, "load", lambda p: (seen.append(p), model)[1])
+        monkeypatch.setattr(sharefold.checkpoint, "load", lambda p, **more: (seen.append(p), model)[1])
         source = open_source(path, **kwargs)
         assert seen == [path] and source.model is model
         return source
