@@ -11,6 +11,7 @@ from sharefold.errors import SharefoldError
 
 from .common import Run, shared_options
 from .source import SourceOptions, preprocess_options, source_options
+from .tensor_input import check_takes_images, shape_of, shape_words, tensors_alone
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,11 +26,12 @@ if TYPE_CHECKING:
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images at once.")
 @click.option("--repeats", type=click.IntRange(min=1), default=40, show_default=True, help="Rounds that count.")
 @click.option("--layers/--no-layers", default=True, show_default=True, help="Time every layer in both forms.")
+@click.option("--data", metavar="tensors:FILE", help="What the network takes, where that is no image.  [default: images]")
 @preprocess_options
 @shared_options
 def command(
     run: Run, source: SourceOptions, against: str | None, batch: int, repeats: int, layers: bool,
-    mean: tuple[float, ...] | None, std: tuple[float, ...] | None, input_size: str | None,
+    data: str | None, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, input_size: str | None,
 ) -> None:  # fmt: skip
     """Time SOURCE against its dense twin: latency, throughput, memory, file size, load time, best run-time form.
 
@@ -44,15 +46,23 @@ def command(
 
     from sharefold.bench import explain, peak_tensor_bytes, race_forms, race_layers, race_loading
     from sharefold.data import Preprocess
+    from sharefold.inputs import Input
     from sharefold.layers import shared_layers
     from sharefold.measure import count_macs, count_parameters, model_bytes, peak_memory
 
+    tensors = tensors_alone(data)
     source, rival_source = (source, None) if against is None else source.beside(against)
     opened = source.open()
     rival, rival_name = _rival(run, opened, rival_source)
     model = opened.model.to(device)
-    size = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size, mean=mean, std=std).size
-    images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(run.seed)).to(device)
+    images: Input
+    if tensors is not None:
+        samples = tensors.of(model)
+        images = samples.batch(torch.arange(batch) % len(samples))[0].to(device)
+    else:
+        check_takes_images(model, "--data")
+        size = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size, mean=mean, std=std).size
+        images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(run.seed)).to(device)
     networks: dict[str, nn.Module] = {"source": model}
     if rival is not None:
         networks["against"] = rival = rival.to(device)
@@ -73,7 +83,7 @@ def command(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "batch": batch,
         "threads": torch.get_num_threads(),
-        "input_size": list(size),
+        "input_size": shape_of(images),
         "repeats": repeats,
         "latency": {_label(name): asdict(timing) for name, timing in times.items()},
         "throughput": {_label(name): batch / timing.median for name, timing in times.items()},
@@ -86,7 +96,7 @@ def command(
         "load_seconds": {"source": loading["shared"].median, "against": loading["dense"].median} if loading else {},
         "form": {"runs": own if shared else None, "layers": rows, "explanation": reading},
     }
-    _print(run, report, rival is not None, own)
+    _print(run, report, shape_words(images), rival is not None, own)
     run.result(report)
 
 
@@ -112,11 +122,11 @@ def _rival(run: Run, opened: Source, against: SourceOptions | None) -> tuple[nn.
         return build_base(opened.base).eval(), opened.name
 
 
-def _print(run: Run, report: dict[str, Any], compared: bool, own: str) -> None:
+def _print(run: Run, report: dict[str, Any], size: str, compared: bool, own: str) -> None:
     threads = report["threads"]
     run.say(
         f"{report['device']}, batch {report['batch']}, {threads} thread{'s' if threads > 1 else ''}, "
-        f"input {'x'.join(map(str, report['input_size']))}, {report['repeats']} rounds"
+        f"input {size}, {report['repeats']} rounds"
     )
     names = {"against": report["against"], "source": report["source"], "auto": f"{report['source']} (auto)"}
     head = ["", "ms (median)", "quartiles", "images/s"] + (["of the first"] if compared else [])

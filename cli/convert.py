@@ -18,6 +18,7 @@ from .input_check import input_warning, look_at
 from .keep import check_enough, held_out_for, smallest_keeping
 from .record_options import check_choices, record_options
 from .source import preprocess_options, source_options
+from .tensor_input import check_takes_images, drawn, tensor_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 @click.option("--outputs", metavar="KIND", multiple=True, help="What an output is: logits:axis=1, boxes:regression; repeatable.")
 @record_options(PlanOptions)
 @click.option("--plan", type=click.Path(path_type=Path), help="A plan written by --dry-run --json, perhaps edited.")
-@click.option("--calib", metavar="DATA", help="Images without labels.  [default: procedural images]")
+@click.option("--calib", metavar="DATA", help="Images, or tensors, without labels.  [default: procedural images]")
 @click.option("--calib-count", type=click.IntRange(min=1), metavar="N", help="How many.  [default: 1000; 64 large made ones]")
 @click.option("--calib-split", default="train", show_default=True, help="Which part of the data.")
 @click.option("--calib-resize", is_flag=True, help="Resize stored images of another size.")
@@ -67,6 +68,7 @@ def command(
     sharefold convert timm:resnet50 -o resnet50-shared --calib imagefolder:/data/imagenet
     sharefold convert resnet20.th --budget 50% --calib npz:cifar10.npz --json
     sharefold convert tv:resnet18 --dry-run
+    sharefold convert stereo.pt --arch stereo.py:Stereo --calib tensors:views.npz
     """
     request = check_request(**options)
     device = run.setup()
@@ -74,8 +76,9 @@ def command(
 
     import sharefold
     from sharefold.bench import latencies
-    from sharefold.calibration.images import default_count, matched
+    from sharefold.calibration.images import COUNT, default_count, matched
     from sharefold.data import Preprocess, calibration_images
+    from sharefold.inputs import Input
     from sharefold.measure import count_macs, count_parameters, model_bytes, peak_memory
     from sharefold.outputs.figures import metrics_of
     from sharefold.planner import Planner
@@ -84,13 +87,23 @@ def command(
     warning: str | None = None
     held_out = None if request.keep is None else held_out_for(request.keep)
     check_names(request)
+    tensors = tensor_file(calib)
     look = look_at(calib, calib_split, run.seed, resize=calib_resize, mean=mean, std=std, input_size=input_size)
     opened = request.source.open_dense(look)
     model = opened.model.to(device).eval()
     timer.lap("load")
     preprocess = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size, mean=mean, std=std)
+    config = {"base": opened.base, "pretrained_cfg": jsonable({**opened.pretrained_cfg, **preprocess.cfg})}
+    images: Input
+    example: Input = torch.zeros(1, *preprocess.size, device=device)
+    if tensors is None:
+        check_takes_images(model, "--calib")
     # A recipe's plan, or a given one, needs no images until it is carried out.
-    if calib is None and request.dry_run and (request.recipe is not None or request.plan is not None):
+    if tensors is not None:
+        images = drawn(tensors.of(model), calib_count or COUNT + 2 * (held_out or 0), run.seed)
+        example = images[:1].to(device)
+        config["pretrained_cfg"] = jsonable(opened.pretrained_cfg) if opened.base else {}  # of a network of images
+    elif calib is None and request.dry_run and (request.recipe is not None or request.plan is not None):
         images = torch.zeros(1, *preprocess.size)
     else:
         count = calib_count or default_count(*preprocess.size[1:], procedural=calib is None) + 2 * (held_out or 0)
@@ -100,7 +113,6 @@ def command(
                 images = matched(model, images, run.seed, progress)
         else:
             warning = input_warning(model, images, preprocess, opened.pretrained_cfg)
-    example = torch.zeros(1, *preprocess.size, device=device)
     timer.lap("calibration_images")
     before = {"params": count_parameters(model), "bytes": model_bytes(model), "macs": count_macs(model, example)}
     timer.lap("measure")
@@ -111,7 +123,6 @@ def command(
     if request.keep is not None:
         request.keep.check(metrics_of(cal.reading))
         check_enough(cal, request.keep)
-    config = {"base": opened.base, "pretrained_cfg": jsonable({**opened.pretrained_cfg, **preprocess.cfg})}
     how = replace(request.how, config=config)
     with run.progress() as progress:
         planner = Planner(cal, request.what, progress)

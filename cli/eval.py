@@ -15,18 +15,21 @@ from sharefold.untrusted import shown
 from .common import Run, shared_options
 from .input_check import images_of, input_warning, look_at
 from .source import SourceOptions, preprocess_options, source_options
+from .tensor_input import check_takes_images, tensor_file
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.utils.data import Dataset
 
     from sharefold.data import Preprocess
+    from sharefold.inputs import Input
     from sharefold.outputs.streamed import Compared
     from sharefold.tasks import TaskReport
 
 
 @click.command("eval")
 @source_options
-@click.option("--data", required=True, metavar="DATA", help="npz:FILE, imagefolder:DIR, cifar10:DIR, digits ...")
+@click.option("--data", required=True, metavar="DATA", help="npz:FILE, imagefolder:DIR, tensors:FILE, cifar10:DIR ...")
 @click.option("--against", metavar="ORIGINAL", help="Compare with this network instead, output by output; needs no labels.")
 @click.option("--truth", metavar="PLACE", help="Measure against masks or images in this folder, or a COCO annotation file.")
 @click.option("--outputs", metavar="KIND", multiple=True, help="Beside classes, what an output is: logits:axis=1; repeatable.")
@@ -65,19 +68,25 @@ def command(
     device = run.setup()
     from sharefold.data import ArrayDataset, Preprocess, loader, open_data, with_truth
     from sharefold.errors import SharefoldError
+    from sharefold.inputs import check_count
     from sharefold.measure import evaluate
     from sharefold.outputs.streamed import compared
-    from sharefold.running import BATCH_ELEMENTS, batch_within
+    from sharefold.running import BATCH_ELEMENTS, batch_of, batch_within
     from sharefold.tasks import TaskOptions, evaluate_task
 
     if truth is not None and against is not None:
         raise SharefoldError("eval: --truth and --against are two questions: ask one at a time")
+    tensors = tensor_file(data)
     look = look_at(data, split, run.seed, mean=mean, std=std, input_size=input_size)
     source, other = (source, None) if against is None else source.beside(against)
     opened = source.open(look)
     original = None if other is None else other.open(look)
     preprocess = Preprocess.from_cfg(opened.pretrained_cfg, mean=mean, std=std, input_size=input_size)
-    if original is not None:
+    if tensors is None:
+        for one in (opened, original):
+            if one is not None:
+                check_takes_images(one.model, "--data")
+    if original is not None and tensors is None:
         theirs = Preprocess.from_cfg(original.pretrained_cfg, mean=mean, std=std, input_size=input_size)
         if _images(theirs) != _images(preprocess):
             raise SharefoldError(
@@ -85,14 +94,23 @@ def command(
                 "the same with --mean, --std, --input-size"
             )
         batch_size = batch_within(BATCH_ELEMENTS, math.prod(preprocess.size), batch_size)
-    dataset = open_data(data, split, transform_cfg=preprocess)
+    dataset: Dataset
+    if tensors is None:
+        dataset = open_data(data, split, transform_cfg=preprocess)
+    else:
+        dataset = samples = tensors.of(opened.model)
+        batch_size = batch_of(samples.inputs, batch_size)
+        if original is not None:
+            check_count(original.model, samples.inputs, tensors.where)
+        elif not samples.labelled:
+            raise SharefoldError(f"{tensors.where}: it holds no labels to count by: add an array labels, or give --against")
     stored = isinstance(dataset, ArrayDataset) and dataset.answers is not None
     pairs = with_truth(dataset, truth, split) if truth is not None or (stored and against is None) else None
     if outputs and pairs is None and against is None:
         raise SharefoldError("eval: --outputs says what --against compares or --truth measures: give one of them, too")
     pictures = dataset if pairs is None else pairs.images
     warning = None  # a converted network has its setting with it, and BatchNorms that were given new means
-    if not opened.shared:
+    if not opened.shared and tensors is None:
         warning = input_warning(opened.model.to(device), images_of(pictures, preprocess), preprocess, opened.pretrained_cfg)
     size = len(dataset) if hasattr(dataset, "__len__") else limit or 0
     total = min(size, limit) if limit else size
@@ -156,7 +174,7 @@ def _images(preprocess: Preprocess) -> str:
     return f"{'x'.join(map(str, preprocess.size))}, mean {mean}, std {std}"
 
 
-def _first(batches: Iterable[tuple[Tensor, Tensor]], limit: int | None) -> Iterator[Tensor]:
+def _first(batches: Iterable[tuple[Input, Tensor]], limit: int | None) -> Iterator[Input]:
     """The images alone, at most ``limit`` of them."""
     left = limit
     for images, _ in batches:

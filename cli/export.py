@@ -14,6 +14,7 @@ from sharefold.options import ExportOptions
 from .common import Run, shared_options
 from .record_options import record_of, record_options
 from .source import SourceOptions, preprocess_options, source_options
+from .tensor_input import check_takes_images, tensors_alone
 
 FORMATS = ("onnx", "pt2", "dense")
 
@@ -37,10 +38,11 @@ def batch_of(text: str) -> int | None:
 @click.option("--format", "kind", type=click.Choice(FORMATS), help="What to write.  [default: by the file's suffix]")
 @click.option("--batch", default="dynamic", show_default=True, metavar="N", help="dynamic, or a fixed batch size.")
 @record_options(ExportOptions)
+@click.option("--data", metavar="tensors:FILE", help="What the network takes, where that is no image.  [default: images]")
 @preprocess_options
 @shared_options
 def command(
-    run: Run, source: SourceOptions, output: Path, kind: str | None, batch: str,
+    run: Run, source: SourceOptions, output: Path, kind: str | None, batch: str, data: str | None,
     mean: tuple[float, ...] | None, std: tuple[float, ...] | None, input_size: str | None, **given: Any,
 ) -> None:  # fmt: skip
     """Write SOURCE as ONNX, as a torch.export archive, or as the dense state dict of the stock architecture.
@@ -51,6 +53,7 @@ def command(
     sharefold export resnet20-shared -o resnet20.onnx
     sharefold export resnet20-shared -o resnet20.pt2 --batch 1
     sharefold export resnet20-shared -o resnet20.safetensors --format dense
+    sharefold export stereo-shared --arch stereo.py:Stereo --data tensors:views.npz -o stereo.onnx
     """
     fixed = batch_of(batch)
     options = replace(record_of(ExportOptions, given), dynamic_batch=fixed is None)
@@ -62,13 +65,24 @@ def command(
     from sharefold.data import Preprocess
     from sharefold.export import export, format_of
     from sharefold.files import check_output
+    from sharefold.inputs import Input, each_of
 
     kind = format_of(output, kind)
     check_output(output, options.force)
+    tensors = tensors_alone(data)
     opened = source.open()
-    size = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size, mean=mean, std=std).size
-    example = torch.randn(fixed or 2, *size, generator=torch.Generator().manual_seed(run.seed))
+    example: Input
+    if tensors is not None:
+        example = tensors.of(opened.model).inputs[: fixed or 2]
+        if len(example) < (fixed or 1):
+            raise SharefoldError(f"{tensors.where}: it holds {len(example)} samples, --batch {fixed} needs as many: store more")
+    else:
+        check_takes_images(opened.model, "--data")
+        size = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size, mean=mean, std=std).size
+        example = torch.randn(fixed or 2, *size, generator=torch.Generator().manual_seed(run.seed))
     done = export(opened.model, output, kind, example, options)
+    first = None if done.dynamic_batch else fixed
+    shapes = [[first, *tensor.shape[1:]] for tensor in each_of(example)]
     batches = "any batch size" if done.dynamic_batch else f"batches of {fixed}"
     run.table(
         ["file", "format", "MB", "tensors MB", "largest difference", "takes"],
@@ -87,7 +101,7 @@ def command(
             "max_difference": done.max_difference,
             "tolerance": options.tolerance,
             "dynamic_batch": done.dynamic_batch,
-            "input_shape": [None if done.dynamic_batch else fixed, *size],
+            "input_shape": shapes[0] if len(shapes) == 1 else shapes,
             "inputs": done.inputs,
             "outputs": done.outputs,
             "output": str(done.path),

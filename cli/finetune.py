@@ -6,7 +6,7 @@ import dataclasses
 import os
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -18,6 +18,12 @@ from sharefold.untrusted import printable
 from .common import Run, jsonable, shared_options
 from .record_options import record_of, record_options
 from .source import SourceOptions, source_options
+from .tensor_input import check_takes_images, tensor_file
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+    from sharefold.data import TensorFile
 
 
 def _list_schedules(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
@@ -100,6 +106,9 @@ def command(
     from sharefold.plans import Plan
     from sharefold.running import dtype_of
 
+    given_tensors = {name: tensor_file(spec) for name, spec in (("train", data), ("val", val))}
+    if given_tensors["train"] is not None and val is None and not no_val:
+        raise SharefoldError(f"finetune: {data} has no validation part: give --val tensors:FILE, or --no-val")
     opened = source.open()
     model = opened.model
     if dtype_of(model) != torch.float32:
@@ -113,15 +122,20 @@ def command(
         parameters = count_parameters(model)
         plan = Plan([], parameters, parameters, f"source {source.source}")
         carry_config(model, FileConfig(plan, opened.base or None))
-    cfg = jsonable({**opened.pretrained_cfg, **preprocess.cfg})
-    carry_config(model, dataclasses.replace(config_of(model), pretrained_cfg=checked_pretrained_cfg(cfg, source.source)))
+    if given_tensors["train"] is None:
+        check_takes_images(model, "--data")
+        cfg = jsonable({**opened.pretrained_cfg, **preprocess.cfg})
+        carry_config(model, dataclasses.replace(config_of(model), pretrained_cfg=checked_pretrained_cfg(cfg, source.source)))
     if from_scratch or recipe_schedule:
         reinitialize(model, run.seed, joint=config.orthogonality_joint)
     guide = None
     if teacher:
         guide = SourceOptions(teacher, OpenOptions(teacher_arch, trust_pickle=source.options.trust_pickle)).open().model.float()
-    train = open_data(data, "train", transform_cfg=preprocess)
-    checks = None if no_val else open_data(val or data, "test", transform_cfg=preprocess)
+    def opened_data(spec: str, split: str, tensors: TensorFile | None) -> Dataset:
+        return open_data(spec, split, transform_cfg=preprocess) if tensors is None else tensors.of(model)
+
+    train = opened_data(data, "train", given_tensors["train"])
+    checks = None if no_val else opened_data(val or data, "test", given_tensors["val"])
     train = limited(train, limit) if limit else train
     checks = limited(checks, val_limit) if val_limit and checks is not None else checks
     try:

@@ -22,8 +22,9 @@ def look_at(
     spec: str | None, split: str, seed: int, *, resize: bool = False, mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None, input_size: str | None = None,
 ) -> Look | None:  # fmt: skip
-    """A look at the data ``spec`` for :func:`sharefold.open_source`; mean, std and input size are what the user sets."""
-    if spec is None:
+    """A look at the data ``spec`` for :func:`sharefold.open_source`; mean, std and input size are what the user
+    sets. None without data, and of tensors, which are normalised already."""
+    if spec is None or spec.startswith("tensors:"):
         return None
 
     def look(config: dict[str, Any]) -> Tensor:

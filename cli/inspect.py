@@ -13,10 +13,13 @@ from .common import Run, shared_options
 from .input_check import input_warning, look_at
 from .record_options import record_of, record_options
 from .source import SourceOptions, preprocess_options, source_options
+from .tensor_input import check_takes_images, shape_of, shape_words, tensor_file
 
 if TYPE_CHECKING:
     from sharefold.graph import Group, NetworkGraph
     from sharefold.graph.hidden_channels import HiddenSpace
+
+LOOKED_AT = 8  # samples that tell what the outputs are
 
 
 @click.command("inspect")
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 @record_options(GroupOptions)
 @click.option("--layers", "show_layers", is_flag=True, help="List every layer, not only the groups.")
 @click.option("--hidden", "show_hidden", is_flag=True, help="List which channels method fold can leave out.")
-@click.option("--data", metavar="DATA", help="Images, no labels: are they prepared as the network expects?")
+@click.option("--data", metavar="DATA", help="Images, no labels: are they prepared as the network expects? Or tensors.")
 @click.option("--split", default="train", show_default=True, help="Which part of DATA.")
 @preprocess_options
 @click.option("--outputs", metavar="KIND", multiple=True, help="What an output is: logits:axis=1, boxes:regression; repeatable.")
@@ -56,31 +59,40 @@ def command(
     from sharefold.data import Preprocess, calibration_images
     from sharefold.graph import analyze, find_groups
     from sharefold.graph.hidden_channels import hidden_spaces
+    from sharefold.inputs import Input
     from sharefold.measure import count_parameters
     from sharefold.outputs import read_outputs
 
+    tensors = tensor_file(data)
     opened = source.open(look_at(data, split, run.seed, mean=mean, std=std, input_size=input_size))
     preprocess = Preprocess.from_cfg(opened.pretrained_cfg, mean=mean, std=std, input_size=input_size)
     size, warning = preprocess.size, None
-    if data is not None:
-        images = calibration_images(data, preprocess, sample_size(*size[1:]), run.seed, split)
-        warning = input_warning(opened.model.to(device), images, preprocess, opened.pretrained_cfg)
-    graph = analyze(opened.model.to(device), torch.zeros(1, *size, device=device))
+    model = opened.model.to(device)
+    few: Input
+    if tensors is not None:
+        few = tensors.of(model).inputs[:LOOKED_AT].to(device)
+        example = few[:1]
+    else:
+        check_takes_images(model, "--data")
+        if data is not None:
+            images = calibration_images(data, preprocess, sample_size(*size[1:]), run.seed, split)
+            warning = input_warning(model, images, preprocess, opened.pretrained_cfg)
+        example, few = torch.zeros(1, *size, device=device), calibration_images(None, preprocess, LOOKED_AT, run.seed).to(device)
+    graph = analyze(model, example)
     groups = find_groups(graph, options)
     total = count_parameters(opened.model)
     spaces, stay = hidden_spaces(opened.model, graph, exclude)
-    _print(run, opened.name, graph, groups, total, size, show_layers)
+    _print(run, opened.name, graph, groups, total, shape_words(example), show_layers)
     if show_hidden:
         _print_hidden(run, spaces, stay)
-    images = calibration_images(None, preprocess, 8, run.seed)
-    reading = read_outputs(opened.model, images.to(device), graph, outputs or None)
+    reading = read_outputs(model, few, graph, outputs or None)
     run.table(["output", "is", "because"], reading.lines(), title="outputs")
     run.result(
         {
             "source": source.source,
             "outputs": [leaf.to_dict() for leaf in reading.leaves],
             "params": total,
-            "input_size": size,
+            "input_size": shape_of(example),
             "traced": graph.traced,
             "trace_note": graph.trace_note,
             "layers": [_layer(record) for record in graph.layers.values()],
@@ -144,10 +156,10 @@ def _print(
     graph: NetworkGraph,
     groups: list[Group],
     total: int,
-    size: tuple[int, int, int],
+    size: str,
     show_layers: bool,
 ) -> None:
-    run.say(f"{name}: {total:,} parameters, input {_shape(size)}, traced by {graph.traced}")
+    run.say(f"{name}: {total:,} parameters, input {size}, traced by {graph.traced}")
     if graph.trace_note:
         run.say(f"note: {graph.trace_note}")
     if show_layers:

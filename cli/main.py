@@ -64,8 +64,8 @@ def _version() -> str:
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="SOURCE is timm:NAME, tv:NAME, smp:NAME, yolo:FILE, hf-hub:ID, a sharefold directory or file, or a checkpoint "
-    "(.pt .pth .th .safetensors). DATA is imagefolder:DIR, npz:FILE, cifar10:DIR, cifar100:DIR, fashionmnist:DIR, "
-    "timm:NAME or digits.",
+    "(.pt .pth .th .safetensors). DATA is imagefolder:DIR, npz:FILE, tensors:FILE (inputs of any shape, .npz, .npy or "
+    ".safetensors), cifar10:DIR, cifar100:DIR, fashionmnist:DIR, timm:NAME or digits.",
 )
 @click.version_option(_version(), prog_name="sharefold", message="%(prog)s %(version)s")
 @click.option(

@@ -12,6 +12,7 @@ from .agreement_text import agreement_text
 from .common import Run, jsonable, shared_options
 from .convert_report import Timer, figures_of, print_steps, weight_file_bytes
 from .source import SourceOptions, source_options
+from .tensor_input import check_takes_images, drawn, tensor_file
 
 
 @click.command("round")
@@ -19,7 +20,7 @@ from .source import SourceOptions, source_options
 @click.option("--store", required=True, metavar="TYPE", help="int2 to int8, kmeans4, fp16 ..., or the size of the file: 60kB.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory or .safetensors file.")
 @click.option("--outputs", metavar="KIND", multiple=True, help="What an output is: logits:axis=1, boxes:regression; repeatable.")
-@click.option("--calib", metavar="DATA", help="Images without labels.  [default: procedural images]")
+@click.option("--calib", metavar="DATA", help="Images, or tensors, without labels.  [default: procedural images]")
 @click.option("--calib-count", type=click.IntRange(min=1), metavar="N", help="How many.  [default: 1000; 64 large made ones]")
 @click.option("--calib-split", default="train", show_default=True, help="Which part of the data.")
 @click.option("--force", is_flag=True, help="Replace what is at the output.")
@@ -40,25 +41,31 @@ def command(
     check_output(output, force, network_files(output))
     device = run.setup()
     import sharefold
-    from sharefold.calibration.images import default_count, matched
+    from sharefold.calibration.images import COUNT, default_count, matched
     from sharefold.data import Preprocess, calibration_images
+    from sharefold.inputs import Input
     from sharefold.measure import model_bytes
     from sharefold.round import round_with, store_of
 
     timer = Timer()
     kind = store_of(store)
+    tensors = tensor_file(calib)
     opened = source.open()
     if not opened.shared:
         raise SharefoldError(f"{source.source} is not converted: round dense networks by sharefold convert --store {store}")
     model = opened.model.to(device).eval()
     timer.lap("load")
-    preprocess = Preprocess.from_cfg(opened.pretrained_cfg)
-    count = calib_count or default_count(*preprocess.size[1:], procedural=calib is None)
-    images = calibration_images(calib, preprocess, count, run.seed, calib_split)
+    images: Input
     before = model_bytes(model)
     with run.progress() as progress:
-        if calib is None:
-            images = matched(model, images, run.seed, progress)
+        if tensors is not None:
+            images = drawn(tensors.of(model), calib_count or COUNT, run.seed)
+        else:
+            check_takes_images(model, "--calib")
+            preprocess = Preprocess.from_cfg(opened.pretrained_cfg)
+            count = calib_count or default_count(*preprocess.size[1:], procedural=calib is None)
+            images = calibration_images(calib, preprocess, count, run.seed, calib_split)
+            images = matched(model, images, run.seed, progress) if calib is None else images
         done, cal = round_with(model, kind, images, sharefold.CalibrationOptions(run.seed, outputs=outputs or None), progress)
     timer.lap("round")
     figures = figures_of(done)

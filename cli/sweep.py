@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sharefold.budget import parse_effort
+from sharefold.errors import SharefoldError
 from sharefold.options import ConvertOptions, PlanOptions
 from sharefold.untrusted import exclude_pattern
 
@@ -18,9 +19,11 @@ from .common import Run, jsonable, shared_options
 from .input_check import input_warning, look_at
 from .record_options import check_choices, record_of, record_options
 from .source import SourceOptions, preprocess_options, source_options
+from .tensor_input import check_takes_images, drawn, tensor_file
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.utils.data import Dataset
 
 
 @click.command("sweep")
@@ -63,13 +66,20 @@ def command(
     target = check_output(output, force, SWEEP_FILES)
     device = run.setup()
     import sharefold
-    from sharefold.calibration.images import default_count
+    from sharefold.calibration.images import COUNT, default_count
     from sharefold.calibration.parts import FEWEST_IMAGES
     from sharefold.data import Preprocess, calibration_images, loader, open_data
+    from sharefold.inputs import Input
     from sharefold.measure import evaluate, model_bytes
     from sharefold.sweep import SweepOptions, parse_budgets, sweep, write_results
 
     sizes = parse_budgets(budgets)
+    tensors = tensor_file(data)
+    if tensors is not None and calib is None:
+        raise SharefoldError(f"sweep: {data} has no training part: give --calib, too, to measure on new samples")
+    learn_from = tensor_file(calib) if calib is not None else None
+    if (tensors is None) != (learn_from is None):
+        raise SharefoldError("sweep: --data and --calib: give tensors for both, or images")
     folders = [network_folder(size.text) for size in sizes] if save else []
     check_names(target, (), folders)
     methods = (what.method,) if isinstance(what.method, str) else what.method
@@ -78,11 +88,19 @@ def command(
     opened = source.open_dense(look_at(calib or data, "train", run.seed, mean=mean, std=std, input_size=input_size))
     model = opened.model.to(device).eval()
     preprocess = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size, mean=mean, std=std)
-    dataset = open_data(data, split, transform_cfg=preprocess)
-    count = calib_count or default_count(*preprocess.size[1:], procedural=False)
-    images = calibration_images(calib or data, preprocess, count, run.seed, "train")
-    warning = input_warning(model, images, preprocess, opened.pretrained_cfg)
     config = {"base": opened.base or None, "pretrained_cfg": jsonable({**opened.pretrained_cfg, **preprocess.cfg})}
+    dataset: Dataset
+    images: Input
+    warning = None
+    if tensors is not None and learn_from is not None:
+        dataset, images = tensors.of(model), drawn(learn_from.of(model), calib_count or COUNT, run.seed)
+        config["pretrained_cfg"] = jsonable(opened.pretrained_cfg) if opened.base else {}
+    else:
+        check_takes_images(model, "--data and --calib")
+        dataset = open_data(data, split, transform_cfg=preprocess)
+        count = calib_count or default_count(*preprocess.size[1:], procedural=False)
+        images = calibration_images(calib or data, preprocess, count, run.seed, "train")
+        warning = input_warning(model, images, preprocess, opened.pretrained_cfg)
     how = replace(how, config=config)
 
     def measure(network: nn.Module) -> dict[str, Any]:

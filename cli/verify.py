@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,13 +14,17 @@ from sharefold.options import OpenOptions, VerifyOptions
 from .common import Run, shared_options
 from .record_options import record_of, record_options
 from .source import SourceOptions
+from .tensor_input import tensor_file
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
 
 
 @click.command("verify")
 @click.argument("path", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--source", metavar="SOURCE", help="The original network, for the agreement; needs --data.")
-@click.option("--arch", metavar="NAME", help="Architecture of a bare checkpoint given as --source.")
-@click.option("--data", metavar="DATA", help="Labelled images, for accuracy and agreement.")
+@click.option("--arch", metavar="NAME", help="Of a bare checkpoint given as --source; of your own network FILE.py:FACTORY.")
+@click.option("--data", metavar="DATA", help="Labelled images, or tensors, for accuracy and agreement.")
 @click.option("--split", default="test", show_default=True, help="Which part of the data.")
 @record_options(VerifyOptions)
 @shared_options
@@ -39,17 +43,23 @@ def command(
     device = run.setup()
     from sharefold.checkpoint import load, read_config
     from sharefold.data import open_data
+    from sharefold.sources.own import is_own, own_network
     from sharefold.verify import image_config, mismatches, verify
 
     config = read_config(path)
-    dataset = None
-    if data is not None:
+    dataset: Dataset | None = None
+    tensors = tensor_file(data)
+    own = own_network(arch) if config.base is None and arch is not None and is_own(arch) else None
+    if tensors is not None:
+        dataset = tensors.of(load(path) if own is None else own)
+    elif data is not None:
         cfg = config.pretrained_cfg
         if config.base is not None and not {"input_size", "mean", "std"} <= cfg.keys():
             cfg = image_config(load(path), config)
         dataset = open_data(data, split, transform_cfg=cfg)
     original = None if source is None else SourceOptions(source, OpenOptions(arch=arch)).open().model
-    claims = verify(path, source=original, data=dataset, options=replace(record_of(VerifyOptions, given), device=device))
+    options = replace(record_of(VerifyOptions, given), device=device)
+    claims = verify(path, source=original, data=dataset, model=own, options=options)
 
     def cell(value: object) -> str:
         return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)

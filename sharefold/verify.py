@@ -14,10 +14,11 @@ from torch.utils.data import Dataset, IterableDataset
 
 from sharefold.architectures.build import build_on_meta
 from sharefold.checkpoint import load
-from sharefold.data import Preprocess, loader
+from sharefold.data import InputsDataset, Preprocess, loader
 from sharefold.data.preprocess import shape_text
 from sharefold.errors import SharefoldError
 from sharefold.format import FileConfig, config_of
+from sharefold.graph.layers import input_shapes
 from sharefold.inputs import Input, joined, taken
 from sharefold.measure import agreement, count_macs, count_parameters, evaluate, model_bytes
 from sharefold.options import VerifyOptions, chosen
@@ -60,7 +61,8 @@ def verify(
     Args:
         path: a directory or file that ``save`` wrote. Its checksum is checked by reading it.
         source: the original network, for the agreement of both.
-        data: labelled images as :func:`sharefold.data.open_data` gives them, for accuracy and agreement.
+        data: images as :func:`sharefold.data.open_data` gives them, or tensors (:func:`sharefold.data.read_tensors`), for
+            agreement, and with labels for accuracy.
         model: the dense module of a network of the user's own, as for :func:`sharefold.load`.
         options: how it is checked; ``settings`` are single fields of it (``limit=1000``).
 
@@ -88,8 +90,9 @@ def verify(
     claims.append(Claim("bytes", _claimed(told.get("bytes"), _is_count), model_bytes(network)))
     claims.append(_macs(network, config, data, options))
     claims.append(_agreement(network, source, data, told, options))
-    if data is None:
-        claims.append(Claim("top1", _claimed(told.get("top1"), _is_share), None, note="give --data"))
+    if data is None or not getattr(data, "labelled", True):
+        note = "give --data" if data is None else "the data hold no labels"
+        claims.append(Claim("top1", _claimed(told.get("top1"), _is_share), None, note=note))
     else:
         found = evaluate(network, loader(data, options.batch_size), options.device, limit=options.limit)
         claims.append(_share("top1", told, float(found["top1"]), int(found["images"])))
@@ -160,10 +163,12 @@ def _dense_parameters(config: FileConfig) -> int | None:
 
 
 def _macs(network: nn.Module, config: FileConfig, data: Dataset | None, options: VerifyOptions) -> Claim:
-    """MACs at the size that the file names, else the network, else the images have."""
+    """MACs at the size that the file names, else the network, else the data have; of tensors, at theirs."""
     claimed = _claimed(config.metrics.get("macs"), _is_count)
     size = Preprocess.from_cfg(image_config(network, config)).size
-    examples: list[Input] = [torch.zeros(1, *size)]
+    # Some networks of volumes take an image for a volume without a batch.
+    images = 4 in input_shapes(network) and not isinstance(data, InputsDataset)
+    examples: list[Input] = [torch.zeros(1, *size)] if images else []
     if data is not None and not isinstance(data, IterableDataset):
         first = data[0][0]
         examples.append(taken([tensor[None] for tensor in first]) if isinstance(first, tuple | list) else first[None])
@@ -172,7 +177,7 @@ def _macs(network: nn.Module, config: FileConfig, data: Dataset | None, options:
             return Claim("macs", claimed, count_macs(network, example))
         except Exception:  # networks raise what they like for images that they cannot take
             continue
-    note = f"the network takes no images of {shape_text(size)}"
+    note = f"the network takes no images of {shape_text(size)}" if examples else "give --data"
     # A network of the user's own may come from a conversion that did not know its size; a stock one does not.
     return Claim("macs", claimed, None if config.base is None or claimed is None else note, note=note)
 

@@ -8,6 +8,7 @@ A data set is named by one string, ``KIND:PLACE``:
 ``cifar10:DIR``           the torchvision layout, never downloaded; likewise ``cifar100:`` and ``fashionmnist:``
 ``timm:NAME[:k=v,...]``   ``timm.data.create_dataset(NAME, k=v, ...)``
 ``digits``                scikit-learn's 8 x 8 digits (extra ``demo``)
+``tensors:FILE``          what a network takes, as it takes it (.npz, .npy, .safetensors): :func:`read_tensors`
 ========================  ==================================================================================
 """
 
@@ -15,18 +16,24 @@ from __future__ import annotations
 
 from sharefold.data.calibration import calibration_images
 from sharefold.data.datasets import ArrayDataset, BatchLoader, FileDataset, loader
+from sharefold.data.inputs_dataset import InputsDataset
 from sharefold.data.preprocess import Preprocess
 from sharefold.data.specs import open_data
+from sharefold.data.tensor_files import TensorFile, is_tensors, read_tensors
 from sharefold.data.truth import Pairs, with_truth
 
 __all__ = [
     "ArrayDataset",
     "BatchLoader",
     "FileDataset",
+    "InputsDataset",
     "Pairs",
     "Preprocess",
+    "TensorFile",
     "calibration_images",
+    "is_tensors",
     "loader",
     "open_data",
+    "read_tensors",
     "with_truth",
 ]

@@ -54,7 +54,7 @@ def calibration_images(
     elif isinstance(source, Tensor):
         images = _from_tensor(source, preprocess, count, seed)
     elif isinstance(source, ArrayDataset):
-        images = source.batch(_subset(len(source), count, seed))[0]
+        images = source.batch(subset(len(source), count, seed))[0]
     else:
         images = _from_iterable(source, count)
     check_images(images, preprocess.size)
@@ -80,7 +80,8 @@ def _check_shape(found: tuple[int, ...], size: tuple[int, int, int]) -> None:
     raise SharefoldError(f"calibration images are {shape_text(found)}, the model wants {shape_text(size)}: {fix}")
 
 
-def _subset(total: int, count: int, seed: int) -> Tensor:
+def subset(total: int, count: int, seed: int) -> Tensor:
+    """Indices of ``count`` of ``total`` samples, in order; of all where there are no more."""
     if total <= count:
         return torch.arange(total)
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values
@@ -91,9 +92,9 @@ def _from_spec(spec: str, preprocess: Preprocess, count: int, seed: int, split: 
     if isinstance(dataset, ArrayDataset):
         if not resize or dataset.image_shape[0] != preprocess.size[0]:
             _check_shape(dataset.image_shape, preprocess.size)
-        return dataset.batch(_subset(len(dataset), count, seed))[0]
+        return dataset.batch(subset(len(dataset), count, seed))[0]
     if isinstance(dataset, Sized):
-        chosen = _subset(len(dataset), count, seed)
+        chosen = subset(len(dataset), count, seed)
         return torch.stack([dataset[int(index)][0] for index in chosen])
     return _from_iterable(DataLoader(dataset, batch_size=1), count)
 
@@ -104,7 +105,7 @@ def _from_tensor(images: Tensor, preprocess: Preprocess, count: int, seed: int) 
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise SharefoldError(f"calibration images are {images.dtype}: want normalised float, or uint8")
     _check_shape(tuple(images.shape[1:]), preprocess.size)
-    images = images[_subset(len(images), count, seed)] if len(images) > count else images
+    images = images[subset(len(images), count, seed)] if len(images) > count else images
     return preprocess.normalize(images) if images.dtype == torch.uint8 else images.float()
 
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from sharefold.data.image_files import opened_image
+from sharefold.data.inputs_dataset import NO_LABEL, InputsDataset
 from sharefold.data.preprocess import Preprocess
 from sharefold.errors import SharefoldError
+from sharefold.inputs import Input
 from sharefold.untrusted import printable
-
-NO_LABEL = -1
 
 
 class ArrayDataset(Dataset):
@@ -103,9 +103,12 @@ class FileDataset(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path = self.files[index]
-        with opened_image(path) as image:
-            return self.preprocess.image(image), self.labels[index]
+        return self.with_size(index)[0], self.labels[index]
+
+    def with_size(self, index: int) -> tuple[Tensor, tuple[int, int]]:
+        """The image as the model wants it, and (height, width) of the file's."""
+        with opened_image(self.files[index]) as image:
+            return self.preprocess.image(image), (image.height, image.width)
 
 
 class _Foreign:
@@ -159,14 +162,15 @@ class ForeignStream(_Foreign, IterableDataset):
 
 
 class BatchLoader:
-    """Batches straight from an :class:`ArrayDataset`: no per-image Python, no worker processes.
+    """Batches straight from a data set in memory: no per-sample Python, no worker processes.
 
     Each pass shuffles anew from ``seed + pass number``; ``set_epoch`` picks the pass, for resuming.
     """
 
     def __init__(
-        self, dataset: ArrayDataset, batch_size: int, *, shuffle: bool = False, seed: int = 0, drop_last: bool = False
-    ) -> None:
+        self, dataset: ArrayDataset | InputsDataset, batch_size: int, *, shuffle: bool = False, seed: int = 0,
+        drop_last: bool = False,
+    ) -> None:  # fmt: skip
         self.dataset, self.batch_size = dataset, batch_size
         self.shuffle, self.seed, self.drop_last = shuffle, seed, drop_last
         self.epoch = 0
@@ -178,7 +182,7 @@ class BatchLoader:
         full, rest = divmod(len(self.dataset), self.batch_size)
         return full + (1 if rest and not self.drop_last else 0)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Input, Tensor]]:
         order: Tensor | None = None
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
@@ -198,13 +202,16 @@ def loader(
     *,
     drop_last: bool = False,
 ) -> BatchLoader | DataLoader:
-    """Batches of (images (n, C, H, W) float32, labels (n,) int64).
+    """Batches of (images (n, C, H, W) float32, labels (n,) int64); of tensors (inputs, labels), several as
+    :class:`sharefold.inputs.Inputs`.
 
-    In-memory data sets whose images need no resizing take the fast path and ignore ``workers``. Order and
+    In-memory data sets whose samples need no resizing take the fast path and ignore ``workers``. Order and
     shuffling depend on ``seed`` alone.
     """
     if batch_size < 1:
         raise SharefoldError(f"batch size {batch_size}: must be at least 1")
+    if isinstance(dataset, InputsDataset):
+        return BatchLoader(dataset, batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last)
     if isinstance(dataset, ArrayDataset) and (workers == 0 or dataset.image_shape == dataset.preprocess.size):
         return BatchLoader(dataset, batch_size, shuffle=shuffle, seed=seed, drop_last=drop_last)
     options: dict[str, Any] = {"batch_size": batch_size, "num_workers": workers, "drop_last": drop_last}

@@ -1,4 +1,4 @@
-"""Arrays of an ``.npz`` file, whose declared sizes are checked before anything is unpacked."""
+"""Arrays of ``.npz`` and ``.npy`` files, whose declared sizes are checked before anything is unpacked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.lib import format as npy
 from sharefold.errors import SharefoldError
 from sharefold.untrusted import is_int
 
-# Images compress a few times; what inflates further than this is no image data.
+# Images and signals compress a few times; what inflates further than this is neither.
 _INFLATED, _FREE_BYTES = 100, 1 << 27
 # What zip archives, and numpy's reading of a header as Python text, trip over.
 _DAMAGE = (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError, NotImplementedError, RuntimeError, TypeError, KeyError,
@@ -36,31 +36,49 @@ class NpzFile:
             with zipfile.ZipFile(path) as archive:
                 self.entries = {e.filename.removesuffix(".npy"): e for e in archive.infolist() if e.filename.endswith(".npy")}
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            raise self._unreadable(error) from None
+            raise _unreadable(where, "npz file of plain arrays", error) from None
 
     def read(self, name: str) -> np.ndarray:
         """The array of plain numbers called ``name``."""
         entry = self.entries[name]
         if entry.file_size > _INFLATED * entry.compress_size + _FREE_BYTES:
             raise SharefoldError(
-                f"{self.where}: {name} would inflate from {entry.compress_size:,} to {entry.file_size:,} bytes: no images"
+                f"{self.where}: {name} would inflate from {entry.compress_size:,} to {entry.file_size:,} bytes: no data"
             )
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(entry) as stream:
-                shape, kind = _head(stream)
-                size = math.prod(shape) * kind.itemsize
-                if kind.hasobject:
-                    raise ValueError(f"{name} holds Python objects")
-                if size != entry.file_size - stream.tell():
-                    raise SharefoldError(f"{self.where}: {name} claims to be {kind} of shape {shape}, which it is not: damaged")
-                stream.seek(0)
-                return npy.read_array(stream, allow_pickle=False)
+                return _array(stream, entry.file_size, name, self.where)
         except _DAMAGE as error:
-            raise self._unreadable(error) from None
+            raise _unreadable(self.where, "npz file of plain arrays", error) from None
 
-    def _unreadable(self, error: Exception) -> SharefoldError:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        return SharefoldError(f"{self.where}: not a readable npz file of plain arrays ({reason})")
+
+def read_npy(path: Path, where: str) -> np.ndarray:
+    """The array of plain numbers in an ``.npy`` file.
+
+    Raises:
+        SharefoldError: damaged, or of Python objects.
+    """
+    try:
+        with path.open("rb") as stream:
+            return _array(stream, path.stat().st_size, "the array", where)
+    except _DAMAGE as error:
+        raise _unreadable(where, "npy file of a plain array", error) from None
+
+
+def _array(stream: IO[bytes], size: int, name: str, where: str) -> np.ndarray:
+    """What ``size`` bytes are, if their head says so."""
+    shape, kind = _head(stream)
+    if kind.hasobject:
+        raise ValueError(f"{name} holds Python objects")
+    if math.prod(shape) * kind.itemsize != size - stream.tell():
+        raise SharefoldError(f"{where}: {name} claims to be {kind} of shape {shape}, which it is not: damaged")
+    stream.seek(0)
+    return npy.read_array(stream, allow_pickle=False)
+
+
+def _unreadable(where: str, what: str, error: Exception) -> SharefoldError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return SharefoldError(f"{where}: not a readable {what} ({reason})")
 
 
 def _head(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:

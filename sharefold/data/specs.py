@@ -13,6 +13,7 @@ from sharefold.data.datasets import ArrayDataset, FileDataset, ForeignDataset, F
 from sharefold.data.image_files import SUFFIXES, forbid_ghostscript
 from sharefold.data.npz_files import NpzFile
 from sharefold.data.preprocess import Preprocess, shape_text
+from sharefold.data.tensor_files import is_tensors
 from sharefold.errors import SharefoldError
 from sharefold.untrusted import expanded, printable
 
@@ -23,7 +24,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "val": ("val", "validation", "valid", "test"),
 }
 _CANONICAL = {"training": "train", "validation": "val", "valid": "val", "eval": "test", "testing": "test"}
-HINT = "use imagefolder:DIR, npz:FILE, cifar10:DIR, cifar100:DIR, fashionmnist:DIR, timm:NAME or digits"
+HINT = "use imagefolder:DIR, npz:FILE, tensors:FILE, cifar10:DIR, cifar100:DIR, fashionmnist:DIR, timm:NAME or digits"
 
 
 def split_names(split: str) -> tuple[str, ...]:
@@ -67,6 +68,8 @@ def open_data(
 def open_stored(spec: str, split: str, preprocess: Preprocess) -> Dataset:
     """:func:`open_data` without the check of stored images against the model."""
     kind, _, place = spec.partition(":")
+    if is_tensors(spec):
+        raise SharefoldError(f"data {spec}: which of them is which input the network says: read_tensors(spec).of(network)")
     opener = _OPENERS.get(kind)
     if opener is None:
         raise SharefoldError(f"data {spec!r}: unknown kind {kind!r}: {HINT}")

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
 from sharefold.data import ArrayDataset, FileDataset, Preprocess
+from sharefold.data.inputs_dataset import InputsDataset
 from sharefold.errors import SharefoldError
 from sharefold.finetune import seeds
 from sharefold.finetune.augmentation import Augment, sent
-from sharefold.finetune.inputs_dataset import InputsDataset
 from sharefold.inputs import Input, taken
 
 Batch = tuple[Input, Tensor]  # images (B, C, H, W) float32, or several inputs; labels (B,) int64 (-1: none) or (B, classes) float

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from sharefold.data import ArrayDataset, FileDataset, Preprocess, open_data
+from sharefold.data import ArrayDataset, FileDataset, InputsDataset, Preprocess, is_tensors, open_data, read_tensors
 from sharefold.data.image_files import opened_image
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.finetune.augmentation import Augment
@@ -30,7 +30,6 @@ from sharefold.finetune.batches import (
 )
 from sharefold.finetune.config import FinetuneConfig
 from sharefold.finetune.distributed import World
-from sharefold.finetune.inputs_dataset import InputsDataset
 from sharefold.format import carried_config
 from sharefold.inputs import Inputs
 
@@ -43,8 +42,11 @@ def preprocess_of(model: nn.Module, config: FinetuneConfig) -> Preprocess:
     return Preprocess.from_cfg(cfg, mean=config.mean or None, std=config.std or None)
 
 
-def opened(data: Data, split: str, preprocess: Preprocess) -> Data:
-    """``data``, opened when it is a DATA string; several inputs in memory, ((a, b), labels or None), as a data set."""
+def opened(data: Data, split: str, preprocess: Preprocess, model: nn.Module) -> Data:
+    """``data``, opened for ``model`` where it is a DATA string; several inputs in memory, ((a, b), labels or None), as a data
+    set."""
+    if isinstance(data, str) and is_tensors(data):
+        return read_tensors(data).of(model)
     if isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[0], (tuple, list)):
         return InputsDataset(Inputs(data[0], "finetune"), data[1])
     return open_data(data, split, transform_cfg=preprocess) if isinstance(data, str) else data
@@ -155,7 +157,7 @@ def chain_for(config: FinetuneConfig, side: int, channels: int) -> Augment:
 def training_batches(data: Data, model: nn.Module, config: FinetuneConfig, world: World) -> TrainBatches:
     """Batches of the training images. Raises SharefoldError for data that cannot be used as asked."""
     preprocess = preprocess_of(model, config)
-    data = opened(data, "train", preprocess)
+    data = opened(data, "train", preprocess, model)
     if config.labels and not labelled(data):
         raise SharefoldError("finetune: the training images have no labels: pass labels, or distil with --no-labels")
 
@@ -197,7 +199,7 @@ def training_batches(data: Data, model: nn.Module, config: FinetuneConfig, world
 def validation_batches(data: Data, model: nn.Module, config: FinetuneConfig, world: World) -> EvalBatches:
     """Batches of the validation images, dealt over processes."""
     preprocess = preprocess_of(model, config)
-    data = opened(data, "val", preprocess)
+    data = opened(data, "val", preprocess, model)
     if not labelled(data):
         raise SharefoldError("finetune: the validation images have no labels: leave val out, or pass labels")
     source = data if isinstance(data, DataLoader) else (memory_images(data, preprocess) or data)
