@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
 from truth_nets import (
     BLOCK,
@@ -431,6 +432,24 @@ class TestRefused:
     def test_pairs_say_of_which_task(self, tmp_path: Path) -> None:
         with pytest.raises(SharefoldError, match="of which task"):
             opened(tmp_path, self.folder(tmp_path))[0]
+
+
+def test_every_picture_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        save(grey(block_picture()), tmp_path / "pictures" / f"{name}.png")
+        save(block_picture() // 255, tmp_path / "truth" / f"{name}.png")
+    pairs = opened(tmp_path, tmp_path / "truth").of("masks")
+    read: list[str] = []
+    original = Image.open
+
+    def counted(path: Path, *rest: Any, **more: Any) -> Any:
+        read.append(Path(path).parent.name)
+        return original(path, *rest, **more)
+
+    monkeypatch.setattr(Image, "open", counted)
+    image, answer = pairs[0]
+    assert image.shape == (3, 20, 20) and answer.size == (20, 40) and answer.name.endswith("a.png")
+    assert sorted(read) == ["pictures", "truth"]
 
 
 def test_a_network_stays_as_it_was(tmp_path: Path) -> None:

@@ -90,6 +90,28 @@ class TestScale:
         with pytest.raises(SharefoldError, match="takes 3 channels and makes 1: which mean and std"):
             sharefold.evaluate_task(Says(lambda x: x[:, :1]), pairs, outputs="image:scale=normalised")
 
+    def test_of_networks_that_end_in_tanh(self, tmp_path: Path) -> None:
+        pairs = opened(tmp_path, pictures(tmp_path, grey(block_picture())), {**CFG, "input_size": (3, 20, 40)})
+        ends = Says(lambda x: torch.tanh((x - 0.5) * 40))
+        found = sharefold.evaluate_task(ends, pairs)
+        assert found["psnr"] > 100
+        assert found.scale.startswith("values were read as -1 to 1 (the network ends in tanh, and they lie between -1 and 1")
+        scaled = Says(lambda x: torch.tanh((x - 0.5) * 40) / 2 + 0.5)  # from 0 to 1 again
+        assert sharefold.evaluate_task(scaled, pairs).scale.startswith("values were read as 0 to 1")
+        # Without a tanh at the end nothing says what lies below 0 is; the user may.
+        plain = Says(lambda x: (2 * x - 1).clamp(-1, 1))
+        assert "what lies below 0 is cut off" in sharefold.evaluate_task(plain, pairs, outputs="image").scale
+        said = sharefold.evaluate_task(plain, pairs, outputs="image:scale=tanh")
+        assert said["psnr"] == 200 and said.scale == "values were read as -1 to 1 (given)"
+
+    def test_a_tanh_is_seen_by_networks_that_write_into_their_input(self, tmp_path: Path) -> None:
+        pairs = opened(tmp_path, pictures(tmp_path, grey(block_picture())), {**CFG, "input_size": (3, 20, 40)})
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), torch.nn.Tanh()).requires_grad_(False)
+        torch.nn.init.dirac_(net[0].weight).mul_(40)
+        torch.nn.init.constant_(net[0].bias, -20)
+        assert "ends in tanh" in sharefold.evaluate_task(net, pairs).scale
+        assert "ends in tanh" in sharefold.evaluate_task(Says(lambda x: x.mul_(40).sub_(20).tanh()), pairs).scale
+
     @pytest.mark.parametrize("yes", [1, 255])
     def test_one_channel_may_be_a_mask(self, tmp_path: Path, yes: int) -> None:
         truth = pictures(tmp_path, block_picture() // 255 * np.uint8(yes))

@@ -182,16 +182,11 @@ class Pairs(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Answer]:
         if self._value is None:
             raise SharefoldError("truth: of which task? take pairs.of(task)")
-        image = self.images[index][0]
-        size = self._size(index)
-        name = str(self.images.files[index]) if isinstance(self.images, FileDataset) else f"image {index}"
-        return image, Answer(printable(name), size, self._value(index, size))
-
-    def _size(self, index: int) -> tuple[int, int]:
         if isinstance(self.images, ArrayDataset):
-            return self.images.image_shape[1:]
-        with opened_image(self.images.files[index]) as image:
-            return image.height, image.width
+            image, size, name = self.images[index][0], self.images.image_shape[1:], f"image {index}"
+        else:
+            (image, size), name = self.images.with_size(index), str(self.images.files[index])
+        return image, Answer(printable(name), size, self._value(index, size))
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ GIVEN = "given"  # why a kind is what it is, where the user says so
 # What a user may say; "labels" are told from the type alone.
 KINDS = (LOGITS, PROBABILITIES, BINARY, MULTILABEL, REGRESSION, IMAGE, EMBEDDING, BOXES, SCORES)
 CLASSES = (LOGITS, PROBABILITIES)
-# What the numbers of an image are, as users say it: from 0 to 1, from 0 to 255, or normalised as the images that go in.
-SHARES, BYTES, NORMALISED = "1", "255", "normalised"
-SCALES = (SHARES, BYTES, NORMALISED)
+# What the numbers of an image are, as users say it: from 0 to 1, from 0 to 255, from -1 to 1, or normalised as the images that
+# go in.
+SHARES, BYTES, TANH, NORMALISED = "1", "255", "tanh", "normalised"
+SCALES = (SHARES, BYTES, TANH, NORMALISED)
 YES_NO = (BINARY, MULTILABEL, SCORES)
 
 

@@ -22,7 +22,7 @@ from sharefold.outputs.leaf import Leaf
 from sharefold.outputs.reading import OutputReading, read_outputs
 from sharefold.running import BATCH_ELEMENTS, batch_within, evaluating, run_on
 from sharefold.tasks.against_truth import BoxMeasure, ImageMeasure, MaskMeasure, Measure
-from sharefold.tasks.image_scale import image_scale
+from sharefold.tasks.image_scale import ends_in_tanh, image_scale
 from sharefold.tasks.task_reading import Task, task_of
 from sharefold.tasks.truth_scores import VOID, Part, TruthFigure, check_installed
 from sharefold.untrusted import is_int, quoted
@@ -110,9 +110,10 @@ def evaluate_task(
     - Class logits or probabilities (n, C, h, w), class numbers (n, h, w) or a binary map (n, 1, h, w) by masks. They are resized
       to the mask's size (bilinearly), then decided by. Pixels of 255 are void; of a binary map or of two classes they are yes
       (class 1) where no mask holds a 1.
-    - Images (n, C, h, w) by target images, which may be larger than the pictures. Their values go from 0 to 1, from 0 to 255, or
-      are normalised as the pictures were. What the network makes of the first pictures tells which; ``outputs`` may say it:
-      ``"image:scale=1"``, ``"image:scale=255"``, ``"image:scale=normalised"``.
+    - Images (n, C, h, w) by target images, which may be larger than the pictures. Their values go from 0 to 1, from 0 to 255,
+      from -1 to 1 (of a network that ends in tanh), or are normalised as the pictures were. What the network makes of the
+      first pictures tells which; ``outputs`` may say it: ``"image:scale=1"``, ``"image:scale=255"``, ``"image:scale=tanh"``,
+      ``"image:scale=normalised"``.
     - Detections (a dictionary of boxes, labels and scores an image, labels being category ids) or raw boxes (n, 4, anchors)
       beside scores (n, classes, anchors) by an annotation file. Boxes are scaled back to the picture, raw ones after those that
       overlap have gone. Where there are as many raw scores as categories, they are in the order of the categories' ids; where
@@ -146,7 +147,7 @@ def evaluate_task(
         if channels == 1:
             first = [chosen_pairs[index][1] for index in range(len(few))]
             _check_no_masks(reading.leaves[task.leaves[0]], answers[task.leaves[0]], first)
-        measure = _measure(task, reading, answers, pairs)
+        measure = _measure(task, reading, answers, pairs, model, few)
         batch = batch_within(BATCH_ELEMENTS, math.prod(pairs.preprocess.size), wanted.batch_size)
         done = 0
         for images, truths in DataLoader(chosen_pairs, batch, collate_fn=_together, num_workers=wanted.workers):
@@ -161,12 +162,16 @@ def evaluate_task(
     return TaskReport(task.kind, task.output, figures, parts, done, time.perf_counter() - started, scale)
 
 
-def _measure(task: Task, reading: OutputReading, answers: Sequence[Tensor], pairs: Pairs) -> Measure:
+def _measure(
+    task: Task, reading: OutputReading, answers: Sequence[Tensor], pairs: Pairs, model: nn.Module, few: Tensor
+) -> Measure:
     if task.kind == MASKS:
         return MaskMeasure(reading.leaves[task.leaves[0]], answers[task.leaves[0]])
     if task.kind == IMAGES:
-        leaf, made = reading.leaves[task.leaves[0]], answers[task.leaves[0]].cpu()
-        return ImageMeasure(pairs.preprocess, image_scale(made, pairs.preprocess, leaf.scale))
+        place = task.leaves[0]
+        leaf, made = reading.leaves[place], answers[place].cpu()
+        tanh = not leaf.scale and ends_in_tanh(model, few, lambda said: reading.leaves_in(said, 1)[place])
+        return ImageMeasure(pairs.preprocess, image_scale(made, pairs.preprocess, leaf.scale, tanh))
     assert isinstance(pairs.truth, Annotations)
     return BoxMeasure([reading.leaves[index] for index in task.leaves], pairs.truth.categories, pairs.preprocess.size[1:])
 

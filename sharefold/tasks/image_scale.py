@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharefold.data.preprocess import Preprocess
 from sharefold.errors import SharefoldError
-from sharefold.outputs.leaf import BYTES, NORMALISED, SHARES
+from sharefold.outputs.leaf import BYTES, NORMALISED, SHARES, TANH
+from sharefold.running import as_input
 
 # The hundredth of the values that lies lowest, and that which lies highest, tell nothing: networks overshoot at edges.
 _TAIL = 0.01
@@ -25,7 +28,7 @@ class ImageScale:
     """From what a network makes to [0, 1].
 
     Attributes:
-        name: "1", "255" or "normalised".
+        name: "1", "255", "tanh" or "normalised".
         gain: (C or 1, 1, 1).
         shift: the same.
         text: for people.
@@ -40,13 +43,14 @@ class ImageScale:
         return made * self.gain + self.shift
 
 
-def image_scale(made: Tensor, preprocess: Preprocess, said: str = "") -> ImageScale:
+def image_scale(made: Tensor, preprocess: Preprocess, said: str = "", tanh: bool = False) -> ImageScale:
     """The scale of images.
 
     Args:
         made: (n, C, h, w) of the first pictures.
         preprocess: of the pictures, by which normalised images are read.
         said: the user's word, "" for none.
+        tanh: the network's last operation is one. If values go below 0 then, they are from -1 to 1.
 
     Raises:
         SharefoldError: the user says normalised, and the network makes other channels than it takes.
@@ -58,15 +62,32 @@ def image_scale(made: Tensor, preprocess: Preprocess, said: str = "") -> ImageSc
             f"--outputs image:scale={NORMALISED}: the network takes {preprocess.size[0]} channels and makes {made.shape[1]}: "
             "which mean and std are whose cannot be told"
         )
-    name = said or _told(low, high, preprocess if fits else None)
+    name = said or (TANH if tanh and low < _BELOW else _told(low, high, preprocess if fits else None))
     why = "given" if said else f"they lie between {low:.3g} and {high:.3g} in the first pictures"
     if name == NORMALISED:
         std, mean = (torch.tensor(values).view(-1, 1, 1) for values in (preprocess.std, preprocess.mean))
         return ImageScale(name, std, mean, f"values were read as normalised by the pictures' mean and std ({why})")
+    if name == TANH:
+        why = why if said else f"the network ends in tanh, and {why}"
+        half = torch.full((1, 1, 1), 0.5)
+        return ImageScale(name, half, half, f"values were read as -1 to 1 ({why})")
     if not said and low < _BELOW:
         why += "; what lies below 0 is cut off"
     gain = torch.full((1, 1, 1), 1 / 255 if name == BYTES else 1.0)
     return ImageScale(name, gain, torch.zeros(1, 1, 1), f"values were read as 0 to {name} ({why})")
+
+
+@torch.enable_grad()
+def ends_in_tanh(model: nn.Module, images: Tensor, output: Callable[[Any], Tensor]) -> bool:
+    """Whether nothing comes after a tanh, as the gradient would pass it.
+
+    Args:
+        images: (n, C, H, W); one is run.
+        output: of what the network returns for it.
+    """
+    image = as_input(model, images[:1]).requires_grad_()
+    last = output(model(image.clone())).grad_fn  # a clone may be written into
+    return last is not None and last.name().startswith("Tanh")
 
 
 def _told(low: float, high: float, preprocess: Preprocess | None) -> str:
