@@ -334,10 +334,16 @@ def _simplify(graph: Any) -> None:
 def _without_zero_biases(graph: Any) -> None:
     """Takes away biases of nothing but zeros; onnxscript up to 0.7 gives a Conv3d without a bias one of a wrong shape."""
     for node in graph:
-        if node.op_type == "Conv" and len(node.inputs) == 3 and node.inputs[2] is not None:
-            value = node.inputs[2].const_value
-            if value is not None and not value.numpy().any():
-                node.resize_inputs(2)
+        if node.op_type == "Conv" and len(node.inputs) == 3 and node.inputs[2] is not None and _is_zero(node.inputs[2]):
+            node.resize_inputs(2)
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether a value is zeros: a constant, or one that a larger shape was made of."""
+    if value.const_value is not None:
+        return not value.const_value.numpy().any()
+    node = value.producer()
+    return node is not None and node.op_type in ("Expand", "Cast", "CastLike") and _is_zero(node.inputs[0])
 
 
 def _make_contiguous(graph: Any) -> None:

@@ -275,6 +275,26 @@ def test_onnx_computes_the_same(watcher: Watcher, painter: Painter, tmp_path: Pa
             torch.testing.assert_close(torch.from_numpy(found), small(x), rtol=1e-4, atol=1e-4)
 
 
+class Composed(nn.Module):
+    """A convolution of many channels without a bias, whose weight is put together in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Parameter(torch.randn(48, 6)), nn.Parameter(torch.randn(6, 2 * 27))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv3d(x, (self.left @ self.right).view(48, 2, 3, 3, 3))
+
+
+def test_onnx_takes_wide_volumes_without_a_bias(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    net, x = Composed(), torch.randn(5, 2, 4, 5, 6)
+    export(net, tmp_path / "net.onnx", example_input=x[:2], tolerance=1e-3)
+    (found,) = runtime.InferenceSession(str(tmp_path / "net.onnx")).run(None, {"images": x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), net(x), rtol=1e-4, atol=1e-3)
+
+
 def test_wrong_inputs_are_told(watcher: Watcher) -> None:
     with pytest.raises(SharefoldError, match=r"no float tensor of volumes \(n, C, D, H, W\) or images"):
         sharefold.calibrate(copy.deepcopy(watcher), torch.randn(8, 12, 12))
