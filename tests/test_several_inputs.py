@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 import sharefold
 from sharefold.bench import latencies, peak_tensor_bytes, race_forms, race_layers
 from sharefold.calibration.images import COUNT
+from sharefold.calibration.several_inputs import first_of
 from sharefold.errors import SharefoldError
 from sharefold.export import export
 from sharefold.finetune import finetune
@@ -157,6 +158,18 @@ def test_several_tensors_behave_as_one_batch() -> None:
     assert given.to("meta").device.type == "meta" and given.to("meta").tensors[2].dtype == torch.bool
     assert taken(given) is given and taken(image) is image and taken((image,)) is image
     assert call(lambda a, b, c: (c, b, a), given) == (mask, facts, image)
+
+
+def test_an_input_with_a_default_is_told_from_a_target_by_the_inner_tuple() -> None:
+    class Masked(nn.Module):
+        def forward(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
+            return image if mask is None else image * mask
+
+    image, mask, target = torch.randn(6, 1, 4, 4), torch.ones(6, 1, 4, 4), torch.arange(6)
+    for batch in (((image, mask), target), ((image, mask),)):
+        found = first_of(Masked(), [batch], 5)
+        assert isinstance(found, Inputs) and [len(tensor) for tensor in found.tensors] == [5, 5]
+    assert torch.equal(first_of(Masked(), [(image, target)], 5), image[:5])
 
 
 def test_a_network_gets_copies_in_its_own_type(teller: Told) -> None:

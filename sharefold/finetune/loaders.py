@@ -79,6 +79,9 @@ def limited(data: Dataset, count: int) -> Dataset:
     if isinstance(data, FileDataset):
         files, tags = [data.files[i] for i in index], [data.labels[i] for i in index]
         return FileDataset(files, tags if data.labelled else None, data.preprocess, classes=data.classes)
+    if isinstance(data, InputsDataset):
+        inputs, labels = data.batch(index)
+        return InputsDataset(inputs, labels if data.labelled else None)
     return torch.utils.data.Subset(data, index.tolist())
 
 

@@ -21,11 +21,12 @@ from sharefold.sources.unwrap import PREFIXES
 from sharefold.untrusted import expanded, printable
 
 _FORM = re.compile(r"(.+\.py):([A-Za-z_]\w*)", re.DOTALL)
+_FILE = re.compile(r"\.py(:|$)")
 
 
 def is_own(arch: str | None) -> bool:
-    """Whether ``arch`` has the form ``FILE.py:FACTORY``."""
-    return arch is not None and _FORM.fullmatch(arch) is not None
+    """Whether ``arch`` names a Python file, rather than an architecture of a library."""
+    return arch is not None and _FILE.search(arch) is not None
 
 
 def own_network(arch: str) -> nn.Module:
@@ -39,7 +40,7 @@ def own_network(arch: str) -> nn.Module:
     """
     found = _FORM.fullmatch(arch)
     if found is None:
-        raise SharefoldError(f"--arch {arch}: want FILE.py:FACTORY")
+        raise SharefoldError(f"--arch {arch}: want FILE.py:FACTORY, a class or function in the file that builds the network")
     path, name = expanded(found.group(1)), found.group(2)
     where = f"--arch {printable(arch)}"
     if not path.is_file():

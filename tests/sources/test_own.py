@@ -100,6 +100,8 @@ def test_a_converted_network_is_built_again(folder: Path) -> None:
 
 def test_what_is_wrong_with_the_code_is_told_in_one_line(folder: Path) -> None:
     file = folder / "own_net.py"
+    assert "want FILE.py:FACTORY" in fails(folder / "net.pt", str(file))
+    assert "want FILE.py:FACTORY" in fails(folder / "net.pt", f"{file}:")
     assert "there is no file" in fails(folder / "net.pt", f"{folder / 'missing.py'}:Net")
     assert "the file has no class or function Nat" in fails(folder / "net.pt", f"{file}:Nat")
     assert "the file has no class or function number" in fails(folder / "net.pt", f"{file}:number")
