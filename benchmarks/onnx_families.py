@@ -1,13 +1,14 @@
 """Whether converted networks pass through ONNX: one architecture of every family of timm and torchvision that coverage.py
-converts, but for those that take videos and the twins that are made for quantisation.
+converts, those that take videos and the twins that are made for quantisation among them.
 
     OMP_NUM_THREADS=1 python benchmarks/onnx_families.py
     OMP_NUM_THREADS=1 python benchmarks/onnx_families.py --match 'resnet|vgg' --again failed
+    OMP_NUM_THREADS=1 python benchmarks/onnx_families.py --library smp -o benchmarks/results/onnx_smp.csv
 
 Takes the smallest architecture of each family in results/coverage.csv, random weights, and shares it to half its
-parameters: for real up to ``--limit-params``, above it by uniform ranks with random banks and coefficients, since the
-graph to be written is the same. Three things must hold: onnxruntime computes what PyTorch computes, to 1e-4 of the
-largest output, for batches of two and of three; the graph takes any batch size; the file is no larger than the
+parameters: for real up to ``--limit-params``, above it and of networks for videos by uniform ranks with random banks and
+coefficients, since the graph to be written is the same. Three things must hold: onnxruntime computes what PyTorch computes,
+to 1e-4 of the largest output, for batches of two and of three; the graph takes any batch size; the file is no larger than the
 safetensors file plus 10 %. Writes results/onnx.csv after every architecture, each in a process of its own.
 """
 
@@ -18,7 +19,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from coverage_check import brief, convert_blank, convert_for_real, images_for, o
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sharefold.architectures.arguments import parse_options
 from sharefold.architectures.build import build_base, make_base
 from sharefold.export import export
 from sharefold.graph import analyze
@@ -37,9 +39,12 @@ from sharefold.options import ExportOptions
 
 RESULTS = Path(__file__).parent / "results" / "onnx.csv"
 COVERAGE = RESULTS.with_name("coverage.csv")
+LIBRARIES = ("timm", "torchvision")  # those of the table
 LARGEST = 150_000_000  # parameters; a family without a smaller member is left out, with that as its reason
 LARGER_FILE = 1.1
 SIZES = (128, 160, 192)  # last maps of several positions: BatchNorm's statistics of six numbers would mean nothing
+# Frames and sides of videos, and how many of them; the size that a network wants comes last.
+VIDEO_SIZES, VIDEOS = ((8, 96, 96), (16, 112, 112), (16, 192, 192), (16, 224, 224)), 2
 
 
 @dataclass
@@ -67,19 +72,14 @@ class Export:
     reason: str = ""
 
 
-def takes_part(row: Mapping[str, str]) -> bool:
-    """Whether a row of the coverage table is of a family that is exported here."""
-    return row["library"] in ("timm", "torchvision") and not row["family"].startswith(("video.", "quantization."))
-
-
-def representatives(match: str | None = None) -> list[Export]:
+def representatives(match: str | None = None, libraries: Collection[str] = LIBRARIES) -> list[Export]:
     """The smallest converted architecture of every family, smallest first."""
     smallest: dict[tuple[str, str], Export] = {}
     for line in read(COVERAGE).values():
         row = Export(line["model"], line["library"], line["family"], int(line["parameters"] or 0))
         key = (row.library, row.family)
         stub = row.model.startswith("test_")  # timm's own test networks: for a tenth of 0.5 MB a graph is too long
-        wanted = line["reduced_to"] and takes_part(line) and not stub
+        wanted = line["reduced_to"] and row.library in libraries and not stub
         if wanted and (key not in smallest or row.parameters < smallest[key].parameters):
             smallest[key] = row
     rows = sorted(smallest.values(), key=lambda row: row.parameters)
@@ -97,7 +97,8 @@ def check_export(row: Export, limit: int) -> Export:
             row.reason = "detection: torch.export cannot trace torchvision's detectors, whose shapes depend on values"
             return row
         torch.manual_seed(0)
-        model = build_base(make_base(row.library, row.model, {})).eval()
+        name, _, arguments = row.model.partition(":")
+        model = build_base(make_base(row.library, name, parse_options(arguments, row.model))).eval()
         with tempfile.TemporaryDirectory() as folder, quick():
             _export(row, model, Path(folder), limit)
     except Exception as error:
@@ -109,10 +110,11 @@ def check_export(row: Export, limit: int) -> Export:
 
 def _export(row: Export, model: nn.Module, folder: Path, limit: int) -> None:
     vary(model)
-    images = images_for(model, SIZES)
+    videos = row.family.startswith("video.")
+    images = videos_for(model) if videos else images_for(model, SIZES)
     settle(model, images)
     graph = analyze(model, images[:1])
-    row.mode = "real" if row.parameters <= limit else "random"
+    row.mode = "real" if row.parameters <= limit and not videos else "random"
     if row.mode == "real":
         convert_for_real(model, images, folder, graph=graph)
     else:
@@ -132,11 +134,36 @@ def _export(row: Export, model: nn.Module, folder: Path, limit: int) -> None:
 
 
 @torch.no_grad()
+def videos_for(model: nn.Module) -> Tensor:
+    """Noise (n, 3, T, H, W) of the first of ``VIDEO_SIZES`` that ``model`` takes.
+
+    Raises:
+        AssertionError: it takes none.
+    """
+    for size in VIDEO_SIZES:
+        videos = torch.randn(VIDEOS, 3, *size, generator=torch.Generator().manual_seed(0))
+        try:
+            model(videos[:1])
+        except Exception:  # fixed input sizes, maps that become empty
+            continue
+        return videos
+    raise AssertionError(f"does not run at any of {VIDEO_SIZES}")
+
+
+@torch.no_grad()
 def settle(model: nn.Module, images: Tensor) -> None:
     """Moves BatchNorm's statistics most of the way to those of ``images``: outputs of the usual size, as trained ones
-    have. Not all the way, for the variance of a few small maps may be nothing."""
-    model.train()
-    for _ in range(8):
+    have. Not all the way, for the variance of a few small maps may be nothing. BatchNorms train alone where training as a whole
+    takes no images of this size, as that of classifiers beside the way does not."""
+    try:
+        model.train()(images)
+    except RuntimeError:
+        model.eval()
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train()
+        model(images)
+    for _ in range(7):
         model(images)
     model.eval()
 
@@ -160,11 +187,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=400, help="most time for an architecture")
     parser.add_argument("--shard", metavar="K/N", help="only every N-th architecture, from K = 0 to N-1")
     parser.add_argument("--again", nargs="?", const="all", choices=("all", "failed"), help="redo rows that are there")
+    parser.add_argument("--library", action="append", metavar="NAME", help="other libraries than timm and torchvision, with -o")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
+    if options.library and options.output == RESULTS:
+        parser.error("--library: results/onnx.csv holds timm and torchvision: name another file with -o")
     torch.set_num_threads(1)
     part, parts = (int(number) for number in (options.shard or "0/1").split("/"))
-    rows = representatives(options.match)[part::parts]
+    rows = representatives(options.match, options.library or LIBRARIES)[part::parts]
     for row in missing(rows, options.output, options.again):
         row = guarded(partial(check_export, limit=options.limit_params), row, options.seconds)
         record(options.output, row)
