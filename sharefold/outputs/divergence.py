@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -82,8 +82,9 @@ class Divergence:
         return max(float(values.square().mean()), 1e-12)
 
     def losses(
-        self, student: Sequence[Tensor], teacher: Sequence[Tensor], spreads: Sequence[float | Tensor] | None = None
-    ) -> list[Tensor]:
+        self, student: Sequence[Tensor], teacher: Sequence[Tensor], spreads: Sequence[float | Tensor] | None = None,
+        scaled: Collection[str] = (),
+    ) -> list[Tensor]:  # fmt: skip
         """A scalar a differentiable leaf, to learn by: the squared error over the variance, times the leaf's weight.
 
         Logits less their mean over the classes, which no prediction depends on, over their mean square: a divergence of
@@ -93,6 +94,9 @@ class Divergence:
         Args:
             student, teacher: outputs as :meth:`OutputReading.run` gives them.
             spreads: from :meth:`spreads` of an earlier batch; by default of this one.
+            scaled: sources of logits that get their best scale afterwards. They are compared at their best scale in this
+                batch: least squares makes logits smaller the less a network can know of new images, larger the better it knows
+                those that it learns from.
         """
         found = []
         spreads = self.spreads(teacher) if spreads is None else spreads
@@ -101,7 +105,8 @@ class Divergence:
             if leaf.kind == LABELS or not s.requires_grad:
                 continue
             if leaf.kind == LOGITS:
-                loss = F.mse_loss(centred(s, leaf.axis or 1), centred(t, leaf.axis or 1)) / spread
+                ours, theirs = centred(s, leaf.axis or 1), centred(t, leaf.axis or 1)
+                loss = error_at_best_scale(ours, theirs) if leaf.source in scaled else F.mse_loss(ours, theirs) / spread
             else:
                 difference = (as_numbers(s) - as_numbers(t)).square()
                 over = over_axis(spread, difference, leaf.axis) if isinstance(spread, Tensor) else spread
@@ -165,6 +170,15 @@ def divergence_of(model: nn.Module, images: Input, graph: NetworkGraph | None = 
 def centred(logits: Tensor, axis: int = 1) -> Tensor:
     """Logits (B, ...) less their mean over the classes on ``axis``, which no prediction depends on; float32."""
     return logits.float() - logits.float().mean(axis, keepdim=True)
+
+
+def error_at_best_scale(values: Tensor, wanted: Tensor) -> Tensor:
+    """The least squared error of ``values`` times a number, over the mean square of ``wanted``: one less their squared cosine.
+
+    Where they point away from each other the number would be negative; the error then rises on, to 2.
+    """
+    cosine = F.cosine_similarity(values.flatten(), wanted.flatten(), dim=0)
+    return 1 - cosine * cosine.abs()
 
 
 def check_shapes(leaf: Leaf, a: Tensor, b: Tensor) -> None:

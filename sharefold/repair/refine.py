@@ -1,42 +1,38 @@
 """Label-free refinement: the converted network learns to answer as the original does, on the calibration images alone.
 
-The loss is the squared difference of block outputs and of what the network says, each over its variance (hints: Romero et al.,
-https://arxiv.org/abs/1412.6550), on random views of the images. It has no divergence of the predictions: a network is
-nearly certain of the images that it was trained on, and a student that learns to be as certain of those follows it less
-well on new ones. BatchNorm statistics stay as they are: a few mixed images would only
-blur those of the training data. What remains is the state at the end of the schedule: states on the way, where steps are
-large still, do well on a few hundred decide images by chance. Decide images only say whether it is better than the state
-that it was given.
+The loss (:mod:`sharefold.repair.refine_loss`) is the squared difference of block outputs and of what the network says, on random
+views of the images. BatchNorm statistics stay as they are: a few mixed images would only blur those of the training data. What
+remains is the state at the end of the schedule: states on the way, where steps are large still, do well on a few hundred decide
+images by chance. Decide images only say whether it is better than the state that it was given.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from sharefold.calibration.calibrate import Calibration
 from sharefold.data.views import random_views
 from sharefold.errors import SharefoldError
-from sharefold.inputs import Input, Inputs
+from sharefold.inputs import Inputs
 from sharefold.layers import running
 from sharefold.layers.norm_fusion import norms_fused
 from sharefold.options import RefineOptions, chosen
-from sharefold.outputs.divergence import centred as centred
 from sharefold.plans import Plan, Progress
 from sharefold.repair.confidence import Confidence
 from sharefold.repair.guard import Guard, Scaled
 from sharefold.repair.lockstep import BATCH_ELEMENTS, largest_map
+from sharefold.repair.refine_loss import lessons
 from sharefold.repair.step_record import StepRecord
 from sharefold.repair.work import Work
-from sharefold.running import batch_within, evaluating, run_on
+from sharefold.running import batch_within, evaluating
 from sharefold.state_dicts import Trial, trial
 
 # Wall-clock budget when neither epochs nor seconds are given: inside of four minutes with start and end included.
@@ -49,8 +45,6 @@ CHECKS = 5
 # Where time allows fewer steps than this, they are smaller: what large ones disturb so few cannot mend.
 MANY_STEPS = 1000
 BATCH, SMALLEST_BATCH = 64, 8
-# A block's name, and which of its runs in one run of the network.
-BlockRun: TypeAlias = tuple[str, int]
 
 
 def refine(
@@ -92,7 +86,7 @@ def _refined(work: Work, wanted: RefineOptions) -> StepRecord:
     before, scales = guard.current(model), Confidence(work)
     with (
         _training(original, model) as parameters, norms_fused(original, norms, constant=True), norms_fused(model, norms),
-        trial(model) as tried, closing(_train(cal, model, parameters, clock, wanted)) as loop,
+        trial(model) as tried, closing(_train(cal, model, parameters, clock, wanted, scales)) as loop,
     ):  # fmt: skip
         checks = _Checks(guard, model, before, tried, scales)
         for share in loop:
@@ -186,8 +180,9 @@ class _Checks:
 
 
 def _train(
-    cal: Calibration, model: nn.Module, parameters: list[nn.Parameter], clock: _Clock, options: RefineOptions
-) -> Generator[float, None, None]:
+    cal: Calibration, model: nn.Module, parameters: list[nn.Parameter], clock: _Clock, options: RefineOptions,
+    scales: Confidence,
+) -> Generator[float, None, None]:  # fmt: skip
     """Trains, and yields the share of the budget used after every step; the last one is 1."""
     original, images = cal.original, cal.fit_images
     generator = torch.Generator().manual_seed(options.seed)
@@ -196,13 +191,11 @@ def _train(
         largest = largest_map(original, images[:1].to(parameters[0].device))
         batch_size = batch_within(BATCH_ELEMENTS, largest, BATCH, SMALLEST_BATCH)
     first = images[: max(2, batch_size)].to(parameters[0].device)
-    names, spreads = _comparable(original, model, first, blocks)
-    wishes = _Wishes(cal, first)
-    optimizer = torch.optim.AdamW(_groups(parameters, step), weight_decay=0.0)
+    # Gradients of fewer images are noisier, by the square root, and so must steps be smaller.
+    optimizer = torch.optim.AdamW(_groups(parameters, step * math.sqrt(min(1.0, batch_size / BATCH))), weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]
     share = 0.0
-    hooked, every = {name for name, _ in names}, isinstance(images, Inputs)
-    with _outputs(original, hooked, every) as theirs, _outputs(model, hooked, every) as ours:
+    with lessons(cal, model, first, blocks, scales.layers) as taught:
         while True:
             order = torch.randperm(len(images), generator=generator)
             for index in order.split(batch_size):
@@ -213,9 +206,7 @@ def _train(
                 # What is turned in one of several inputs would no longer belong to the others.
                 views = picked if isinstance(picked, Inputs) else random_views(picked, generator)
                 batch = views.to(parameters[0].device)
-                losses = wishes.losses(model, batch)
-                losses += relative_errors([ours[n] for n in names], [theirs[n] for n in names], spreads)
-                loss = torch.stack(losses).mean()
+                loss = taught.loss(batch)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -225,42 +216,6 @@ def _train(
                 yield share
                 if share >= 1:
                     return
-
-
-class _Wishes:
-    """What the student's outputs shall be: the teacher's, by the loss of the divergence or the user's criterion."""
-
-    def __init__(self, cal: Calibration, first: Input) -> None:
-        self.original, self.divergence, self.criterion = cal.original, cal.divergence, cal.criterion
-        with torch.no_grad():
-            self.spreads = self.divergence.spreads(self.divergence.reading.run(self.original, first))
-        self.scale = 0.0
-
-    def losses(self, model: nn.Module, batch: Input) -> list[Tensor]:
-        """Scalars, one an output; both networks run, so that their hooks see the batch.
-
-        Raises:
-            SharefoldError: nothing of what the network says can be learned.
-        """
-        reading = self.divergence.reading
-        with torch.no_grad():
-            raw, wanted = reading.run_raw(self.original, batch)
-        raw_found, found = reading.run_raw(model, batch)
-        if self.criterion is not None:
-            value = self.criterion(raw, raw_found).float().mean()
-            if value.requires_grad:
-                self.scale = self.scale or max(float(value.detach().abs()), 1e-12)
-                return [value / self.scale]
-        losses = self.divergence.losses(found, wanted, self.spreads)
-        if not losses:
-            raise SharefoldError("refine: no output of this network has a gradient to learn from: convert without it")
-        return losses
-
-
-def relative_errors(student: Sequence[Tensor], teacher: Sequence[Tensor], spreads: Sequence[float]) -> list[Tensor]:
-    """The mean squared differences of equally shaped outputs over the teacher's variance."""
-    pairs = zip(student, teacher, spreads, strict=True)
-    return [F.mse_loss(s.float(), t.float()) / spread for s, t, spread in pairs]
 
 
 def _rate(share: float) -> float:
@@ -276,51 +231,6 @@ def _groups(parameters: list[nn.Parameter], step: float) -> list[dict[str, Any]]
     return [
         {"params": [p], "lr": step * max(size, SMALLEST_SCALE)} for p, size in zip(parameters, sizes, strict=True)
     ]
-
-
-@torch.no_grad()
-def _comparable(
-    original: nn.Module, model: nn.Module, batch: Input, blocks: Sequence[str]
-) -> tuple[list[BlockRun], list[float]]:
-    """Those runs of blocks whose outputs are single tensors of one shape in both networks, and the original's variances."""
-    modules = dict(model.named_modules())
-    names = [name for name in blocks if name in modules]
-    every = isinstance(batch, Inputs)
-    with _outputs(original, names, every) as theirs, _outputs(model, names, every) as ours:
-        run_on(original, batch)
-        run_on(model, batch)
-        runs = sorted(theirs, key=lambda run: (names.index(run[0]), run[1]))
-        both = [run for run in runs if run in ours and theirs[run].shape == ours[run].shape]
-        spreads = [_spread(theirs[run]) for run in both]
-    usable = [(run, spread) for run, spread in zip(both, spreads, strict=True) if spread > 0]
-    return [run for run, _ in usable], [spread for _, spread in usable]
-
-
-def _spread(output: Tensor) -> float:
-    """Variance within channels of maps (B, C, H, W) or tokens (B, n, C), mean over channels."""
-    channels = output.float().movedim(2 if output.ndim == 3 else 1, 0).flatten(1)
-    return float(channels.var(1, unbiased=False).mean())
-
-
-@contextmanager
-def _outputs(model: nn.Module, names: Iterable[str], every: bool = False) -> Iterator[dict[BlockRun, Tensor]]:
-    """The output tensors of each named module in the network's last run; blocks that run more than once count by their last
-    run, with ``every`` by all, as several inputs may pass one block."""
-    seen: dict[BlockRun, Tensor] = {}
-    handles = [model.register_forward_pre_hook(lambda *_: seen.clear())] if every else []
-    for name in names:
-
-        def keep(module: nn.Module, inputs: Any, output: Any, name: str = name) -> None:
-            if isinstance(output, Tensor):
-                before = sum(other == name for other, _ in seen) if every else 0
-                seen[name, before] = output
-
-        handles.append(model.get_submodule(name).register_forward_hook(keep))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -188,6 +188,29 @@ def test_losses_are_over_the_variance_and_keep_brightness() -> None:
     assert moved.item() == pytest.approx(float(change.square().mean() / centred(logits).square().mean()), rel=1e-5)
 
 
+def test_logits_that_are_scaled_later_are_compared_at_their_best_scale() -> None:
+    logits, other = draw(5), draw(5, seed=1)
+    divergence = Divergence(reading(("logits", 1)), [[logits]])
+    source = divergence.reading.leaves[0].source
+
+    def loss(student: Tensor) -> float:
+        return divergence.losses([student.clone().requires_grad_()], [logits], scaled={source})[0].item()
+
+    wanted, given = centred(logits), centred(other)
+    factor = (wanted * given).sum() / given.square().sum()
+    if factor < 0:
+        other, given, factor = -other, -given, -factor
+    best = (factor * given - wanted).square().mean() / wanted.square().mean()
+    assert loss(other) == pytest.approx(float(best), rel=1e-4)
+    assert loss(3 * other + 2) == pytest.approx(loss(other), rel=1e-4)
+    assert loss(logits) == pytest.approx(0, abs=1e-5) and loss(-logits) == pytest.approx(2, rel=1e-5)
+    noise = (-logits + 0.3 * other).requires_grad_()  # away from what is wanted there is a way back
+    divergence.losses([noise], [logits], scaled={source})[0].backward()
+    assert noise.grad is not None and float((noise.grad * (logits - noise.detach())).sum()) < 0
+    plain = divergence.losses([(2 * logits).requires_grad_()], [logits], scaled={"another"})[0].item()
+    assert plain == pytest.approx(1.0, rel=1e-4)  # not scaled later: as it is
+
+
 def test_logits_alone_seed_as_a_drawn_label_does() -> None:
     logits = draw(5).requires_grad_()
     divergence = Divergence(reading(("logits", 1)), [[logits.detach()]])

@@ -18,9 +18,11 @@ from sharefold.errors import SharefoldError
 from sharefold.layers import Bank, BasisConv, add_bank, form_of
 from sharefold.measure import agreement
 from sharefold.outputs import Comparison
+from sharefold.outputs.divergence import centred
 from sharefold.repair import refine as module
 from sharefold.repair.guard import Guard
-from sharefold.repair.refine import centred, refine, relative_errors
+from sharefold.repair.refine import refine
+from sharefold.repair.refine_loss import relative_errors
 from sharefold.repair.step_record import StepRecord
 from sharefold.state_dicts import trial
 
@@ -124,7 +126,8 @@ def test_without_a_guard_the_decide_images_judge(pair) -> None:
     record = refine(model, cal, epochs=2, batch_size=16)
     assert record.kept and record.name == "refine" and record.kl_before == pytest.approx(before, rel=1e-6)
     after = agreement(teacher, model, cal.decide_views).kl
-    assert record.kl_after == pytest.approx(after, rel=1e-5) and after < before
+    # The record's is of the answers times their scale, this one of the layer that has taken the scale up: float32 rounds both.
+    assert record.kl_after == pytest.approx(after, rel=1e-4) and after < before
 
 
 def test_returns_what_it_was_given_when_training_only_harms(pair) -> None:
