@@ -18,10 +18,16 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent = model.get_submodule(parent_name) if parent_name else model
     module.train(parent.training)
     old = parent.get_submodule(leaf)
-    for owner in list(model.modules()):
+    # As `model.modules()` goes, but without a generator a level: networks are walked once for every layer that is replaced.
+    waiting, seen = [model], {model}
+    while waiting:
+        owner = waiting.pop()
         for key, child in list(owner._modules.items()):
             if child is old:
                 setattr(owner, key, module)
+            elif child is not None and child not in seen:
+                seen.add(child)
+                waiting.append(child)
 
 
 def shared_layers(model: nn.Module) -> dict[str, SharedConv]:

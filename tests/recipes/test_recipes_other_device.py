@@ -21,7 +21,7 @@ from sharefold.recipes import build_plan
 @pytest.mark.parametrize("recipe", CASES)
 def test_same_network_as_on_the_cpu(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped, "descend", partial(descend, steps=20))
-    here, size = small(recipe, blocks=3 if "tie" in recipe else 2)
+    here, size = small(recipe)
     there, images = copy.deepcopy(here), torch.randn(8, 3, size, size)
 
     def run(model: nn.Module) -> Conversion:
