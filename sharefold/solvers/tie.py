@@ -71,14 +71,16 @@ class RowSolver:
         """Rows (R, N) for a mixture (K, R) and right-hand sides (R, N); rows without any weight keep ``start``."""
         scale = mixture.T @ self.diagonals
         idle = mixture.sum(dim=0) <= 0
-        # Clustered rows draw on few of the layers each.
+        # Clustered rows draw on few of the layers each, and some layers serve none.
         active = [weight.nonzero().flatten() for weight in mixture]
+        every = zip(mixture, self.moments, self.ridge, active, strict=True)
+        parts = [(weight[used, None], moment, ridge, used) for weight, moment, ridge, used in every if len(used)]
         scale = torch.where(idle[:, None], torch.ones_like(scale), scale)
 
         def apply(rows: Tensor) -> Tensor:
             total = torch.zeros_like(rows)
-            for weight, moment, ridge, used in zip(mixture, self.moments, self.ridge, active, strict=True):
-                weighted = weight[used, None] * rows[used]
+            for weight, moment, ridge, used in parts:
+                weighted = weight * (rows if len(used) == len(rows) else rows[used])
                 total.index_add_(0, used, weighted @ moment + ridge * weighted)
             return total
 

@@ -75,13 +75,11 @@ class VariableProjection:
     def spread(self, own: Tensor) -> Tensor:
         """Own filters (L, r, J) as rows of the layers' matrices (E, r * w, N)."""
         if self.wide > 1:
-            own = torch.stack([self._placed(own, b) for b in range(self.wide)], 2).flatten(1, 2)
+            layers, count, inputs = own.shape
+            placed = own.new_zeros(layers, count, self.wide, inputs, self.wide)
+            placed.diagonal(dim1=2, dim2=4).copy_(own.unsqueeze(3).expand(-1, -1, -1, self.wide))
+            own = placed.view(layers, count * self.wide, inputs * self.wide)
         return own if self.groups == 1 else own.repeat_interleave(self.groups, 0)
-
-    def _placed(self, own: Tensor, column: int) -> Tensor:
-        placed = own.new_zeros(*own.shape, self.wide)
-        placed[..., column] = own
-        return placed.flatten(2)
 
     def stack(self, basis: Tensor, own: Tensor) -> Tensor:
         """``T`` (E, M, N)."""
@@ -111,7 +109,8 @@ class VariableProjection:
         shift = tiny * gram.diagonal(dim1=1, dim2=2).mean(1)
         cross = filters @ self.targets
         for _ in range(8):
-            shifted = gram + torch.diag_embed(shift[:, None].expand(-1, gram.shape[1]))
+            shifted = gram.clone()
+            shifted.diagonal(dim1=1, dim2=2).add_(shift[:, None])
             factor, failed = torch.linalg.cholesky_ex(shifted)
             if not bool(failed.any()):
                 return cross, torch.cholesky_solve(cross, factor)
