@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import re
 from pathlib import Path
@@ -58,14 +59,17 @@ class Prepared:
         return model
 
 
-@pytest.fixture(scope="module", params=list(BLOCKS))
+known = functools.cache(Prepared)
+
+
+@pytest.fixture(params=list(BLOCKS))
 def prepared(request: pytest.FixtureRequest) -> Prepared:
-    return Prepared(request.param)
+    return known(request.param)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def residual() -> Prepared:
-    return Prepared("residual")
+    return known("residual")
 
 
 @settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
