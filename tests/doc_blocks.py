@@ -44,10 +44,9 @@ STAND_INS = (
     ("--budget 60kB", "--budget 150kB --method svd"),
     ("--epochs 4", "--epochs 1"),
 )
-# Where a line leaves them open, fewer images are taken, and of the methods that compete the two quick ones do; what all four
-# make of the network is seen in tests/test_demo.py.
+# Where a line leaves them open, of the methods that compete the two quick ones do; what all four make of the network is seen in
+# tests/test_demo.py.
 IN_SHORT = {
-    "sharefold.calibration.images.COUNT": 200,
     "sharefold.planner.candidates.AUTO": ("basis", "svd"),
     "sharefold.planner.decide.AUTO": ("basis", "svd"),
 }
@@ -84,18 +83,20 @@ def run_command(line: str) -> None:
 
 
 @contextmanager
-def in_short() -> Iterator[None]:
+def in_short(count: int = 200) -> Iterator[None]:
+    """``count``: of images where a line leaves it open; from 200 on there is a report on some of them."""
     with ExitStack() as stack:
+        stack.enter_context(patch("sharefold.calibration.images.COUNT", count))
         for place, value in IN_SHORT.items():
             stack.enter_context(patch(place, value))
         yield
 
 
-def run_document(path: Path) -> None:
-    """Runs all sharefold lines and all Python blocks of a document, each kind in order of appearance."""
+def run_document(path: Path, count: int = 200) -> None:
+    """Runs all sharefold lines and all Python blocks of a document, each kind in order of appearance; ``count`` of images."""
     text = path.read_text()
     names: dict[str, object] = {}
-    with in_short():
+    with in_short(count):
         for match in re.finditer(r"^```(bash|python)\n(.*?)^```", text, flags=re.M | re.S):
             if match[1] == "python":
                 exec(compile(match[2], f"{path.name}:{text[: match.start()].count(chr(10)) + 2}", "exec"), names)

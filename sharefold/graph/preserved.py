@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -63,7 +62,7 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def _shallow(value: Any) -> Any:
-    return copy.copy(value) if type(value) in _CONTAINERS else None
+    return value.copy() if type(value) in _CONTAINERS else None  # copy.copy takes an OrderedDict apart, and a module has eight
 
 
 def _restore(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
@@ -79,5 +78,7 @@ def _restore(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
 
 def _same(value: Any, content: Any) -> bool:
     """Same members in the same order, by identity: members may be tensors, whose equality is not a bool."""
+    if not value and not content:  # as nearly all of them
+        return True
     first, second = ([*c.items()] if isinstance(c, dict) else [(item, item) for item in c] for c in (value, content))
     return len(first) == len(second) and all(a is c and b is d for (a, b), (c, d) in zip(first, second, strict=True))
