@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def shared() -> nn.Module:
     torch.manual_seed(0)
-    model = sharefold.open_source("timm:digits_resnet", pretrained=False).model
+    model = sharefold.open_source("timm:digits_resnet:blocks=2", pretrained=False).model
     images = torch.randn(40, 1, 8, 8)
     plan = sharefold.plan(model, budget="40%", method="basis", calibration=images)
     sharefold.convert_(model, plan, calibration=images, repair=False)

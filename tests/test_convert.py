@@ -63,7 +63,7 @@ def test_what_has_no_form_is_not_planned(kind: str, method: str) -> None:
 
 @pytest.mark.parametrize(("kind", "method"), FULL_RANK)
 def test_full_rank_is_the_original(kind: str, method: str) -> None:
-    model = net(kind)
+    model = net(kind, blocks=2)
     plan = full_plan(model, method)
     before = logits(model)
     done = sharefold.convert_(model, plan, calibration=CALIBRATION, repair=False)
@@ -169,7 +169,7 @@ def test_repair_does_not_raise_the_divergence() -> None:
 
 
 def test_views_stand_beside_the_decide_images() -> None:
-    model, given = net(), images(60)
+    model, given = net(blocks=2), images(60)
     plain = given[parts_of(60).decide]
     views = calibrate(model, given).decide_views
     assert torch.equal(views[:9], plain) and torch.equal(views, calibrate(model, given).decide_views)
@@ -182,7 +182,7 @@ def test_views_alone_decide_where_the_network_knows_the_images_by_heart(monkeypa
     plain = given[parts_of(300).decide]
     for known in (False, True):
         monkeypatch.setattr("sharefold.calibration.calibrate.seen_before", lambda *_, known=known: known)
-        views = calibrate(net(), given).decide_views
+        views = calibrate(net(blocks=2), given).decide_views
         assert len(views) == 2 * len(plain) and torch.equal(views[: len(plain)], plain) == (not known)
 
 
@@ -259,7 +259,7 @@ def test_bad_calibration_images(calibration: object, words: str) -> None:
 
 
 def test_procedural_images_stand_in() -> None:
-    model = net()
+    model = net(blocks=2)
     cal = calibrate(model)
     assert cal.images.shape[1:] == (3, 12, 12) and len(cal.images) >= 500
     done = sharefold.convert_(model, sharefold.plan(model, "60%", cal, method="svd"), cal, repair=False)

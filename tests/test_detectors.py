@@ -21,7 +21,7 @@ class Detector(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.backbone = net()
+        self.backbone = net(blocks=2)
 
     def forward(self, x: Tensor) -> list[dict[str, Tensor]]:
         found = [(row[row > 0], (row > 0).nonzero()[:, 0]) for row in self.backbone(x)]
@@ -48,7 +48,7 @@ def test_a_detector_is_repaired_by_what_its_parts_give() -> None:
 
 def test_what_cannot_be_compared_is_converted_without_repairs() -> None:
     torch.manual_seed(0)
-    model = Mute(net())
+    model = Mute(net(blocks=2))
     plan = sharefold.plan(model, budget="70%", calibration=images(), method=("basis", "svd"))
     done = sharefold.convert_(model, plan, calibration=images())
     assert math.isnan(done.agreement) and math.isnan(done.kl) and done.outputs == []
@@ -57,7 +57,7 @@ def test_what_cannot_be_compared_is_converted_without_repairs() -> None:
 
 def test_refinement_of_what_cannot_be_compared_is_refused_before_anything_changes() -> None:
     torch.manual_seed(0)
-    model = Mute(net())
+    model = Mute(net(blocks=2))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plan = sharefold.plan(model, budget="70%", calibration=images(), method=("basis", "svd"))
     with pytest.raises(SharefoldError, match="nothing to learn from"):

@@ -91,7 +91,7 @@ def test_conversion_in_float64() -> None:
     images = torch.randn(48, 1, 8, 8)
     found = []
     for given in (images, images.double()):
-        model = network().double()
+        model = network({**BASE, "kwargs": {"blocks": 2, "width": 12}}).double()
         cal = sharefold.calibrate(model, given)
         convert_(model, sharefold.plan(model, "60%", cal, method="svd"), cal)
         found.append(model)

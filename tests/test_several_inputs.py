@@ -24,6 +24,7 @@ from sharefold.finetune import finetune
 from sharefold.inputs import Inputs, call, elements, image_shape, joined, taken
 from sharefold.measure import agreement, count_macs, evaluate, latency
 from sharefold.outputs.streamed import compared
+from sharefold.planner import Planner
 from sharefold.planner.costs import cost_of
 from sharefold.repair.call_order import calls_together, side_by_side
 from sharefold.repair.lockstep import Visited, Wanted, walk
@@ -127,10 +128,15 @@ def right(net: nn.Module) -> float:
 
 
 @pytest.fixture(scope="module")
-def converted(pair: Pair) -> tuple[nn.Module, Any, Any]:
-    net = copy.deepcopy(pair)
-    cal = sharefold.calibrate(net, pairs(300, 1)[0])
-    return net, sharefold.convert_(net, sharefold.plan(net, "40%", cal), cal), cal
+def planner(pair: Pair) -> Planner:
+    """For any budget: the candidates do not depend on it."""
+    return Planner(sharefold.calibrate(pair, pairs(300, 1)[0]))
+
+
+@pytest.fixture(scope="module")
+def converted(pair: Pair, planner: Planner) -> tuple[nn.Module, Any, Any]:
+    net, cal = copy.deepcopy(pair), planner.cal
+    return net, sharefold.convert_(net, planner.plan("40%"), cal), cal
 
 
 class PairData(Dataset):
@@ -302,10 +308,9 @@ def test_calls_stand_side_by_side_where_none_needs_the_other() -> None:
     assert calls_together(net, nodes, one) == nodes
 
 
-def test_refinement_lowers_the_divergence(pair: Pair) -> None:
-    net = copy.deepcopy(pair)
-    cal = sharefold.calibrate(net, pairs(300, 1)[0])
-    done = sharefold.convert_(net, sharefold.plan(net, "8%", cal), cal, repair=False, refine=6)
+def test_refinement_lowers_the_divergence(pair: Pair, planner: Planner) -> None:
+    net, cal = copy.deepcopy(pair), planner.cal
+    done = sharefold.convert_(net, planner.plan("8%"), cal, repair=False, refine=6)
     step = done.steps["refine"]
     assert step.kept and step.kl_after is not None and step.kl_before is not None and step.kl_after < 0.7 * step.kl_before
     assert refine(net, cal, epochs=1).images == len(cal.parts.decide)  # no views: they would tear the pair apart
@@ -344,10 +349,9 @@ def test_outputs_of_an_image_with_facts_are_all_read(teller: Told, tmp_path: Pat
 
 
 @pytest.mark.parametrize("budget", ["50% MACs", "60%, 80% MACs", "8kB"])
-def test_budgets_of_every_unit_hold(pair: Pair, budget: str, tmp_path: Path) -> None:
+def test_budgets_of_every_unit_hold(pair: Pair, planner: Planner, budget: str, tmp_path: Path) -> None:
     net, given = copy.deepcopy(pair), pairs(120, 1)[0]
-    cal = sharefold.calibrate(net, given)
-    sharefold.convert_(net, sharefold.plan(net, budget, cal), cal)
+    sharefold.convert_(net, planner.plan(budget), planner.cal)
     sharefold.save(net, tmp_path / "net.safetensors")
     if "MACs" in budget:
         share = 0.5 if budget.startswith("50%") else 0.8
@@ -469,10 +473,9 @@ def test_fine_tuning_takes_pairs(pair: Pair, converted: tuple[nn.Module, Any, An
         finetune(net, ((data.left, data.right), None), teacher=pair, **few)
 
 
-def test_verify_counts_and_compares_on_pairs(pair: Pair, tmp_path: Path) -> None:
+def test_verify_counts_and_compares_on_pairs(pair: Pair, planner: Planner, tmp_path: Path) -> None:
     net = copy.deepcopy(pair)
-    cal = sharefold.calibrate(net, pairs(300, 1)[0])
-    sharefold.convert_(net, sharefold.plan(net, "50%", cal), cal)
+    sharefold.convert_(net, planner.plan("50%"), planner.cal)
     given = tuple(tensor[:1] for tensor in pairs(1)[0])
     claims = {"macs": count_macs(net, given), "agreement": agreement(pair, net, pairs(200, 2)[0]).top1, "top1": right(net)}
     sharefold.save(net, tmp_path / "net", metrics=claims)

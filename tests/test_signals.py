@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import sharefold
+from sharefold.calibration.calibrate import Calibration
 from sharefold.calibration.statistics import patches_of
 from sharefold.data.views import random_views
 from sharefold.errors import SharefoldError
@@ -21,6 +23,8 @@ from sharefold.export import export
 from sharefold.finetune import finetune
 from sharefold.layers import form_of, shared_layers
 from sharefold.measure import count_macs
+from sharefold.options import PlanOptions
+from sharefold.planner import Planner
 
 
 class Listener(nn.Module):
@@ -57,10 +61,20 @@ def trained() -> Listener:
     return net.eval()
 
 
+@functools.cache
+def calibrated(trained: Listener) -> Calibration:
+    return sharefold.calibrate(trained, sounds(300, 1)[0])
+
+
+@functools.cache
+def planner(trained: Listener, method: str) -> Planner:
+    """One a method: its candidates do not depend on the budget."""
+    return Planner(calibrated(trained), PlanOptions(method=method))
+
+
 def converted(trained: Listener, budget: str, method: str = "auto", **options: Any) -> tuple[nn.Module, Any]:
     net = copy.deepcopy(trained)
-    cal = sharefold.calibrate(net, sounds(300, 1)[0])
-    return net, sharefold.convert_(net, sharefold.plan(net, budget, cal, method=method), cal, **options)
+    return net, sharefold.convert_(net, planner(trained, method).plan(budget), calibrated(trained), **options)
 
 
 @torch.no_grad()
@@ -120,9 +134,7 @@ def test_half_of_it_says_the_same(trained: Listener, method: str, tmp_path: Path
 
 @pytest.mark.parametrize("budget", ["50% MACs", "60%, 80% MACs", "12kB"])
 def test_budgets_hold(trained: Listener, budget: str, tmp_path: Path) -> None:
-    net = copy.deepcopy(trained)
-    cal = sharefold.calibrate(net, sounds(300, 1)[0])
-    sharefold.convert_(net, sharefold.plan(net, budget, cal), cal)
+    net, _ = converted(trained, budget)
     sharefold.save(net, tmp_path / "net.safetensors")
     x = sounds(1)[0]
     if "MACs" in budget:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import sharefold
+from sharefold.calibration.calibrate import Calibration
 from sharefold.calibration.statistics import outputs_of, patches_of
 from sharefold.data.views import random_views
 from sharefold.errors import SharefoldError
@@ -22,6 +24,8 @@ from sharefold.export import export
 from sharefold.finetune import finetune
 from sharefold.layers import form_of, matrix_of, shared_layers
 from sharefold.measure import count_macs
+from sharefold.options import PlanOptions
+from sharefold.planner import Planner
 
 KINDS = {
     "volume": (nn.Conv3d(4, 6, (3, 2, 5), stride=(2, 1, 2), padding=(1, 0, 2), dilation=(1, 2, 1)), (7, 8, 9)),
@@ -142,10 +146,23 @@ def painter() -> Painter:
     return fitted(Painter(), pictures(640), F.mse_loss, 3)
 
 
-def converted(net: Any, budget: str, inputs: Tensor, method: str = "auto", **options: Any) -> tuple[Any, Any]:
-    net = copy.deepcopy(net)
-    cal = sharefold.calibrate(net, inputs)
-    return net, sharefold.convert_(net, sharefold.plan(net, budget, cal, method=method), cal, **options)
+@functools.cache
+def calibrated(net: nn.Module, count: int) -> Calibration:
+    """On so many videos or pictures, whichever the network takes."""
+    return sharefold.calibrate(net, (videos if isinstance(net, Watcher) else pictures)(count, 1)[0])
+
+
+@functools.cache
+def planner(net: nn.Module, count: int, method: str, exclude: str | None) -> Planner:
+    """One a method: its candidates do not depend on the budget."""
+    return Planner(calibrated(net, count), PlanOptions(method=method, exclude=exclude))
+
+
+def converted(
+    net: Any, budget: str, method: str = "auto", *, count: int = 150, exclude: str | None = None, **options: Any
+) -> tuple[Any, Any]:
+    plan, cal, net = planner(net, count, method, exclude).plan(budget), calibrated(net, count), copy.deepcopy(net)
+    return net, sharefold.convert_(net, plan, cal, **options)
 
 
 @torch.no_grad()
@@ -183,7 +200,7 @@ def test_the_graph_reads_transposed_layers(painter: Painter) -> None:
 @pytest.mark.parametrize("method", ["auto", "hybrid", "fold", "cluster-kernel"])
 def test_volumes_at_half_the_size(watcher: Watcher, method: str, tmp_path: Path) -> None:
     assert right(watcher) > 0.9
-    net, _ = converted(watcher, "60%", videos(150, 1)[0], method)
+    net, _ = converted(watcher, "60%", method)
     assert sum(p.numel() for p in net.parameters()) <= 0.61 * sum(p.numel() for p in watcher.parameters())
     if method in ("auto", "hybrid"):
         assert right(net) > right(watcher) - 0.04
@@ -193,10 +210,8 @@ def test_volumes_at_half_the_size(watcher: Watcher, method: str, tmp_path: Path)
 @pytest.mark.parametrize("method", ["auto", "basis", "spatial"])
 def test_transposed_layers_at_half_the_size(painter: Painter, method: str, tmp_path: Path) -> None:
     assert psnr(painter) > 16
-    net, cal = copy.deepcopy(painter), sharefold.calibrate(painter, pictures(150, 1)[0])
     # All but the transposed layers of one width stays as it is.
-    plan = sharefold.plan(net, "85%", cal, method=method, exclude=r"stem|down|inner|up|end")
-    sharefold.convert_(net, plan, cal)
+    net, _ = converted(painter, "85%", method, exclude=r"stem|down|inner|up|end")
     assert sum(p.numel() for p in net.parameters()) <= 0.85 * sum(p.numel() for p in painter.parameters())
     found = shared_layers(net).values()
     assert found and all(layer.form.transposed and not layer.can_run_factored() for layer in found)
@@ -217,7 +232,7 @@ def the_same_from_a_file(net: Any, blank: nn.Module, x: Tensor, folder: Path) ->
 
 @pytest.mark.parametrize("budget", ["70%, 80% MACs", "6kB"])
 def test_budgets_of_volumes_hold(watcher: Watcher, budget: str, tmp_path: Path) -> None:
-    net, _ = converted(watcher, budget, videos(150, 1)[0])
+    net, _ = converted(watcher, budget)
     sharefold.save(net, tmp_path / "net.safetensors")
     x = videos(1)[0]
     if "MACs" in budget:
@@ -228,19 +243,19 @@ def test_budgets_of_volumes_hold(watcher: Watcher, budget: str, tmp_path: Path) 
 
 
 def test_small_files_of_transposed_layers(painter: Painter, tmp_path: Path) -> None:
-    net, _ = converted(painter, "16kB", pictures(150, 1)[0])
+    net, _ = converted(painter, "16kB")
     the_same_from_a_file(net, Painter(), pictures(20, 3)[0], tmp_path)
     sharefold.save(net, tmp_path / "net.safetensors")
     assert (tmp_path / "net.safetensors").stat().st_size <= 16_000 and psnr(net) > psnr(painter) - 1
 
 
 def test_the_last_transposed_layer_is_solved(painter: Painter) -> None:
-    _, done = converted(painter, "50%", pictures(150, 1)[0], "average")
+    _, done = converted(painter, "50%", "average")
     assert done.steps["head"].details["steps"][0] > 0
 
 
 def test_refinement_and_fine_tuning_take_volumes(watcher: Watcher) -> None:
-    net, _ = converted(watcher, "30%", videos(150, 1)[0], refine=2)
+    net, _ = converted(watcher, "30%", refine=2)
     refined, (x, y) = right(net), videos(320)
     report = finetune(
         net, TensorDataset(x, y), TensorDataset(*videos(200, 2)), batch_size=64, teacher=watcher, epochs=1, quiet=True, workers=0,
@@ -250,8 +265,8 @@ def test_refinement_and_fine_tuning_take_volumes(watcher: Watcher) -> None:
 
 
 def test_refinement_lowers_the_error_of_transposed_layers(painter: Painter) -> None:
-    straight, _ = converted(painter, "25%", pictures(400, 1)[0], "svd")
-    refined, done = converted(painter, "25%", pictures(400, 1)[0], "svd", refine=8)
+    straight, _ = converted(painter, "25%", "svd", count=400)
+    refined, done = converted(painter, "25%", "svd", count=400, refine=8)
     assert done.steps["refine"].kept and psnr(refined) > psnr(straight)
 
 
@@ -266,7 +281,7 @@ def test_all_slices_of_a_volume_get_one_view() -> None:
 def test_onnx_computes_the_same(watcher: Watcher, painter: Painter, tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     for name, net, x in (("video", watcher, videos(4, 3)[0]), ("image", painter, pictures(4, 3)[0])):
-        small, _ = converted(net, "60%", videos(150, 1)[0] if name == "video" else pictures(150, 1)[0], "hybrid")
+        small, _ = converted(net, "60%", "hybrid")
         path = tmp_path / f"{name}.onnx"
         export(small, path, example_input=x[:2])
         session = runtime.InferenceSession(str(path))

@@ -7,6 +7,7 @@ It may come from a file, so names are only ever looked up in these registries an
 from __future__ import annotations
 
 import copy
+import glob
 import importlib
 import inspect
 import re
@@ -142,10 +143,10 @@ def check_name(library: str, name: str) -> None:
     if library == "ultralytics":
         return yolo.check_network(name)
     prefix = SOURCE_PREFIXES[library]
-    known = registry(library)
     plain, _, tag = name.partition(".") if library == "timm" else (name, "", "")
-    if plain not in known:
-        hint = close_matches(plain, known)
+    # timm sorts its 1,300 names for every list of all of them.
+    if plain not in (_timm().list_models(glob.escape(plain)) if library == "timm" else registry(library)):
+        hint = close_matches(plain, registry(library))
         if not hint:
             there = next((SOURCE_PREFIXES[other] for other in LIBRARIES if plain in registry(other)), None)
             hint = f"{there}:{plain} exists" if there else "check the name"

@@ -15,8 +15,8 @@ import time
 import traceback
 from pathlib import Path
 
-import matplotlib.backends.backend_agg  # noqa: F401  (a run draws at its end)
-import matplotlib.figure  # noqa: F401
+import matplotlib.backends.backend_agg
+import matplotlib.figure  # noqa: F401  (a run draws at its end)
 import torch
 from finetune_nets import digest, images_and_labels, shared_net
 

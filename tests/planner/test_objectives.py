@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import replace
 
 import pytest
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 import sharefold
 from sharefold.calibration.calibrate import calibrate
 from sharefold.calibration.parts import Parts
-from sharefold.calibration.problem import problem_of
-from sharefold.calibration.statistics import statistics_of
+from sharefold.calibration.problem import GroupProblem, problem_of
+from sharefold.calibration.statistics import Statistics, statistics_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
 from sharefold.measure import agreement
@@ -26,31 +27,38 @@ CALIBRATION = images(32)
 NONE = torch.arange(0)
 
 
-def factors(model: nn.Module, objective: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Per layer its factor, and the relative error of the approximation that "kl" tries."""
+@functools.cache
+def problems(kind: str) -> tuple[Statistics, dict[str, GroupProblem]]:
+    """What is measured of ``net(kind)``, and the problem of each of its layers."""
+    model = net(kind)
     graph = analyze(model, CALIBRATION[:1])
     statistics = statistics_of(model, graph, CALIBRATION)
+    return statistics, {name: problem_of(model, graph, [name], statistics) for name in graph.layers}
+
+
+def factors(kind: str, objective: str) -> list[float]:
+    """Of every layer."""
+    statistics, found = problems(kind)
     weigh = OBJECTIVES[objective](statistics)
-    problems = {name: problem_of(model, graph, [name], statistics) for name in graph.layers}
-    errors = {name: float(p.errors(approximation(p, 0.1))[0]) for name, p in problems.items()}
-    return {name: float(weigh(p, [name])[0]) for name, p in problems.items()}, errors
+    return [float(weigh(problem, [name])[0]) for name, problem in found.items()]
 
 
 def test_errors_count_the_same():
-    assert set(factors(net("residual"), "error")[0].values()) == {1.0}
+    assert set(factors("residual", "error")) == {1.0}
 
 
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_factors_are_finite_and_differ(kind):
     for objective in ("fisher", "kl"):
-        found = torch.tensor(list(factors(net(kind), objective)[0].values()))
+        found = torch.tensor(factors(kind, objective))
         assert bool(torch.isfinite(found).all()) and bool((found >= 0).all())
         assert found.max() > 2 * found.min()
 
 
 def test_approximations_have_about_the_error_asked_for():
     for kind in BLOCKS:
-        for name, error in factors(net(kind), "error")[1].items():
+        for name, problem in problems(kind)[1].items():
+            error = float(problem.errors(approximation(problem, 0.1))[0])
             assert 0.0 <= error < 0.4, (kind, name, error)
 
 
@@ -74,9 +82,9 @@ def test_kl_is_that_of_converting_the_layer_alone():
 
 
 def test_kl_leaves_the_network_as_it_was():
-    model = net("convnext")
+    model = problems("convnext")[0].model
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    factors(model, "kl")
+    factors("convnext", "kl")
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
 

@@ -77,7 +77,7 @@ def test_the_search_finds_what_the_sum_of_damages_misses():
 
 
 def test_conversion_uses_what_the_search_has_solved(monkeypatch):
-    planner = prepared(net("residual"))
+    planner = known("residual")
     plan = planner.plan("50%")
 
     def refuse(*arguments: object, **options: object) -> None:
@@ -95,7 +95,7 @@ def test_conversion_uses_what_the_search_has_solved(monkeypatch):
 
 
 def test_networks_of_wide_layers_get_fewer_rounds(monkeypatch):
-    planner = prepared(net("residual"))
+    planner = copy.copy(known("residual"))
     trials, _, limit = started(planner, 0.4)
     assert trials.rounds == search_module.ROUNDS
     work = sum(
@@ -129,7 +129,7 @@ def test_networks_that_cannot_be_compared_are_planned_by_the_sum():
 
 
 def test_the_search_keeps_budgets_in_macs():
-    planner = prepared(net("residual"))
+    planner = known("residual")
     plan = planner.plan("70% MACs")
     model = copy.deepcopy(planner.cal.original)
     sharefold.convert_(model, plan, planner.cal, repair=False)

@@ -53,7 +53,7 @@ def memory_of(model: nn.Module) -> int:
 @pytest.mark.parametrize("shared", [False, True])
 def test_an_int8_network_takes_little_more_memory_than_its_file(shared: bool, tmp_path: Path) -> None:
     """Also after it has run: no weight that was put together is kept."""
-    original = Tiny(width=96).eval()
+    original = Tiny(width=64).eval()
     model = copy.deepcopy(original)
     plan = sharefold.plan(model, "60%", images(), method="basis") if shared else Plan([], 0, 0)
     sharefold.convert_(model, plan, images(), repair=False)
