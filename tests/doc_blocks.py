@@ -26,7 +26,7 @@ STAND_INS = (
     ("tv:resnet18", "tv:resnet18 --no-pretrained --method svd --calib-count 4 --input-size 3,32,32"),
     ("tv:resnet50 --recipe sharesnet -o resnet50-shares", "tv:resnet50 --recipe sharesnet --dry-run"),  # minutes
     ("imagefolder:/data/imagenet", "imagefolder:pictures"),
-    ("--keep-agreement 97%", "--keep-agreement 1% --method svd --no-repair"),
+    ("--keep-agreement 97%", "--keep-agreement 1% --method svd --no-repair --calib-count 200"),
     # Seconds instead of a fraction of a minute, each.
     ('--keep "agreement 97%" --method basis', '--keep "agreement 50%" --method svd --no-repair --calib-count 200'),
     ("cluster-kernel --budget 60%", f"cluster-kernel --budget 95% {FEW}"),
@@ -88,7 +88,7 @@ def run_command(line: str) -> None:
 
 @contextmanager
 def in_short(count: int = 200) -> Iterator[None]:
-    """``count``: of images where a line leaves it open; from 200 on there is a report on some of them."""
+    """``count``: of images where nothing says how many; from 200 on some of them are reported on."""
     with ExitStack() as stack:
         stack.enter_context(patch("sharefold.calibration.images.COUNT", count))
         for place, value in IN_SHORT.items():
@@ -96,11 +96,11 @@ def in_short(count: int = 200) -> Iterator[None]:
         yield
 
 
-def run_document(path: Path, count: int = 200) -> None:
-    """Runs all sharefold lines and all Python blocks of a document, each kind in order of appearance; ``count`` of images."""
+def run_document(path: Path) -> None:
+    """Runs all sharefold lines and all Python blocks of a document, each kind in order of appearance."""
     text = path.read_text()
     names: dict[str, object] = {}
-    with in_short(count):
+    with in_short(count=60):
         for match in re.finditer(r"^```(bash|python)\n(.*?)^```", text, flags=re.M | re.S):
             if match[1] == "python":
                 exec(compile(match[2], f"{path.name}:{text[: match.start()].count(chr(10)) + 2}", "exec"), names)

@@ -7,7 +7,6 @@ It may come from a file, so names are only ever looked up in these registries an
 from __future__ import annotations
 
 import copy
-import glob
 import importlib
 import inspect
 import re
@@ -144,8 +143,7 @@ def check_name(library: str, name: str) -> None:
         return yolo.check_network(name)
     prefix = SOURCE_PREFIXES[library]
     plain, _, tag = name.partition(".") if library == "timm" else (name, "", "")
-    # timm sorts its 1,300 names for every list of all of them.
-    if plain not in (_timm().list_models(glob.escape(plain)) if library == "timm" else registry(library)):
+    if not _is_registered(library, plain):
         hint = close_matches(plain, registry(library))
         if not hint:
             there = next((SOURCE_PREFIXES[other] for other in LIBRARIES if plain in registry(other)), None)
@@ -153,6 +151,13 @@ def check_name(library: str, name: str) -> None:
         raise SharefoldError(f"unknown model {prefix}:{shown(name)}: {hint}")
     if tag:
         check_tag(plain, tag)
+
+
+def _is_registered(library: str, name: str) -> bool:
+    """Whether ``name`` is in the :func:`registry`; timm sorts its 1,300 names for a list of all of them."""
+    if library != "timm":
+        return name in registry(library)
+    return _timm().is_model(name) and name in _timm().list_models(name)  # no list has those that timm only still builds
 
 
 def check_tag(name: str, tag: str) -> None:

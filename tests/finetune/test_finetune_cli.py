@@ -130,7 +130,7 @@ def test_a_teacher_of_other_classes_is_refused(shared: Path, npz: str, tmp_path:
 
 
 def test_a_run_that_makes_it_worse_says_so(tmp_path: Path) -> None:
-    convert = ("--calib", "digits", "--calib-count", 100, "--no-repair", "--budget", "40%", "--method", "basis")
+    convert = ("--calib", "digits", "--calib-count", 100, "--no-repair", "--budget", "40%", "--method", "svd")
     assert call("convert", "timm:digits_resnet", *convert, "-o", tmp_path / "net").exit_code == 0
     options = ("--data", "digits", "--limit", 320, "--epochs", 1, "--batch-size", 64, "--augment", "none", "--device", "cpu")
     worse = call("finetune", tmp_path / "net", *options, "--lr", 1, "--ema", 0, "-o", tmp_path / "worse")
