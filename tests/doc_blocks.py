@@ -37,7 +37,6 @@ STAND_INS = (
     ("digits --budget 20% --dry-run", f"digits --budget 95% {FEW} --dry-run"),
     ("method basis --budget 20%", f"method basis --budget 95% {FEW}"),
     ("method basis --budget 15%", f"method basis --budget 95% {FEW}"),
-    ("budget 50% --method basis --calib digits", f"budget 95% {FEW} --method basis --calib digits"),
     ("tied-kernels --budget 25%", f"tied-kernels --budget 95% {FEW}"),
     ("tucker --budget 15%", f"tucker --budget 95% {FEW}"),
     ("--budgets 20%,40% --method basis", "--budgets 20%,40% --method basis --no-repair"),
