@@ -8,7 +8,8 @@ as certain of those follows it less well on new ones.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -24,40 +25,51 @@ from sharefold.running import run_on
 BlockRun: TypeAlias = tuple[str, int]
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks that are compared, while both networks are watched.
+
+    Attributes:
+        names, spreads: of those whose outputs have one shape, and the variances of the teacher's.
+        theirs, ours: the outputs of the networks' last runs.
+    """
+
+    names: list[BlockRun]
+    spreads: list[float]
+    theirs: dict[BlockRun, Tensor]
+    ours: dict[BlockRun, Tensor]
+
+    def losses(self) -> list[Tensor]:
+        """One a block, of the last batch that both networks ran on."""
+        ours, theirs = ([seen[name] for name in self.names] for seen in (self.ours, self.theirs))
+        return relative_errors(ours, theirs, self.spreads)
+
+
 @contextmanager
 def lessons(
-    cal: Calibration, model: nn.Module, first: Input, blocks: Sequence[str], scaled: Collection[str]
+    cal: Calibration, model: nn.Module, first: Input, names: Sequence[str], scaled: Collection[str]
 ) -> Iterator[Lessons]:
     """The lessons of ``model``; both networks' blocks are watched while this is active.
 
     Args:
         first: images by which blocks and outputs are compared at first.
-        blocks: names of modules; those without one tensor of one shape in both networks are left out.
+        names: of blocks; those without one tensor of one shape in both networks are left out.
         scaled: sources of logits that get their best scale afterwards.
     """
-    names, spreads = _comparable(cal.original, model, first, blocks)
-    hooked, every = {name for name, _ in names}, isinstance(first, Inputs)
-    with ExitStack() as stack:
-        theirs, ours = (stack.enter_context(block_outputs(net, hooked, every)) for net in (cal.original, model))
-        yield Lessons(cal, model, first, scaled, names, spreads, theirs, ours)
+    runs, spreads = _comparable(cal.original, model, first, names)
+    hooked, every = {name for name, _ in runs}, isinstance(first, Inputs)
+    with block_outputs(cal.original, hooked, every) as theirs, block_outputs(model, hooked, every) as ours:
+        yield Lessons(cal, model, first, scaled, Blocks(runs, spreads, theirs, ours))
 
 
 class Lessons:
-    """The student's blocks and outputs against the teacher's; outputs by the loss of the divergence, or the user's criterion.
+    """The student's blocks and outputs against the teacher's; outputs by the loss of the divergence, or the user's criterion."""
 
-    Args:
-        theirs, ours: block outputs of both networks' last runs, as :func:`block_outputs` gives them.
-        names, spreads: of the blocks that are compared.
-    """
-
-    def __init__(
-        self, cal: Calibration, model: nn.Module, first: Input, scaled: Collection[str], names: list[BlockRun],
-        spreads: list[float], theirs: dict[BlockRun, Tensor], ours: dict[BlockRun, Tensor],
-    ) -> None:  # fmt: skip
+    def __init__(self, cal: Calibration, model: nn.Module, first: Input, scaled: Collection[str], blocks: Blocks) -> None:
         self.original, self.model, self.divergence, self.criterion = cal.original, model, cal.divergence, cal.criterion
-        self.scaled, self.names, self.spreads, self.theirs, self.ours = scaled, names, spreads, theirs, ours
+        self.scaled, self.blocks = scaled, blocks
         with torch.no_grad():
-            self.output_spreads = self.divergence.spreads(self.divergence.reading.run(self.original, first))
+            self.spreads = self.divergence.spreads(self.divergence.reading.run(self.original, first))
         self._unit = 0.0
 
     def loss(self, batch: Input) -> Tensor:
@@ -66,9 +78,7 @@ class Lessons:
         Raises:
             SharefoldError: nothing of what the network says can be learned.
         """
-        losses = self._of_outputs(batch)
-        ours, theirs = ([seen[name] for name in self.names] for seen in (self.ours, self.theirs))
-        return torch.stack(losses + relative_errors(ours, theirs, self.spreads)).mean()
+        return torch.stack(self._of_outputs(batch) + self.blocks.losses()).mean()
 
     def _of_outputs(self, batch: Input) -> list[Tensor]:
         reading = self.divergence.reading
@@ -80,7 +90,7 @@ class Lessons:
             if value.requires_grad:
                 self._unit = self._unit or max(float(value.detach().abs()), 1e-12)
                 return [value / self._unit]
-        losses = self.divergence.losses(found, wanted, self.output_spreads, self.scaled)
+        losses = self.divergence.losses(found, wanted, self.spreads, self.scaled)
         if not losses:
             raise SharefoldError("refine: no output of this network has a gradient to learn from: convert without it")
         return losses
