@@ -156,8 +156,6 @@ def report_conversion(
     figures = [[figure.name, figure.kind, figure.metric, figure.text(), str(figure.images)] for figure in done.outputs]
     if figures:
         run.table(["output", "kind", "", "converted to original (95%)", "images"], figures)
-    else:
-        run.say("nothing that the network returns can be compared")
     print_steps(run, [*done.steps.values()])
     if done.plan.store:
         run.say(f"stored as {done.plan.store}: {weight_file_bytes(output) / 1e6:.3f} MB of weights in the file")

@@ -109,6 +109,8 @@ def command(
     given_tensors = {name: tensor_file(spec) for name, spec in (("train", data), ("val", val))}
     if given_tensors["train"] is not None and val is None and not no_val:
         raise SharefoldError(f"finetune: {data} has no validation part: give --val tensors:FILE, or --no-val")
+    if val is not None and not no_val and (given_tensors["train"] is None) != (given_tensors["val"] is None):
+        raise SharefoldError("finetune: --data and --val: give tensors for both, or images")
     opened = source.open()
     model = opened.model
     if dtype_of(model) != torch.float32:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sharefold.inputs import Input
 
 # Options, by the names of their parameters, that say how images are read.
-_OF_IMAGES = ("mean", "std", "input_size", "split", "calib_split", "calib_resize", "truth")
+_OF_IMAGES = ("mean", "std", "input_size", "split", "calib_split", "calib_resize", "truth", "augment", "auto_augment")
 
 
 def tensor_file(spec: str | None) -> TensorFile | None:

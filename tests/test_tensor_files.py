@@ -106,6 +106,20 @@ def test_whole_numbers_and_masks_keep_their_type(tmp_path: Path) -> None:
     wide = read_tensors(npz(tmp_path / "c.npz", a=np.array([1, 2**31], np.uint32), b=np.array([1, 2], np.uint16)))
     assert [tensor.dtype for tensor in wide.tensors.values()] == [torch.int64, torch.int32]
     assert wide.tensors["a"].tolist() == [1, 2**31]
+    kinds = (torch.uint16, torch.uint32, torch.uint64)
+    save_file({str(kind): torch.tensor([1, 2]).to(kind) for kind in kinds}, str(tmp_path / "d.safetensors"))
+    wide = read_tensors(f"tensors:{tmp_path / 'd.safetensors'}")
+    assert {str(kind): wide.tensors[str(kind)].dtype for kind in kinds} == {
+        "torch.uint16": torch.int32, "torch.uint32": torch.int64, "torch.uint64": torch.int64,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [99, -1])
+def test_whole_numbers_that_no_table_holds_are_found_in_any_sample(tmp_path: Path, number: int) -> None:
+    words = np.arange(12).reshape(6, 2) % 4
+    words[4, 1] = number
+    told = message(read_tensors(npz(tmp_path / "a.npz", words)).of, nn.Embedding(4, 3))
+    assert "Embedding fails on sample 4, of shape (1, 2) (index out of range" in told
 
 
 @pytest.mark.parametrize(

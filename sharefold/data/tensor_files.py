@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sharefold.data.inputs_dataset import InputsDataset
 from sharefold.data.npz_files import NpzFile, read_npy
 from sharefold.errors import SharefoldError
-from sharefold.inputs import Input, check_count, parameters_of, shapes_of, taken
+from sharefold.inputs import Input, check_count, each_of, parameters_of, shapes_of, taken
 from sharefold.running import evaluating, run_on
 from sharefold.untrusted import expanded, printable, shown
 
@@ -27,8 +27,8 @@ LABELS = "labels"
 # What numpy.savez calls arrays that were given without names: their order is meant.
 _NUMBERED = re.compile(r"arr_(\d+)")
 _LISTED = 6  # names in a message
-# numpy's unsigned types that torch hardly computes with.
-_WIDER = {"uint16": np.int32, "uint32": np.int64, "uint64": np.int64}
+# Unsigned types that torch hardly computes with.
+_WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class TensorFile:
         ``arr_0``, ``arr_1`` ..., as :func:`numpy.savez` calls those without names, are the inputs in this order.
 
         Raises:
-            SharefoldError: other names, an input is missing, labels that are none, or the network fails on the first sample.
+            SharefoldError: other names, an input is missing, labels that are none, or the network fails on the first sample, or
+                on that of the least or the largest whole number.
         """
         known, _, _ = parameters_of(model)
         given = dict(self.tensors)
@@ -84,17 +85,31 @@ class TensorFile:
         raise SharefoldError(f"{self.where}: {_listed(odd)} cannot be matched: {takes}: {hint} ({LABELS} may hold classes)")
 
     def _check_runs(self, model: nn.Module, inputs: Input) -> None:
-        try:
-            with evaluating(model):
-                run_on(model, inputs[:1])
-        except SharefoldError:
-            raise
-        except Exception as error:  # networks raise what they like
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise SharefoldError(
-                f"{self.where}: {type(model).__name__} fails on its first sample, of shape {shapes_of(inputs[:1])} "
-                f"({printable(lines[0][:200])}): store what forward takes, with the samples along the first axis"
-            ) from None
+        for place in _telling(inputs):
+            one = inputs[place : place + 1]
+            try:
+                with evaluating(model):
+                    run_on(model, one)
+            except SharefoldError:
+                raise
+            except Exception as error:  # networks raise what they like
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                which = f"sample {place}" if place else "its first sample"
+                raise SharefoldError(
+                    f"{self.where}: {type(model).__name__} fails on {which}, of shape {shapes_of(one)} "
+                    f"({printable(lines[0][:200])}): store what forward takes, with the samples along the first axis"
+                ) from None
+
+
+def _telling(inputs: Input) -> list[int]:
+    """Samples that a network fails on if on any: the first, and those of the least and the largest whole number, which may be
+    places in a table."""
+    found = {0}
+    for tensor in each_of(inputs):
+        if not tensor.is_floating_point() and tensor.dtype != torch.bool:
+            values = tensor.flatten()
+            found |= {int(place) * len(tensor) // len(values) for place in (values.argmin(), values.argmax())}
+    return sorted(found)
 
 
 def is_tensors(spec: object) -> bool:
@@ -160,15 +175,13 @@ def _checked(array: np.ndarray, name: str, where: str) -> Tensor:
     kind = array.dtype
     if kind.kind not in "biuf":
         raise SharefoldError(f"{where}: {name} is {kind}: want floats, whole numbers or booleans")
-    if kind.name == "uint64" and array.size and int(array.max()) > np.iinfo(np.int64).max:
-        raise SharefoldError(f"{where}: {name} has whole numbers beyond what int64 holds: store it as int64")
-    wanted = np.float32 if kind.kind == "f" else _WIDER.get(kind.name, kind.newbyteorder("="))
+    wanted = np.float32 if kind.kind == "f" else kind.newbyteorder("=")
     with np.errstate(over="ignore"):  # what float32 cannot hold is told below
         return _sound(torch.from_numpy(np.ascontiguousarray(array, wanted).reshape(array.shape)), name, where)
 
 
 def _sound(tensor: Tensor, name: str, where: str) -> Tensor:
-    """``tensor`` after a check of its numbers; floats as float32."""
+    """``tensor`` after a check of its numbers; floats as float32, whole numbers in a type that torch computes with."""
     if tensor.is_complex():
         raise SharefoldError(f"{where}: {name} is {_kind(tensor)}: want floats, whole numbers or booleans")
     if tensor.ndim == 0:
@@ -177,7 +190,10 @@ def _sound(tensor: Tensor, name: str, where: str) -> Tensor:
         problem = "has no samples" if len(tensor) == 0 else "has samples without a number"
         raise SharefoldError(f"{where}: {name} {problem} (shape {tuple(tensor.shape)}): store at least one")
     if not tensor.is_floating_point():
-        return tensor
+        wide = tensor.to(_WIDER.get(tensor.dtype, tensor.dtype))
+        if tensor.dtype == torch.uint64 and bool((wide < 0).any()):
+            raise SharefoldError(f"{where}: {name} has whole numbers beyond what int64 holds: store it as int64")
+        return wide
     tensor = tensor.float()
     bad = ~torch.isfinite(tensor)
     if bool(bad.any()):

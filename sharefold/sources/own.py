@@ -51,8 +51,9 @@ def own_network(arch: str) -> nn.Module:
             raise SharefoldError(f"{where}: the file has no class or function {name}")
         try:
             network = factory()
-        except Exception as error:  # the user's code raises what it likes
-            raise SharefoldError(f"{where}: {name}() fails ({_reason(error)}): it must need no arguments") from error
+        except (Exception, SystemExit) as error:  # the user's code raises what it likes
+            hint = "it must need no arguments" if isinstance(error, TypeError) else "see that it runs in Python"
+            raise SharefoldError(f"{where}: {name}() fails ({_reason(error)}): {hint}") from error
     if not isinstance(network, nn.Module):
         raise SharefoldError(f"{where}: {name}() gives a {type(network).__name__}: want the network, a torch.nn.Module")
     return network.eval()
@@ -77,9 +78,12 @@ def _run(path: Path, where: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses and copies look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # scripts read a command line, or end by themselves
         del sys.modules[name]
-        raise SharefoldError(f"{where}: the file fails ({_reason(error)}): see that Python can import it") from error
+        hint = "see that Python can import it"
+        if isinstance(error, ImportError) and "no known parent package" in str(error):
+            hint = f"a file of a package is imported from one beside it: from {path.resolve().parent.name}.{path.stem} import ..."
+        raise SharefoldError(f"{where}: the file fails ({_reason(error)}): {hint}") from error
     return module
 
 
@@ -94,6 +98,6 @@ def _beside(path: Path) -> Iterator[None]:
         sys.path[:] = before
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return printable(f"{type(error).__name__}: {lines[0]}"[:200] if lines else type(error).__name__)

@@ -181,7 +181,10 @@ def test_wrong_files_leave_nothing_behind(folder: Path, tmp_path: Path) -> None:
     plain = f"tensors:{tmp_path / 'plain.npz'}"
     refused(call("eval", *given(folder, "Pair")[:3], "--data", plain), "holds no labels to count by")
     refused(call("sweep", folder / "Pair.pt", *given(folder, "Pair")[1:], "-o", tmp_path / "out"), "give --calib, too")
-    refused(call("finetune", *given(folder, "Pair"), "-o", tmp_path / "out"), "give --val tensors:FILE, or --no-val")
+    tune = ("finetune", *given(folder, "Pair"), "-o", tmp_path / "out")
+    refused(call(*tune), "give --val tensors:FILE, or --no-val")
+    refused(call(*tune, "--val", "digits"), "give tensors for both, or images")
+    refused(call(*tune, "--no-val", "--augment", "flip"), "--augment is for images")
     refused(call("bench", folder / "Pair-shared", *own(folder, "Pair"), "--data", "digits"), "give tensors:FILE")
     assert not (tmp_path / "out").exists()
 
@@ -202,6 +205,12 @@ def test_verbs_without_tensors_say_what_they_need(folder: Path, tmp_path: Path, 
         assert f"give samples of them as {option} tensors:FILE" in result.stderr
     refused(call("export", folder / f"{name}-shared", "-o", tmp_path / "net.pt2"), "--arch FILE.py:FACTORY")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_too_few_samples_for_a_report_are_told_of_by_that_alone(folder: Path, tmp_path: Path) -> None:
+    convert = ("convert", folder / "Tones.pt", *own(folder, "Tones"), "--calib", f"tensors:{folder / 'Tones.npz'}")
+    said = call(*convert, "--method", "basis", "--no-repair", "-o", tmp_path / "out").output
+    assert "agreement not measured: only 80 images" in said and "can be compared" not in said
 
 
 def test_a_stock_network_takes_normalised_images_as_tensors(tmp_path: Path) -> None:

@@ -44,6 +44,9 @@ def broken():
 def needs(width):
     return Net()
 
+def leaves():
+    raise SystemExit("no weights")
+
 def text():
     return "no network"
 
@@ -105,13 +108,26 @@ def test_what_is_wrong_with_the_code_is_told_in_one_line(folder: Path) -> None:
     assert "there is no file" in fails(folder / "net.pt", f"{folder / 'missing.py'}:Net")
     assert "the file has no class or function Nat" in fails(folder / "net.pt", f"{file}:Nat")
     assert "the file has no class or function number" in fails(folder / "net.pt", f"{file}:number")
-    assert "broken() fails (ValueError: first)" in fails(folder / "net.pt", f"{file}:broken")
-    assert "needs() fails (TypeError: needs() missing" in fails(folder / "net.pt", f"{file}:needs")
+    broken = fails(folder / "net.pt", f"{file}:broken")
+    assert "broken() fails (ValueError: first)" in broken and "arguments" not in broken
+    needs = fails(folder / "net.pt", f"{file}:needs")
+    assert "needs() fails (TypeError: needs() missing" in needs and "must need no arguments" in needs
+    assert "leaves() fails (SystemExit: no weights)" in fails(folder / "net.pt", f"{file}:leaves")
     assert "text() gives a str: want the network" in fails(folder / "net.pt", f"{file}:text")
     wrong = fails(folder / "net.pt", f"{folder / 'own_wrong.py'}:Net")
     assert "the file fails (ModuleNotFoundError" in wrong and "own_wrong" not in sys.modules
     with pytest.raises(SharefoldError, match="--in-chans has no effect"):
         open_source(folder / "net.pt", arch=f"{file}:Net", in_chans=1)
+
+
+def test_scripts_that_end_by_themselves_and_files_of_packages_are_told_of(folder: Path) -> None:
+    script, inside = folder / "own_script.py", folder / "own_package" / "layers.py"
+    script.write_text("raise SystemExit(0)\n")
+    inside.parent.mkdir()
+    inside.write_text("from .sizes import WIDTH\n")
+    assert "the file fails (SystemExit: 0)" in fails(folder / "net.pt", f"{script}:Net")
+    told = fails(folder / "net.pt", f"{inside}:Net")
+    assert "from own_package.layers import" in told and not {"own_script", "layers"} & set(sys.modules)
 
 
 def test_weights_of_another_network_are_refused(folder: Path) -> None:
