@@ -112,6 +112,13 @@ class TestScale:
         assert "ends in tanh" in sharefold.evaluate_task(net, pairs).scale
         assert "ends in tanh" in sharefold.evaluate_task(Says(lambda x: x.mul_(40).sub_(20).tanh()), pairs).scale
 
+    def test_a_tanh_is_seen_behind_a_crop_and_another_order_of_axes(self, tmp_path: Path) -> None:
+        pairs = opened(tmp_path, pictures(tmp_path, grey(block_picture())), {**CFG, "input_size": (3, 20, 40)})
+        padded = Says(lambda x: torch.tanh(torch.nn.functional.pad(x, (0, 4, 0, 4)) * 40 - 20)[..., :20, :40])
+        assert "ends in tanh" in sharefold.evaluate_task(padded, pairs).scale
+        turned = Says(lambda x: torch.tanh((x * 40 - 20).permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous().clamp(-1, 1))
+        assert "ends in tanh" in sharefold.evaluate_task(turned, pairs).scale
+
     @pytest.mark.parametrize("yes", [1, 255])
     def test_one_channel_may_be_a_mask(self, tmp_path: Path, yes: int) -> None:
         truth = pictures(tmp_path, block_picture() // 255 * np.uint8(yes))

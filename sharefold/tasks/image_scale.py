@@ -14,6 +14,9 @@ from sharefold.errors import SharefoldError
 from sharefold.outputs.leaf import BYTES, NORMALISED, SHARES, TANH
 from sharefold.running import as_input
 
+# What autograd calls operations that change no value that lies between -1 and 1: crops, orders of axes, copies.
+_MOVES = ("Slice", "Select", "Narrow", "Permute", "Transpose", "View", "UnsafeView", "Reshape", "Squeeze", "Unsqueeze", "Clone",
+          "ToCopy", "PixelShuffle", "Clamp")  # fmt: skip
 # The hundredth of the values that lies lowest, and that which lies highest, tell nothing: networks overshoot at edges.
 _TAIL = 0.01
 # How far below 0 and above 1 images from 0 to 1 may reach, where a network does not cut them off.
@@ -79,7 +82,7 @@ def image_scale(made: Tensor, preprocess: Preprocess, said: str = "", tanh: bool
 
 @torch.enable_grad()
 def ends_in_tanh(model: nn.Module, images: Tensor, output: Callable[[Any], Tensor]) -> bool:
-    """Whether nothing comes after a tanh, as the gradient would pass it.
+    """Whether nothing but cuts and moves comes after a tanh, as the gradient would pass it.
 
     Args:
         images: (n, C, H, W); one is run.
@@ -87,6 +90,8 @@ def ends_in_tanh(model: nn.Module, images: Tensor, output: Callable[[Any], Tenso
     """
     image = as_input(model, images[:1]).requires_grad_()
     last = output(model(image.clone())).grad_fn  # a clone may be written into
+    while last is not None and last.name().startswith(_MOVES):
+        last = last.next_functions[0][0]
     return last is not None and last.name().startswith("Tanh")
 
 
