@@ -129,7 +129,8 @@ def command(
             networks = original.model.to(device), opened.model.to(device)
             report = _comparison(compared(*networks, _first(batches, limit), outputs or None, tell), source.source, str(against))
     report.show(run)
-    run.result({"source": source.source, "data": data, "split": split, **report.result, "input_warning": warning})
+    part = split if tensors is None else None
+    run.result({"source": source.source, "data": data, "split": part, **report.result, "input_warning": warning})
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,8 @@ def command(
         with run.progress() as progress:
             cal = sharefold.calibrate(model, images, seed=run.seed)
             points = sweep(cal, sizes, measure, SweepOptions(what, how, keep if save else None), progress)
-        details = {"source": source.source, "data": data, "split": split, "method": ",".join(methods), "networks": folders}
+        part = split if tensors is None else None
+        details = {"source": source.source, "data": data, "split": part, "method": ",".join(methods), "networks": folders}
         names = write_results(folder, points, details)
         found.update(details, points=[asdict(point) for point in points], files=names)
 

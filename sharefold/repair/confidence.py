@@ -22,11 +22,11 @@ from sharefold.outputs import Comparison
 from sharefold.outputs.leaf import LOGITS
 from sharefold.repair.output_layers import output_layers
 from sharefold.repair.work import Work
-from sharefold.running import evaluating
+from sharefold.running import evaluating, evenly
 
 # The scale is sought between one over this and this.
 WIDEST = 64.0
-# Numbers of an output that are looked at; of maps for segmentation the first images alone.
+# Numbers of an output that are looked at; of maps for segmentation the first images alone, or some positions of these.
 ENTRIES = 1 << 25
 # Images on which scaled logits are compared with what was expected of them, and by how much they may differ.
 FEW, SAME = 8, 1e-3
@@ -136,13 +136,19 @@ def _best_factors(
         for name in names:
             index, axis = leaves[name]
             a, b = theirs[index], ours[index]
-            if a.shape != b.shape or axis is None or room[name] < a.numel():
+            if a.shape != b.shape or axis is None:
                 answers = None
-            else:
-                room[name] -= a.numel()
-                if answers is not None:
-                    answers.append((theirs, ours))
-                gathered[name].append((a.float().movedim(axis, -1).flatten(0, -2), b.float().movedim(axis, -1).flatten(0, -2)))
+                continue
+            if answers is not None:
+                answers.append((theirs, ours))
+            pair = [tensor.float().movedim(axis, -1).flatten(0, -2) for tensor in (a, b)]
+            fit = room[name] // a.shape[axis]
+            if len(pair[0]) > fit:  # a batch of large maps alone may be more
+                answers, chosen = None, evenly(len(pair[0]), fit).to(a.device)
+                pair = [tensor[chosen] for tensor in pair]
+            if fit:
+                room[name] -= pair[0].numel()
+                gathered[name].append((pair[0], pair[1]))
     found = {}
     for name, pairs in gathered.items():
         factor = _best_factor(*(torch.cat(part) for part in zip(*pairs, strict=True))) if pairs else None

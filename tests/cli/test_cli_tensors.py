@@ -87,7 +87,7 @@ def test_networks_are_compared_and_measured(folder: Path, name: str, tmp_path: P
     turned = reported("eval", folder / f"{name}.pt", *given(folder, name)[1:], "--against", folder / f"{name}-shared")
     assert turned["images"] == COUNT
     labelled = reported("eval", *given(folder, name))
-    assert labelled["images"] == COUNT and 0 <= labelled["top1"] <= 1 and labelled["top5"] == 1
+    assert labelled["images"] == COUNT and 0 <= labelled["top1"] <= 1 and labelled["top5"] == 1 and labelled["split"] is None
     claims = {c["name"]: c for c in reported("verify", *given(folder, name), "--source", folder / f"{name}.pt")["claims"]}
     assert claims["macs"]["claimed"] == claims["macs"]["found"] > 0
     assert claims["params before"]["holds"] and claims["agreement"]["found"] is not None and claims["top1"]["found"] is not None
@@ -140,7 +140,7 @@ def test_a_network_of_two_images_is_tuned_rounded_timed_and_swept(folder: Path, 
     assert raced["input_size"] == [[1, 8, 8], [1, 8, 8]] and raced["macs"]["source"] > 0
     both = ("--data", data, "--calib", data)
     swept = reported("sweep", folder / "Pair.pt", *arch, *both, "--budgets", "50%", "-o", tmp_path / "sizes")
-    assert [point["budget"] for point in swept["points"]] == ["dense", "50%"]
+    assert [point["budget"] for point in swept["points"]] == ["dense", "50%"] and swept["split"] is None
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch import nn
 import sharefold
 from sharefold.measure import agreement
 from sharefold.plans import GroupPlan, Plan
+from sharefold.repair import confidence
 from sharefold.repair.confidence import WIDEST, Confidence, _best_factor
 from sharefold.repair.guard import Guard
 from sharefold.repair.partial import Partial
@@ -98,6 +99,18 @@ def test_the_scale_is_found_and_taken_up_by_the_layer_before_the_logits(factor: 
     torch.testing.assert_close(model.fc.weight, original.fc.weight, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(a, b) for (n, a), (_, b) in zip(model.named_parameters(), original.named_parameters(), strict=True)
                if not n.startswith("fc."))  # fmt: skip
+
+
+def test_the_scale_is_found_where_one_batch_is_more_than_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of maps with many classes alone may be; refinement leaves the scale to this."""
+    monkeypatch.setattr(confidence, "ENTRIES", 100)
+    original, model = weakened(0.4)
+    work = work_of(original, model, FITTING, HELD_OUT)
+    scale = Confidence(work)
+    assert scale.settle() == {"output": pytest.approx(2.5, rel=1e-3)} and scale.divergence is None
+    assert work.guard.divergence(model) < 1e-6
+    monkeypatch.setattr(confidence, "ENTRIES", 1)  # not one row
+    assert scale.settle() == {}
 
 
 def test_the_scale_does_not_hang_on_the_last_digits_of_the_logits() -> None:
