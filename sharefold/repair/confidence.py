@@ -91,7 +91,8 @@ class Confidence:
 
 def _layers(work: Work) -> dict[str, nn.Module]:
     reading = work.cal.reading
-    logits = {leaf.source for leaf in reading.leaves if leaf.kind == LOGITS}
+    # A tensor that holds boxes, too, or logits of several questions, has no scale of its own.
+    logits = {leaf.source for leaf in reading.leaves if leaf.kind == LOGITS and leaf.channels is None}
     if work.guard.comparison.criterion is not None or not logits:
         return {}
     images = work.cal.images[work.cal.parts.fit[:2]]

@@ -113,6 +113,14 @@ def test_the_scale_is_found_where_one_batch_is_more_than_is_looked_at(monkeypatc
     assert scale.settle() == {}
 
 
+@pytest.mark.parametrize("first", ["regression", "logits:axis=1"])
+def test_a_tensor_of_which_logits_are_a_part_is_not_scaled(first: str) -> None:
+    original, model = weakened()
+    cal = sharefold.calibrate(original, FITTING, outputs=[f"{first}:channels=0-2", "logits:axis=1:channels=2-5"])
+    scale = Confidence(Work(cal, model, Plan([], 0, 0), Guard(cal.comparison(HELD_OUT)), cal))
+    assert scale.layers == {} and scale.settle() == {}
+
+
 def test_the_scale_does_not_hang_on_the_last_digits_of_the_logits() -> None:
     """Other processors and thread counts round otherwise; what they find must agree to about as many digits."""
     torch.manual_seed(0)
