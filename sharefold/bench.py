@@ -321,7 +321,7 @@ def race_loading(
 
 
 def explain(rows: Sequence[dict[str, Any]], forms: dict[str, Timing]) -> list[str]:
-    """What was found about the run-time form, in sentences."""
+    """What was found about the run-time form, in sentences; ``rows`` may be empty, where layers were not timed alone."""
     if not forms.keys() & set(FORMS):
         return ["No layer shares: there is one way to run."]
     if "factored" not in forms:
@@ -331,12 +331,13 @@ def explain(rows: Sequence[dict[str, Any]], forms: dict[str, Timing]) -> list[st
     gain = forms[slow].ratio / forms[fast].ratio
     lines = [f"{fast} is the faster form of the whole network here, by {gain:.2f} times."]
     wrong = [row["name"] for row in rows if row["auto"] != row["faster"]]
-    lines.append(
-        f"auto runs a layer factored when that takes at most {FACTORED_SHARE:.0%} of the multiplications: "
-        f"{sum(row['auto'] == 'factored' for row in rows)} of {len(rows)} layers; "
-        f"measured alone, {sum(row['faster'] == 'factored' for row in rows)} are faster factored"
-        + (f", and auto is wrong on {len(wrong)}." if wrong else ", the same ones.")
-    )
+    if rows:
+        lines.append(
+            f"auto runs a layer factored when that takes at most {FACTORED_SHARE:.0%} of the multiplications: "
+            f"{sum(row['auto'] == 'factored' for row in rows)} of {len(rows)} layers; "
+            f"measured alone, {sum(row['faster'] == 'factored' for row in rows)} are faster factored"
+            + (f", and auto is wrong on {len(wrong)}." if wrong else ", the same ones.")
+        )
     best = min(("composed", "factored", "auto"), key=lambda form: forms[form].ratio)
     if best != "auto" and forms["auto"].ratio / forms[best].ratio > 1.05:
         gain = forms["auto"].ratio / forms[best].ratio

@@ -24,11 +24,13 @@ def model_card(config: FileConfig) -> str:
     plan = config.plan
     name = "a network of your own" if config.base is None else config.base["name"]
     before, after = plan.params_before, plan.params_after
+    # Code that builds a network of the user's own is in no file of sharefold.
+    builder = "" if config.base is not None else ", model=YourNetwork()"
     lines = [
         "---", "library_name: sharefold", "tags:", "- sharefold", "- model-compression", "---", "",
         f"# {_text(name)}, shared by sharefold", "",
         f"{before:,} -> {after:,} parameters ({after / max(before, 1):.1%} kept), by {_text(plan.source or 'a plan')}.",
-        "", "```python", "import sharefold", 'model = sharefold.load("path/to/this/directory")', "```", "",
+        "", "```python", "import sharefold", f'model = sharefold.load("path/to/this/directory"{builder})', "```", "",
     ]  # fmt: skip
     metrics = {**config.metrics, **_agreement(config.metrics)}
     rows = [(key, value) for key, value in metrics.items() if isinstance(value, (int, float, str, bool))]

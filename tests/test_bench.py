@@ -141,6 +141,7 @@ def test_the_explanation_follows_the_figures() -> None:
     assert "1 of 2 layers" in text and "wrong on 1" in text and "runtime = 'factored'" in text and "1.60 times" in text
     fine = " ".join(explain(rows[1:], forms(1.0, 2.0, 1.0)))
     assert "composed is the faster" in fine and "the same ones" in fine and "runtime =" not in fine
+    assert "layers" not in " ".join(explain([], forms(1.0, 2.0, 1.0)))  # timed as a whole alone
     assert "composed" in explain([], {"composed": Timing(1, 1, 1, 1)})[0]
     assert "one way" in explain([], {"model": Timing(1, 1, 1, 1)})[0]
 

@@ -89,6 +89,7 @@ def test_a_converted_network_is_built_again(folder: Path) -> None:
     net, images = open_source(folder / "net.pt", arch=arch).model, torch.randn(60, 6, 8, 8)
     sharefold.convert_(net, sharefold.plan(net, "60%", images), images)
     sharefold.save(net, folder / "shared")
+    assert 'sharefold.load("path/to/this/directory", model=YourNetwork())' in (folder / "shared" / "README.md").read_text()
     opened = open_source(folder / "shared", arch=arch)
     assert opened.shared
     with torch.no_grad():
