@@ -16,9 +16,10 @@ from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.inputs import Input
 from sharefold.layers.norm_fusion import fused_for_inference
-from sharefold.outputs.divergence import Divergence
+from sharefold.outputs.divergence import Divergence, unmasked
 from sharefold.outputs.figures import Figure, Figures, figure_of_criterion
 from sharefold.outputs.found_again import figure_of_detections
+from sharefold.outputs.leaf import LOGITS, Leaf
 from sharefold.outputs.reading import OutputReading, read_outputs
 from sharefold.running import batch_of, evaluating, run_on
 
@@ -168,7 +169,7 @@ class Comparison:
         with self._running():
             leaves = self._answers(0)[1]
         generator = torch.Generator().manual_seed(0)
-        moved = [_rounded(leaf, generator) for leaf in leaves]
+        moved = [_rounded(*pair, generator) for pair in zip(self.reading.leaves, leaves, strict=True)]
         exact = [leaf.float() if leaf.is_floating_point() else leaf for leaf in leaves]
         return float(self.measured.total(self.measured.each(exact, moved).abs()).mean())
 
@@ -218,12 +219,13 @@ class Comparison:
         return [figure_of_detections([(a, b) for first, second in pairs for a, b in zip(first, second, strict=True)])]
 
 
-def _rounded(leaf: Tensor, generator: torch.Generator) -> Tensor:
-    """``leaf`` with an error of a few last digits of its type, relative to its size; float32."""
-    if not leaf.is_floating_point():
-        return leaf
-    exact = leaf.float()
-    size = exact.square().mean().sqrt()
+def _rounded(leaf: Leaf, answers: Tensor, generator: torch.Generator) -> Tensor:
+    """``answers`` with an error of a few last digits of their type, relative to their size; float32."""
+    if not answers.is_floating_point():
+        return answers
+    exact = answers.float()
+    shown = unmasked(exact, leaf.axis or 1) if leaf.kind == LOGITS else None
+    size = (exact if shown is None else exact[shown]).square().mean().sqrt()
     noise = torch.randn(exact.shape, generator=generator).to(exact)
-    return exact + ROUNDING * torch.finfo(leaf.dtype).eps * size * noise
+    return exact + ROUNDING * torch.finfo(answers.dtype).eps * size * noise
 

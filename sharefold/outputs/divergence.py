@@ -19,6 +19,8 @@ from sharefold.running import evaluating, evenly
 
 # Whose answers show how much outputs vary.
 IMAGES = 256
+# Logits this far below the largest are no answers: the class has no share in any type of numbers. So networks mask classes.
+MASKED = 1e4
 
 
 class Divergence:
@@ -78,7 +80,10 @@ class Divergence:
     def _spread(self, leaf: Leaf, term: Term, teacher: Tensor) -> float | Tensor:
         if isinstance(term, Numbers):
             return term.variance
-        values = centred(teacher, leaf.axis or 1) if leaf.kind == LOGITS else teacher.float() - teacher.float().mean()
+        if leaf.kind == LOGITS:
+            values = centred(teacher, leaf.axis or 1, unmasked(teacher, leaf.axis or 1))
+        else:
+            values = teacher.float() - teacher.float().mean()
         return max(float(values.square().mean()), 1e-12)
 
     def losses(
@@ -105,7 +110,8 @@ class Divergence:
             if leaf.kind == LABELS or not s.requires_grad:
                 continue
             if leaf.kind == LOGITS:
-                ours, theirs = centred(s, leaf.axis or 1), centred(t, leaf.axis or 1)
+                shown = unmasked(t, leaf.axis or 1)
+                ours, theirs = (centred(logits, leaf.axis or 1, shown) for logits in (s, t))
                 loss = error_at_best_scale(ours, theirs) if leaf.source in scaled else F.mse_loss(ours, theirs) / spread
             else:
                 difference = (as_numbers(s) - as_numbers(t)).square()
@@ -167,9 +173,19 @@ def divergence_of(model: nn.Module, images: Input, graph: NetworkGraph | None = 
     return Divergence.of(model, read_outputs(model, images, graph), images, batch_size)
 
 
-def centred(logits: Tensor, axis: int = 1) -> Tensor:
-    """Logits (B, ...) less their mean over the classes on ``axis``, which no prediction depends on; float32."""
-    return logits.float() - logits.float().mean(axis, keepdim=True)
+def centred(logits: Tensor, axis: int = 1, shown: Tensor | None = None) -> Tensor:
+    """Logits (B, ...) less their mean over the classes on ``axis``, which no prediction depends on; float32. Of those that are
+    ``shown``, where that is given; the others become 0."""
+    if shown is None:
+        return logits.float() - logits.float().mean(axis, keepdim=True)
+    kept = logits.float().where(shown, 0)
+    return (kept - kept.sum(axis, keepdim=True) / shown.sum(axis, keepdim=True)).where(shown, 0)
+
+
+def unmasked(logits: Tensor, axis: int = 1) -> Tensor | None:
+    """Which logits are not those of a masked class; None where all are not. Beside a mask all else would be rounding."""
+    shown = ~(logits < logits.amax(axis, keepdim=True) - MASKED)  # what is no number is no mask
+    return None if bool(shown.all()) else shown
 
 
 def error_at_best_scale(values: Tensor, wanted: Tensor) -> Tensor:

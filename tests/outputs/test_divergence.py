@@ -188,6 +188,29 @@ def test_losses_are_over_the_variance_and_keep_brightness() -> None:
     assert moved.item() == pytest.approx(float(change.square().mean() / centred(logits).square().mean()), rel=1e-5)
 
 
+@pytest.mark.parametrize("mask", [-1e9, -math.inf])
+@pytest.mark.parametrize("scaled", [(), ("0",)])
+def test_classes_that_a_network_masks_hide_nothing_of_the_others(mask: float, scaled: tuple[str, ...]) -> None:
+    """Beside -1e9 float32 knows nothing of logits of a few units, and nothing was learnt by them."""
+    hidden = torch.tensor([False, False, True, False, False])
+    logits, other = (tensor.masked_fill(hidden, mask) for tensor in (draw(5), draw(5, seed=1)))
+    student = other.clone().requires_grad_()
+    (loss,) = Divergence(reading(("logits", 1)), [[logits]]).losses([student], [logits], scaled=scaled)
+    a, b = logits[:, ~hidden], other[:, ~hidden]
+    (alone,) = Divergence(reading(("logits", 1)), [[a]]).losses([b.clone().requires_grad_()], [a], scaled=scaled)
+    assert loss.item() == pytest.approx(alone.item(), rel=1e-5)
+    loss.backward()
+    assert student.grad is not None and bool((student.grad != 0).any(0).eq(~hidden).all()) and bool(student.grad.isfinite().all())
+
+
+def test_rounding_is_that_of_the_classes_that_are_not_masked() -> None:
+    """Relative to a mask of -1e9 every divergence was a tie, and no repair was ever kept."""
+    logits = draw(5)
+    masked = torch.cat([logits, torch.full((N, 1), -1e9)], 1)
+    seen, alone = (Comparison(Table(one), IMAGES, reading(("logits", 1))).noise for one in (masked, logits))
+    assert 0.2 * alone < seen < 5 * alone
+
+
 def test_logits_that_are_scaled_later_are_compared_at_their_best_scale() -> None:
     logits, other = draw(5), draw(5, seed=1)
     divergence = Divergence(reading(("logits", 1)), [[logits]])
