@@ -6,6 +6,7 @@ where something says so; else they are a regression, and ``why`` says that it co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,6 +68,9 @@ def tell(seen: Seen) -> list[Leaf]:
     if not values.is_floating_point():
         return [Leaf(name, kinds.LABELS, why="whole numbers")]
     values = values.float()
+    masked = values == -math.inf
+    if bool(masked.any()) and not bool(masked.all()):  # classes that are not to be chosen; the others tell
+        values = values.masked_fill(masked, float(values[~masked].amin()))
     if values.numel() == 0 or not bool(torch.isfinite(values).all()):
         return [Leaf(name, kinds.REGRESSION, seen.channels, why="some values are not finite")]
     found = _normalised(seen, values) or _detections(seen, values)

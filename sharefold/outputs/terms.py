@@ -22,6 +22,7 @@ SMALLEST_SHARE = 1e-4
 TINY = 1e-12
 # Nats: outputs that are as good as the same for all images have nothing to be compared with.
 SMALLEST_INFORMATION = 1e-6
+_LEAST = torch.finfo(torch.float32).min
 
 
 class Term(Protocol):
@@ -41,7 +42,8 @@ def log_shares(leaf: Leaf, tensor: Tensor) -> Tensor:
     if leaf.kind in CLASSES:
         assert leaf.axis is not None
         found = rows(tensor, leaf.axis)
-        return found.log_softmax(-1) if leaf.kind == LOGITS else found.clamp_min(1e-9).log()
+        # A masked class has a logarithm, too: no share times minus infinity would be no number.
+        return found.log_softmax(-1).clamp_min(_LEAST) if leaf.kind == LOGITS else found.clamp_min(1e-9).log()
     logits = tensor.float().reshape(len(tensor), -1)
     return torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], -1)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sharefold.layers import STOCK_LAYERS, SharedConv
 from sharefold.outputs import Comparison
+from sharefold.outputs.divergence import MASKED
 from sharefold.outputs.leaf import LOGITS
 from sharefold.repair.output_layers import output_layers
 from sharefold.repair.work import Work
@@ -160,6 +161,7 @@ def _best_factors(
 
 def _best_factor(wanted: Tensor, given: Tensor) -> float | None:
     """The number that minimises the mean KL(softmax(wanted) || softmax(factor * given)), rows (n, classes); None without one."""
+    wanted, given = (logits.masked_fill(wanted == -math.inf, -MASKED) for logits in (wanted, given))
     if not bool(torch.isfinite(wanted).all() and torch.isfinite(given).all()):
         return None
     # A constant a row changes no share; without it, sums of sure rows are not differences of large numbers.

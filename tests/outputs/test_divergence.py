@@ -203,6 +203,15 @@ def test_classes_that_a_network_masks_hide_nothing_of_the_others(mask: float, sc
     assert student.grad is not None and bool((student.grad != 0).any(0).eq(~hidden).all()) and bool(student.grad.isfinite().all())
 
 
+def test_classes_at_minus_infinity_cost_nothing() -> None:
+    a, b = draw(5), draw(5, seed=1)
+    masked = [torch.cat([logits, torch.full((N, 1), -math.inf)], 1) for logits in (a, b)]
+    found = compared([masked[0]], [masked[1]], reading(("logits", 1)))
+    torch.testing.assert_close(found, kl(a, b, 1), rtol=1e-5, atol=1e-7)
+    broken = compared([masked[0]], [torch.full((N, 6), -math.inf)], reading(("logits", 1)))
+    assert bool(broken.isinf().all())
+
+
 def test_rounding_is_that_of_the_classes_that_are_not_masked() -> None:
     """Relative to a mask of -1e9 every divergence was a tie, and no repair was ever kept."""
     logits = draw(5)

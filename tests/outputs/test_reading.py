@@ -45,6 +45,10 @@ def kinds(reading: OutputReading) -> list[tuple[str, str, int | None]]:
 
 CASES: dict[str, tuple[nn.Module, list[tuple[str, str, int | None]]]] = {
     "classifier": (Head(lambda h, m: m(h.mean((2, 3))), 6, nn.Linear(6, 5)), [("output", "logits", 1)]),
+    "masked classes": (
+        Head(lambda h, m: m(h.mean((2, 3))).masked_fill(torch.arange(5) == 3, -torch.inf), 6, nn.Linear(6, 5)),
+        [("output", "logits", 1)],
+    ),
     "one number": (Head(lambda h, m: m(h.mean((2, 3))), 6, nn.Linear(6, 1)), [("output", "regression", 1)]),
     "yes or no": (Head(lambda h, m: m(h.mean((2, 3))).sigmoid(), 6, nn.Linear(6, 1)), [("output", "binary", 1)]),
     "several yes or no": (Head(lambda h, m: m(h.mean((2, 3))).sigmoid(), 6, nn.Linear(6, 4)), [("output", "multi-label", 1)]),

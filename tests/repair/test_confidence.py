@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -144,6 +145,8 @@ def test_the_scale_has_bounds_and_needs_logits_that_differ() -> None:
     assert _best_factor(1e3 * wanted, wanted) == WIDEST
     assert _best_factor(wanted, torch.ones(50, 4)) is None
     assert _best_factor(wanted, torch.full((50, 4), float("nan"))) is None
+    mask = torch.tensor([0, 0, 0, -math.inf])  # of a class that is not to be chosen
+    assert _best_factor(wanted + mask, 0.5 * wanted + mask) == pytest.approx(2, rel=1e-4)
 
 
 def test_a_shared_classifier_is_scaled_by_its_coefficients() -> None:
