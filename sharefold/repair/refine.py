@@ -192,7 +192,8 @@ def _train(
         batch_size = batch_within(BATCH_ELEMENTS, largest, BATCH, SMALLEST_BATCH)
     first = images[: max(2, batch_size)].to(parameters[0].device)
     # Gradients of fewer images are noisier, by the square root, and so must steps be smaller.
-    optimizer = torch.optim.AdamW(_groups(parameters, step * math.sqrt(min(1.0, batch_size / BATCH))), weight_decay=0.0)
+    fewer = math.sqrt(min(1.0, min(batch_size, len(images)) / BATCH))
+    optimizer = torch.optim.AdamW(_groups(parameters, step * fewer), weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]
     share = 0.0
     with lessons(cal, model, first, blocks, scales.layers) as taught:
