@@ -20,7 +20,10 @@ ROOT = HERE.parent.parent
 
 def start(*command: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
     """Runs a script of this folder, under torchrun when there are several processes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE.parent, HERE)))}
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE.parent, HERE))),
+        "PYTHONFAULTHANDLER": "1",  # a process that aborts says where
+    }  # fmt: skip
     launcher = [sys.executable]
     if processes > 1:
         with socket.socket() as free:
