@@ -59,9 +59,12 @@ def command(
 
     if not what.exists():
         raise SharefoldError(f"{what} does not exist: name a plan's JSON file, or a sharefold directory or file")
+    shared = is_sharefold(what)
+    if source is None and not shared and (given := [name for name, value in (("--arch", arch), ("--data", data)) if value]):
+        raise SharefoldError(f"{given[0]} is for the network of --source, which is not given: name the dense network with it")
     dense = None if source is None else SourceOptions(source, OpenOptions(arch=arch))
     tensors = tensors_alone(data)
-    facts = _shared_facts(what, dense, arch, tensors) if is_sharefold(what) else _plan_facts(run, what, dense, tensors)
+    facts = _shared_facts(what, dense, arch, tensors) if shared else _plan_facts(run, what, dense, tensors)
     document = page(facts)
     figures: list[Path] = []
     if png is not None:

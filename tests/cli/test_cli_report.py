@@ -91,6 +91,8 @@ def test_a_network_that_can_not_be_followed_without_values_has_no_map(tmp_path: 
         (["bad.json", "-o", "a.html"], "is not JSON"),
         (["empty.json", "-o", "a.html"], "no list of groups"),
         (["bad.json", "-o", "a.pdf"], "ends in .html"),
+        (["empty.json", "-o", "a.html", "--arch", "net.py:Net"], "--arch is for the network of --source"),
+        (["empty.json", "-o", "a.html", "--data", "tensors:x.npz"], "--data is for the network of --source"),
     ],
 )
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str) -> None:
