@@ -24,7 +24,9 @@ def look_at(
 ) -> Look | None:  # fmt: skip
     """A look at the data ``spec`` for :func:`sharefold.open_source`; mean, std and input size are what the user
     sets. None without data, and of tensors, which are normalised already."""
-    if spec is None or spec.startswith("tensors:"):
+    from sharefold.data import is_tensors
+
+    if spec is None or is_tensors(spec):
         return None
 
     def look(config: dict[str, Any]) -> Tensor:

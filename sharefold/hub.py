@@ -14,6 +14,7 @@ from sharefold.checkpoint import load, read_config
 from sharefold.errors import SharefoldError
 from sharefold.format import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from sharefold.offline import offline_when_unreachable
+from sharefold.untrusted import first_line
 
 __all__ = ["load_from_hub", "push_to_hub"]
 FILES = (CARD_NAME, CONFIG_NAME, WEIGHTS_NAME)
@@ -106,5 +107,4 @@ def _hub(call: Callable[[], Any], what: str) -> Any:
     try:
         return call()
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise SharefoldError(f"Hugging Face Hub: {what}: {lines[0][:200]}") from error
+        raise SharefoldError(f"Hugging Face Hub: {what}: {first_line(error)}") from error

@@ -131,6 +131,12 @@ def printable(text: str) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, for messages of ours: its first line, printable, at most 200 characters; its type if it is silent."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return printable(lines[0][:200])
+
+
 def exclude_pattern(text: str | None) -> re.Pattern[str] | None:
     """What ``exclude`` asks for; None where it is not given.
 

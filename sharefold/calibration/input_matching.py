@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sharefold.errors import SharefoldWarning
 from sharefold.plans import Progress
 from sharefold.running import device_of, evaluating
+from sharefold.untrusted import first_line
 
 # Adam's first step, in normalised pixel values; it falls linearly to 0.
 RATE = 0.05
@@ -45,8 +46,8 @@ def match_statistics(
         return _matched(model, norms, images, steps, batch_size, seed, progress)
     except (RuntimeError, IndexError, _Unmatched) as error:
         # Networks that compute without gradients, or change them on the way: as good as without norms.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        warnings.warn(f"procedural images are not matched to the network's norms: {reason[:200]}", SharefoldWarning, stacklevel=3)
+        reason = first_line(error)
+        warnings.warn(f"procedural images are not matched to the network's norms: {reason}", SharefoldWarning, stacklevel=3)
         return images.clone()
 
 

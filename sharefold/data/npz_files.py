@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from sharefold.errors import SharefoldError
-from sharefold.untrusted import is_int
+from sharefold.untrusted import first_line, is_int
 
 # Images and signals compress a few times; what inflates further than this is neither.
 _INFLATED, _FREE_BYTES = 100, 1 << 27
@@ -77,8 +77,7 @@ def _array(stream: IO[bytes], size: int, name: str, where: str) -> np.ndarray:
 
 
 def _unreadable(where: str, what: str, error: Exception) -> SharefoldError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    return SharefoldError(f"{where}: not a readable {what} ({reason})")
+    return SharefoldError(f"{where}: not a readable {what} ({first_line(error)})")
 
 
 def _head(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:

@@ -15,7 +15,7 @@ from sharefold.data.npz_files import NpzFile
 from sharefold.data.preprocess import Preprocess, shape_text
 from sharefold.data.tensor_files import is_tensors
 from sharefold.errors import SharefoldError
-from sharefold.untrusted import expanded, printable
+from sharefold.untrusted import expanded, first_line, printable
 
 # What a split may be called in the data, best first.
 SPLITS: dict[str, tuple[str, ...]] = {
@@ -180,8 +180,7 @@ def _timm(place: str, split: str, preprocess: Preprocess) -> Dataset:
     try:
         dataset = create_dataset(name, split=keywords.pop("split", wanted), **keywords)
     except Exception as error:  # timm's readers raise anything, from AssertionError to network errors
-        reason = printable(str(error).splitlines()[0])[:200] if str(error) else type(error).__name__
-        raise SharefoldError(f"data timm:{place}: timm could not open it ({reason})") from error
+        raise SharefoldError(f"data timm:{place}: timm could not open it ({first_line(error)})") from error
     dataset.transform = preprocess.image
     where = f"data timm:{place}"
     return ForeignStream(dataset, where) if isinstance(dataset, IterableDataset) else ForeignDataset(dataset, where)

@@ -20,7 +20,7 @@ from sharefold.data.npz_files import NpzFile, read_npy
 from sharefold.errors import SharefoldError
 from sharefold.inputs import Input, check_count, each_of, parameters_of, shapes_of, taken
 from sharefold.running import evaluating, run_on
-from sharefold.untrusted import expanded, printable, shown
+from sharefold.untrusted import expanded, first_line, printable, shown
 
 KIND = "tensors"
 LABELS = "labels"
@@ -93,11 +93,10 @@ class TensorFile:
             except SharefoldError:
                 raise
             except Exception as error:  # networks raise what they like
-                lines = str(error).strip().splitlines() or [type(error).__name__]
                 which = f"sample {place}" if place else "its first sample"
                 raise SharefoldError(
                     f"{self.where}: {type(model).__name__} fails on {which}, of shape {shapes_of(one)} "
-                    f"({printable(lines[0][:200])}): store what forward takes, with the samples along the first axis"
+                    f"({first_line(error)}): store what forward takes, with the samples along the first axis"
                 ) from None
 
 
@@ -163,8 +162,7 @@ def _safetensors(path: Path, where: str) -> dict[str, Tensor]:
         with safe_open(str(path), framework="pt") as handle:
             found = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise SharefoldError(f"{where}: damaged or not safetensors ({printable(reason)}): save it again") from None
+        raise SharefoldError(f"{where}: damaged or not safetensors ({first_line(error)}): save it again") from None
     return {name: _sound(tensor, shown(name), where) for name, tensor in found.items()}
 
 

@@ -39,7 +39,7 @@ from sharefold.sources.own import fitting_part, is_own, own_network
 from sharefold.sources.preprocessing import preprocessing
 from sharefold.sources.read import check_file, read_state_dict
 from sharefold.sources.twins import Look, settled
-from sharefold.sources.unwrap import PREFIXES
+from sharefold.sources.unwrap import PREFIXES, under
 from sharefold.untrusted import expanded, parse_json, read_text, shown
 
 _KINDS = {
@@ -272,7 +272,7 @@ def _architecture(
         return state, match
     # Training frameworks store losses and metrics beside the network, whose own names then share a prefix.
     for prefix in PREFIXES:
-        part = {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
+        part = under(state, prefix)
         match = exact_match(shapes_of(part), str(path), hints) if part else None
         if match is not None:
             notes["unwrapped"].append(prefix)

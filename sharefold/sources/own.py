@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sharefold.architectures.shapes import compare, shapes_of
 from sharefold.errors import SharefoldError
-from sharefold.sources.unwrap import PREFIXES
+from sharefold.sources.unwrap import PREFIXES, under
 from sharefold.untrusted import expanded, printable
 
 _FORM = re.compile(r"(.+\.py):([A-Za-z_]\w*)", re.DOTALL)
@@ -62,7 +62,7 @@ def own_network(arch: str) -> nn.Module:
 def fitting_part(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """What in ``state`` is ``model``: trainers store networks under a name. All of it where no part fits."""
     for prefix in ("", *PREFIXES):
-        part = {key[len(prefix) :]: tensor for key, tensor in state.items() if key.startswith(prefix)}
+        part = under(state, prefix)
         if not len(compare(shapes_of(part), model)):
             return part
     return state

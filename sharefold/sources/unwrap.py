@@ -25,6 +25,11 @@ _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12])\.(we
 _SHOWN_EXTRAS = (str, int, float, bool)
 
 
+def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries whose names begin with ``prefix``, without it."""
+    return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
 def unwrap(content: Any, where: str) -> tuple[dict[str, Tensor] | nn.Module, dict[str, Any]]:
     """The state dict (or module) inside ``content``.
 
