@@ -121,7 +121,8 @@ class RefineOptions:
     """How long and how refinement runs.
 
     Attributes:
-        epochs: passes over the images. With epochs alone the result depends on the seed only.
+        epochs: passes over the images. With epochs alone the result depends on the seed only, and on whether the processor
+            computes in bfloat16, which refinement then does where that is exact enough.
         seconds: wall-clock budget; the learning rate falls to 0 over it. With both, the one that ends first counts; with
             neither, 210 seconds or 100 epochs.
         batch_size: images a step; by default 64, fewer for large feature maps.

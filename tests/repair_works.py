@@ -20,7 +20,7 @@ from sharefold.repair.work import Repair, Work, repaired
 def calibration_on(original: nn.Module, fitting: Tensor, held_out: Tensor, graph: NetworkGraph | None = None) -> Calibration:
     """A calibration of ``original`` whose part ``fit`` is ``fitting``; all others are from ``held_out``."""
     parts = next(parts for n in itertools.count(len(fitting)) if len((parts := parts_of(n)).fit) == len(fitting))
-    images = torch.empty(sum(len(part) for part in (parts.fit, parts.decide, parts.report)), *fitting.shape[1:])
+    images = fitting.new_empty(sum(len(part) for part in (parts.fit, parts.decide, parts.report)), *fitting.shape[1:])
     images[parts.fit] = fitting
     for part in (parts.decide, parts.report):
         images[part] = held_out[torch.arange(len(part)) % len(held_out)]

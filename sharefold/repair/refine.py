@@ -28,6 +28,7 @@ from sharefold.options import RefineOptions, chosen
 from sharefold.plans import Plan, Progress
 from sharefold.repair.confidence import Confidence
 from sharefold.repair.guard import Guard, Scaled
+from sharefold.repair.half_precision import depthwise_in_full, take_halves
 from sharefold.repair.lockstep import BATCH_ELEMENTS, largest_map
 from sharefold.repair.refine_loss import lessons
 from sharefold.repair.step_record import StepRecord
@@ -196,7 +197,8 @@ def _train(
     optimizer = torch.optim.AdamW(_groups(parameters, step * fewer), weight_decay=0.0)
     rates = [group["lr"] for group in optimizer.param_groups]
     share = 0.0
-    with lessons(cal, model, first, blocks, scales.layers) as taught:
+    with lessons(cal, model, first, blocks, scales.layers) as taught, depthwise_in_full(model):
+        take_halves(taught, first)
         while True:
             order = torch.randperm(len(images), generator=generator)
             for index in order.split(batch_size):

@@ -8,7 +8,7 @@ as certain of those follows it less well on new ones.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -63,11 +63,16 @@ def lessons(
 
 
 class Lessons:
-    """The student's blocks and outputs against the teacher's; outputs by the loss of the divergence, or the user's criterion."""
+    """The student's blocks and outputs against the teacher's; outputs by the loss of the divergence, or the user's criterion.
+
+    Attributes:
+        dtype: what the networks run in under autocast; None for their own.
+    """
 
     def __init__(self, cal: Calibration, model: nn.Module, first: Input, scaled: Collection[str], blocks: Blocks) -> None:
         self.original, self.model, self.divergence, self.criterion = cal.original, model, cal.divergence, cal.criterion
         self.scaled, self.blocks = scaled, blocks
+        self.dtype: torch.dtype | None = None
         with torch.no_grad():
             self.spreads = self.divergence.spreads(self.divergence.reading.run(self.original, first))
         self._unit = 0.0
@@ -81,10 +86,13 @@ class Lessons:
         return torch.stack(self._of_outputs(batch) + self.blocks.losses()).mean()
 
     def _of_outputs(self, batch: Input) -> list[Tensor]:
-        reading = self.divergence.reading
-        with torch.no_grad():
-            raw, wanted = reading.run_raw(self.original, batch)
-        raw_found, found = reading.run_raw(self.model, batch)
+        reading, kind = self.divergence.reading, next(self.model.parameters()).device.type
+        with nullcontext() if self.dtype is None else torch.autocast(kind, self.dtype):
+            with torch.no_grad():
+                raw, wanted = reading.run_raw(self.original, batch)
+            raw_found, found = reading.run_raw(self.model, batch)
+        if self.dtype is not None:
+            wanted, found = ([exact(leaf) for leaf in leaves] for leaves in (wanted, found))
         if self.criterion is not None:
             value = self.criterion(raw, raw_found).float().mean()
             if value.requires_grad:
@@ -94,6 +102,11 @@ class Lessons:
         if not losses:
             raise SharefoldError("refine: no output of this network has a gradient to learn from: convert without it")
         return losses
+
+
+def exact(leaf: Tensor) -> Tensor:
+    """Halves as float32, in which losses are summed; everything else as it is."""
+    return leaf.float() if leaf.dtype == torch.bfloat16 else leaf
 
 
 def relative_errors(student: Sequence[Tensor], teacher: Sequence[Tensor], spreads: Sequence[float]) -> list[Tensor]:
