@@ -99,7 +99,7 @@ def converted(
     cal = sharefold.calibrate(model, data["calibration"], seed=seed)
     plan = sharefold.plan(model, size, cal, method=method)
     planned = time.perf_counter() - start
-    for effort in ["", refine] if refine and plan.groups else [""]:  # nothing shared, nothing refined
+    for effort in ["", refine] if refine and (plan.groups or plan.store) else [""]:  # nothing changed, nothing refined
         cal.forget_solutions()  # both rows' seconds are those of a first conversion
         start, trial = time.perf_counter(), copy.deepcopy(model)
         done = sharefold.convert_(trial, plan, cal, refine=effort or None)
@@ -172,7 +172,8 @@ def load(network: str, seed: int, count: int) -> tuple[nn.Module, dict[str, Any]
 SERIES = {
     "original": ("black", ""), "sharefold": ("tab:orange", "-"), "sharefold, refined": ("tab:green", "-"),
     "sharefold, no images": ("tab:orange", ":"), "sharefold, refined, no images": ("tab:green", ":"),
-    "sharefold, file of that size": ("tab:red", "-"), "low rank": ("tab:purple", "--"), "basis": ("tab:olive", "--"),
+    "sharefold, file of that size": ("tab:red", "-"),
+    "sharefold, file of that size, refined": ("tab:green", "--"), "low rank": ("tab:purple", "--"), "basis": ("tab:olive", "--"),
     "spatial": ("tab:cyan", "--"), "average": ("tab:brown", "--"), "pruning": ("tab:pink", "--"),
     "original, rounded to nearest": ("tab:blue", "--"),
 }  # fmt: skip
@@ -181,7 +182,7 @@ SERIES = {
 def series_of(row: dict[str, Any]) -> str:
     if row["method"] == "auto":
         if row["size"].endswith("B"):
-            return "sharefold, file of that size"
+            return "sharefold, file of that size" + (", refined" if row["refine"] else "")
         return "sharefold" + (", refined" if row["refine"] else "") + ("" if row["images"] else ", no images")
     if row["method"].startswith("quantize"):
         return "original, rounded to nearest"

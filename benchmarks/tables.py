@@ -224,7 +224,8 @@ def label_free() -> str | None:
             days.setdefault(key, {}).setdefault(column, set()).add(row["date"])
         if row["refine"] and "top1" in row:
             effort = row["refine"] + (" epochs" if row["refine"].isdigit() else "") + ("" if row["images"] else " without images")
-            refined.setdefault((row["network"].replace("resnet", "ResNet-"), effort), []).append(row["seconds_by_step"]["refine"])
+            spent = sum(row["seconds_by_step"].get(step, 0) for step in ("refine", "refine codes"))
+            refined.setdefault((row["network"].replace("resnet", "ResNet-"), effort), []).append(spent)
     columns = [column for column in _RIVALS if any(column in cell for cell in found.values())]
     most = max(images for _, images, _ in found)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.architectures.bases import base_of
-from sharefold.budget import parse_effort
+from sharefold.budget import Effort, parse_effort
 from sharefold.calibration.calibrate import Calibration, calibration_of, copied
 from sharefold.calibration.images import input_config
 from sharefold.errors import SharefoldError, SharefoldWarning
@@ -43,9 +43,11 @@ from sharefold.repair.refit import Refit
 from sharefold.repair.step_record import StepRecord
 from sharefold.repair.work import Repair, Work, repaired
 from sharefold.settings import with_plain_settings
-from sharefold.store import parse_store, quantize_
+from sharefold.store import StoreReport, quantize_
 from sharefold.store.held_codes import check_holds_none
 from sharefold.store.plain_size import plain_bytes
+from sharefold.store.refine_codes import NAME as CODES
+from sharefold.store.refine_codes import efforts, refine_codes
 from sharefold.store.settle import settle_rounded
 from sharefold.store.tensor_spec import carry_spec
 
@@ -154,12 +156,10 @@ def carry_out(
     Returns:
         The plan as carried out, the calibration of the network with its channels reordered (mostly ``cal``), the steps.
     """
-    effort = parse_effort(options.refine)
+    effort, for_codes = efforts(parse_effort(options.refine), plan)
     check_plan(model, plan)
     check_layers(cal.graph, plan)
-    if plan.store:
-        parse_store(plan.store)
-    if effort is not None and not cal.comparable:
+    if (effort or for_codes) is not None and not cal.comparable:
         raise SharefoldError("refine: this network returns nothing to learn from: convert without it, or give a criterion")
     with _timed(seconds, "solve"):
         narrow_(model, cal, plan.narrowing, progress)
@@ -170,11 +170,16 @@ def carry_out(
     done = _install(model, plan, solutions, cal, base)
     carry_config(model, describe(cal.original, done, options.config))
     carry_spec(model, None)
-    steps = _mended(model, done, cal, base, options, seconds, progress)
+    steps = _mended(Work(cal, model, done, Guard(cal.decided), base, progress), options, effort, seconds)
     _put_back(model, cal.original, plan)
     if plan.store:
         with _timed(seconds, "store"):
-            steps.append(rounded(model, plan, cal, progress))
+            step, report = rounded(model, plan, cal, progress)
+        steps.append(step)
+        if for_codes is not None:
+            with _timed(seconds, CODES):
+                work = Work(cal, model, done, Guard(cal.decided, step.kl_after), base, progress)
+                steps.append(refine_codes(work, report, _refinement(for_codes, cal)))
     carry_config(model, replace(config_of(model), steps=tuple(steps)))
     return done, cal, steps
 
@@ -206,17 +211,18 @@ def _install(model: nn.Module, plan: Plan, solutions: list[Solution], cal: Calib
     return replace(plan, groups=groups, params_after=sum(p.numel() for p in model.parameters()))
 
 
-def _mended(
-    model: nn.Module, plan: Plan, cal: Calibration, base: Calibration, options: ConvertOptions, seconds: dict[str, float],
-    progress: Progress | None,
-) -> list[StepRecord]:  # fmt: skip
+def _refinement(effort: Effort, cal: Calibration) -> RefineOptions:
+    return RefineOptions(effort.epochs, effort.seconds, seed=cal.seed)
+
+
+def _mended(work: Work, options: ConvertOptions, effort: Effort | None, seconds: dict[str, float]) -> list[StepRecord]:
     """Repairs and refinement, as far as they are asked for and something can decide on them; a record each."""
-    effort, reason = parse_effort(options.refine), ""
+    reason = ""
     repairs: tuple[Repair, ...] = REPAIRS if options.repair else ()
-    refinement = [] if effort is None else [Refinement(RefineOptions(effort.epochs, effort.seconds, seed=cal.seed))]
-    if not plan.groups:
+    refinement = [] if effort is None else [Refinement(_refinement(effort, work.cal))]
+    if not work.plan.groups:
         reason = "nothing was shared, so that there is nothing to repair or refine"
-    elif not cal.comparable:
+    elif not work.cal.comparable:
         reason = "the network returns nothing to decide by"
     if reason:
         if effort is not None:
@@ -224,7 +230,6 @@ def _mended(
         names = [Confidence.name] if repairs else []
         return [StepRecord(name, False, reason) for name in (*names, *(step.name for step in (*repairs, *refinement)))]
     records: list[StepRecord] = []
-    work = Work(cal, model, plan, Guard(cal.decided), base, progress)
     if repairs:
         with _timed(seconds, "repair"):
             confidence = Confidence(work)
@@ -235,17 +240,20 @@ def _mended(
     return records
 
 
-def rounded(model: nn.Module, plan: Plan, cal: Calibration, progress: Progress | None) -> StepRecord:
+def rounded(model: nn.Module, plan: Plan, cal: Calibration, progress: Progress | None) -> tuple[StepRecord, StoreReport]:
     """Rounds to what the file will hold, whatever it costs, which the record tells; then settles the scale of the logits."""
     assert plan.store is not None
     store, guard = plan.store, Guard(cal.decided) if cal.comparable else None
+    reports: list[StoreReport] = []
 
     def change() -> dict[str, Any]:
         report = quantize_(model, store, cal, cal.original, cal.seed, progress)
+        reports.append(report)
         found = {} if guard is None else settle_rounded(Work(cal, model, plan, guard, cal, progress), report)
         return {**report.details, **({"factors": found} if found else {})}
 
-    return StepRecord("store", True, details=change()) if guard is None else guard.watch(model, "store", change)
+    step = StepRecord("store", True, details=change()) if guard is None else guard.watch(model, "store", change)
+    return step, reports[0]
 
 
 @torch.no_grad()

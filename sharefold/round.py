@@ -68,7 +68,7 @@ def round_with(
     cal = calibrate(original, images, options)
     plan = replace(config.plan, store=kind)
     with restored_on_error(model):
-        step = replace(rounded(model, plan, cal, progress), name=ROUND)
+        step = replace(rounded(model, plan, cal, progress)[0], name=ROUND)
         figures = reported(model, cal)
         carry_config(model, replace(without_figures(config), plan=plan, steps=(step,)))
     seconds = {ROUND: round(time.perf_counter() - start, 3)}

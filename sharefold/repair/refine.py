@@ -29,6 +29,7 @@ from sharefold.plans import Plan, Progress
 from sharefold.repair.confidence import Confidence
 from sharefold.repair.guard import Guard, Scaled
 from sharefold.repair.half_precision import depthwise_in_full, take_halves
+from sharefold.repair.learned import Learned, Parameters
 from sharefold.repair.lockstep import BATCH_ELEMENTS, largest_map
 from sharefold.repair.refine_loss import lessons
 from sharefold.repair.step_record import StepRecord
@@ -40,7 +41,6 @@ from sharefold.state_dicts import Trial, trial
 DEFAULT_SECONDS = 210.0
 # Small networks get through many epochs in that time; beyond this many the images have nothing more to say.
 MOST_EPOCHS = 100
-SMALLEST_SCALE = 1e-2
 WARMUP = 0.1
 CHECKS = 5
 # Where time allows fewer steps than this, they are smaller: what large ones disturb so few cannot mend.
@@ -75,24 +75,13 @@ def refine(
 
 
 def _refined(work: Work, wanted: RefineOptions) -> StepRecord:
-    _check(wanted)
-    if wanted.epochs is None and wanted.seconds is None:
-        wanted = replace(wanted, seconds=DEFAULT_SECONDS)
-    model, cal, guard = work.model, work.cal, work.guard
-    original = cal.original
-    clock = _Clock(len(cal.fit_images), MOST_EPOCHS if wanted.epochs is None else wanted.epochs, wanted.seconds)
-    norms = cal.norms
-    if wanted.blocks is None:
-        wanted = replace(wanted, blocks=tuple(cal.graph.blocks))
+    wanted = checked(wanted)
+    model, guard = work.model, work.guard
+    clock, learned = clock_for(work, wanted), Parameters([p for p in model.parameters() if p.is_floating_point()])
     before, scales = guard.current(model), Confidence(work)
-    with (
-        _training(original, model) as parameters, norms_fused(original, norms, constant=True), norms_fused(model, norms),
-        trial(model) as tried, closing(_train(cal, model, parameters, clock, wanted, scales)) as loop,
-    ):  # fmt: skip
+    with trial(model) as tried, closing(training(work, learned, clock, wanted, scales)) as loop:
         checks = _Checks(guard, model, before, tried, scales)
         for share in loop:
-            if work.progress:
-                work.progress("refining", round(share * 100), 100)
             if not checks.passes(share):
                 break
     guard.settle(checks.best)
@@ -115,14 +104,24 @@ class Refinement:
         return _refined(work, self.options)
 
 
-def _check(options: RefineOptions) -> None:
+def checked(options: RefineOptions) -> RefineOptions:
+    """With the default where neither epochs nor seconds are given.
+
+    Raises:
+        SharefoldError: an epoch or time budget, or a batch, that is not positive.
+    """
     for name in ("epochs", "seconds", "batch_size"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise SharefoldError(f"refine: {name}={value}: must be above 0")
+    return replace(options, seconds=DEFAULT_SECONDS) if options.epochs is None and options.seconds is None else options
 
 
-class _Clock:
+def clock_for(work: Work, wanted: RefineOptions) -> Clock:
+    return Clock(len(work.cal.fit_images), MOST_EPOCHS if wanted.epochs is None else wanted.epochs, wanted.seconds)
+
+
+class Clock:
     """How much of the budget is used: the larger share of epochs and seconds."""
 
     def __init__(self, images: int, epochs: int, seconds: float | None) -> None:
@@ -180,24 +179,31 @@ class _Checks:
         return math.isfinite(found)
 
 
-def _train(
-    cal: Calibration, model: nn.Module, parameters: list[nn.Parameter], clock: _Clock, options: RefineOptions,
-    scales: Confidence,
-) -> Generator[float, None, None]:  # fmt: skip
-    """Trains, and yields the share of the budget used after every step; the last one is 1."""
+def training(
+    work: Work, learned: Learned, clock: Clock, options: RefineOptions, scales: Confidence
+) -> Generator[float, None, None]:
+    """Trains ``learned``, and yields the share of the budget used after every step; the last one is 1.
+
+    Between steps the network is as it trains: in eval mode, its norms inside of its convolutions.
+    """
+    cal, model = work.cal, work.model
     original, images = cal.original, cal.fit_images
     generator = torch.Generator().manual_seed(options.seed)
-    batch_size, blocks, step = options.batch_size, options.blocks or (), options.step
+    device = next(model.parameters()).device
+    batch_size, blocks = options.batch_size, tuple(cal.graph.blocks) if options.blocks is None else options.blocks
     if batch_size is None:
-        largest = largest_map(original, images[:1].to(parameters[0].device))
+        largest = largest_map(original, images[:1].to(device))
         batch_size = batch_within(BATCH_ELEMENTS, largest, BATCH, SMALLEST_BATCH)
-    first = images[: max(2, batch_size)].to(parameters[0].device)
+    first = images[: max(2, batch_size)].to(device)
     # Gradients of fewer images are noisier, by the square root, and so must steps be smaller.
     fewer = math.sqrt(min(1.0, min(batch_size, len(images)) / BATCH))
-    optimizer = torch.optim.AdamW(_groups(parameters, step * fewer), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(learned.groups(options.step * fewer), weight_decay=0.0, betas=learned.betas)
     rates = [group["lr"] for group in optimizer.param_groups]
     share = 0.0
-    with lessons(cal, model, first, blocks, scales.layers) as taught, depthwise_in_full(model):
+    with (
+        _training(original, model), norms_fused(original, cal.norms, constant=True), norms_fused(model, cal.norms),
+        lessons(cal, model, first, blocks, scales.layers) as taught, depthwise_in_full(model),
+    ):  # fmt: skip
         take_halves(taught, first)
         while True:
             order = torch.randperm(len(images), generator=generator)
@@ -208,17 +214,21 @@ def _train(
                 picked = images[index]
                 # What is turned in one of several inputs would no longer belong to the others.
                 views = picked if isinstance(picked, Inputs) else random_views(picked, generator)
-                batch = views.to(parameters[0].device)
-                loss = taught.loss(batch)
-                optimizer.zero_grad()
+                loss = taught.loss(views.to(device))
+                model.zero_grad()
                 loss.backward()
+                learned.take_gradients()
                 optimizer.step()
+                learned.show()
                 clock.seen += len(index)
                 clock.steps += 1
                 share = clock.share()
+                if work.progress:
+                    work.progress("refining", round(share * 100), 100)
                 yield share
                 if share >= 1:
                     return
+            learned.epoch_ends()
 
 
 def _rate(share: float) -> float:
@@ -228,16 +238,8 @@ def _rate(share: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (share - WARMUP) / (1 - WARMUP)))
 
 
-def _groups(parameters: list[nn.Parameter], step: float) -> list[dict[str, Any]]:
-    """One optimizer group a tensor, with a rate proportional to the tensor's root mean square."""
-    sizes = [float(p.detach().float().square().mean().sqrt()) if p.numel() else 0.0 for p in parameters]
-    return [
-        {"params": [p], "lr": step * max(size, SMALLEST_SCALE)} for p, size in zip(parameters, sizes, strict=True)
-    ]
-
-
 @contextmanager
-def _training(original: nn.Module, model: nn.Module) -> Iterator[list[nn.Parameter]]:
+def _training(original: nn.Module, model: nn.Module) -> Iterator[None]:
     """Both networks in eval mode, gradients on for all of ``model``'s parameters; all of it is undone at the end."""
     flags = [(p, p.requires_grad, p.grad) for net in (original, model) for p in net.parameters()]
     parameters = [p for p in model.parameters() if p.is_floating_point()]
@@ -249,7 +251,7 @@ def _training(original: nn.Module, model: nn.Module) -> Iterator[list[nn.Paramet
             parameter.grad = None
         # A composed weight is small beside the maps, and one convolution a layer passes over memory once.
         with evaluating(original, model), torch.enable_grad(), running(model, "composed"):
-            yield parameters
+            yield
     finally:
         for parameter, flag, grad in flags:
             parameter.requires_grad_(flag)

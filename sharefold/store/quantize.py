@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -25,7 +25,7 @@ from sharefold.settings import with_plain_settings
 from sharefold.store.held_codes import check_holds_none
 from sharefold.store.norm_absorption import gains_of
 from sharefold.store.prepare import Prepared, matrices, plan_of, prepare
-from sharefold.store.round_network import round_network
+from sharefold.store.round_network import RoundedNetwork, round_network
 from sharefold.store.size import file_bytes, size_predictor
 from sharefold.store.specs_for import halves, nearest, snap_
 from sharefold.store.tensor_spec import StoreRequest, StoreSpec, carry_spec, parse_store
@@ -42,13 +42,14 @@ _SAME, _BEYOND = 0.01, 0.5  # octaves: steps so close are the same one; so far p
 
 @dataclass
 class StoreReport:
-    """``spec``, ``bytes`` of the single file, ``request`` as carried out (with its step), ``sequential``: whether
-    every layer was fitted to the outputs of the original on the inputs that the rounded layers before it give."""
+    """``spec``, ``bytes`` of the single file, ``request`` as carried out (with its step), ``sequential`` and ``positions`` as in
+    :class:`sharefold.store.round_network.RoundedNetwork`."""
 
     spec: StoreSpec
     bytes: int
     request: StoreRequest
     sequential: bool
+    positions: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def details(self) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def quantize_(
         if request.kind == "fp16":
             found = halves(model)
             snap_(model, found)
-            return _finished(model, found, request, False)
+            return _finished(model, RoundedNetwork(found, False, {}), request)
         known = None
         if isinstance(calibration, Calibration) and (original is None or original is calibration.original):
             known = calibration.divergence
@@ -113,17 +114,17 @@ def _rounded(
     if request.kind == "coded" and request.step == 0:
         request = _step_for(model, prepared, request)
     start = copy.deepcopy(model.state_dict())
-    best: tuple[int, StoreSpec, StoreRequest, bool, dict[str, Tensor]] | None = None
+    best: tuple[int, RoundedNetwork, StoreRequest, dict[str, Tensor]] | None = None
     tried: list[tuple[float, int]] = []
     for number in range(_MOST_ROUNDS):
         if number >= _ROUNDS and best is not None:
             break
-        found, sequential = round_network(model, teacher, prepared, request, images, progress)
-        size, budget = file_bytes(model, found), request.budget
+        found = round_network(model, teacher, prepared, request, images, progress)
+        size, budget = file_bytes(model, found.spec), request.budget
         if budget is None:
-            return _finished(model, found, request, sequential)
+            return _finished(model, found, request)
         if size <= budget and (best is None or size > best[0]):
-            best = size, found, request, sequential, copy.deepcopy(model.state_dict())
+            best = size, found, request, copy.deepcopy(model.state_dict())
             if size >= (1 - 3 * _SLACK) * budget or request.step <= SMALLEST_STEP:
                 break
         tried.append((request.step, size))
@@ -137,9 +138,9 @@ def _rounded(
         model.load_state_dict(start)
     if best is None:
         raise SharefoldError(f"store: {size:,} bytes instead of {request.budget:,}: allow more, or share more")
-    _, found, request, sequential, state = best
+    _, found, request, state = best
     model.load_state_dict(state)
-    return _finished(model, found, request, sequential)
+    return _finished(model, found, request)
 
 
 def _next_step(tried: list[tuple[float, int]], wanted: float, weights: int) -> float:
@@ -184,9 +185,9 @@ def plan_store(
     return _step_for(trial, prepared, StoreRequest("coded", budget=budget_bytes))
 
 
-def _finished(model: nn.Module, spec: StoreSpec, request: StoreRequest, sequential: bool) -> StoreReport:
-    carry_spec(model, spec)
-    return StoreReport(spec, file_bytes(model, spec), request, sequential)
+def _finished(model: nn.Module, found: RoundedNetwork, request: StoreRequest) -> StoreReport:
+    carry_spec(model, found.spec)
+    return StoreReport(found.spec, file_bytes(model, found.spec), request, found.sequential, found.positions)
 
 
 def _step_for(model: nn.Module, prepared: Prepared, request: StoreRequest) -> StoreRequest:

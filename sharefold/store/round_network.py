@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +19,33 @@ from sharefold.solvers.moments import Moments, PairSums
 from sharefold.store.gathering import gather, runs
 from sharefold.store.norm_absorption import Gain, absorb_statistics, gains_of, take_up
 from sharefold.store.prepare import Prepared, matrices, plan_of
-from sharefold.store.rounding import round_matrix
+from sharefold.store.rounding import rounded_from
 from sharefold.store.specs_for import halves_and_offsets, matrix_spec, snap_
 from sharefold.store.tensor_spec import StoreRequest, StoreSpec
+
+
+@dataclass(frozen=True)
+class RoundedNetwork:
+    """What :func:`round_network` did.
+
+    Attributes:
+        spec: how every tensor is stored.
+        sequential: whether every layer was fitted to the outputs of the original on the inputs that the rounded layers before it
+            give.
+        positions: what the values of each rounded matrix (O, N) were when they were rounded, float32, in steps of their rows.
+    """
+
+    spec: StoreSpec
+    sequential: bool
+    positions: dict[str, Tensor]
 
 
 @torch.no_grad()
 def round_network(
     model: nn.Module, teacher: nn.Module, prepared: Prepared, request: StoreRequest, images: Input,
     progress: Progress | None,
-) -> tuple[StoreSpec, bool]:  # fmt: skip
-    """Rounds every tensor of ``model`` in place, in eval mode like ``teacher``.
-
-    Returns:
-        How, and whether every layer was fitted to the outputs of ``teacher`` on the inputs that rounded layers before it give.
-    """
+) -> RoundedNetwork:  # fmt: skip
+    """Rounds every tensor of ``model`` in place, in eval mode like ``teacher``."""
     wanted, plan = matrices(model), plan_of(model)
     absorbing = request.kind != "grid" or request.bits < 8
     rounder = _Rounder(wanted, prepared, request, gains_of(model, prepared.graph, wanted, plan) if absorbing else {})
@@ -64,7 +77,7 @@ def round_network(
     found = halves_and_offsets(model, prepared, rounder.gains, request)
     found.tensors.update(rounder.spec.tensors)
     snap_(model, found)
-    return found, sequential
+    return RoundedNetwork(found, sequential, rounder.positions)
 
 
 class _Rounder:
@@ -75,6 +88,7 @@ class _Rounder:
     ) -> None:
         self.wanted, self.prepared, self.request, self.gains = wanted, prepared, request, gains
         self.spec = StoreSpec({})
+        self.positions: dict[str, Tensor] = {}
         self._multiplied: dict[str, Tensor] = {}
 
     def settle(self, name: str, metric: Tensor | None) -> None:
@@ -85,7 +99,8 @@ class _Rounder:
             power = scale.square().flatten()
             matrix, rows = (matrix.double() * scale).to(matrix), torch.where(power > 0, rows / power, rows)
         entry = self.spec.tensors[name] = matrix_spec(matrix, rows, self.request, metric)
-        rounded = round_matrix(matrix, entry, metric)
+        rounded, before = rounded_from(matrix, entry, metric)
+        self.positions[name] = before / entry.row_scales()
         if scale is not None:
             self._multiplied[name] = rounded
             rounded = torch.where(scale == 0, 0.0, rounded / scale)

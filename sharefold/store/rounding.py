@@ -23,28 +23,33 @@ def round_matrix(matrix: Tensor, spec: TensorSpec, metric: Tensor | None, ridge:
         metric: (G, N, N) input moments of every conv group, or None to round to the nearest.
         ridge: added to the moments, relative to their mean diagonal.
     """
+    return rounded_from(matrix, spec, metric, ridge)[0]
+
+
+def rounded_from(matrix: Tensor, spec: TensorSpec, metric: Tensor | None, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
+    """:func:`round_matrix`, and (O, N) float32 what each value was when it was rounded, errors of columns before it included."""
     if metric is None:
-        return spec.values(spec.codes(matrix))
+        return spec.values(spec.codes(matrix)), matrix.detach().float().cpu()
     groups, columns = metric.shape[0], metric.shape[1]
     scales = spec.row_scales()
     dtype = working_dtype(columns, torch.float32)
     order, upper = error_paths(metric.to(dtype), ridge)
     index = order.unsqueeze(1).expand(groups, matrix.shape[0] // groups, columns)
     work = matrix.detach().cpu().to(dtype).reshape(groups, -1, columns).gather(2, index).clone()
-    rounded = torch.empty_like(work)
+    rounded, before = torch.empty_like(work), torch.empty_like(work)
     for first in range(0, columns, _BLOCK):
         last = min(first + _BLOCK, columns)
         errors = torch.empty_like(work[:, :, first:last])
         for j in range(first, last):
-            column = work[:, :, j]
+            column = before[:, :, j] = work[:, :, j]
             flat = column.reshape(-1, 1)
             rounded[:, :, j] = spec.values(spec.codes(flat, scales), scales).to(dtype).reshape(column.shape)
             error = (column - rounded[:, :, j]) / upper[:, j, j].unsqueeze(1)
             errors[:, :, j - first] = error
             work[:, :, j + 1 : last] -= error.unsqueeze(2) * upper[:, j, j + 1 : last].unsqueeze(1)
         work[:, :, last:] -= errors @ upper[:, first:last, last:]
-    result = torch.empty_like(rounded).scatter_(2, index, rounded)
-    return result.reshape(matrix.shape).float()
+    values, given = (torch.empty_like(part).scatter_(2, index, part) for part in (rounded, before))
+    return values.reshape(matrix.shape).float(), given.reshape(matrix.shape).float()
 
 
 def error_paths(metric: Tensor, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:

@@ -24,11 +24,14 @@ FEWEST = 30
 WIDEST = 2.0
 
 
-def settle_rounded(work: Work, report: StoreReport) -> dict[str, float]:
+def settle_rounded(work: Work, report: StoreReport, widest: float = WIDEST) -> dict[str, float]:
     """Gives the logits of ``work.model``, which was rounded, the scale of least divergence.
 
     Left as it is where few images decide, where a factor is beyond what rounding does, where the divergence does not clearly fall
     and where the file would grow beyond its budget.
+
+    Args:
+        widest: factors further from 1 than this are not plausible.
 
     Returns:
         The factors by the name of the output; none where nothing was scaled.
@@ -44,7 +47,7 @@ def settle_rounded(work: Work, report: StoreReport) -> dict[str, float]:
     spec = report.spec
     for output, factor in factors.items():
         spec = rescale_(model, spec, names[id(confidence.layers[output])], factor)
-    plausible = bool(factors) and all(1 / WIDEST < factor < WIDEST for factor in factors.values())
+    plausible = bool(factors) and all(1 / widest < factor < widest for factor in factors.values())
     after = guard.divergence(model) if plausible else now
     kept = guard.better(after, now)
     size, budget = file_bytes(model, spec) if kept else report.bytes, report.request.budget

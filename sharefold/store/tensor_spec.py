@@ -103,6 +103,13 @@ class TensorSpec:
             return torch.bucketize(ratio, (levels[1:] + levels[:-1]) / 2)
         return ratio.round().clamp(-self.limit, self.limit).long()
 
+    def nearest(self, ratio: Tensor) -> Tensor:
+        """The nearest values that codes can stand for, of any shape and on any device, in units of the row scale."""
+        if self.kind == "codebook":
+            levels = torch.tensor(self.levels, dtype=ratio.dtype, device=ratio.device)
+            return levels[torch.bucketize(ratio, (levels[1:] + levels[:-1]) / 2)]
+        return ratio.round().clamp(-self.limit, self.limit)
+
     def values(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
         """The matrix (O, N) float32 that ``codes`` stand for."""
         scales = self.row_scales() if scales is None else scales
