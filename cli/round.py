@@ -6,11 +6,14 @@ from pathlib import Path
 
 import click
 
+from sharefold.budget import parse_effort
 from sharefold.errors import SharefoldError
+from sharefold.options import RoundOptions
 
 from .agreement_text import agreement_text
 from .common import Run, jsonable, shared_options
 from .convert_report import Timer, figures_of, print_steps, weight_file_bytes
+from .record_options import record_options
 from .source import SourceOptions, source_options
 from .tensor_input import check_takes_images, drawn, tensor_file
 
@@ -23,16 +26,18 @@ from .tensor_input import check_takes_images, drawn, tensor_file
 @click.option("--calib", metavar="DATA", help="Images, or tensors, without labels.  [default: procedural images]")
 @click.option("--calib-count", type=click.IntRange(min=1), metavar="N", help="How many.  [default: 1000; 64 large made ones]")
 @click.option("--calib-split", default="train", show_default=True, help="Which part of the data.")
+@record_options(RoundOptions)
 @click.option("--force", is_flag=True, help="Replace what is at the output.")
 @shared_options
 def command(
     run: Run, source: SourceOptions, store: str, output: Path, outputs: tuple[str, ...], calib: str | None,
-    calib_count: int | None, calib_split: str, force: bool,
+    calib_count: int | None, calib_split: str, refine: str | None, force: bool,
 ) -> None:  # fmt: skip
     """Round the weights of SOURCE, a sharefold directory or file, and save it small.
 
     \b
     sharefold round resnet20-tuned --store 60kB --calib npz:cifar10.npz -o resnet20-60kB.safetensors
+    sharefold round resnet20-tuned --store 30kB --calib npz:cifar10.npz --refine 4m -o resnet20-30kB.safetensors
     sharefold round resnet50-tuned --store int8 --calib imagefolder:/data/imagenet -o resnet50-int8
     """
     from sharefold.files import check_output
@@ -49,6 +54,7 @@ def command(
 
     timer = Timer()
     kind = store_of(store)
+    options = RoundOptions(run.seed, outputs=outputs or None, refine=parse_effort(refine))
     tensors = tensor_file(calib)
     opened = source.open()
     if not opened.shared:
@@ -66,7 +72,7 @@ def command(
             count = calib_count or default_count(*preprocess.size[1:], procedural=calib is None)
             images = calibration_images(calib, preprocess, count, run.seed, calib_split)
             images = matched(model, images, run.seed, progress) if calib is None else images
-        done, cal = round_with(model, kind, images, sharefold.CalibrationOptions(run.seed, outputs=outputs or None), progress)
+        done, cal = round_with(model, kind, images, options, progress)
     timer.lap("round")
     figures = figures_of(done)
     # Under a name of their own: a file's agreement is that with the original, which nobody has measured here.

@@ -27,6 +27,7 @@ _LAZY = {
     "PlanOptions": "sharefold.options",
     "ConvertOptions": "sharefold.options",
     "RefineOptions": "sharefold.options",
+    "RoundOptions": "sharefold.options",
     "GroupOptions": "sharefold.options",
     "OpenOptions": "sharefold.options",
     "ExportOptions": "sharefold.options",

@@ -117,6 +117,19 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True)
+class RoundOptions(CalibrationOptions):
+    """How a converted network is measured when it is rounded, and what follows.
+
+    Attributes:
+        refine: the rounded network learns what it said before, without labels: epochs, a time such as ``"4m"``, or ``"auto"``.
+    """
+
+    refine: str | int | bool | Effort | None = option(
+        None, "Learn on these images what rounding has changed: 20 (epochs), 4m.", "EFFORT", alone="auto"
+    )
+
+
+@dataclass(frozen=True)
 class RefineOptions:
     """How long and how refinement runs.
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from sharefold.budget import parse_budget
+from sharefold.budget import parse_budget, parse_effort
 from sharefold.calibration.calibrate import Calibration, calibrate
 from sharefold.convert import Conversion, reported, rounded
 from sharefold.errors import SharefoldError
@@ -15,18 +15,21 @@ from sharefold.format import carry_config, config_of, without_figures
 from sharefold.graph.preserved import restored_on_error
 from sharefold.inputs import AnyInput
 from sharefold.layers.surgery import to_dense
-from sharefold.options import CalibrationOptions
+from sharefold.options import CalibrationOptions, RefineOptions, RoundOptions
 from sharefold.plans import Progress
+from sharefold.repair.guard import Guard
 from sharefold.repair.step_record import ROUND
+from sharefold.repair.work import Work
 from sharefold.settings import with_plain_settings
 from sharefold.store import parse_store
 from sharefold.store.held_codes import check_holds_none
+from sharefold.store.refine_codes import refine_codes, worth_refining
 from sharefold.store.tensor_spec import carry_spec
 
 
 @with_plain_settings
 def round_(
-    model: nn.Module, store: str, images: AnyInput | None = None, options: CalibrationOptions | None = None,
+    model: nn.Module, store: str, images: AnyInput | None = None, options: RoundOptions | CalibrationOptions | None = None,
     progress: Progress | None = None,
 ) -> Conversion:  # fmt: skip
     """Rounds ``model`` in place to what :func:`sharefold.save` will then write in few bytes.
@@ -39,26 +42,29 @@ def round_(
         store: ``int2`` to ``int8``, ``kmeans2`` to ``kmeans8``, ``fp16``, or the bytes of the file, ``60kB`` or ``mixed:60kB``.
         images: (n, C, H, W) normalised images, no labels, or what else :func:`sharefold.calibrate` takes; by default procedural
             ones.
-        options: how they are used; what outputs are.
+        options: how they are used; what outputs are; how long the codes learn afterwards.
         progress: called with (what, done, total).
 
     Returns:
-        What was done, as of a conversion: the plan with its new ``store``, the network before as ``original``, the one step
-        ``round`` and figures on images on which nothing was fitted or decided.
+        What was done, as of a conversion: the plan with its new ``store``, the network before as ``original``, the step ``round``
+        (and ``refine codes``, if asked for) and figures on images on which nothing was fitted or decided.
 
     Raises:
-        SharefoldError: not converted, an unknown kind, too small a budget. After this or any other exception the model is what
-            it was.
+        SharefoldError: not converted, an unknown kind, too small a budget; refinement of what is not coarse enough to gain by it,
+            or of a network that returns nothing to compare. After this or any other exception the model is what it was.
     """
     return round_with(model, store, images, options, progress)[0]
 
 
 def round_with(
-    model: nn.Module, store: str, images: AnyInput | None, options: CalibrationOptions | None = None,
+    model: nn.Module, store: str, images: AnyInput | None, options: RoundOptions | CalibrationOptions | None = None,
     progress: Progress | None = None,
 ) -> tuple[Conversion, Calibration]:  # fmt: skip
     """:func:`round_`, and the calibration that it was done with."""
     kind = store_of(store)
+    effort = parse_effort(options.refine) if isinstance(options, RoundOptions) else None
+    if effort is not None and not worth_refining(parse_store(kind)):
+        raise SharefoldError(f"round: {store} is next to exact, which refining cannot mend: leave --refine out, or take less")
     check_holds_none(model, "round")
     config = config_of(model)
     start = time.perf_counter()
@@ -66,13 +72,19 @@ def round_with(
     for carry in (carry_config, carry_spec):
         carry(original, None)  # a stock network, whose every layer may be looked at
     cal = calibrate(original, images, options)
+    if effort is not None and not cal.comparable:
+        raise SharefoldError("round: this network returns nothing to learn from: leave --refine out, or give a criterion")
     plan = replace(config.plan, store=kind)
     with restored_on_error(model):
-        step = replace(rounded(model, plan, cal, progress)[0], name=ROUND)
+        step, report = rounded(model, plan, cal, progress)
+        steps = [replace(step, name=ROUND)]
+        if effort is not None:
+            work = Work(cal, model, plan, Guard(cal.decided, step.kl_after), cal, progress)
+            steps.append(refine_codes(work, report, RefineOptions(effort.epochs, effort.seconds, seed=cal.seed)))
         figures = reported(model, cal)
-        carry_config(model, replace(without_figures(config), plan=plan, steps=(step,)))
+        carry_config(model, replace(without_figures(config), plan=plan, steps=tuple(steps)))
     seconds = {ROUND: round(time.perf_counter() - start, 3)}
-    return Conversion(plan, cal.original, **figures, steps={step.name: step}, seconds=seconds), cal
+    return Conversion(plan, cal.original, **figures, steps={step.name: step for step in steps}, seconds=seconds), cal
 
 
 def store_of(text: str) -> str:

@@ -16,6 +16,8 @@ from sharefold.checkpoint import read_config
 from sharefold.errors import SharefoldError
 from sharefold.finetune import finetune
 from sharefold.format import config_of
+from sharefold.options import RoundOptions
+from sharefold.repair.step_record import measured_on
 from sharefold.round import store_of
 
 IMAGES = images(240)
@@ -48,6 +50,22 @@ def test_the_file_is_small_and_holds_what_the_figures_speak_of(tuned: nn.Module,
     assert list(done.steps) == ["round"] and done.report_images >= 50 and abs(done.agreement - float(same)) < 0.15
     assert done.plan.store == config_of(again).plan.store == store_of(store)
     assert done.plan.groups == config_of(tuned).plan.groups and done.plan.groups
+
+
+def test_codes_are_refined_on_request(tuned: nn.Module, tmp_path: Path) -> None:
+    model = copy.deepcopy(tuned)
+    done = sharefold.round_(model, "5kB", IMAGES, RoundOptions(refine=3))
+    assert list(done.steps) == ["round", "refine codes"] == [step.name for step in config_of(model).steps]
+    step = done.steps["refine codes"]
+    assert step["epochs"] == 3 and step.kl_before == done.steps["round"].kl_after
+    assert step.kept == (step.kl_after < step.kl_before) and "before it was rounded" in measured_on(list(done.steps.values()))
+    sharefold.save(model, tmp_path / "net.safetensors")
+    assert (tmp_path / "net.safetensors").stat().st_size <= 5_000
+    before = {name: tensor.clone() for name, tensor in tuned.state_dict().items()}
+    for store in ("int8", "fp16"):
+        with pytest.raises(SharefoldError, match=f"{store} is next to exact"):
+            sharefold.round_(tuned, store, IMAGES, RoundOptions(refine=3))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tuned.state_dict().items())
 
 
 def test_it_can_be_rounded_again_to_another_size(tuned: nn.Module, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def measured_on(steps: Sequence[StepRecord]) -> str:
     if not counts:
         return ""
     number = " or ".join(f"{count:,}" for count in counts)
-    whom = "network before it was rounded" if all(step.name == ROUND for step in steps) else "original"
+    whom = "network before it was rounded" if any(step.name == ROUND for step in steps) else "original"
     return (
         f"Divergence from the {whom} on {number} decide images, views of them included. They also chose what is kept, so that "
         "it may be larger on new ones."
