@@ -52,20 +52,22 @@ def refine_codes(work: Work, report: StoreReport, options: RefineOptions) -> Ste
     options = checked(options)
     clock, codes = clock_for(work, options), Codes(model, report)
     kept, after = False, math.nan
-    with trial(model) as tried:
-        with closing(training(work, codes, clock, options, Confidence(work))) as loop:
-            for _ in loop:
-                pass
-        if codes.finite() and (spec := codes.settled()) is not None:
-            found = replace(report, spec=spec, bytes=file_bytes(model, spec))
-            now = guard.divergence(model)
-            guard.settle(now)
-            factors = settle_rounded(work, found, WIDEST)
-            after = guard.divergence(model) if factors else now
-            if guard.better(after, before):
-                kept = True
-                tried.keep()
-                report.spec, report.bytes = found.spec, found.bytes
+    try:
+        with trial(model) as tried:
+            with closing(training(work, codes, clock, options, Confidence(work))) as loop:
+                for _ in loop:
+                    pass
+            if codes.finite() and (spec := codes.settled()) is not None:
+                found = replace(report, spec=spec, bytes=file_bytes(model, spec))
+                now = guard.divergence(model)
+                guard.settle(now)
+                factors = settle_rounded(work, found, WIDEST)
+                after = guard.divergence(model) if factors else now
+                if guard.better(after, before):
+                    kept = True
+                    tried.keep()
+                    report.spec, report.bytes = found.spec, found.bytes
+    finally:
         carry_spec(model, report.spec)
     guard.settle(after if kept else before)
     details = {
@@ -113,8 +115,8 @@ class Codes:
             entry = self.spec.tensors[name]
             if entry.kind in ("coded", "grid", "codebook") and tensor.ndim > 1:
                 self.rows[name] = _Rows(tensor, entry, report.positions.get(name))
-            elif bool((tensor != tensor.flatten()[0]).any()):
-                self.offsets[name] = nn.Parameter(tensor.detach().clone())
+            elif tensor.numel() and bool((tensor != tensor.flatten()[0]).any()):
+                self.offsets[name] = nn.Parameter(tensor.detach().float().clone())
 
     def groups(self, step: float) -> list[dict[str, Any]]:
         positions = [rows.position for rows in self.rows.values()]
@@ -129,7 +131,8 @@ class Codes:
         for name, rows in self.rows.items():
             rows.take(self.tensors[name], self.price)
         for name, offset in self.offsets.items():
-            offset.grad = self.tensors[name].grad
+            gradient = self.tensors[name].grad
+            offset.grad = None if gradient is None else gradient.float()
 
     @torch.no_grad()
     def show(self) -> None:
@@ -193,8 +196,8 @@ class _Rows:
 
     def __init__(self, tensor: Tensor, entry: TensorSpec, position: Tensor | None) -> None:
         self.entry = entry
-        self.first_scale = entry.row_scales().to(tensor)
-        ratio = tensor.detach().reshape(len(entry.scales), -1) / self.first_scale
+        self.first_scale = entry.row_scales().to(tensor.device)
+        ratio = tensor.detach().float().reshape(len(entry.scales), -1) / self.first_scale
         self.position = nn.Parameter(ratio)
         self.first = self.nearest()
         if position is not None and position.shape == ratio.shape:
@@ -224,7 +227,7 @@ class _Rows:
         if tensor.grad is None:  # nothing of what is compared depends on it
             self.gain.grad = self.position.grad = None
             return
-        gradient = tensor.grad.reshape(self.position.shape)
+        gradient = tensor.grad.float().reshape(self.position.shape)
         self.gain.grad = (gradient * tensor.reshape(self.position.shape)).sum(1, keepdim=True)
         self.position.grad = wanted = gradient * self.scale()
         self.felt.lerp_(wanted.square(), 1 - BETAS[1])
