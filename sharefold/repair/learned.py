@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
+from sharefold.layers import form_of
+from sharefold.repair.muon import Muon, suits
+
 SMALLEST_SCALE = 1e-2
+# Steps of matrices, which go in all directions at once, beside those of other tensors.
+MATRIX = 0.25
 
 
 class Learned(Protocol):
-    """What an optimizer moves, and how the network gets it."""
+    """What optimizers move, and how the network gets it."""
 
-    betas: tuple[float, float]
-
-    def groups(self, step: float) -> list[dict[str, Any]]:
-        """For AdamW; ``step``: the largest relative change of a tensor at once."""
+    def optimizers(self, step: float) -> list[torch.optim.Optimizer]:
+        """``step``: the largest relative change of a tensor at once."""
 
     def take_gradients(self) -> None:
         """After the network's parameters have theirs."""
@@ -28,21 +32,31 @@ class Learned(Protocol):
 
 
 class Parameters:
-    """The parameters themselves."""
+    """The parameters of ``model`` themselves: matrices by Muon, everything else by AdamW."""
 
-    betas = (0.9, 0.999)
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.parameters = parameters
-
-    def groups(self, step: float) -> list[dict[str, Any]]:
-        return [group_of(parameter, step) for parameter in self.parameters]
+    def optimizers(self, step: float) -> list[torch.optim.Optimizer]:
+        blocks = {id(m.weight): form.groups for m in self.model.modules() if (form := form_of(m)) is not None}
+        matrices, others = [], []
+        for parameter in self.model.parameters():
+            many = blocks.get(id(parameter), 1)
+            if parameter.is_floating_point() and suits(tuple(parameter.shape), many):
+                matrices.append({**group_of(parameter, MATRIX * step), "blocks": many})
+            elif parameter.is_floating_point():
+                others.append(group_of(parameter, step))
+        return [*([Muon(matrices)] if matrices else []), *([adamw(others)] if others else [])]
 
     def take_gradients(self) -> None: ...
 
     def show(self) -> None: ...
 
     def epoch_ends(self) -> None: ...
+
+
+def adamw(groups: list[dict[str, Any]], betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, weight_decay=0.0, betas=betas)
 
 
 def group_of(parameter: nn.Parameter, step: float) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def refine(
 def _refined(work: Work, wanted: RefineOptions) -> StepRecord:
     wanted = checked(wanted)
     model, guard = work.model, work.guard
-    clock, learned = clock_for(work, wanted), Parameters([p for p in model.parameters() if p.is_floating_point()])
+    clock, learned = clock_for(work, wanted), Parameters(model)
     before, scales = guard.current(model), Confidence(work)
     with trial(model) as tried, closing(training(work, learned, clock, wanted, scales)) as loop:
         checks = _Checks(guard, model, before, tried, scales)
@@ -197,8 +197,8 @@ def training(
     first = images[: max(2, batch_size)].to(device)
     # Gradients of fewer images are noisier, by the square root, and so must steps be smaller.
     fewer = math.sqrt(min(1.0, min(batch_size, len(images)) / BATCH))
-    optimizer = torch.optim.AdamW(learned.groups(options.step * fewer), weight_decay=0.0, betas=learned.betas)
-    rates = [group["lr"] for group in optimizer.param_groups]
+    optimizers = learned.optimizers(options.step * fewer)
+    rates = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     share = 0.0
     with (
         _training(original, model), norms_fused(original, cal.norms, constant=True), norms_fused(model, cal.norms),
@@ -209,7 +209,7 @@ def training(
             order = torch.randperm(len(images), generator=generator)
             for index in order.split(batch_size):
                 caution = clock.caution()
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                for group, rate in rates:
                     group["lr"] = rate * _rate(share) * caution
                 picked = images[index]
                 # What is turned in one of several inputs would no longer belong to the others.
@@ -218,7 +218,8 @@ def training(
                 model.zero_grad()
                 loss.backward()
                 learned.take_gradients()
-                optimizer.step()
+                for optimizer in optimizers:
+                    optimizer.step()
                 learned.show()
                 clock.seen += len(index)
                 clock.steps += 1

@@ -20,7 +20,7 @@ from sharefold.budget import Effort
 from sharefold.options import RefineOptions
 from sharefold.plans import Plan
 from sharefold.repair.confidence import Confidence
-from sharefold.repair.learned import group_of
+from sharefold.repair.learned import adamw, group_of
 from sharefold.repair.refine import DEFAULT_SECONDS, checked, clock_for, training
 from sharefold.repair.step_record import StepRecord
 from sharefold.repair.work import Work
@@ -34,8 +34,8 @@ from sharefold.store.tensor_spec import OCTAVE, StoreRequest, StoreSpec, TensorS
 POSITION, GAIN = 0.1, 0.5
 # Adam's memory of squared gradients: the usual 1,000 updates are more than a whole run has.
 BETAS = (0.9, 0.99)
-# The price at first, in gradients; what a file too large by a factor of e adds to it; and the file that is aimed at.
-PRICE, RISE, AIM = 0.05, 2.0, 0.995
+# What a file too large by a factor of e adds to the price at the end of an epoch, in gradients; and the file that is aimed at.
+RISE, AIM = 1.0, 0.995
 # The scale of the logits is free in training.
 WIDEST = 4.0
 NAME = "refine codes"
@@ -102,12 +102,10 @@ class Codes:
     Offsets are the vectors of more than one value: those of one value are stored as one number.
     """
 
-    betas = BETAS
-
     def __init__(self, model: nn.Module, report: StoreReport) -> None:
         self.model, self.spec = model, report.spec
         self.limit = None if report.request.kind != "coded" else report.request.budget or report.bytes
-        self.price = 0.0 if self.limit is None else PRICE
+        self.price = 0.0
         self.tensors = {name: p for name, p in model.named_parameters() if name in self.spec.tensors and p.is_floating_point()}
         self.rows: dict[str, _Rows] = {}
         self.offsets: dict[str, nn.Parameter] = {}
@@ -118,13 +116,11 @@ class Codes:
             elif tensor.numel() and bool((tensor != tensor.flatten()[0]).any()):
                 self.offsets[name] = nn.Parameter(tensor.detach().float().clone())
 
-    def groups(self, step: float) -> list[dict[str, Any]]:
+    def optimizers(self, step: float) -> list[torch.optim.Optimizer]:
         positions = [rows.position for rows in self.rows.values()]
         gains = [rows.gain for rows in self.rows.values()]
-        return [
-            {"params": positions, "lr": POSITION * step}, {"params": gains, "lr": GAIN * step},
-            *(group_of(offset, step) for offset in self.offsets.values()),
-        ]  # fmt: skip
+        groups: list[dict[str, Any]] = [{"params": positions, "lr": POSITION * step}, {"params": gains, "lr": GAIN * step}]
+        return [adamw([*groups, *(group_of(offset, step) for offset in self.offsets.values())], BETAS)]
 
     @torch.no_grad()
     def take_gradients(self) -> None:

@@ -297,11 +297,11 @@ def test_losses_against_their_definitions() -> None:
 
 
 def test_steps_are_smaller_where_time_allows_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = module._Clock(images=100, epochs=100, seconds=10.0)
+    clock = module.Clock(images=100, epochs=100, seconds=10.0)
     monkeypatch.setattr(clock, "elapsed", lambda: 1.0)  # a tenth of the time
     for steps, expected in ((1, 10), (25, 250), (100, 1000), (500, 5000)):
         clock.steps = steps
         assert clock.caution() == pytest.approx(min(1.0, expected / module.MANY_STEPS) ** 0.5)
     clock.seen = 90 * 100  # nearly all epochs are done: that says nothing of the time
     assert clock.caution() == 1.0
-    assert module._Clock(images=100, epochs=2, seconds=None).caution() == 1.0
+    assert module.Clock(images=100, epochs=2, seconds=None).caution() == 1.0
