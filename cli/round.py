@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 
-from sharefold.budget import parse_effort
 from sharefold.errors import SharefoldError
 from sharefold.options import RoundOptions
 
@@ -50,11 +49,12 @@ def command(
     from sharefold.data import Preprocess, calibration_images
     from sharefold.inputs import Input
     from sharefold.measure import model_bytes
-    from sharefold.round import round_with, store_of
+    from sharefold.round import checked_effort, round_with, store_of
 
     timer = Timer()
     kind = store_of(store)
-    options = RoundOptions(run.seed, outputs=outputs or None, refine=parse_effort(refine))
+    options = RoundOptions(run.seed, outputs=outputs or None, refine=refine)
+    checked_effort(options, kind)
     tensors = tensor_file(calib)
     opened = source.open()
     if not opened.shared:

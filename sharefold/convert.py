@@ -217,16 +217,17 @@ def _refinement(effort: Effort, cal: Calibration) -> RefineOptions:
 
 def _mended(work: Work, options: ConvertOptions, effort: Effort | None, seconds: dict[str, float]) -> list[StepRecord]:
     """Repairs and refinement, as far as they are asked for and something can decide on them; a record each."""
-    reason = ""
+    reason, unshared = "", "nothing was shared, so that there is nothing to repair"
     repairs: tuple[Repair, ...] = REPAIRS if options.repair else ()
     refinement = [] if effort is None else [Refinement(_refinement(effort, work.cal))]
     if not work.plan.groups:
-        reason = "nothing was shared, so that there is nothing to repair or refine"
+        reason = unshared
     elif not work.cal.comparable:
         reason = "the network returns nothing to decide by"
     if reason:
         if effort is not None:
-            warnings.warn(f"not refined: {reason}", SharefoldWarning, stacklevel=5)
+            exact = f", and {work.plan.store} is next to exact" if work.plan.store and reason == unshared else ""
+            warnings.warn(f"not refined: {reason}{exact}", SharefoldWarning, stacklevel=5)
         names = [Confidence.name] if repairs else []
         return [StepRecord(name, False, reason) for name in (*names, *(step.name for step in (*repairs, *refinement)))]
     records: list[StepRecord] = []

@@ -141,8 +141,8 @@ class RefineOptions:
         batch_size: images a step; by default 64, fewer for large feature maps.
         blocks: names of the modules whose outputs are compared beside the logits; by default the blocks of the graph.
         step: largest relative change of a tensor a step (AdamW's rate is this times the tensor's own size, Muon's of matrices
-            a quarter of it), for 64 images a step. It is smaller by the square root of the share where a step has fewer images, and
-            where ``seconds`` allow fewer than 1,000 steps.
+            a quarter of it), for 64 images a step. It is smaller by the square root of the share where a step has fewer
+            images, and where ``seconds`` allow fewer than 1,000 steps.
         seed: of the order of the images and of their views.
     """
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
-from sharefold.budget import parse_budget, parse_effort
+from sharefold.budget import Effort, parse_budget, parse_effort
 from sharefold.calibration.calibrate import Calibration, calibrate
 from sharefold.convert import Conversion, reported, rounded
 from sharefold.errors import SharefoldError
@@ -15,7 +16,7 @@ from sharefold.format import carry_config, config_of, without_figures
 from sharefold.graph.preserved import restored_on_error
 from sharefold.inputs import AnyInput
 from sharefold.layers.surgery import to_dense
-from sharefold.options import CalibrationOptions, RefineOptions, RoundOptions
+from sharefold.options import CalibrationOptions, RefineOptions, RoundOptions, chosen
 from sharefold.plans import Progress
 from sharefold.repair.guard import Guard
 from sharefold.repair.step_record import ROUND
@@ -30,7 +31,7 @@ from sharefold.store.tensor_spec import carry_spec
 @with_plain_settings
 def round_(
     model: nn.Module, store: str, images: AnyInput | None = None, options: RoundOptions | CalibrationOptions | None = None,
-    progress: Progress | None = None,
+    progress: Progress | None = None, **overrides: Any,
 ) -> Conversion:  # fmt: skip
     """Rounds ``model`` in place to what :func:`sharefold.save` will then write in few bytes.
 
@@ -42,7 +43,7 @@ def round_(
         store: ``int2`` to ``int8``, ``kmeans2`` to ``kmeans8``, ``fp16``, or the bytes of the file, ``60kB`` or ``mixed:60kB``.
         images: (n, C, H, W) normalised images, no labels, or what else :func:`sharefold.calibrate` takes; by default procedural
             ones.
-        options: how they are used; what outputs are; how long the codes learn afterwards.
+        options: how they are used; what outputs are; how long the codes learn afterwards. Fields may be given by keyword.
         progress: called with (what, done, total).
 
     Returns:
@@ -53,18 +54,17 @@ def round_(
         SharefoldError: not converted, an unknown kind, too small a budget; refinement of what is not coarse enough to gain by it,
             or of a network that returns nothing to compare. After this or any other exception the model is what it was.
     """
-    return round_with(model, store, images, options, progress)[0]
+    if not isinstance(options, RoundOptions):
+        options = RoundOptions(**{} if options is None else vars(options))
+    return round_with(model, store, images, chosen(options, overrides, RoundOptions), progress)[0]
 
 
 def round_with(
-    model: nn.Module, store: str, images: AnyInput | None, options: RoundOptions | CalibrationOptions | None = None,
-    progress: Progress | None = None,
+    model: nn.Module, store: str, images: AnyInput | None, options: RoundOptions, progress: Progress | None = None
 ) -> tuple[Conversion, Calibration]:  # fmt: skip
     """:func:`round_`, and the calibration that it was done with."""
     kind = store_of(store)
-    effort = parse_effort(options.refine) if isinstance(options, RoundOptions) else None
-    if effort is not None and not worth_refining(parse_store(kind)):
-        raise SharefoldError(f"round: {store} is next to exact, which refining cannot mend: leave --refine out, or take less")
+    effort = checked_effort(options, kind)
     check_holds_none(model, "round")
     config = config_of(model)
     start = time.perf_counter()
@@ -73,7 +73,7 @@ def round_with(
         carry(original, None)  # a stock network, whose every layer may be looked at
     cal = calibrate(original, images, options)
     if effort is not None and not cal.comparable:
-        raise SharefoldError("round: this network returns nothing to learn from: leave --refine out, or give a criterion")
+        raise SharefoldError("round: this network returns nothing to learn from: do not refine it, or give a criterion")
     plan = replace(config.plan, store=kind)
     with restored_on_error(model):
         step, report = rounded(model, plan, cal, progress)
@@ -83,8 +83,22 @@ def round_with(
             steps.append(refine_codes(work, report, RefineOptions(effort.epochs, effort.seconds, seed=cal.seed)))
         figures = reported(model, cal)
         carry_config(model, replace(without_figures(config), plan=plan, steps=tuple(steps)))
-    seconds = {ROUND: round(time.perf_counter() - start, 3)}
+    seconds = {ROUND: round(time.perf_counter() - start - sum(step.seconds for step in steps[1:]), 3)}
+    seconds |= {step.name: round(step.seconds, 3) for step in steps[1:]}
     return Conversion(plan, cal.original, **figures, steps={step.name: step for step in steps}, seconds=seconds), cal
+
+
+def checked_effort(options: RoundOptions, kind: str) -> Effort | None:
+    """How long codes of this ``kind`` of store are refined.
+
+    Raises:
+        SharefoldError: no effort, or a kind that refining cannot mend.
+    """
+    effort = parse_effort(options.refine)
+    if effort is not None and not worth_refining(parse_store(kind)):
+        raise SharefoldError(f"round: {kind} is next to exact, so that refining has nothing to mend: leave it out, or take a "
+                             "coarser store such as int4 or 60kB")  # fmt: skip
+    return effort
 
 
 def store_of(text: str) -> str:

@@ -61,19 +61,37 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
+class Attributes:
+    """What stands on the modules of ``models`` now, beside the values of their tensors."""
+
+    def __init__(self, *models: nn.Module) -> None:
+        modules = [module for model in models for module in model.modules()]
+        self._before = [(m, {key: (value, _shallow(value)) for key, value in m.__dict__.items()}) for m in modules]
+
+    def put_back(self) -> bool:
+        """Whether something was other than it is again now."""
+        return any([_restore(module, attributes) for module, attributes in self._before])
+
+
 def _shallow(value: Any) -> Any:
     return value.copy() if type(value) in _CONTAINERS else None  # copy.copy takes an OrderedDict apart, and a module has eight
 
 
-def _restore(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> None:
-    for key in [key for key in module.__dict__ if key not in attributes]:
+def _restore(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> bool:
+    """Whether there was something to restore."""
+    added = [key for key in module.__dict__ if key not in attributes]
+    changed = bool(added)
+    for key in added:
         del module.__dict__[key]
     for key, (value, content) in attributes.items():
+        changed = changed or module.__dict__.get(key) is not value
         module.__dict__[key] = value
         if content is None or _same(value, content):
             continue
+        changed = True
         value.clear()
         value.extend(content) if isinstance(value, list) else value.update(content)
+    return changed
 
 
 def _same(value: Any, content: Any) -> bool:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sharefold.graph.preserved import Attributes
 from sharefold.inputs import Input
 from sharefold.layers import any_form_of
-from sharefold.repair.refine_loss import Lessons
+from sharefold.repair.refine_loss import Lessons, in_float32
 from sharefold.running import dtype_of
 
-# What rounding may add to the loss, as a share of it. The errors of rounding are independent of those that are learned, so that
-# they add up: it is noise of so much power.
+# How much more or less the loss may be in bfloat16. Rounding is noise beside the errors that are to be learned: it adds its own
+# power to theirs.
 NOISE = 0.05
 
 
@@ -32,34 +33,40 @@ def native(device: torch.device) -> bool:
     return device.type == "cpu" and any(is_supported is not None and is_supported() for is_supported in known)
 
 
-def take_halves(taught: Lessons, batch: Input) -> bool:
-    """Lets ``taught`` run its networks in bfloat16 if that is quicker and says the same of ``batch``.
+def take_bfloat16(taught: Lessons, batch: Input) -> bool:
+    """Lets ``taught`` run its networks in bfloat16 where the processor has it and they say the same of ``batch`` in it.
 
-    Both networks run twice, forward and backward; gradients are left as they were: none.
+    Both networks run three times; gradients are None afterwards. Networks that keep something from one run to the
+    next stay in float32: what they keep would be of the wrong type for others.
     """
-    model = taught.model
-    parameter = next(model.parameters())
-    if taught.criterion is not None or dtype_of(model) != torch.float32 or not native(parameter.device):
+    model, original = taught.model, taught.original
+    device = next(model.parameters()).device
+    if taught.criterion is not None or dtype_of(model) != torch.float32 or not native(device):
         return False  # a user's criterion may not know the type
-    exact = float(taught.loss(batch).detach())
+    full = float(taught.loss(batch).detach())
+    standing = Attributes(original, model)
     taught.dtype = torch.bfloat16
     try:
         loss = taught.loss(batch)
         loss.backward()
-        close = abs(float(loss.detach()) - exact) <= NOISE * exact
-    except (RuntimeError, TypeError):  # some operation of this network is not made for it
+        close = abs(float(loss.detach()) - full) <= NOISE * full
+        taught.loss(batch[: max(1, len(batch) - 1)])  # of a size that has not been seen: what is kept may depend on it
+    except Exception:  # in float32 it has just run: something in it is not made for this type
         close = False
+    if standing.put_back() or not close:
+        taught.dtype = None
     for tensor in model.parameters():
         tensor.grad = None
-    if not close:
-        taught.dtype = None
-    return close
+    return taught.dtype is not None
 
 
 @contextmanager
 def depthwise_in_full(model: nn.Module) -> Iterator[None]:
     """While active, depthwise layers of ``model`` on a CPU compute in float32 under autocast as well: their gradients in bfloat16
-    take it up to six times as long. To be entered after anything else that replaces their ``forward``."""
+    take it up to six times as long.
+
+    To be entered after anything else that replaces their ``forward``. A teacher has no gradients and does not need it.
+    """
     replaced = []
     for module in model.modules():
         form = any_form_of(module)
@@ -77,10 +84,11 @@ def depthwise_in_full(model: nn.Module) -> Iterator[None]:
 
 
 def _in_full(forward: Any) -> Any:
-    def run(x: Tensor) -> Tensor:
-        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
-            return forward(x)
+    def run(*inputs: Any, **options: Any) -> Tensor:
+        given = [*inputs, *options.values()]
+        if not torch.is_autocast_enabled("cpu") or any(isinstance(x, Tensor) and x.device.type != "cpu" for x in given):
+            return forward(*inputs, **options)
         with torch.autocast("cpu", enabled=False):
-            return forward(x.float())
+            return forward(*map(in_float32, inputs), **{name: in_float32(value) for name, value in options.items()})
 
     return run

@@ -4,8 +4,8 @@ https://kellerjordan.github.io/posts/muon/).
 Inputs of a layer are correlated, and so are the gradients of its weights: steps of each number by itself follow the few
 directions that the loss feels most. A conversion leaves errors in all the others, of which there are many.
 
-timm has a Muon from later versions on than the oldest that sharefold runs with. It takes the filters of all groups of a convolution
-for one matrix, and computes in bfloat16 where a processor does not, which is slow.
+timm has a Muon from later versions on than the oldest that sharefold runs with. It takes the filters of all groups of a
+convolution for one matrix, and computes in bfloat16 where a processor does not, which is slow.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from sharefold.options import RefineOptions, chosen
 from sharefold.plans import Plan, Progress
 from sharefold.repair.confidence import Confidence
 from sharefold.repair.guard import Guard, Scaled
-from sharefold.repair.half_precision import depthwise_in_full, take_halves
+from sharefold.repair.half_precision import depthwise_in_full, take_bfloat16
 from sharefold.repair.learned import Learned, Parameters
 from sharefold.repair.lockstep import BATCH_ELEMENTS, largest_map
 from sharefold.repair.refine_loss import lessons
@@ -204,7 +204,7 @@ def training(
         _training(original, model), norms_fused(original, cal.norms, constant=True), norms_fused(model, cal.norms),
         lessons(cal, model, first, blocks, scales.layers) as taught, depthwise_in_full(model),
     ):  # fmt: skip
-        take_halves(taught, first)
+        take_bfloat16(taught, first)
         while True:
             order = torch.randperm(len(images), generator=generator)
             for index in order.split(batch_size):

@@ -92,7 +92,7 @@ class Lessons:
                 raw, wanted = reading.run_raw(self.original, batch)
             raw_found, found = reading.run_raw(self.model, batch)
         if self.dtype is not None:
-            wanted, found = ([exact(leaf) for leaf in leaves] for leaves in (wanted, found))
+            wanted, found = ([in_float32(leaf) for leaf in leaves] for leaves in (wanted, found))
         if self.criterion is not None:
             value = self.criterion(raw, raw_found).float().mean()
             if value.requires_grad:
@@ -104,9 +104,9 @@ class Lessons:
         return losses
 
 
-def exact(leaf: Tensor) -> Tensor:
-    """Halves as float32, in which losses are summed; everything else as it is."""
-    return leaf.float() if leaf.dtype == torch.bfloat16 else leaf
+def in_float32(value: Any) -> Any:
+    """A tensor of bfloat16 as float32, in which losses are summed; everything else as it is."""
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
 
 
 def relative_errors(student: Sequence[Tensor], teacher: Sequence[Tensor], spreads: Sequence[float]) -> list[Tensor]:

@@ -45,15 +45,14 @@ class Prepared:
 def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """The tensors that are rounded to few bits: weights of convolutions and Linears, banks, coefficients, factors."""
     found: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    plan = plan_of(model)
-    for name, module, leaf, parameter in _candidates(model):
+    plan, candidates = plan_of(model), list(_candidates(model))
+    # A tied tensor that is protected under one of its names stays under all of them.
+    seen = {id(parameter) for name, _, parameter in candidates if plan.protects(name)}
+    for name, leaf, parameter in candidates:
         large = parameter.dim() >= 2 and parameter.numel() >= SMALLEST and parameter.is_floating_point()
-        wanted = large and not plan.protects(name)
-        if wanted and leaf != "gain" and id(parameter) not in seen:
+        if large and leaf != "gain" and id(parameter) not in seen:
             seen.add(id(parameter))
             found[f"{name}.{leaf}" if name else leaf] = parameter
-        del module
     return found
 
 
@@ -69,12 +68,12 @@ def plan_of(model: nn.Module) -> Plan:
     return Plan([], 0, 0) if config is None else config.plan
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+def _candidates(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
     shelves = {id(bank) for bank in banks(model).values()}
     for name, module in model.named_modules():
         if isinstance(module, (*STOCK_LAYERS, SharedConv)) or id(module) in shelves:
             for leaf, parameter in module.named_parameters(recurse=False):
-                yield name, module, leaf, parameter
+                yield name, leaf, parameter
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ class StoreReport:
     bytes: int
     request: StoreRequest
     sequential: bool
-    positions: dict[str, Tensor] = field(default_factory=dict)
+    positions: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def details(self) -> dict[str, Any]:

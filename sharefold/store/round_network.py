@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class RoundedNetwork:
 
     spec: StoreSpec
     sequential: bool
-    positions: dict[str, Tensor]
+    positions: dict[str, Tensor] = field(repr=False, compare=False)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from sharefold.format import aliases_of
 from sharefold.solvers.grid import kmeans_codebook, search_scale
 from sharefold.store.norm_absorption import Gain
 from sharefold.store.prepare import ROW_FLOOR, Prepared, matrices, plan_of, tensor_names
@@ -30,11 +31,13 @@ def snap_(model: nn.Module, spec: StoreSpec) -> None:
 
 
 def halves(model: nn.Module) -> StoreSpec:
-    """Every floating tensor as halves, unless it has values beyond their range."""
-    plan = plan_of(model)
+    """Every floating tensor as halves, once, unless it has values beyond their range or is protected under any of its names."""
+    plan, state = plan_of(model), model.state_dict()
+    aliases = aliases_of(state)
+    kept = {aliases.get(name, name) for name in state if plan.protects(name.rpartition(".")[0])}
     return StoreSpec({
-        name: TensorSpec("fp16") for name, tensor in model.state_dict().items()
-        if not plan.protects(name.rpartition(".")[0]) and tensor.is_floating_point() and bool((tensor.abs() < 65504).all())
+        name: TensorSpec("fp16") for name, tensor in state.items()
+        if name not in aliases and name not in kept and tensor.is_floating_point() and bool((tensor.abs() < 65504).all())
     })  # fmt: skip
 
 

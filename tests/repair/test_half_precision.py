@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sharefold.layers.norm_fusion import norms_fused
 from sharefold.repair import half_precision
 from sharefold.repair.guard import Guard
-from sharefold.repair.half_precision import depthwise_in_full, native, take_halves
+from sharefold.repair.half_precision import depthwise_in_full, native, take_bfloat16
 from sharefold.repair.refine import refine
 from sharefold.repair.refine_loss import lessons
 
@@ -36,12 +36,29 @@ def anywhere(monkeypatch) -> None:
 
 
 class Refusing(nn.Module):
-    """Something that is not made for halves."""
+    """Something that is not made for bfloat16."""
+
+    def __init__(self, error: type[Exception]) -> None:
+        super().__init__()
+        self.error = error
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.bfloat16:
-            raise RuntimeError('"refusing" not implemented for \'BFloat16\'')
+            raise self.error("not implemented for 'BFloat16'")
         return x
+
+
+class Keeping(nn.Module):
+    """A network that keeps a tensor of the type that it met first, one for each size of a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[int, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) not in self.kept:
+            self.kept[len(x)] = torch.ones(1).to(x)
+        return x * self.kept[len(x)]
 
 
 def test_taken_where_the_processor_has_it(anywhere) -> None:
@@ -50,7 +67,7 @@ def test_taken_where_the_processor_has_it(anywhere) -> None:
     cal = calibration_on(teacher, IMAGES, IMAGES)
     with lessons(cal, model, IMAGES, ("layer1.0", "layer1.1"), ()) as taught:
         exact = float(taught.loss(IMAGES).detach())
-        assert take_halves(taught, IMAGES) and taught.dtype == torch.bfloat16
+        assert take_bfloat16(taught, IMAGES) and taught.dtype == torch.bfloat16
         loss = taught.loss(IMAGES)
         assert loss.dtype == torch.float32 and float(loss.detach()) == pytest.approx(exact, rel=half_precision.NOISE)
         assert float(loss.detach()) != exact, "nothing was rounded"
@@ -80,16 +97,29 @@ def test_left_alone_where_its_noise_is_what_there_is_to_learn(anywhere) -> None:
         model.head.weight.mul_(1.0005)
     cal = calibration_on(teacher, IMAGES, IMAGES)
     with lessons(cal, model, IMAGES, ("layer1.0",), ()) as taught:
-        assert not take_halves(taught, IMAGES) and taught.dtype is None
+        assert not take_bfloat16(taught, IMAGES) and taught.dtype is None
 
 
-def test_left_alone_where_an_operation_is_not_made_for_it(anywhere) -> None:
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError, KeyError])
+def test_left_alone_where_an_operation_is_not_made_for_it(anywhere, error) -> None:
     teacher = Small().eval()
-    teacher.layer1.append(Refusing())
+    teacher.layer1.append(Refusing(error))
     model = damaged(teacher)
     cal = calibration_on(teacher, IMAGES, IMAGES)
     record = refine(model, cal, guard=Guard(cal.comparison(IMAGES)), epochs=4, batch_size=16)
     assert record.kept
+
+
+def test_left_alone_where_a_network_keeps_something(anywhere) -> None:
+    teacher = Small().eval()
+    teacher.layer1.append(Keeping())
+    model = damaged(teacher)
+    cal = calibration_on(teacher, IMAGES, IMAGES)
+    record = refine(model, cal, guard=Guard(cal.comparison(IMAGES)), epochs=4, batch_size=24)
+    assert record.kept
+    for network in (model, cal.original):
+        kept = network.layer1[-1].kept
+        assert len(kept) >= 2 and {tensor.dtype for tensor in kept.values()} == {torch.float32}
 
 
 def test_left_alone_with_a_criterion_and_in_other_types(anywhere) -> None:
@@ -97,11 +127,11 @@ def test_left_alone_with_a_criterion_and_in_other_types(anywhere) -> None:
     cal = calibration_on(teacher, IMAGES, IMAGES)
     with lessons(cal, damaged(teacher), IMAGES, (), ()) as taught:
         taught.criterion = lambda ours, theirs: (ours - theirs).square().flatten(1).sum(1)
-        assert not take_halves(taught, IMAGES)
+        assert not take_bfloat16(taught, IMAGES)
     double = copy.deepcopy(teacher).double()
     cal = calibration_on(double, IMAGES.double(), IMAGES.double())
     with lessons(cal, damaged(double), IMAGES.double(), (), ()) as taught:
-        assert not take_halves(taught, IMAGES.double())
+        assert not take_bfloat16(taught, IMAGES.double())
 
 
 def test_not_native_where_torch_does_not_say_so(monkeypatch) -> None:
@@ -121,6 +151,16 @@ class Depthwise(nn.Module):
         self.seen = self.wide(x)
         self.deeper = self.norm(self.deep(self.seen))
         return self.deeper
+
+
+def test_depthwise_layers_take_what_they_are_given() -> None:
+    layer = nn.ConvTranspose2d(4, 4, 3, stride=2, groups=4)
+    x = torch.randn(2, 4, 5, 5)
+    with depthwise_in_full(layer), torch.autocast("cpu", torch.bfloat16):
+        wanted = layer(x, output_size=(12, 12))
+        found = layer(input=x.bfloat16(), output_size=(12, 12))
+    assert found.shape == (2, 4, 12, 12) and found.dtype == wanted.dtype == torch.float32
+    assert torch.allclose(found, wanted, atol=0.05)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -1,4 +1,4 @@
-"""Refinement under rounding: nearer to the original, on its grids, and never a larger file."""
+"""Refinement under rounding: nearer to the original, on its grids, in a file of the size that was asked for."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from sharefold.plans import GroupPlan, Plan
 from sharefold.repair.guard import Guard
 from sharefold.repair.work import Work
 from sharefold.store import StoreReport, file_bytes, quantize_
-from sharefold.store import refine_codes as module
-from sharefold.store.refine_codes import NAME, Codes, efforts, refine_codes
+from sharefold.store import trained_codes as module
+from sharefold.store.refine_codes import NAME, efforts, refine_codes
 from sharefold.store.tensor_spec import TensorSpec, carried_spec
+from sharefold.store.trained_codes import TrainedCodes
 
 from .tiny import images, trained
 
@@ -76,9 +77,9 @@ def test_what_does_not_help_is_undone(how: str, monkeypatch: pytest.MonkeyPatch)
     before, spec, size = state(work.model), report.spec, report.bytes
     step = 30.0 if how == "worse" else 0.004
     if how == "no longer finite":
-        monkeypatch.setattr(module.Codes, "show", lambda codes: codes.model.head.bias.data.fill_(torch.nan))
+        monkeypatch.setattr(module.TrainedCodes, "show", lambda codes: codes.model.head.bias.data.fill_(torch.nan))
     if how == "interrupted":
-        monkeypatch.setattr(module.Codes, "epoch_ends", lambda codes: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr(module.TrainedCodes, "epoch_ends", lambda codes: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             refine_codes(work, report, RefineOptions(epochs=2, batch_size=16, step=step))
     else:
@@ -92,7 +93,7 @@ def test_what_does_not_help_is_undone(how: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_positions_start_where_values_were_rounded() -> None:
     work, report = rounded("int2")
-    codes = Codes(work.model, report)
+    codes = TrainedCodes(work.model, report)
     before = state(work.model)
     moved = [(rows.position.detach() - rows.first)[rows.first == 0].abs() for rows in codes.rows.values()]
     assert all(float(far.max()) <= 0.5 + 1e-6 for far in moved)
@@ -102,7 +103,7 @@ def test_positions_start_where_values_were_rounded() -> None:
     assert codes.changed() == 0
     with torch.no_grad():
         work.model.stem.weight.copy_(report.spec.tensors["stem.weight"].snapped(-work.model.stem.weight))
-    other = Codes(work.model, report).rows["stem.weight"]
+    other = TrainedCodes(work.model, report).rows["stem.weight"]
     flipped = other.first != 0
     assert torch.equal(other.position[flipped], other.first[flipped]), "of what has changed since, the value is all that is known"
 
@@ -143,26 +144,26 @@ def test_gains_move_rows_along_the_grid_of_the_file() -> None:
     assert torch.allclose(found.row_scales()[:2], rows.scale()[:2], rtol=1e-6)
 
 
-def test_the_price_follows_the_size_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_penalty_follows_the_size_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     work, report = rounded("mixed:3500B")
-    codes = Codes(work.model, report)
+    codes = TrainedCodes(work.model, report)
     sizes = iter([4000, 4000, 3000, 2000])
     monkeypatch.setattr(module, "file_bytes", lambda model, spec: next(sizes))
-    prices = [codes.price]
+    penalties = [codes.penalty]
     for _ in range(4):
         codes.epoch_ends()
-        prices.append(codes.price)
-    assert prices[0] < prices[1] < prices[2] > prices[3] > prices[4] >= 0
-    free = Codes(*[(part.model if isinstance(part, Work) else part) for part in rounded("int2")])
-    assert free.limit is None and free.price == 0
+        penalties.append(codes.penalty)
+    assert penalties[0] == 0 < penalties[1] < penalties[2] > penalties[3] >= penalties[4] >= 0
+    free = TrainedCodes(*[(part.model if isinstance(part, Work) else part) for part in rounded("int2")])
+    assert free.limit is None and free.penalty == 0
 
 
 def test_a_file_that_has_grown_is_cut_to_its_limit_by_few_codes() -> None:
     work, report = rounded("mixed:step=0.05")
-    codes = Codes(work.model, report)
+    codes = TrainedCodes(work.model, report)
     codes.limit = int(0.9 * report.bytes)
     for rows in codes.rows.values():
-        rows.felt.uniform_()
+        rows.mean_square.uniform_()
     spec = codes.settled()
     assert spec is not None and 0.8 * report.bytes < file_bytes(work.model, spec) <= codes.limit
     assert 0 < codes.changed() < 0.4 and spec.fits(work.model.state_dict())
@@ -193,7 +194,8 @@ def test_conversions_refine_what_they_rounded() -> None:
         (Effort(5), None, [BANK], (Effort(5), None)),
         (Effort(5), "fp16", [BANK], (Effort(5), None)),
         (Effort(5), "mixed:1MB", [], (None, Effort(5))),
-        (Effort(5, 60.0), "kmeans4", [BANK], (Effort(3, 30.0), Effort(3, 30.0))),
+        (Effort(5, 60.0), "kmeans4", [BANK], (Effort(2, 30.0), Effort(3, 30.0))),
+        (Effort(1), "kmeans4", [BANK], (None, Effort(1))),
         (Effort(), "int4", [BANK], (Effort(None, 105.0), Effort(None, 105.0))),
         (Effort(), "int4", [], (None, Effort())),
     ],
@@ -208,4 +210,4 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     told = reported("convert", "timm:digits_resnet:blocks=1,width=8", "--budget", "8kB", *options)
     step = told["steps"][NAME]
     assert out.stat().st_size <= 8000 and step["epochs"] == 2
-    assert step["kept"] == (step["kl_after"] < step["kl_before"])
+    assert not step["kept"] or step["kl_after"] < step["kl_before"]

@@ -277,3 +277,44 @@ def test_dense_networks_are_refused_and_small_files_are_small() -> None:
     assert sizes["fp16"] > sizes["int8"] > sizes["int4"] > sizes["int2"]
     raw = sum(t.numel() * t.element_size() for t in converted()[1].state_dict().values())
     assert sizes["fp16"] < raw / 1.6
+
+
+class Tied(nn.Module):
+    """Two convolutions that share a weight, each with a norm of its own, and a layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.stem, self.one, self.two = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 12, 3, bias=False), nn.Conv2d(12, 12, 3, bias=False)
+        self.two.weight = self.one.weight
+        self.norm_one, self.norm_two, self.head = nn.BatchNorm2d(12), nn.BatchNorm2d(12), nn.Linear(12, 5)
+        self.again = self.stem
+        for norm in (self.norm_one, self.norm_two):
+            nn.init.uniform_(norm.weight, 0.5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm_one(self.one(self.again(x))).relu()
+        return self.head(self.norm_two(self.two(x)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("text", ["int4", "kmeans4", "mixed:2200B", "fp16"])
+def test_tied_tensors_are_rounded_once(text: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, x = Tied().eval().to(dtype), images(60).to(dtype)
+    before = model(x).float()
+    sharefold.convert_(model, Plan([], 0, 0, store=text), x)
+    assert model.two.weight is model.one.weight and model.again is model.stem
+    file = sharefold.save(model, tmp_path / "net.safetensors")
+    assert "mixed" not in text or file.stat().st_size <= 2200
+    again = sharefold.load(file, model=Tied().to(dtype)).eval()
+    assert torch.equal(again(x), model(x))
+    spread = (before - before.mean(0)).norm()
+    assert float((model(x).float() - before).norm() / spread) < (0.35 if dtype == torch.float32 else 0.5)
+
+
+def test_a_tied_tensor_that_is_protected_under_one_name_stays_as_it_is() -> None:
+    for name in ("^one$", "^two$"):
+        model = Tied().eval()
+        weight = model.one.weight.detach().clone()
+        sharefold.convert_(model, Plan([], 0, 0, store="int3", exclude=name), images(60))
+        assert torch.equal(model.one.weight, weight) and not torch.equal(model.stem.weight, Tied().stem.weight)
