@@ -257,8 +257,9 @@ def main() -> None:
                     refine = options.refine if method == "auto" and parse_effort(options.refine) else ""
                     for row in measure(model, method, size, refine, data, seed):
                         row = {"network": network, **row, "images": options.images}
-                        key = ("network", "method", "size", "seed", "refine", "images")
-                        rows = [r for r in rows if any(r[k] != row[k] for k in key)] + [row]
+                        key = ("network", "method", "size", "seed", "images")
+                        others = [r for r in rows if any(r[k] != row[k] for k in key) or bool(r["refine"]) != bool(row["refine"])]
+                        rows = [*others, row]  # however long it is refined, the newest of these is the one that counts
                         shown = row.get("failed") or " ".join(str(row[k]) for k in ("top1", "parameters", "bytes", "seconds"))
                         print(network, seed, method, size, row["refine"], shown, flush=True)
                     target.parent.mkdir(parents=True, exist_ok=True)
