@@ -70,7 +70,7 @@ def plan_of(model: nn.Module) -> Plan:
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
     shelves = {id(bank) for bank in banks(model).values()}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (*STOCK_LAYERS, SharedConv)) or id(module) in shelves:
             for leaf, parameter in module.named_parameters(recurse=False):
                 yield name, leaf, parameter

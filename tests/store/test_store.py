@@ -318,3 +318,6 @@ def test_a_tied_tensor_that_is_protected_under_one_name_stays_as_it_is() -> None
         weight = model.one.weight.detach().clone()
         sharefold.convert_(model, Plan([], 0, 0, store="int3", exclude=name), images(60))
         assert torch.equal(model.one.weight, weight) and not torch.equal(model.stem.weight, Tied().stem.weight)
+    model = Tied().eval()
+    sharefold.convert_(model, Plan([], 0, 0, store="int3", exclude="^again$"), images(60))
+    assert torch.equal(model.stem.weight, Tied().stem.weight) and not torch.equal(model.one.weight, Tied().one.weight)
