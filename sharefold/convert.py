@@ -6,7 +6,7 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -170,7 +170,11 @@ def carry_out(
     done = _install(model, plan, solutions, cal, base)
     carry_config(model, describe(cal.original, done, options.config))
     carry_spec(model, None)
-    steps = _mended(Work(cal, model, done, Guard(cal.decided), base, progress), options, effort, seconds)
+
+    def work() -> Work:
+        return Work(cal, model, done, Guard(cal.decided), base, progress)
+
+    steps = _mended(work, done, cal, replace(options, refine=effort), seconds)
     _put_back(model, cal.original, plan)
     if plan.store:
         with _timed(seconds, "store"):
@@ -178,8 +182,8 @@ def carry_out(
         steps.append(step)
         if for_codes is not None:
             with _timed(seconds, CODES):
-                work = Work(cal, model, done, Guard(cal.decided, step.kl_after), base, progress)
-                steps.append(refine_codes(work, report, _refinement(for_codes, cal)))
+                rounded_one = replace(work(), guard=Guard(cal.decided, step.kl_after))
+                steps.append(refine_codes(rounded_one, report, _refinement(for_codes, cal)))
     carry_config(model, replace(config_of(model), steps=tuple(steps)))
     return done, cal, steps
 
@@ -215,22 +219,30 @@ def _refinement(effort: Effort, cal: Calibration) -> RefineOptions:
     return RefineOptions(effort.epochs, effort.seconds, seed=cal.seed)
 
 
-def _mended(work: Work, options: ConvertOptions, effort: Effort | None, seconds: dict[str, float]) -> list[StepRecord]:
-    """Repairs and refinement, as far as they are asked for and something can decide on them; a record each."""
+def _mended(
+    work_of: Callable[[], Work], plan: Plan, cal: Calibration, options: ConvertOptions, seconds: dict[str, float]
+) -> list[StepRecord]:
+    """Repairs and refinement, as far as they are asked for and something can decide on them; a record each.
+
+    Args:
+        work_of: called where the network returns something to decide by.
+    """
+    effort = parse_effort(options.refine)
     reason, unshared = "", "nothing was shared, so that there is nothing to repair"
     repairs: tuple[Repair, ...] = REPAIRS if options.repair else ()
-    refinement = [] if effort is None else [Refinement(_refinement(effort, work.cal))]
-    if not work.plan.groups:
+    refinement = [] if effort is None else [Refinement(_refinement(effort, cal))]
+    if not plan.groups:
         reason = unshared
-    elif not work.cal.comparable:
+    elif not cal.comparable:
         reason = "the network returns nothing to decide by"
     if reason:
         if effort is not None:
-            exact = f", and {work.plan.store} is next to exact" if work.plan.store and reason == unshared else ""
+            exact = f", and {plan.store} is next to exact" if plan.store and reason == unshared else ""
             warnings.warn(f"not refined: {reason}{exact}", SharefoldWarning, stacklevel=5)
         names = [Confidence.name] if repairs else []
         return [StepRecord(name, False, reason) for name in (*names, *(step.name for step in (*repairs, *refinement)))]
     records: list[StepRecord] = []
+    work = work_of()
     if repairs:
         with _timed(seconds, "repair"):
             confidence = Confidence(work)
