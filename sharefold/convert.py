@@ -6,7 +6,7 @@ import copy
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -43,10 +43,9 @@ from sharefold.repair.refit import Refit
 from sharefold.repair.step_record import StepRecord
 from sharefold.repair.work import Repair, Work, repaired
 from sharefold.settings import with_plain_settings
-from sharefold.store import StoreReport, quantize_
+from sharefold.store import quantize_
 from sharefold.store.held_codes import check_holds_none
 from sharefold.store.plain_size import plain_bytes
-from sharefold.store.refine_codes import NAME as CODES
 from sharefold.store.refine_codes import efforts, refine_codes
 from sharefold.store.settle import settle_rounded
 from sharefold.store.tensor_spec import carry_spec
@@ -170,20 +169,14 @@ def carry_out(
     done = _install(model, plan, solutions, cal, base)
     carry_config(model, describe(cal.original, done, options.config))
     carry_spec(model, None)
-
-    def work() -> Work:
-        return Work(cal, model, done, Guard(cal.decided), base, progress)
-
-    steps = _mended(work, done, cal, replace(options, refine=effort), seconds)
+    steps = _mended(model, done, cal, base, replace(options, refine=effort), seconds, progress)
     _put_back(model, cal.original, plan)
     if plan.store:
         with _timed(seconds, "store"):
-            step, report = rounded(model, plan, cal, progress)
-        steps.append(step)
-        if for_codes is not None:
-            with _timed(seconds, CODES):
-                rounded_one = replace(work(), guard=Guard(cal.decided, step.kl_after))
-                steps.append(refine_codes(rounded_one, report, _refinement(for_codes, cal)))
+            steps += (found := rounded(model, plan, cal, progress, for_codes))
+        for step in found[1:]:
+            seconds[step.name] = step.seconds
+            seconds["store"] -= step.seconds
     carry_config(model, replace(config_of(model), steps=tuple(steps)))
     return done, cal, steps
 
@@ -215,22 +208,15 @@ def _install(model: nn.Module, plan: Plan, solutions: list[Solution], cal: Calib
     return replace(plan, groups=groups, params_after=sum(p.numel() for p in model.parameters()))
 
 
-def _refinement(effort: Effort, cal: Calibration) -> RefineOptions:
-    return RefineOptions(effort.epochs, effort.seconds, seed=cal.seed)
-
-
 def _mended(
-    work_of: Callable[[], Work], plan: Plan, cal: Calibration, options: ConvertOptions, seconds: dict[str, float]
-) -> list[StepRecord]:
-    """Repairs and refinement, as far as they are asked for and something can decide on them; a record each.
-
-    Args:
-        work_of: called where the network returns something to decide by.
-    """
+    model: nn.Module, plan: Plan, cal: Calibration, base: Calibration, options: ConvertOptions, seconds: dict[str, float],
+    progress: Progress | None,
+) -> list[StepRecord]:  # fmt: skip
+    """Repairs and refinement, as far as they are asked for and something can decide on them; a record each."""
     effort = parse_effort(options.refine)
     reason, unshared = "", "nothing was shared, so that there is nothing to repair"
     repairs: tuple[Repair, ...] = REPAIRS if options.repair else ()
-    refinement = [] if effort is None else [Refinement(_refinement(effort, cal))]
+    refinement = [] if effort is None else [Refinement(RefineOptions(effort.epochs, effort.seconds, seed=cal.seed))]
     if not plan.groups:
         reason = unshared
     elif not cal.comparable:
@@ -242,7 +228,7 @@ def _mended(
         names = [Confidence.name] if repairs else []
         return [StepRecord(name, False, reason) for name in (*names, *(step.name for step in (*repairs, *refinement)))]
     records: list[StepRecord] = []
-    work = work_of()
+    work = Work(cal, model, plan, Guard(cal.decided), base, progress)
     if repairs:
         with _timed(seconds, "repair"):
             confidence = Confidence(work)
@@ -253,20 +239,29 @@ def _mended(
     return records
 
 
-def rounded(model: nn.Module, plan: Plan, cal: Calibration, progress: Progress | None) -> tuple[StepRecord, StoreReport]:
-    """Rounds to what the file will hold, whatever it costs, which the record tells; then settles the scale of the logits."""
+def rounded(
+    model: nn.Module, plan: Plan, cal: Calibration, progress: Progress | None, effort: Effort | None = None
+) -> list[StepRecord]:
+    """Rounds to what the file will hold, whatever it costs, which the record tells; then settles the scale of the logits.
+
+    With ``effort`` the codes are refined, as a step of its own, of a network that returns something to compare.
+    """
     assert plan.store is not None
     store, guard = plan.store, Guard(cal.decided) if cal.comparable else None
-    reports: list[StoreReport] = []
+    if guard is None:
+        return [StepRecord("store", True, details=quantize_(model, store, cal, cal.original, cal.seed, progress).details)]
+    work, reports = Work(cal, model, plan, guard, cal, progress), []
 
     def change() -> dict[str, Any]:
         report = quantize_(model, store, cal, cal.original, cal.seed, progress)
         reports.append(report)
-        found = {} if guard is None else settle_rounded(Work(cal, model, plan, guard, cal, progress), report)
+        found = settle_rounded(work, report)
         return {**report.details, **({"factors": found} if found else {})}
 
-    step = StepRecord("store", True, details=change()) if guard is None else guard.watch(model, "store", change)
-    return step, reports[0]
+    steps = [guard.watch(model, "store", change)]
+    if effort is not None:
+        steps.append(refine_codes(work, reports[0], RefineOptions(effort.epochs, effort.seconds, seed=cal.seed)))
+    return steps
 
 
 @torch.no_grad()

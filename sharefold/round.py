@@ -16,15 +16,13 @@ from sharefold.format import carry_config, config_of, without_figures
 from sharefold.graph.preserved import restored_on_error
 from sharefold.inputs import AnyInput
 from sharefold.layers.surgery import to_dense
-from sharefold.options import CalibrationOptions, RefineOptions, RoundOptions, chosen
+from sharefold.options import CalibrationOptions, RoundOptions, chosen
 from sharefold.plans import Progress
-from sharefold.repair.guard import Guard
 from sharefold.repair.step_record import ROUND
-from sharefold.repair.work import Work
 from sharefold.settings import with_plain_settings
 from sharefold.store import parse_store
 from sharefold.store.held_codes import check_holds_none
-from sharefold.store.refine_codes import refine_codes, worth_refining
+from sharefold.store.refine_codes import worth_refining
 from sharefold.store.tensor_spec import carry_spec
 
 
@@ -76,11 +74,8 @@ def round_with(
         raise SharefoldError("round: this network returns nothing to learn from: do not refine it, or give a criterion")
     plan = replace(config.plan, store=kind)
     with restored_on_error(model):
-        step, report = rounded(model, plan, cal, progress)
-        steps = [replace(step, name=ROUND)]
-        if effort is not None:
-            work = Work(cal, model, plan, Guard(cal.decided, step.kl_after), cal, progress)
-            steps.append(refine_codes(work, report, RefineOptions(effort.epochs, effort.seconds, seed=cal.seed)))
+        step, *refined = rounded(model, plan, cal, progress, effort)
+        steps = [replace(step, name=ROUND), *refined]
         figures = reported(model, cal)
         carry_config(model, replace(without_figures(config), plan=plan, steps=tuple(steps)))
     seconds = {ROUND: round(time.perf_counter() - start - sum(step.seconds for step in steps[1:]), 3)}

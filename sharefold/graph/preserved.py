@@ -22,8 +22,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     Attributes matter because some networks keep caches or write on themselves in ``forward``. Buffers are cloned, and
     copied back only if something wrote to them.
     """
-    modules = list(model.modules())
-    before = [(m, {key: (value, _shallow(value)) for key, value in m.__dict__.items()}) for m in modules]
+    modules, before = list(model.modules()), Attributes(model)
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     state = random.getstate(), np.random.get_state()
@@ -35,8 +34,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(state[0])
         np.random.set_state(state[1])
-        for module, attributes in before:
-            _restore(module, attributes)
+        before.put_back()
         with torch.no_grad():
             for buffer, value in buffers:
                 # By value: batch_norm writes its statistics without a new version.
@@ -47,13 +45,12 @@ def preserved(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def restored_on_error(model: nn.Module) -> Iterator[None]:
     """Where an exception leaves the block, ``model`` is put back: modules, attributes, hooks, modes and values of tensors."""
-    before = [(m, {key: (value, _shallow(value)) for key, value in m.__dict__.items()}) for m in model.modules()]
+    before = Attributes(model)
     tensors = [(t, t.detach().clone(), t.requires_grad) for t in (*model.parameters(), *model.buffers())]
     try:
         yield
     except BaseException:
-        for module, attributes in before:
-            _restore(module, attributes)
+        before.put_back()
         with torch.no_grad():
             for tensor, value, flag in tensors:
                 tensor.copy_(value)

@@ -97,18 +97,22 @@ class TensorSpec:
 
         ``scales`` are the row scales, when the caller has them at hand.
         """
-        ratio = matrix.detach().float().cpu() / (self.row_scales() if scales is None else scales)
+        return self._nearest_codes(matrix.detach().float().cpu() / (self.row_scales() if scales is None else scales)).long()
+
+    def _nearest_codes(self, ratio: Tensor) -> Tensor:
+        """Of values in units of the row scale; integers of a floating type where codes are numbers."""
         if self.kind == "codebook":
-            levels = torch.tensor(self.levels, dtype=torch.float32)
+            levels = self._levels(ratio)
             return torch.bucketize(ratio, (levels[1:] + levels[:-1]) / 2)
-        return ratio.round().clamp(-self.limit, self.limit).long()
+        return ratio.round().clamp(-self.limit, self.limit)
+
+    def _levels(self, like: Tensor) -> Tensor:
+        return torch.tensor(self.levels, dtype=like.dtype, device=like.device)
 
     def nearest(self, ratio: Tensor) -> Tensor:
         """The nearest values that codes can stand for, of any shape and on any device, in units of the row scale."""
-        if self.kind == "codebook":
-            levels = torch.tensor(self.levels, dtype=ratio.dtype, device=ratio.device)
-            return levels[torch.bucketize(ratio, (levels[1:] + levels[:-1]) / 2)]
-        return ratio.round().clamp(-self.limit, self.limit)
+        codes = self._nearest_codes(ratio)
+        return self._levels(ratio)[codes] if self.kind == "codebook" else codes
 
     def values(self, codes: Tensor, scales: Tensor | None = None) -> Tensor:
         """The matrix (O, N) float32 that ``codes`` stand for."""
