@@ -150,7 +150,9 @@ class _Report:
 
 def _accuracy(found: dict[str, Any], source: str) -> _Report:
     row = [source, *(f"{found[key]:.2%}" for key in ("top1", "top5")), f"{found['loss']:.4f}", found["images"]]
-    return _Report(["source", "top-1", "top-5", "loss", "images", "seconds"], [[*row, f"{found['seconds']:.1f}"]], found)
+    one = found.get("output")
+    line = f"labels were compared with the output {one} alone; --against compares all outputs" if one else ""
+    return _Report(["source", "top-1", "top-5", "loss", "images", "seconds"], [[*row, f"{found['seconds']:.1f}"]], found, line)
 
 
 def _comparison(found: Compared, source: str, against: str) -> _Report:

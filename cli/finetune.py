@@ -21,6 +21,7 @@ from .source import SourceOptions, source_options
 from .tensor_input import check_takes_images, tensor_file
 
 if TYPE_CHECKING:
+    from torch import nn
     from torch.utils.data import Dataset
 
     from sharefold.data import TensorFile
@@ -132,7 +133,7 @@ def command(
         reinitialize(model, run.seed, joint=config.orthogonality_joint)
     guide = None
     if teacher:
-        guide = SourceOptions(teacher, OpenOptions(teacher_arch, trust_pickle=source.options.trust_pickle)).open().model.float()
+        guide = _teacher(SourceOptions(teacher, OpenOptions(teacher_arch, trust_pickle=source.options.trust_pickle)))
     def opened_data(spec: str, split: str, tensors: TensorFile | None) -> Dataset:
         return open_data(spec, split, transform_cfg=preprocess) if tensors is None else tensors.of(model)
 
@@ -160,6 +161,14 @@ def command(
         {"source": source.source, "teacher": teacher, "data": data, "schedule": recipe_schedule,
          "params": count_parameters(model), **report.to_dict()}
     )  # fmt: skip
+
+
+def _teacher(source: SourceOptions) -> nn.Module:
+    """The network that is followed; what is wrong with it is said in the words of its own options."""
+    try:
+        return source.open().model.float()
+    except SharefoldError as error:
+        raise SharefoldError(f"--teacher: {str(error).replace('--arch', '--teacher-arch')}") from None
 
 
 def _check_output(output: Path, replace: bool) -> None:

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sharefold.architectures.bounded import check_buffers
@@ -40,6 +39,7 @@ from sharefold.format import (
 from sharefold.layers import shared_layers, stray_pointers, to_dense
 from sharefold.methods import step_named
 from sharefold.ownership import network_files
+from sharefold.safetensors_file import write_tensors
 from sharefold.settings import plain_defaults
 from sharefold.state_dicts import load_tensors
 from sharefold.store import container, decode
@@ -107,12 +107,12 @@ def save(
         check_inflation(declared, sum(tensor.nbytes for tensor in content.tensors.values()), str(target))
         check_buffers(model, declared, str(target))
     if alone:
-        write_file(target, lambda temporary: save_file(content.tensors, str(temporary), content.metadata))
+        write_file(target, lambda temporary: write_tensors(temporary, content.tensors, content.metadata))
     else:
         beside = replace(content.config, metrics=config.metrics, steps=config.steps)
 
         def fill(folder: Path) -> None:
-            save_file(content.tensors, str(folder / WEIGHTS_NAME), content.metadata)
+            write_tensors(folder / WEIGHTS_NAME, content.tensors, content.metadata)
             (folder / CONFIG_NAME).write_text(json.dumps(beside.to_dict(), indent=2) + "\n")
             (folder / CARD_NAME).write_text(model_card(config))
 

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sharefold.errors import SharefoldError
 from sharefold.inputs import Tensors, call, check_count, taken
 from sharefold.outputs.agreement import Agreement, agreement  # noqa: F401
+from sharefold.outputs.leaves import tensors_of
 from sharefold.running import as_input, evaluating, run_on
 
 
@@ -98,7 +99,8 @@ def evaluate(
 
     Returns:
         ``top1`` and ``top5`` (fractions of 1; top5 is top-k of all classes where there are fewer than five),
-        ``loss`` (mean cross-entropy), ``images``, ``seconds``.
+        ``loss`` (mean cross-entropy), ``images``, ``seconds``; of a network with several outputs also ``output``, the name
+        of the one that the labels were compared with.
 
     Raises:
         SharefoldError: no images, unlabelled images, labels beyond the model's outputs.
@@ -112,7 +114,11 @@ def evaluate(
             images = taken(given)
             if limit is not None:
                 images, labels = images[: limit - done], labels[: limit - done]
-            logits = first_logits(run_on(model, images)).float()
+            said = run_on(model, images)
+            logits = first_logits(said)
+            leaves = tensors_of(said)
+            counted = next(name for name, leaf in leaves.items() if leaf is logits) if len(leaves) > 1 else ""
+            logits = logits.float()
             if logits.ndim != 2:
                 raise SharefoldError(f"the model's output has shape {tuple(logits.shape)}: eval wants (n, classes)")
             _check_labels(labels, logits.shape[1])
@@ -135,6 +141,7 @@ def evaluate(
         "loss": loss / done,
         "images": done,
         "seconds": time.perf_counter() - started,
+        **({"output": counted} if counted else {}),
     }
 
 

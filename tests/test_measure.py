@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -140,9 +141,20 @@ def test_evaluate_by_hand() -> None:
     result = evaluate(model, [(images[:3], labels[:3]), (images[3:], labels[3:])], progress=seen.append)
     assert (result["top1"], result["top5"], result["images"]) == (0.5, 0.75, 4) and seen == [3, 4]
     assert result["loss"] == pytest.approx(float(nn.functional.cross_entropy(table[:4], labels)), rel=1e-5)
-    assert result["seconds"] > 0
+    assert result["seconds"] > 0 and "output" not in result
     assert evaluate(model, [(images, labels)], limit=1)["top1"] == 1.0
     assert evaluate(model, [(images[:2], labels[:2]), (images[2:], labels[2:])], limit=3)["images"] == 3
+
+
+def test_evaluate_says_which_of_several_outputs_it_counts() -> None:
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, Any]:
+            right = nn.functional.one_hot(x.flatten().long(), 3).float()
+            return {"wrong": [right.flip(1), right.roll(1, 1)], "logits": right}
+
+    images, labels = torch.tensor([0.0, 1, 2]).view(3, 1, 1, 1), torch.tensor([0, 1, 2])
+    result = evaluate(Two(), [(images, labels)])
+    assert (result["output"], result["top1"]) == ("logits", 1.0)
 
 
 @pytest.mark.parametrize(

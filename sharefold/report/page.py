@@ -78,10 +78,11 @@ def _map(facts: Facts) -> str:
     if not facts.layers:
         return ""
     untouched = sum(layer.group is None for layer in facts.layers)
+    rounded = f" Weights are stored rounded ({text(facts.plan.store)})." if facts.plan.store else ""
     return (
         '<section id="map"><h2>The network</h2><p class="faint">One cell a layer in forward order, one row a stage, '
         "gaps between blocks. Colour is the group, the solid part of a cell what its group keeps; "
-        f"{untouched} of {len(facts.layers)} layers stay as they were and are grey.</p>{network_map(facts)}</section>"
+        f"{untouched} of {len(facts.layers)} layers are in no group and are grey.{rounded}</p>{network_map(facts)}</section>"
     )
 
 

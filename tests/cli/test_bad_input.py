@@ -165,3 +165,10 @@ def test_existing_and_unwritable_outputs(tmp_path: Path) -> None:
     assert "did not write" in convert(tmp_path, NET, "--force")
     result = call("convert", NET, "-o", "/proc/sharefold/out")
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
+
+
+def test_a_teacher_of_no_known_architecture_is_told_by_its_own_option(tmp_path: Path) -> None:
+    torch.save({"layer.weight": torch.ones(3, 3)}, tmp_path / "teacher.pt")
+    result = call("finetune", NET, "--data", "digits", "--teacher", tmp_path / "teacher.pt", "-o", tmp_path / "out")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert result.stderr.startswith("error: --teacher: ") and "with --teacher-arch" in result.stderr

@@ -45,6 +45,13 @@ def test_a_page_about_a_converted_network(folder: Path, tmp_path: Path) -> None:
     assert again.exit_code == 2 and "--force" in again.stderr
 
 
+def test_a_page_about_a_network_that_was_only_rounded(tmp_path: Path) -> None:
+    assert call("convert", NET, *FAST, "--no-repair", "--budget", "45kB", "-o", tmp_path / "net").exit_code == 0
+    assert call("report", tmp_path / "net", "-o", tmp_path / "page.html").exit_code == 0
+    document = (tmp_path / "page.html").read_text()
+    assert "14 of 14 layers are in no group" in document and "Weights are stored rounded (mixed:45000B)." in document
+
+
 def test_a_page_about_a_plan(folder: Path, tmp_path: Path) -> None:
     report = json.loads(call("report", folder / "plan.json", "-o", tmp_path / "a.html", "--json").stdout)
     assert report["layers"] == 14 and report["spectra"] == 0 and report["png"] == []

@@ -219,3 +219,19 @@ def test_a_stock_network_takes_normalised_images_as_tensors(tmp_path: Path) -> N
     reported("convert", "timm:digits_resnet", "--calib", f"tensors:{tmp_path / 'x.npy'}", "--method", "basis", "-o", out)
     assert reported("export", out, "-o", tmp_path / "net.pt2")["input_shape"] == [None, 1, 8, 8]
     shutil.rmtree(out)
+
+
+def test_labels_are_compared_with_one_output_and_that_is_said(tmp_path: Path) -> None:
+    (tmp_path / "two.py").write_text(
+        "from torch import nn\n\n\nclass Two(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.kind, self.age = nn.Linear(4, 3), nn.Linear(4, 2)\n\n"
+        "    def forward(self, x):\n        return {'kind': self.kind(x), 'age': self.age(x)}\n"
+    )
+    random = np.random.default_rng(0)
+    np.savez(tmp_path / "x.npz", x=random.normal(size=(9, 4)).astype("f4"), labels=random.integers(0, 3, 9))
+    space: dict[str, Any] = {}
+    exec((tmp_path / "two.py").read_text(), space)
+    torch.save(space["Two"]().state_dict(), tmp_path / "two.pt")
+    given = ("eval", tmp_path / "two.pt", "--arch", f"{tmp_path / 'two.py'}:Two", "--data", f"tensors:{tmp_path / 'x.npz'}")
+    assert reported(*given)["output"] == "kind"
+    assert "the output kind alone" in call(*given).stdout
