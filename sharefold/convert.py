@@ -18,6 +18,7 @@ from sharefold.architectures.bases import base_of
 from sharefold.budget import Effort, parse_effort
 from sharefold.calibration.calibrate import Calibration, calibration_of, copied
 from sharefold.calibration.images import input_config
+from sharefold.calibration.new_images import has_views
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.format import FileConfig, aliases_of, carry_config, check_dense, config_of
 from sharefold.graph.preserved import restored_on_error
@@ -139,8 +140,7 @@ def reported(model: nn.Module, cal: Calibration) -> dict[str, Any]:
     if len(agreed) == 1:
         result["agreement_interval"] = agreed[0].interval
         leaf = cal.reading.classes
-        one = isinstance(cal.images, Tensor) and len(cal.reading.leaves) == 1  # views are of one input
-        if one and leaf is not None and leaf.kind == LOGITS and leaf.axis == 1:
+        if has_views(cal.images) and len(cal.reading.leaves) == 1 and leaf is not None and leaf.kind == LOGITS and leaf.axis == 1:
             new = mean_agreement(cal.stand_ins.measure(model)[1])
             result |= {"seen_before": cal.seen_before, "new_agreement": new, "new_agreement_interval": wilson(new, count)}
     return result

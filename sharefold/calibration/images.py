@@ -15,8 +15,9 @@ from sharefold.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from sharefold.errors import SharefoldError
 from sharefold.graph.layers import input_shapes, spatial_axes
 from sharefold.inputs import AnyInput, Input, Inputs, check_count, image_shape, parameters_of
+from sharefold.outputs.leaves import tensors_of
 from sharefold.plans import Progress
-from sharefold.running import batch_within, dtype_of
+from sharefold.running import batch_within, dtype_of, evaluating, run_on
 
 # Enough for every moment of a CIFAR network, and to report agreement within a few points; of large procedural images, fewer.
 COUNT, LARGE_COUNT = 1000, 64
@@ -73,8 +74,9 @@ def calibration_or_procedural(
     """What a user gives to calibrate with after a check, or procedural images.
 
     Args:
-        given: images (n, C, H, W); a tuple of tensors (n, ...) for a network of several inputs; or a loader, or whatever else
-            gives batches, of which the first ``COUNT`` samples are taken.
+        given: images (n, C, H, W), or what else the network takes, vectors (n, F) among them; a tuple of tensors (n, ...) for a
+            network of several inputs; or a loader, or whatever else gives batches, of which the first ``COUNT`` samples are
+            taken.
         example: of what a network of several inputs takes, after which procedural ones are made.
 
     Raises:
@@ -102,6 +104,8 @@ def calibration_or_procedural(
         return procedural_images(model, seed=seed)
     # Other axes may be merged into the batch on the way, as frames of a video are.
     shapes = input_shapes(model) | {4: "images (n, C, H, W)"}
+    if isinstance(images, Tensor) and images.dim() not in shapes and _takes(model, images):
+        shapes[images.dim()] = "what it takes"
     if not isinstance(images, Tensor) or images.dim() not in shapes or not images.is_floating_point():
         what = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
         if isinstance(images, Mapping):
@@ -120,3 +124,19 @@ def calibration_or_procedural(
         )
     check_count(model, images, "calibration")
     return ordinary(images.to(dtype_of(model)))
+
+
+def _takes(model: nn.Module, samples: Tensor) -> bool:
+    """Whether a network takes samples of a shape that its convolutions do not tell of, which it brings into theirs on the way.
+
+    Two axes, or more than four: of three or four a convolution may take the first one for channels.
+    """
+    if samples.dim() in (0, 1, 3, 4) or not samples.is_floating_point() or len(samples) == 0:
+        return False
+    few = samples[:2].to(dtype_of(model))
+    try:
+        with evaluating(model):
+            said = tensors_of(run_on(model, few))
+    except Exception:  # networks raise what they like
+        return False
+    return any(tensor.dim() > 0 and len(tensor) == len(few) for tensor in said.values())

@@ -24,6 +24,12 @@ VIEWS = 2
 SURER = 2.0
 
 
+def has_views(images: Input) -> bool:
+    """Whether mild views of ``images`` can stand for new ones: not of several inputs, which belong to each other, and not of
+    vectors, of whose axis nobody knows what it means."""
+    return isinstance(images, Tensor) and images.ndim > 2
+
+
 def stand_ins(images: Tensor, seed: int = 0) -> Tensor:
     """Views (VIEWS * n, C, H, W) of images (n, C, H, W) normalised to about unit variance; the seed alone draws them."""
     generator = torch.Generator().manual_seed(seed)

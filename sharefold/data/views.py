@@ -24,11 +24,11 @@ MIX = 0.5
 
 
 def random_views(images: Tensor, generator: torch.Generator, *, strength: float = 1.0, mix: float = MIX) -> Tensor:
-    """One random view of each image of a batch (B, C, H, W), of each volume of (B, C, D, H, W), or of each signal of (B, C, L);
+    """One random view of each image of a batch (B, C, H, W), volume of (B, C, D, H, W), signal of (B, C, L) or vector of (B, F);
     same shape, dtype and device.
 
     All slices of a volume, or frames of a video, get the same view. Signals are shifted and made louder or softer instead of
-    warped and recoloured, and not mirrored.
+    warped and recoloured, and not mirrored. Vectors are blended alone.
 
     Args:
         images: normalised to about unit variance; the border is mirrored where a view looks outside.
@@ -36,6 +36,8 @@ def random_views(images: Tensor, generator: torch.Generator, *, strength: float 
         strength: factor on how far images are warped and recoloured; 0 only mirrors and mixes.
         mix: share of the images that another image of the batch is blended into, with at most half of the weight.
     """
+    if images.ndim == 2:  # nobody knows what its axis means
+        return blended(images, generator, mix)
     changed = _shifted if images.ndim == 3 else _warped_and_recoloured
     return blended(changed(images, generator, strength), generator, mix)
 
