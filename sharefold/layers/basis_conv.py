@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -86,17 +88,24 @@ class BasisConv(SharedConv):
         rows = form.out_channels // form.groups
         return rank * (form.features + rows) / (rows * form.features)
 
-    def factored(self, x: Tensor) -> Tensor:
-        form, filters = self.form, self.filters(None if self.training else x)
-        if form.kind == "linear":
-            return nn.functional.linear(form.apply(x, filters, None), self.coefficients, self.own_bias)
-        if form.groups > 1:
-            filters = filters.repeat(form.groups, 1, 1, 1)
-        responses = form.apply(x, filters, None)
+    def parts(self, x: Tensor | None) -> tuple[Tensor | None, ...]:
+        filters, mix = self.filters(x), self.coefficients
+        if self.form.groups > 1:
+            filters = filters.repeat(self.form.groups, 1, 1, 1)
+        return filters, mix if self.form.kind == "linear" else mix[:, :, None, None], self.own_bias
+
+    def by_parts(self, x: Tensor, *parts: Any) -> Tensor:
+        filters, mix, bias = parts
+        responses = self.form.apply(x, filters, None)
+        if self.form.kind == "linear":
+            return nn.functional.linear(responses, mix, bias)
         if self.norm is not None:
             responses = self.norm(responses)
-        mix = self.coefficients[:, :, None, None]
-        return nn.functional.conv2d(responses, mix, self.own_bias, groups=form.groups)
+        return nn.functional.conv2d(responses, mix, bias, groups=self.form.groups)
+
+    @property
+    def keeps_parts(self) -> bool:
+        return super().keeps_parts and (self.bank is None or self.unique is None)
 
     def linear_part(self) -> tuple[Tensor, Tensor] | None:
         if self.form.standardize is not None:

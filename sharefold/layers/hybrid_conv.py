@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -64,14 +66,16 @@ class HybridConv(BasisConv):
         own = self.verticals * (form.features // width * form.stride[1] + rows * width)
         return (own + shared * (form.features + rows)) / (rows * form.features)
 
-    def factored(self, x: Tensor) -> Tensor:
-        form, cached = self.form, None if self.training else x
-        columns, shared = self.columns(cached), self.shared(cached)
-        if form.groups > 1:
-            columns, shared = columns.repeat(form.groups, 1, 1, 1), shared.repeat(form.groups, 1, 1, 1)
+    def parts(self, x: Tensor | None) -> tuple[Tensor | None, ...]:
+        columns, shared = self.columns(x), self.shared(x)
+        if (groups := self.form.groups) > 1:
+            columns, shared = columns.repeat(groups, 1, 1, 1), shared.repeat(groups, 1, 1, 1)
         horizontal, mix = self._mixes()
-        own = by_columns(form, x, columns, horizontal, self.own_bias)
-        return own + F.conv2d(form.apply(x, shared, None), mix[:, :, None, None], groups=form.groups)
+        return columns, horizontal, self.own_bias, shared, mix[:, :, None, None]
+
+    def by_parts(self, x: Tensor, *parts: Any) -> Tensor:
+        *own, shared, mix = parts
+        return by_columns(self.form, x, *own) + F.conv2d(self.form.apply(x, shared, None), mix, groups=self.form.groups)
 
     @property
     def pivoted_name(self) -> str | None:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from sharefold.layers.batchnorm import affine
 from sharefold.layers.form import ConvForm
-from sharefold.layers.shared_conv import SharedConv, any_form_of, rounded_once
+from sharefold.layers.shared_conv import SharedConv, any_form_of
+from sharefold.layers.weight_order import rounded_once
 from sharefold.running import dtype_of
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from sharefold.errors import SharefoldError
 from sharefold.layers.bank import Bank, not_replicated, refer
 from sharefold.layers.form import ConvForm, form_of, matrix_of
-from sharefold.layers.weight_cache import Keeper, Kept, channels_last, own_tensors, symbolic
+from sharefold.layers.weight_cache import Keeper, Kept, own_tensors
+from sharefold.layers.weight_order import in_order_of, rounded_once
 
 RUNTIMES = ("auto", "factored", "composed")
 # `auto` runs two small convolutions instead of one when they need at most this share of its multiplications
@@ -25,7 +26,7 @@ class SharedConv(Keeper):
     """A convolution or Linear whose weight is put together from a bank and a few tensors of its own.
 
     Subclasses say how with :meth:`compose`; those that can run without the composed weight also override
-    :meth:`factored` and :meth:`factored_share`. In eval mode without gradients the composed weight is kept until a
+    :meth:`parts`, :meth:`by_parts` and :meth:`factored_share`. In eval mode without gradients the composed weight is kept until a
     tensor it was made from changes; in train mode it is made anew, so gradients reach the bank. Writes through ``.data``
     are seen after the next ``eval()`` or ``train()``.
 
@@ -49,7 +50,7 @@ class SharedConv(Keeper):
         self.register_parameter("own_bias", None if bias is None else nn.Parameter(bias.detach().clone()))
         self.register_parameter("gain", None if gain is None else nn.Parameter(gain.detach().clone()))
         self.runtime = "auto"
-        self._kept = Kept()
+        self._kept, self._kept_parts = Kept(), Kept()
 
     # What subclasses say -----------------------------------------------------------------------------------------
 
@@ -57,12 +58,22 @@ class SharedConv(Keeper):
         """The layer's weight (O, I/groups, h, w), before weight standardisation; differentiable."""
         raise NotImplementedError
 
-    def factored(self, x: Tensor) -> Tensor:
+    def parts(self, x: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The weights that :meth:`by_parts` takes: functions of the layer's and the bank's tensors; for ``x`` as
+        :meth:`Bank.filters` does."""
+        raise NotImplementedError
+
+    def by_parts(self, x: Tensor, *parts: Tensor | None) -> Tensor:
         """Runs the layer on ``x`` (:meth:`ConvForm.as_maps`) without its composed weight."""
         raise NotImplementedError
 
+    @property
+    def keeps_parts(self) -> bool:
+        """Whether :meth:`parts` are tensors that are there anyway, so that keeping them takes no memory."""
+        return self.form.groups == 1
+
     def factored_share(self) -> float:
-        """Multiplications of :meth:`factored` over those of the composed layer; infinity when it cannot run."""
+        """Multiplications of :meth:`by_parts` over those of the composed layer; infinity when it cannot run."""
         return float("inf")
 
     def linear_part(self) -> tuple[Tensor, Tensor] | None:
@@ -145,6 +156,7 @@ class SharedConv(Keeper):
         """
         if name in ("runtime", "given") and "_kept" in self.__dict__:
             self._kept.unwatch()
+            self._kept_parts.unwatch()
         if name == "weight" and isinstance(value, Tensor):
             self._rescale(value)
         elif name == "bias":
@@ -210,17 +222,18 @@ class SharedConv(Keeper):
 
     def forward(self, x: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """What the replaced layer computes; ``output_size`` as torch's transposed layers take it."""
-        ready = self._kept.ready(x)
-        if ready is not None:
-            weight, bias = ready
-            return self.form.run(x, weight, bias, output_size)
-        if self.runs_factored():
-            return self.form.as_stock(self.factored(self.form.as_maps(x)))
-        weight, bias = self._composed(x)
+        ready, parts = self._kept.ready(x), None
+        if ready is None:
+            parts = self._kept_parts.ready(x)
+            if parts is None and self.runs_factored():
+                parts = self._parts(x)
+        if parts is not None:
+            return self.form.as_stock(self.by_parts(self.form.as_maps(x), *parts))
+        weight, bias = self._composed(x) if ready is None else ready
         return self.form.run(x, weight, bias, output_size)
 
     def runs_factored(self) -> bool:
-        """Whether :meth:`forward` calls :meth:`factored` instead of composing the weight."""
+        """Whether :meth:`forward` calls :meth:`by_parts` instead of composing the weight."""
         if self.runtime == "composed" or not self.can_run_factored():
             return False
         return self.runtime == "factored" or self.factored_share() <= FACTORED_SHARE
@@ -237,8 +250,21 @@ class SharedConv(Keeper):
             return self.form.native(self.given), self.bias
         if self.training:
             return rounded_once(x, make)
-        found = self._kept.get(x, own_tensors(self, self.bank), lambda: in_order_of(x, *make()))
+        def ordered() -> tuple[Tensor, Tensor | None]:
+            weight, bias = make()
+            return in_order_of(x, weight), bias
+
+        found = self._kept.get(x, own_tensors(self, self.bank), ordered)
         self._kept.watch(self, "bank")
+        return found
+
+    def _parts(self, x: Tensor) -> tuple[Tensor | None, ...]:
+        if self.training:
+            return self.parts(None)
+        if not self.keeps_parts:
+            return self.parts(x)
+        found = self._kept_parts.get(x, own_tensors(self, self.bank), lambda: self.parts(x))
+        self._kept_parts.watch(self, "bank")
         return found
 
     _replicate_for_data_parallel = not_replicated
@@ -253,36 +279,6 @@ class SharedConv(Keeper):
         form = self.form
         text = f"{form.in_channels}, {form.out_channels}, kernel_size={form.stock_kernel_size}, stride={form.stock_stride}"
         return text + (f", groups={form.groups}" if form.groups > 1 else "")
-
-
-def rounded_once(x: Tensor, make: Callable[[], tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """A weight and a bias as ``make`` makes them; under autocast in full precision, the weight rounded at the end.
-
-    The factors are small: rounding each of them, and each of their gradients, takes longer than the products do. A weight that
-    stands in the order of the images' channels is not put in order again by the convolution.
-    """
-    if symbolic(x) or (dtype := autocast_dtype(kind := x.device.type)) is None:
-        return make()
-    with torch.autocast(kind, enabled=False):
-        weight, bias = make()
-    if torch.float64 in (weight.dtype, x.dtype):  # which autocast leaves alone
-        return weight, bias
-    last = weight.ndim == 4 and channels_last(x)
-    layout = torch.channels_last if last else torch.preserve_format
-    return weight.to(dtype, memory_format=layout), bias
-
-
-def in_order_of(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """A weight as a convolution of ``x`` takes it without putting it in order again, once a run, which is slow for small maps."""
-    if symbolic(x) or weight.ndim != 4 or torch._C._functorch.is_functorch_wrapped_tensor(weight):
-        return weight, bias
-    return weight.contiguous(memory_format=torch.channels_last if channels_last(x) else torch.contiguous_format), bias
-
-
-def autocast_dtype(kind: str) -> torch.dtype | None:
-    """The type that autocast computes in on devices of this kind, None where it is off."""
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if on else None
 
 
 def any_form_of(layer: nn.Module) -> ConvForm | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -52,8 +54,11 @@ class SpatialConv(SharedConv):
         vertical = self.rank * form.in_channels * height * form.stride[1]
         return (vertical + form.out_channels * self.rank * width) / (form.out_channels * form.features)
 
-    def factored(self, x: Tensor) -> Tensor:
-        return by_columns(self.form, x, self.columns(None if self.training else x), self.horizontal, self.own_bias)
+    def parts(self, x: Tensor | None) -> tuple[Tensor | None, ...]:
+        return self.columns(x), self.horizontal, self.own_bias
+
+    def by_parts(self, x: Tensor, *parts: Any) -> Tensor:
+        return by_columns(self.form, x, *parts)
 
     def linear_part(self) -> tuple[Tensor, Tensor] | None:
         if self.form.standardize is not None:

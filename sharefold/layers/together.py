@@ -17,9 +17,10 @@ from torch.func import functional_call
 
 from sharefold.layers.basis_conv import BasisConv
 from sharefold.layers.hybrid_conv import HybridConv
-from sharefold.layers.shared_conv import SharedConv, autocast_dtype
+from sharefold.layers.shared_conv import SharedConv
 from sharefold.layers.spatial_conv import SpatialConv
 from sharefold.layers.surgery import shared_layers
+from sharefold.layers.weight_order import autocast_dtype
 
 _KINDS = (BasisConv, HybridConv, SpatialConv)
 _NOT_COMPOSED = ("own_bias", "gain")  # parameters that are no part of the weight

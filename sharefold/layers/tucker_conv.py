@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -38,8 +38,11 @@ class TuckerConv(BasisConv):
         inner = self.rank * (width * taps + form.out_channels)
         return (before + inner) / (form.out_channels * form.features)
 
-    def factored(self, x: Tensor) -> Tensor:
+    def parts(self, x: Tensor | None) -> tuple[Tensor | None, ...]:
         basis, projection = self._shared()
+        return projection[:, :, None, None], basis, self.coefficients[:, :, None, None], self.own_bias
+
+    def by_parts(self, x: Tensor, *parts: Any) -> Tensor:
+        projection, basis, mix, bias = parts
         # A projection without a bias commutes with every kind of padding.
-        responses = self.form.apply(F.conv2d(x, projection[:, :, None, None]), basis, None)
-        return F.conv2d(responses, self.coefficients[:, :, None, None], self.own_bias)
+        return F.conv2d(self.form.apply(F.conv2d(x, projection), basis, None), mix, bias)

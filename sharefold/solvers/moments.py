@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sharefold.errors import SharefoldError
+from sharefold.solvers.gram import gram
 
 # Rounding error of a summed second moment, in units of the type's precision.
 ROUNDING = 16
@@ -53,7 +54,8 @@ class Moments:
         sides = [x] if y is None else [x, y]
         with torch.autocast(x.device.type, enabled=False):
             sides = [side.detach().to(torch.promote_types(side.dtype, torch.float32)) for side in sides]
-            products = [self._kept(side @ sides[0].transpose(1, 2), self.dtype) for side in sides]
+            products = [gram(sides[0]), *(side @ sides[0].transpose(1, 2) for side in sides[1:])]
+            products = [self._kept(product, self.dtype) for product in products]
             values = [side.sum(2) for side in sides] + [side.square().sum(2) for side in sides[1:]]
         values = [self._kept(value, torch.float64) for value in values]
         shapes = [tuple(part.shape) for part in products]

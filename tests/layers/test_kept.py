@@ -223,6 +223,53 @@ def test_what_is_ready_is_asked_for_again_where_anything_has_changed() -> None:
     assert layer._kept.ready(x)[0] is kept  # not made anew
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "composed"])
+@torch.no_grad()
+def test_parts_that_are_ready_are_asked_for_again_where_anything_has_changed(kind: str) -> None:
+    layer, x = layer_of(kind), torch.randn(2, 6, 9, 7)
+    owner, name = place_of(layer)
+    for _ in range(2):
+        torch.testing.assert_close(layer(x), expected(layer, x), rtol=1e-4, atol=1e-4)
+    ready = layer._kept_parts.ready
+    assert ready(x) is not None and layer._kept.ready(x) is None
+    pivots = owner.pivots if layer.pivots is None else layer.pivots
+    changes = [
+        lambda: getattr(owner, name).mul_(2),
+        lambda: setattr(layer, "own_bias", nn.Parameter(torch.randn(8))),
+        lambda: setattr(layer, layer.coefficients_name, nn.Parameter(torch.randn_like(getattr(layer, layer.coefficients_name)))),
+        lambda: pivots.copy_(pivots.flip(0)),
+    ]
+    for change in changes:
+        change()
+        assert ready(x) is None
+        torch.testing.assert_close(layer(x), expected(layer, x), rtol=1e-4, atol=1e-4)
+        assert ready(x) is not None
+    kept = ready(x)
+    layer.runtime = "composed"
+    assert ready(x) is None
+    torch.testing.assert_close(layer(x), expected(layer, x), rtol=1e-4, atol=1e-4)
+    assert ready(x) is None and layer._kept.ready(x) is not None
+    layer.runtime = "factored"
+    torch.testing.assert_close(layer(x), expected(layer, x), rtol=1e-4, atol=1e-4)
+    assert ready(x) is kept and layer._kept.ready(x) is None  # not made anew
+    layer.train()
+    assert layer._kept_parts.ready(x) is None
+    layer(x)
+    assert layer._kept_parts.ready(x) is None
+
+
+def test_own_filters_beside_a_bank_are_not_kept_once_more() -> None:
+    """Put together they are a copy of the bank, which is there once for all layers."""
+    form = form_of(nn.Conv2d(6, 8, 3, padding=1))
+    bank = Bank({"basis": torch.randn(4, 6, 3, 3)}, uses=1)
+    layer, x = BasisConv(form, torch.randn(8, 6), bank, unique=torch.randn(2, 6, 3, 3)).eval(), torch.randn(2, 6, 9, 7)
+    layer.runtime = "factored"
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected(layer, x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(layer(x), expected(layer, x), rtol=1e-4, atol=1e-4)
+    assert layer._kept_parts.ready(x) is None and not layer.keeps_parts
+
+
 def test_a_kept_weight_lies_in_the_order_of_the_images() -> None:
     """Else every run puts it in order once more, which takes as long as a convolution of small maps."""
     layer, x = layer_of("composed"), torch.randn(2, 6, 9, 7)
