@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_tables import converted_on_gpu, latency_on_gpu, tuning_recipes, tuning_steps
+from speed_tables import growth, speed
 from table_parts import DATES, RESULTS, ROOT, dates, earlier, machine, named, read, table, taken
 from task_tables import trained_tasks
 
@@ -279,30 +280,6 @@ def onnx() -> str | None:
             + taken("onnx.csv"))  # fmt: skip
 
 
-def speed() -> str | None:
-    """How long conversions take, in looks at their images."""
-    data = read("speed.json")
-    if data is None:
-        return None
-    rows = []
-    for row in data["rows"]:
-        passes, peak, latency = row["passes"], row["peak_memory_bytes"], row["latency_over_dense"]
-        rows.append([
-            named(row["network"]), f"{row['images']:,}", f"{row['pass_cpu_seconds']:.1f}",
-            *[f"{passes[key]:.1f}" for key in ("moments", "plan", "convert", "whole")],
-            f"{peak['pass'] / 1e9:.1f} -> {peak['whole'] / 1e9:.1f}", f"{100 * row['macs']:.0f} %",
-            *[f"{latency[batch]:.2f}" for batch in ("1", "64")],
-        ])  # fmt: skip
-    head = ["network", "images", "one pass [CPU s]", "moments", "plan", "convert", "whole", "peak memory [GB]", "MACs",
-            "latency, batch 1", "batch 64"]  # fmt: skip
-    starts = ", ".join(f"`{name}` {seconds:.2f} s" for name, seconds in data["start_seconds"].items())
-    note = ("Conversions to half the parameters by `auto`, repairs included, in forward passes of the original over all "
-            "calibration images; latency of the result over the original's. Start-up, wall-clock: "
-            f"{starts}. `benchmarks/speed.py`, {'; '.join(dict.fromkeys(machine(row['hardware']) for row in data['rows']))}. "
-            + taken(rows=data["rows"]))  # fmt: skip
-    return table(head, rows) + "\n\n" + note
-
-
 def files() -> str | None:
     """Small files beside those of the codec of the standard."""
     data = read("bytes.json")
@@ -441,7 +418,8 @@ def _mean_cell(top1: list[float]) -> str:
 TABLES: dict[str, Callable[[], str | None]] = {
     "demo": demo, "methods": methods, "finetune": finetune, "ablation": ablation, "recipes": recipes,
     "objectives": objectives, "across": across, "label_free": label_free, "onnx": onnx, "forms": forms,
-    "results": results, "speed": speed, "bytes": files, "agreement": claims, "gpu": converted_on_gpu, "latency": latency_on_gpu,
+    "results": results, "speed": speed, "growth": growth, "bytes": files, "agreement": claims,
+    "gpu": converted_on_gpu, "latency": latency_on_gpu,
     "steps": tuning_steps, "tuning": tuning_recipes, "tasks": trained_tasks,
 }  # fmt: skip
 DOCS = ROOT / "docs"

@@ -12,7 +12,7 @@ from sharefold.repair.muon import Muon, suits
 
 SMALLEST_SCALE = 1e-2
 # Steps of matrices, which go in all directions at once, beside those of other tensors.
-MATRIX = 0.25
+MATRIX = 0.4
 
 
 class Learned(Protocol):

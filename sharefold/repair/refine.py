@@ -21,7 +21,7 @@ from torch import nn
 from sharefold.calibration.calibrate import Calibration
 from sharefold.data.views import random_views
 from sharefold.errors import SharefoldError
-from sharefold.inputs import Inputs
+from sharefold.inputs import Input, Inputs
 from sharefold.layers import running
 from sharefold.layers.norm_fusion import norms_fused
 from sharefold.options import RefineOptions, chosen
@@ -31,7 +31,7 @@ from sharefold.repair.guard import Guard, Scaled
 from sharefold.repair.half_precision import depthwise_in_full, take_bfloat16
 from sharefold.repair.learned import Learned, Parameters
 from sharefold.repair.lockstep import BATCH_ELEMENTS, largest_map
-from sharefold.repair.refine_loss import lessons
+from sharefold.repair.refine_loss import Lessons, lessons
 from sharefold.repair.step_record import StepRecord
 from sharefold.repair.work import Work
 from sharefold.running import batch_within, evaluating
@@ -46,6 +46,8 @@ CHECKS = 5
 # Where time allows fewer steps than this, they are smaller: what large ones disturb so few cannot mend.
 MANY_STEPS = 1000
 BATCH, SMALLEST_BATCH = 64, 8
+# Steps over the root of the relative squared error of blocks and outputs (docs/log.md); where that is not known, the usual one.
+STEP_OF_ERROR, SHORTEST_STEP, LONGEST_STEP, USUAL_STEP = 0.016, 0.001, 0.008, 0.004
 
 
 def refine(
@@ -197,13 +199,14 @@ def training(
     first = images[: max(2, batch_size)].to(device)
     # Gradients of fewer images are noisier, by the square root, and so must steps be smaller.
     fewer = math.sqrt(min(1.0, min(batch_size, len(images)) / BATCH))
-    optimizers = learned.optimizers(options.step * fewer)
-    rates = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     share = 0.0
     with (
         _training(original, model), norms_fused(original, cal.norms, constant=True), norms_fused(model, cal.norms),
         lessons(cal, model, first, blocks, scales.layers) as taught, depthwise_in_full(model),
     ):  # fmt: skip
+        step = step_for(taught, first) if options.step is None else options.step
+        optimizers = learned.optimizers(step * fewer)
+        rates = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
         take_bfloat16(taught, first)
         while True:
             order = torch.randperm(len(images), generator=generator)
@@ -214,7 +217,7 @@ def training(
                 picked = images[index]
                 # What is turned in one of several inputs would no longer belong to the others.
                 views = picked if isinstance(picked, Inputs) else random_views(picked, generator)
-                loss = taught.loss(views.to(device))
+                loss = taught.loss(views.to(device), share)
                 model.zero_grad()
                 loss.backward()
                 learned.take_gradients()
@@ -230,6 +233,13 @@ def training(
                 if share >= 1:
                     return
             learned.epoch_ends()
+
+
+def step_for(taught: Lessons, images: Input) -> float:
+    """The largest relative change of a tensor at once: the more is to be mended, the farther may a step go, and what is nearly
+    right would only be disturbed by long ones."""
+    wrong = taught.relative_error(images)
+    return USUAL_STEP if wrong is None else min(max(STEP_OF_ERROR * math.sqrt(wrong), SHORTEST_STEP), LONGEST_STEP)
 
 
 def _rate(share: float) -> float:

@@ -77,13 +77,25 @@ class Lessons:
             self.spreads = self.divergence.spreads(self.divergence.reading.run(self.original, first))
         self._unit = 0.0
 
-    def loss(self, batch: Input) -> Tensor:
-        """The mean over outputs and blocks; both networks run.
+    def loss(self, batch: Input, done: float = 0.0) -> Tensor:
+        """The mean over outputs and blocks, which count for less and less; both networks run.
+
+        Blocks say more of where a network goes wrong, but a small one cannot follow in all of them to the end.
+
+        Args:
+            done: share of the training that is behind.
 
         Raises:
             SharefoldError: nothing of what the network says can be learned.
         """
-        return torch.stack(self._of_outputs(batch) + self.blocks.losses()).mean()
+        outputs, blocks = self._of_outputs(batch), [(1 - done) * loss for loss in self.blocks.losses()]
+        return torch.stack(outputs + blocks).mean()
+
+    def relative_error(self, batch: Input) -> float | None:
+        """Squared error over variance, the mean over outputs and blocks; None where a user's criterion is all there is."""
+        outputs = self._of_outputs(batch)
+        known = self.blocks.losses() + (outputs if self.criterion is None else [])
+        return float(torch.stack(known).mean().detach()) if known else None
 
     def _of_outputs(self, batch: Input) -> list[Tensor]:
         reading, kind = self.divergence.reading, next(self.model.parameters()).device.type

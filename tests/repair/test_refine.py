@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from sharefold.outputs.divergence import centred
 from sharefold.repair import refine as module
 from sharefold.repair.guard import Guard
 from sharefold.repair.refine import refine
-from sharefold.repair.refine_loss import relative_errors
+from sharefold.repair.refine_loss import lessons, relative_errors
 from sharefold.repair.step_record import StepRecord
 from sharefold.state_dicts import trial
 
@@ -294,6 +295,36 @@ def test_losses_against_their_definitions() -> None:
     assert torch.allclose(centred(logits + 7), centred(logits), atol=1e-5) and float(centred(logits).sum(1).abs().max()) < 1e-5
     a, b = torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
     assert torch.stack(relative_errors([a, 3 * a], [b, b], [2.0, 3.0])).tolist() == [0.5, 3.0]
+
+
+def test_blocks_count_for_less_until_outputs_alone_remain(pair) -> None:
+    teacher, model, images, _ = pair
+    cal = calibration_on(teacher, images, images)
+    with lessons(cal, model, images, ("layer1.0", "layer1.1"), ()) as taught:
+        start, middle, end = (float(taught.loss(images, done).detach()) for done in (0.0, 0.5, 1.0))
+        blocks = sum(float(loss.detach()) for loss in taught.blocks.losses())
+        assert taught.relative_error(images) == pytest.approx(start)
+    assert blocks > 0 and end > 0
+    assert start == pytest.approx(end + blocks / 3, rel=1e-4)  # of one output and two blocks
+    assert middle == pytest.approx(end + blocks / 6, rel=1e-4)
+
+
+def test_a_criterion_of_the_users_does_not_say_how_much_is_wrong(pair) -> None:
+    teacher, model, images, _ = pair
+    cal = calibrate(teacher, images, criterion=lambda original, found: (original - found).square().mean(1))
+    with lessons(cal, model, images, (), ()) as taught:
+        assert taught.relative_error(images) is None and module.step_for(taught, images) == module.USUAL_STEP
+    with lessons(cal, model, images, ("layer1.0",), ()) as taught:
+        assert taught.relative_error(images) == pytest.approx(float(taught.blocks.losses()[0].detach()))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "step"),
+    [(None, module.USUAL_STEP), (0.0, module.SHORTEST_STEP), (0.04, 0.2 * module.STEP_OF_ERROR), (9.0, module.LONGEST_STEP)],
+)
+def test_steps_are_longer_where_more_is_wrong(wrong: float | None, step: float) -> None:
+    taught: Any = SimpleNamespace(relative_error=lambda images: wrong)
+    assert module.step_for(taught, torch.zeros(1)) == pytest.approx(step)
 
 
 def test_steps_are_smaller_where_time_allows_few(monkeypatch: pytest.MonkeyPatch) -> None:

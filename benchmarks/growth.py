@@ -1,0 +1,100 @@
+"""How time and memory of a conversion grow with the network: CIFAR ResNets of 20 to 218 layers, and large ones for 224 x 224.
+
+    SHAREFOLD_DATA=../shared/data python benchmarks/growth.py
+    python benchmarks/growth.py --networks resnet152 wide_resnet50_2
+
+Random weights by a fixed seed: shapes, time and memory, no accuracy. The CIFAR ResNets are converted to half their parameters on
+500 images of CIFAR-10, the large ones (torchvision's) on 64 random images; repairs included, by one thread, each network in a
+process of its own. CPU seconds are given a convolution, beside the peak memory of the process and that of a plain pass. Writes
+``benchmarks/results/growth.json``; rows of other networks stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "growth.json"
+DEPTHS = {"resnet20": 3, "resnet56": 9, "resnet110": 18, "resnet218": 36}  # blocks a stage
+LARGE = ("resnet152", "wide_resnet50_2")
+IMAGES, LARGE_IMAGES = 500, 64
+
+
+def opened(name: str) -> tuple[Any, Any]:
+    """The network and its normalised calibration images."""
+    import torch
+
+    torch.manual_seed(0)
+    if name in LARGE:
+        import torchvision
+
+        return getattr(torchvision.models, name)(weights=None).eval(), torch.randn(LARGE_IMAGES, 3, 224, 224)
+    from cifar import data_folder, read_split
+
+    from sharefold.data import Preprocess
+    from sharefold.models.cifar_resnet import CifarResNet
+
+    pixels, _ = read_split(data_folder(), "train", 1)
+    images = torch.from_numpy(pixels[:IMAGES]).permute(0, 3, 1, 2)
+    return CifarResNet(DEPTHS[name]).eval(), Preprocess.from_cfg({"input_size": (3, 32, 32)}).normalize(images)
+
+
+def one(name: str) -> dict[str, Any]:
+    """A row, measured in this process."""
+    import torch
+    from cifar import hardware
+    from speed import converted, cpu_of
+
+    from sharefold.graph.layers import find_layers
+    from sharefold.measure import count_parameters, peak_memory
+    from sharefold.running import batch_of, evaluating, run_on
+    from sharefold_cli.heap import keep_freed_memory
+
+    keep_freed_memory()  # as the command line does
+    torch.set_num_threads(1)
+    model, images = opened(name)
+
+    def look() -> None:
+        with evaluating(model):
+            for batch in images.split(batch_of(images)):
+                run_on(model, batch)
+
+    look()
+    plain, _ = cpu_of(look)
+    before, layers = peak_memory(), len(find_layers(model)[0])
+    times, network, _ = converted(model, images, "50%")
+    return {
+        "network": name, "layers": layers, "parameters": count_parameters(model), "images": len(images),
+        "pass_cpu_seconds": round(plain, 2), "cpu_seconds": {key: round(value, 1) for key, value in times.items()},
+        "seconds_a_layer": round(times["whole"] / layers, 2), "kept": count_parameters(network) / count_parameters(model),
+        "peak_memory_bytes": {"pass": before, "whole": peak_memory()},
+        "date": time.strftime("%Y-%m-%d"), "hardware": hardware(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=(*DEPTHS, *LARGE), default=list(DEPTHS))
+    parser.add_argument("--one", action="store_true", help="measure in this process and print the row")
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(one(options.networks[0])))
+        return
+    for name in options.networks:
+        words = [sys.executable, "-W", "ignore", __file__, "--one", "--networks", name]
+        done = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=True)
+        row = json.loads(done.stdout.splitlines()[-1])
+        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+        known["rows"] = [other for other in known["rows"] if other["network"] != name] + [row]
+        RESULTS.write_text(json.dumps(known, indent=1) + "\n")
+        print({key: row[key] for key in ("network", "layers", "cpu_seconds", "seconds_a_layer", "peak_memory_bytes")}, flush=True)
+
+
+if __name__ == "__main__":
+    main()
