@@ -4,7 +4,7 @@ Nothing here needs a label to stay valid: the original network says what every v
 it was trained on, and their shifts and mirror images; views have to go beyond those to say what it does with new ones
 (aggressive views and a long schedule let a student follow a teacher's function: Beyer et al., "Knowledge distillation: a
 good teacher is patient and consistent", CVPR 2022, https://arxiv.org/abs/2106.05237; mixup: Zhang et al.,
-https://arxiv.org/abs/1710.09412).
+https://arxiv.org/abs/1710.09412; rectangles of other images: Yun et al., "CutMix", https://arxiv.org/abs/1905.04899).
 """
 
 from __future__ import annotations
@@ -19,11 +19,15 @@ from torch import Tensor
 ROTATION, SIZE, ASPECT, SHIFT = 15.0, 0.2, 0.1, 0.2
 # Largest change of contrast and of colour (distance from grey), logarithms; of brightness and of a channel's, normalised values.
 CONTRAST, COLOUR, BRIGHTNESS, TINT = 0.3, 0.6, 0.3, 0.1
-# Share of the images that another one is blended into, with at most half of the weight.
-MIX = 0.5
+# Share of the images that another one is blended into, with at most half of the weight, and of those that get a rectangle of
+# another one; the rectangle's sides, as shares of the image's.
+MIX = PASTE = 0.5
+SHORTEST_SIDE, LONGEST_SIDE = 0.25, 0.75
 
 
-def random_views(images: Tensor, generator: torch.Generator, *, strength: float = 1.0, mix: float = MIX) -> Tensor:
+def random_views(
+    images: Tensor, generator: torch.Generator, *, strength: float = 1.0, mix: float = MIX, paste: float = 0.0
+) -> Tensor:
     """One random view of each image of a batch (B, C, H, W), volume of (B, C, D, H, W), signal of (B, C, L) or vector of (B, F);
     same shape, dtype and device.
 
@@ -35,11 +39,14 @@ def random_views(images: Tensor, generator: torch.Generator, *, strength: float 
         generator: a CPU generator; the same state gives the same views on every device.
         strength: factor on how far images are warped and recoloured; 0 only mirrors and mixes.
         mix: share of the images that another image of the batch is blended into, with at most half of the weight.
+        paste: share of the images, or volumes, that get a rectangle of another one.
     """
     if images.ndim == 2:  # nobody knows what its axis means
         return blended(images, generator, mix)
-    changed = _shifted if images.ndim == 3 else _warped_and_recoloured
-    return blended(changed(images, generator, strength), generator, mix)
+    if images.ndim == 3:
+        return blended(_shifted(images, generator, strength), generator, mix)
+    views = blended(_warped_and_recoloured(images, generator, strength), generator, mix)
+    return pasted(views, generator, paste) if paste else views
 
 
 def blended(images: Tensor, generator: torch.Generator, share: float = 1.0) -> Tensor:
@@ -48,6 +55,22 @@ def blended(images: Tensor, generator: torch.Generator, share: float = 1.0) -> T
     chosen = torch.rand(len(images), generator=generator) < share
     weight = 0.5 * torch.rand(len(images), generator=generator) * chosen
     return torch.lerp(images, images[partner.to(images.device)], weight.to(images).view(-1, *[1] * (images.ndim - 1)))
+
+
+def pasted(images: Tensor, generator: torch.Generator, share: float = 1.0) -> Tensor:
+    """Images (B, C, H, W), a ``share`` of them with a rectangle of another one at its own place; of volumes in all slices."""
+    count = len(images)
+    partner = torch.randperm(count, generator=generator)
+    chosen = torch.rand(count, generator=generator) < share
+    side = SHORTEST_SIDE + (LONGEST_SIDE - SHORTEST_SIDE) * torch.rand(2, count, generator=generator)
+    start = (1 - side) * torch.rand(2, count, generator=generator)
+    within = []
+    for length, first, extent in zip(images.shape[-2:], start, side, strict=True):
+        middle = (torch.arange(length) + 0.5) / length
+        within.append((middle >= first[:, None]) & (middle < (first + extent)[:, None]))
+    inside = within[0][:, :, None] & within[1][:, None, :] & chosen[:, None, None]
+    inside = inside.view(count, *[1] * (images.ndim - 3), *images.shape[-2:]).to(images.device)
+    return torch.where(inside, images[partner.to(images.device)], images)
 
 
 def _warped_and_recoloured(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from sharefold.calibration.calibrate import Calibration
-from sharefold.data.views import random_views
+from sharefold.data.views import PASTE, random_views
 from sharefold.errors import SharefoldError
 from sharefold.inputs import Input, Inputs
 from sharefold.layers import running
@@ -216,7 +216,7 @@ def training(
                     group["lr"] = rate * _rate(share) * caution
                 picked = images[index]
                 # What is turned in one of several inputs would no longer belong to the others.
-                views = picked if isinstance(picked, Inputs) else random_views(picked, generator)
+                views = picked if isinstance(picked, Inputs) else random_views(picked, generator, paste=PASTE)
                 loss = taught.loss(views.to(device), share)
                 model.zero_grad()
                 loss.backward()

@@ -14,7 +14,7 @@ from repair_works import calibration_on
 from torch import Tensor, nn
 
 from sharefold.calibration.calibrate import calibrate
-from sharefold.data.views import random_views
+from sharefold.data.views import pasted, random_views
 from sharefold.errors import SharefoldError
 from sharefold.layers import Bank, BasisConv, add_bank, form_of
 from sharefold.measure import agreement
@@ -288,6 +288,26 @@ def test_mixed_views_hold_at_most_half_of_another_image() -> None:
     assert bool((mixed[:, 0] <= 0.5 + 1e-5).all()) and bool((mixed[:, 1] >= 0.5 - 1e-5).all())
     between = ((mixed > 1e-4) & (mixed < 1 - 1e-4)).float().mean()
     assert 0.15 < float(between) < 0.35  # half are chosen, half of those meet their like
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 20), (2, 5, 16, 20)])
+def test_pasted_views_hold_one_rectangle_of_another_image(shape: tuple[int, ...]) -> None:
+    count = 200
+    images = torch.arange(float(count)).view(count, *[1] * len(shape)).expand(count, *shape).contiguous()
+    views = pasted(images, torch.Generator().manual_seed(0), 0.5)
+    assert torch.equal(views, pasted(images, torch.Generator().manual_seed(0), 0.5)) and views.shape == images.shape
+    assert torch.equal(views, views[:, :1].expand_as(views))  # in all channels alike
+    flat = views[:, 0] if len(shape) == 3 else views[:, 0, 2]
+    assert len(shape) == 3 or torch.equal(views[:, 0], flat[:, None].expand_as(views[:, 0]))  # and in all slices
+    other = flat != torch.arange(float(count)).view(count, 1, 1)
+    assert 70 < int(other.flatten(1).any(1).sum()) < 130
+    for index in range(count):
+        if bool(other[index].any()):
+            rows, columns = other[index].any(1).nonzero().flatten(), other[index].any(0).nonzero().flatten()
+            height, width = int(rows[-1] - rows[0]) + 1, int(columns[-1] - columns[0]) + 1
+            assert int(other[index].sum()) == height * width and len(flat[index][other[index]].unique()) == 1
+            assert 3 <= height <= 13 and 4 <= width <= 16
+    assert torch.equal(pasted(images, torch.Generator().manual_seed(0), 0.0), images)
 
 
 def test_losses_against_their_definitions() -> None:
