@@ -60,8 +60,8 @@ def command(
         samples = tensors.of(model)
         images = samples.batch(torch.arange(batch) % len(samples))[0].to(device)
     else:
-        check_takes_images(model, "--data")
         size = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size, mean=mean, std=std).size
+        check_takes_images(model, "--data", None if opened.base else size)
         images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(run.seed)).to(device)
     networks: dict[str, nn.Module] = {"source": model}
     if rival is not None:

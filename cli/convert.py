@@ -97,7 +97,7 @@ def command(
     images: Input
     example: Input = torch.zeros(1, *preprocess.size, device=device)
     if tensors is None:
-        check_takes_images(model, "--calib")
+        check_takes_images(model, "--calib", None if opened.base or calib else preprocess.size)
     # A recipe's plan, or a given one, needs no images until it is carried out.
     if tensors is not None:
         images = drawn(tensors.of(model), calib_count or COUNT + 2 * (held_out or 0), run.seed)

@@ -77,8 +77,8 @@ def command(
         if len(example) < (fixed or 1):
             raise SharefoldError(f"{tensors.where}: it holds {len(example)} samples, --batch {fixed} needs as many: store more")
     else:
-        check_takes_images(opened.model, "--data")
         size = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size, mean=mean, std=std).size
+        check_takes_images(opened.model, "--data", None if opened.base else size)
         example = torch.randn(fixed or 2, *size, generator=torch.Generator().manual_seed(run.seed))
     done = export(opened.model, output, kind, example, options)
     first = None if done.dynamic_batch else fixed

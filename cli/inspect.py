@@ -73,7 +73,7 @@ def command(
         few = tensors.of(model).inputs[:LOOKED_AT].to(device)
         example = few[:1]
     else:
-        check_takes_images(model, "--data")
+        check_takes_images(model, "--data", None if opened.base or data is not None else size)
         if data is not None:
             images = calibration_images(data, preprocess, sample_size(*size[1:]), run.seed, split)
             warning = input_warning(model, images, preprocess, opened.pretrained_cfg)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
 from sharefold.errors import SharefoldError
+from sharefold.untrusted import first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,14 +58,15 @@ def drawn(samples: InputsDataset, count: int, seed: int) -> Input:
     return samples.batch(subset(len(samples), count, seed))[0]
 
 
-def check_takes_images(model: nn.Module, option: str) -> None:
+def check_takes_images(model: nn.Module, option: str, size: Sequence[int] | None = None) -> None:
     """Checks that a network can be given images: one input, of such a shape.
 
     Args:
         option: by which it could be given tensors.
+        size: (C, H, W) of an image that is tried; of networks of unknown classes, which may take anything.
 
     Raises:
-        SharefoldError: it takes several inputs, signals or volumes.
+        SharefoldError: it takes several inputs, signals or volumes, or fails on that image.
     """
     from sharefold.graph.layers import input_shapes
     from sharefold.inputs import parameters_of
@@ -73,6 +76,25 @@ def check_takes_images(model: nn.Module, option: str) -> None:
     if needed > 1 or 4 not in shapes:
         wanted = f"several inputs ({', '.join(names[:needed])})" if needed > 1 else " or ".join(shapes.values())
         raise SharefoldError(f"{type(model).__name__} takes {wanted}: give samples of them as {option} tensors:FILE")
+    if size is not None:
+        _check_runs(model, option, size)
+
+
+def _check_runs(model: nn.Module, option: str, size: Sequence[int]) -> None:
+    import torch
+
+    from sharefold.graph.preserved import preserved
+    from sharefold.running import device_of, dtype_of, run_on
+
+    try:
+        with preserved(model):
+            run_on(model, torch.zeros(1, *size, device=device_of(model), dtype=dtype_of(model)))
+    except Exception as error:  # networks raise what they like
+        shape = "x".join(map(str, size))
+        raise SharefoldError(
+            f"{type(model).__name__} fails on an image of {shape} ({first_line(error)}): give samples of what it takes as "
+            f"{option} tensors:FILE, or the size of its images as --input-size"
+        ) from None
 
 
 def shape_of(inputs: Input) -> list[Any]:

@@ -18,7 +18,6 @@ from sharefold.architectures.bases import base_of
 from sharefold.budget import Effort, parse_effort
 from sharefold.calibration.calibrate import Calibration, calibration_of, copied
 from sharefold.calibration.images import input_config
-from sharefold.calibration.new_images import has_views
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.format import FileConfig, aliases_of, carry_config, check_dense, config_of
 from sharefold.graph.preserved import restored_on_error
@@ -140,7 +139,7 @@ def reported(model: nn.Module, cal: Calibration) -> dict[str, Any]:
     if len(agreed) == 1:
         result["agreement_interval"] = agreed[0].interval
         leaf = cal.reading.classes
-        if has_views(cal.images) and len(cal.reading.leaves) == 1 and leaf is not None and leaf.kind == LOGITS and leaf.axis == 1:
+        if cal.has_views and len(cal.reading.leaves) == 1 and leaf is not None and leaf.kind == LOGITS and leaf.axis == 1:
             new = mean_agreement(cal.stand_ins.measure(model)[1])
             result |= {"seen_before": cal.seen_before, "new_agreement": new, "new_agreement_interval": wilson(new, count)}
     return result

@@ -117,7 +117,7 @@ def evaluate(
             said = run_on(model, images)
             logits = first_logits(said)
             leaves = tensors_of(said)
-            counted = next(name for name, leaf in leaves.items() if leaf is logits) if len(leaves) > 1 else ""
+            counted = next((name for name, leaf in leaves.items() if leaf is logits), "") if len(leaves) > 1 else ""
             logits = logits.float()
             if logits.ndim != 2:
                 raise SharefoldError(f"the model's output has shape {tuple(logits.shape)}: eval wants (n, classes)")

@@ -155,7 +155,7 @@ def test_steps_are_kept_beside_the_weights_and_shown_in_the_card(packed: bool, t
     assert config_of(sharefold.load(single)).steps == (() if packed else STEPS)
     card = (path / "README.md").read_text()
     assert "| refit | kept | 0.5 | 0.25 |  |\n| norms | not run |  |  | it \\| has 'none' |" in card
-    assert "on 20 decide images, views of them included" in card
+    assert "on 20 decide images, their views included where they have any" in card
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (bare, path)]
     assert sizes[0] == sizes[1] or not packed
     edit_side = json.loads((path / "sharefold_config.json").read_text())
@@ -282,11 +282,11 @@ def test_a_save_that_fails_leaves_everything_as_it_was(
         sharefold.save(model, path)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
 
-    def fail(tensors: dict, file: str, metadata: dict) -> None:
-        Path(file).write_bytes(b"half")
+    def fail(file: Path, tensors: dict, metadata: dict) -> None:
+        file.write_bytes(b"half")
         raise failure
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(checkpoint, "write_tensors", fail)
     expected = SharefoldError if isinstance(failure, OSError) else KeyboardInterrupt
     with pytest.raises(expected) as caught:
         sharefold.save(model, path, force=True)

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command_line import reported
+from command_line import call, refused, reported
 from networks import Block
 from torch import Tensor, nn
 
 import sharefold
-from sharefold.data.views import random_views
 from sharefold.errors import SharefoldError
 from sharefold.measure import count_parameters
+from sharefold.repair import refine as module
 
 
 class Frames(nn.Module):
@@ -95,46 +95,82 @@ def test_half_of_the_parameters_and_the_same_file(kind: type[nn.Module], tmp_pat
         assert torch.allclose(again.eval()(new), found, atol=1e-5)
 
 
-def test_vectors_have_no_views_that_would_stand_for_new_ones() -> None:
-    net, samples = made(Perceptron)
+@pytest.mark.parametrize("kind", [Perceptron, Clips])
+def test_what_is_brought_into_shape_has_no_views_that_would_stand_for_new_ones(kind: type[nn.Module]) -> None:
+    net, samples = made(kind)
     cal = sharefold.calibrate(net, samples)
-    assert len(cal.decide_views) == len(cal.parts.decide)
+    assert not cal.has_views and torch.equal(cal.decide_views, cal.decide_images)
     small = copy.deepcopy(net)
     done = sharefold.convert_(small, sharefold.plan(net, "50%", cal), cal)
     assert done.agreement_interval is not None and done.new_agreement is None and not done.seen_before
 
 
-def test_views_of_vectors_are_blends() -> None:
+def test_it_is_learned_from_by_blends_alone() -> None:
     vectors = torch.eye(40)
-    views = random_views(vectors, torch.Generator().manual_seed(0), mix=1.0)
+    views = module._views(vectors, False, 0.5, torch.Generator().manual_seed(0))
     assert views.shape == vectors.shape and torch.allclose(views.sum(1), torch.ones(40))
     assert (views.diagonal() >= 0.5).all() and (views != vectors).any()
-    assert torch.equal(random_views(vectors, torch.Generator().manual_seed(0), mix=0.0), vectors)
+    frames = torch.randn(1, 1, 3, 10, 10).expand(8, 4, 3, 10, 10)  # equal clips of equal frames stay as they are
+    assert torch.allclose(module._views(frames, False, 0.5, torch.Generator().manual_seed(0)), frames, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(30,), (30, 65), (1, 64, 1, 1, 1), (16, 3, 10, 10, 1)])
-def test_what_the_network_fails_on_is_refused(shape: tuple[int, ...]) -> None:
-    net = made(Frames)[0] if len(shape) != 5 else made(Clips)[0]
-    before = copy.deepcopy(net.state_dict())
-    if shape == (30, 65):  # any length will do for a network that takes the mean over time
-        assert sharefold.calibrate(net, torch.randn(shape)).images.shape == shape
-        return
-    with pytest.raises(SharefoldError, match="is no float tensor of images"):
-        sharefold.calibrate(net, torch.randn(shape))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+def test_a_network_that_takes_a_mean_over_time_takes_any_length() -> None:
+    assert sharefold.calibrate(made(Frames)[0], torch.randn(30, 65)).images.shape == (30, 65)
 
 
-def test_one_image_is_not_taken_for_a_batch_of_vectors() -> None:
-    class Unbatched(nn.Module):  # a Conv1d takes (C, L) for one signal
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.Conv1d(2, 8, 3, padding=1), nn.Conv1d(8, 8, 3, padding=1)
+@pytest.mark.parametrize(
+    ("kind", "samples", "words"),
+    [
+        (Frames, torch.randn(30), "no float tensor of images .*: pass normalised ones"),
+        (Frames, torch.randn(30, 4), "no float tensor of images .*, and Frames fails on it .*: pass what it takes"),
+        (Clips, torch.randn(16, 3, 10, 10, 1), "and Clips fails on it"),
+        (Perceptron, torch.randn(8, 25), "and Perceptron fails on it .*25"),
+        (Perceptron, torch.randint(9, (8, 24)), "int64 is no float tensor"),
+        (Perceptron, torch.randn(0, 24), "there are no images"),
+        (Perceptron, torch.full((8, 24), torch.nan), "NaN or infinity"),
+    ],
+)
+def test_what_the_network_fails_on_is_refused(kind: type[nn.Module], samples: Tensor, words: str) -> None:
+    net, _ = made(kind)
+    with pytest.raises(SharefoldError, match=words):
+        sharefold.calibrate(net, samples)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.second(self.first(x).relu())
 
+class Counting(nn.Module):
+    """Writes on itself, and draws at random, at every run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.calls = Perceptron(), 0
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen += len(x)
+        self.last = x + 0 * torch.rand(1)
+        return self.body(x)
+
+
+@pytest.mark.parametrize("width", [24, 23])
+def test_trying_a_network_leaves_it_as_it_was(width: int) -> None:
+    torch.manual_seed(0)
+    net, samples = Counting(), torch.randn(30, width)
+    state = torch.get_rng_state()
+    if width == 24:
+        sharefold.calibrate(net, samples)
+    else:
+        with pytest.raises(SharefoldError, match="fails on it"):
+            sharefold.calibrate(net, samples)
+    assert net.calls == 0 and float(net.seen) == 0 and not hasattr(net, "last") and net.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("channels", "count"), [(1, 1), (2, 2), (1, 2)])
+def test_a_signal_is_not_taken_for_a_batch_of_vectors(channels: int, count: int) -> None:
+    """A Conv1d takes (C, L) for one signal."""
+    net = nn.Sequential(nn.Conv1d(channels, 8, 3, padding=1), nn.ReLU(), nn.Conv1d(8, channels, 3, padding=1))
     with pytest.raises(SharefoldError, match="is no float tensor of signals"):
-        sharefold.calibrate(Unbatched(), torch.randn(2, 50))
+        sharefold.calibrate(net, torch.randn(count, 50))
 
 
 def test_the_command_line_takes_vectors(tmp_path: Path) -> None:
@@ -145,5 +181,12 @@ def test_the_command_line_takes_vectors(tmp_path: Path) -> None:
     data = f"tensors:{tmp_path / 'frames.npz'}"
     result = reported("convert", tmp_path / "frames.pt", *own, "--calib", data, "--budget", "50%", "-o", tmp_path / "out")
     assert result["params"]["after"] <= result["params"]["before"] / 2 and result["outputs"][0]["metric"] == "decisions"
+    for verb in ("convert", "bench", "export", "inspect"):
+        of = tmp_path / ("frames.pt" if verb == "convert" else "out")
+        place = ["-o", tmp_path / "never.onnx"] if verb in ("convert", "export") else []
+        found = call(verb, of, *own, *place)
+        refused(found, "Frames fails on an image of 3x224x224 (")
+        assert f"give samples of what it takes as {'--calib' if verb == 'convert' else '--data'} tensors:FILE" in found.stderr
+    assert not (tmp_path / "never.onnx").exists()
     found = reported("eval", tmp_path / "out", *own, "--against", tmp_path / "frames.pt", "--data", data)
     assert found["images"] == 240

@@ -120,6 +120,11 @@ class Calibration:
         return self.comparison(stand_ins(images, self.seed))
 
     @cached_property
+    def has_views(self) -> bool:
+        """Whether the images have random views: see :func:`sharefold.calibration.new_images.has_views`."""
+        return has_views(self.original, self.images)
+
+    @cached_property
     def seen_before(self) -> bool:
         """Whether the network was trained on these images, as far as its certainty of classes tells."""
         return self._seen(self.report_images, self.stand_ins.images)
@@ -144,7 +149,7 @@ class Calibration:
         What has no views decides as it is.
         """
         plain = self.decide_images
-        if not has_views(plain):
+        if not self.has_views:
             return plain
         assert isinstance(plain, Tensor)
         views = stand_ins(plain, self.seed)
@@ -233,9 +238,9 @@ def calibrate(
 
     Args:
         model: a dense network; not changed.
-        images: (n, C, H, W) normalised images, no labels; for a network of several inputs a tuple of tensors (n, ...), in the
-            order of ``forward``; or a loader or data set of either, of which the first 1,000 samples are taken. By default
-            procedural ones, of several inputs made after ``example_input``.
+        images: (n, C, H, W) normalised images, or what else the network takes, no labels; for a network of several inputs a
+            tuple of tensors (n, ...), in the order of ``forward``; or a loader or data set of either, of which the first 1,000
+            samples are taken. By default procedural ones, of several inputs made after ``example_input``.
         options: see :class:`sharefold.options.CalibrationOptions`; its fields may be given by keyword.
         graph: of ``model``, where it is at hand.
 

@@ -14,10 +14,12 @@ from sharefold.data import calibration_images
 from sharefold.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from sharefold.errors import SharefoldError
 from sharefold.graph.layers import input_shapes, spatial_axes
+from sharefold.graph.preserved import preserved
 from sharefold.inputs import AnyInput, Input, Inputs, check_count, image_shape, parameters_of
 from sharefold.outputs.leaves import tensors_of
 from sharefold.plans import Progress
-from sharefold.running import batch_within, dtype_of, evaluating, run_on
+from sharefold.running import batch_within, dtype_of, run_on
+from sharefold.untrusted import first_line
 
 # Enough for every moment of a CIFAR network, and to report agreement within a few points; of large procedural images, fewer.
 COUNT, LARGE_COUNT = 1000, 64
@@ -80,8 +82,9 @@ def calibration_or_procedural(
         example: of what a network of several inputs takes, after which procedural ones are made.
 
     Raises:
-        SharefoldError: not a (n, C, H, W) float tensor, no image, NaN, or not the channel count the model takes; several tensors
-            that do not belong together, or not as many as ``forward`` takes; none for a network of several inputs.
+        SharefoldError: not a float tensor of a shape that the network takes, no image, NaN, or not the channel count that it
+            takes; several tensors that do not belong together, or not as many as ``forward`` takes; none for a network of several
+            inputs.
     """
     images = given if given is None or isinstance(given, Tensor | Inputs) else first_of(model, given, COUNT)
     if isinstance(images, Inputs):
@@ -104,15 +107,15 @@ def calibration_or_procedural(
         return procedural_images(model, seed=seed)
     # Other axes may be merged into the batch on the way, as frames of a video are.
     shapes = input_shapes(model) | {4: "images (n, C, H, W)"}
-    if isinstance(images, Tensor) and images.dim() not in shapes and _takes(model, images):
-        shapes[images.dim()] = "what it takes"
-    if not isinstance(images, Tensor) or images.dim() not in shapes or not images.is_floating_point():
+    if not isinstance(images, Tensor) or not images.is_floating_point():
         what = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
         if isinstance(images, Mapping):
             raise SharefoldError(f"calibration: {what}: pass several inputs as a tuple of tensors, in the order of forward")
         raise SharefoldError(f"calibration: {what} is no float tensor of {' or '.join(shapes.values())}: pass normalised ones")
     if len(images) == 0:
         raise SharefoldError("calibration: there are no images: pass at least one")
+    if images.dim() not in shapes:
+        _check_takes(model, images, " or ".join(shapes.values()))
     if not bool(torch.isfinite(images).all()):
         raise SharefoldError("calibration: the images hold NaN or infinity: check how they were normalised")
     # Which layer comes first is not known yet; an image that no layer could take is wrong for sure.
@@ -126,17 +129,23 @@ def calibration_or_procedural(
     return ordinary(images.to(dtype_of(model)))
 
 
-def _takes(model: nn.Module, samples: Tensor) -> bool:
-    """Whether a network takes samples of a shape that its convolutions do not tell of, which it brings into theirs on the way.
+def _check_takes(model: nn.Module, samples: Tensor, shapes: str) -> None:
+    """Checks that a network takes samples of a shape that its convolutions do not tell of: it may change it on the way.
 
-    Two axes, or more than four: of three or four a convolution may take the first one for channels.
+    Raises:
+        SharefoldError: it does not, or it takes the first axis for something else than samples.
     """
-    if samples.dim() in (0, 1, 3, 4) or not samples.is_floating_point() or len(samples) == 0:
-        return False
-    few = samples[:2].to(dtype_of(model))
-    try:
-        with evaluating(model):
-            said = tensors_of(run_on(model, few))
-    except Exception:  # networks raise what they like
-        return False
-    return any(tensor.dim() > 0 and len(tensor) == len(few) for tensor in said.values())
+    what = f"calibration: {tuple(samples.shape)} {samples.dtype} is no float tensor of {shapes}"
+    # Of three or four axes a convolution may take the first one for channels, and so may one of signals of two.
+    if samples.dim() in (1, 3, 4) or (samples.dim() == 2 and len(samples) == 1 and 3 in input_shapes(model)):
+        raise SharefoldError(f"{what}: pass normalised ones")
+    for count in (1, 2):
+        few = samples[:count].to(dtype_of(model))
+        try:
+            with preserved(model):
+                said = tensors_of(run_on(model, few))
+        except Exception as error:  # networks raise what they like
+            why = f"{type(model).__name__} fails on it ({first_line(error)})"
+            raise SharefoldError(f"{what}, and {why}: pass what it takes") from None
+        if not any(tensor.dim() > 0 and len(tensor) == len(few) for tensor in said.values()):
+            raise SharefoldError(f"{what}, and {type(model).__name__} does not give one answer a sample: pass what it takes")

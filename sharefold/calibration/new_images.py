@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.data.views import random_views
+from sharefold.graph.layers import input_shapes
 from sharefold.inputs import Input
 from sharefold.outputs import OutputReading, read_outputs
 from sharefold.outputs.terms import log_shares
@@ -24,10 +25,13 @@ VIEWS = 2
 SURER = 2.0
 
 
-def has_views(images: Input) -> bool:
-    """Whether mild views of ``images`` can stand for new ones: not of several inputs, which belong to each other, and not of
-    vectors, of whose axis nobody knows what it means."""
-    return isinstance(images, Tensor) and images.ndim > 2
+def has_views(model: nn.Module, images: Input) -> bool:
+    """Whether random views of ``images`` mean what the images do.
+
+    Not of several inputs, which belong to each other, and not of what ``model`` brings into the shape of its convolutions on the
+    way (vectors, clips of images): nobody knows what the axes mean.
+    """
+    return isinstance(images, Tensor) and images.ndim in {*input_shapes(model), 4}
 
 
 def stand_ins(images: Tensor, seed: int = 0) -> Tensor:

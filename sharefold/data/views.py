@@ -28,11 +28,11 @@ SHORTEST_SIDE, LONGEST_SIDE = 0.25, 0.75
 def random_views(
     images: Tensor, generator: torch.Generator, *, strength: float = 1.0, mix: float = MIX, paste: float = 0.0
 ) -> Tensor:
-    """One random view of each image of a batch (B, C, H, W), volume of (B, C, D, H, W), signal of (B, C, L) or vector of (B, F);
-    same shape, dtype and device.
+    """One random view of each image of a batch (B, C, H, W), volume of (B, C, D, H, W), or signal of (B, C, L); same shape, type
+    and device.
 
     All slices of a volume, or frames of a video, get the same view. Signals are shifted and made louder or softer instead of
-    warped and recoloured, and not mirrored. Vectors are blended alone.
+    warped and recoloured, and not mirrored.
 
     Args:
         images: normalised to about unit variance; the border is mirrored where a view looks outside.
@@ -41,8 +41,6 @@ def random_views(
         mix: share of the images that another image of the batch is blended into, with at most half of the weight.
         paste: share of the images, or volumes, that get a rectangle of another one.
     """
-    if images.ndim == 2:  # nobody knows what its axis means
-        return blended(images, generator, mix)
     if images.ndim == 3:
         return blended(_shifted(images, generator, strength), generator, mix)
     views = blended(_warped_and_recoloured(images, generator, strength), generator, mix)

@@ -250,6 +250,7 @@ class SharedConv(Keeper):
             return self.form.native(self.given), self.bias
         if self.training:
             return rounded_once(x, make)
+
         def ordered() -> tuple[Tensor, Tensor | None]:
             weight, bias = make()
             return in_order_of(x, weight), bias

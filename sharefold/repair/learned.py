@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from sharefold.data.views import PASTE
 from sharefold.layers import form_of
 from sharefold.repair.muon import Muon, suits
 
@@ -16,7 +17,13 @@ MATRIX = 0.4
 
 
 class Learned(Protocol):
-    """What optimizers move, and how the network gets it."""
+    """What optimizers move, and how the network gets it.
+
+    Attributes:
+        paste: share of the views that have a rectangle of another image in them.
+    """
+
+    paste: float
 
     def optimizers(self, step: float) -> list[torch.optim.Optimizer]:
         """``step``: the largest relative change of a tensor at once."""
@@ -33,6 +40,8 @@ class Learned(Protocol):
 
 class Parameters:
     """The parameters of ``model`` themselves: matrices by Muon, everything else by AdamW."""
+
+    paste = PASTE
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from sharefold.calibration.calibrate import Calibration
-from sharefold.data.views import PASTE, random_views
+from sharefold.data.views import MIX, blended, random_views
 from sharefold.errors import SharefoldError
 from sharefold.inputs import Input, Inputs
 from sharefold.layers import running
@@ -215,9 +215,7 @@ def training(
                 for group, rate in rates:
                     group["lr"] = rate * _rate(share) * caution
                 picked = images[index]
-                # What is turned in one of several inputs would no longer belong to the others.
-                views = picked if isinstance(picked, Inputs) else random_views(picked, generator, paste=PASTE)
-                loss = taught.loss(views.to(device), share)
+                loss = taught.loss(_views(picked, cal.has_views, learned.paste, generator).to(device), share)
                 model.zero_grad()
                 loss.backward()
                 learned.take_gradients()
@@ -233,6 +231,14 @@ def training(
                 if share >= 1:
                     return
             learned.epoch_ends()
+
+
+def _views(images: Input, known: bool, paste: float, generator: torch.Generator) -> Input:
+    """Random views where it is ``known`` what axes mean. What is turned in one of several inputs would no longer belong to the
+    others; anything else may at least be mixed."""
+    if isinstance(images, Inputs):
+        return images
+    return random_views(images, generator, paste=paste) if known else blended(images, generator, MIX)
 
 
 def step_for(taught: Lessons, images: Input) -> float:

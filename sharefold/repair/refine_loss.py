@@ -78,9 +78,9 @@ class Lessons:
         self._unit = 0.0
 
     def loss(self, batch: Input, done: float = 0.0) -> Tensor:
-        """The mean over outputs and blocks, which count for less and less; both networks run.
+        """The mean over outputs and blocks; both networks run. Blocks count for less and less.
 
-        Blocks say more of where a network goes wrong, but a small one cannot follow in all of them to the end.
+        They say more of where a network goes wrong, but a small one cannot follow in all of them to the end.
 
         Args:
             done: share of the training that is behind.
@@ -92,12 +92,23 @@ class Lessons:
         return torch.stack(outputs + blocks).mean()
 
     def relative_error(self, batch: Input) -> float | None:
-        """Squared error over variance, the mean over outputs and blocks; None where a user's criterion is all there is."""
-        outputs = self._of_outputs(batch)
-        known = self.blocks.losses() + (outputs if self.criterion is None else [])
+        """Squared error over variance, the mean over outputs and blocks; None where there is a user's criterion and no block."""
+        wanted, found, _ = self._run(batch)
+        outputs = [] if self.criterion is not None else self._losses(wanted, found)
+        known = self.blocks.losses() + outputs
         return float(torch.stack(known).mean().detach()) if known else None
 
     def _of_outputs(self, batch: Input) -> list[Tensor]:
+        wanted, found, raws = self._run(batch)
+        if self.criterion is not None:
+            value = self.criterion(*raws).float().mean()
+            if value.requires_grad:
+                self._unit = self._unit or max(float(value.detach().abs()), 1e-12)
+                return [value / self._unit]
+        return self._losses(wanted, found)
+
+    def _run(self, batch: Input) -> tuple[list[Tensor], list[Tensor], tuple[Any, Any]]:
+        """What the teacher and the student say of ``batch``: the leaves that are compared of each, and all that both return."""
         reading, kind = self.divergence.reading, next(self.model.parameters()).device.type
         with nullcontext() if self.dtype is None else torch.autocast(kind, self.dtype):
             with torch.no_grad():
@@ -105,11 +116,9 @@ class Lessons:
             raw_found, found = reading.run_raw(self.model, batch)
         if self.dtype is not None:
             wanted, found = ([in_float32(leaf) for leaf in leaves] for leaves in (wanted, found))
-        if self.criterion is not None:
-            value = self.criterion(raw, raw_found).float().mean()
-            if value.requires_grad:
-                self._unit = self._unit or max(float(value.detach().abs()), 1e-12)
-                return [value / self._unit]
+        return wanted, found, (raw, raw_found)
+
+    def _losses(self, wanted: list[Tensor], found: list[Tensor]) -> list[Tensor]:
         losses = self.divergence.losses(found, wanted, self.spreads, self.scaled)
         if not losses:
             raise SharefoldError("refine: no output of this network has a gradient to learn from: convert without it")

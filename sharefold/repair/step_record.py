@@ -118,8 +118,8 @@ def measured_on(steps: Sequence[StepRecord]) -> str:
     number = " or ".join(f"{count:,}" for count in counts)
     whom = "network before it was rounded" if any(step.name == ROUND for step in steps) else "original"
     return (
-        f"Divergence from the {whom} on {number} decide images, views of them included. They also chose what is kept, so that "
-        "it may be larger on new ones."
+        f"Divergence from the {whom} on {number} decide images, their views included where they have any. They also chose what "
+        "is kept, so that it may be larger on new ones."
     )
 
 

@@ -94,7 +94,7 @@ def _map(facts: Facts, figure: Any) -> Any:
     axes.xaxis.set_major_locator(importlib.import_module("matplotlib.ticker").MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(importlib.import_module("matplotlib.ticker").EngFormatter(sep=""))
     axes.set_xlim(-0.6, len(facts.layers) - 0.4)
-    axes.set_title(f"{_plain(facts.title)}: pale before, solid after, grey unchanged", fontsize=11, loc="left")
+    axes.set_title(f"{_plain(facts.title)}: pale before, solid after, grey in no group", fontsize=11, loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     return canvas
 

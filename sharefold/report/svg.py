@@ -70,7 +70,7 @@ def _cell(facts: Facts, layer: LayerFact, left: float, top: float, width: float,
     box = f'x="{left:.1f}" width="{width:.1f}" rx="2"'
     if layer.group is None:
         return (
-            f'<g class="cell" data-layer="{text(layer.name)}"><title>{text(label)}, unchanged</title>'
+            f'<g class="cell" data-layer="{text(layer.name)}"><title>{text(label)}, in no group</title>'
             f'<rect class="plain" {box} y="{top:.1f}" height="{CELL}"/></g>'
         )
     colour, share = facts.colour(layer.group), kept[layer.group]

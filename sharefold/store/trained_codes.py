@@ -36,6 +36,8 @@ class TrainedCodes:
     one value stay as they are, since a file holds them as one number.
     """
 
+    paste = 0.0  # codes that are nearly right learn less from images that are far from any (docs/log.md)
+
     def __init__(self, model: nn.Module, report: StoreReport) -> None:
         self.model, self.spec = model, report.spec
         self.limit = None if report.request.kind != "coded" else report.request.budget or report.bytes

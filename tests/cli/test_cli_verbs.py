@@ -86,7 +86,7 @@ def test_what_each_step_did_is_printed_saved_and_drawn(tmp_path: Path) -> None:
     steps = json.loads(result.stdout)["steps"]
     assert [*steps] == ["scale", "refit", "norms", "head", "store"] and steps["store"]["kept"] and steps["store"]["images"] == 12
     printed = " ".join(result.stderr.split())
-    assert "divergence before" in printed and "on 12 decide images, views of them included" in printed
+    assert "divergence before" in printed and "on 12 decide images, their views included where they have any" in printed
     saved = {step.name: step for step in sharefold.load(tmp_path / "net").sharefold_config.steps}
     assert [*saved] == [*steps]
     for name, told in steps.items():

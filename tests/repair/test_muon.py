@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sharefold.repair import muon as module
-from sharefold.repair.learned import Parameters
+from sharefold.repair.learned import MATRIX, Parameters
 from sharefold.repair.muon import Muon, orthogonal, suits
 
 
@@ -86,4 +86,4 @@ def test_what_moves_which_parameter() -> None:
     others = {names[id(group["params"][0])] for group in adamw.param_groups}
     assert by_muon.keys() | others == set(names.values()) and not by_muon.keys() & others
     size = float(model[0].weight.detach().square().mean().sqrt())
-    assert muon.param_groups[0]["lr"] == pytest.approx(0.001 * size)
+    assert muon.param_groups[0]["lr"] == pytest.approx(MATRIX * 0.004 * size)

@@ -53,4 +53,4 @@ def test_other_types_are_refused(data: Any, message: str) -> None:
 def test_the_sentence_says_on_which_images() -> None:
     assert measured_on([StepRecord("a", False, "none")]) == ""
     told = measured_on([StepRecord("a", True, "", 1.0, 0.5, images=1300), StepRecord("b", False)])
-    assert told.startswith("Divergence from the original on 1,300 decide images, views of them included.")
+    assert told.startswith("Divergence from the original on 1,300 decide images, their views included where they have any.")

@@ -162,7 +162,7 @@ def test_steps_are_a_table_with_the_images_behind_it() -> None:
     assert dom.all("section", id="steps") and not dom.all("script")
     told = " ".join(dom.texts)
     assert "refit kept 0.5 0.25" in told and f"{evil} not run {evil}" in told
-    assert "on 300 decide images, views of them included" in told
+    assert "on 300 decide images, their views included where they have any" in told
     assert not Dom(page(Facts("net", Plan([], 10, 5)))).all("section", id="steps")
 
 
