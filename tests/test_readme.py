@@ -47,7 +47,7 @@ def test_verbs_and_options_of_the_goals_exist() -> None:
 
 
 def tables_module() -> ModuleType:
-    for name in ("table_parts", "gpu_tables", "task_tables"):  # which it imports
+    for name in ("table_parts", "gpu_tables", "speed_tables", "task_tables"):  # which it imports
         load_script(f"benchmarks/{name}.py")
     return load_script("benchmarks/tables.py")
 
