@@ -45,6 +45,8 @@ WARMUP = 0.1
 CHECKS = 5
 # Where time allows fewer steps than this, they are smaller: what large ones disturb so few cannot mend.
 MANY_STEPS = 1000
+# Of images that are seen less often blocks go on counting, and fewer get a rectangle of another one: there is enough to learn.
+MANY_EPOCHS = 20
 BATCH, SMALLEST_BATCH = 64, 8
 # Steps over the root of the relative squared error of blocks and outputs (docs/log.md); where that is not known, the usual one.
 STEP_OF_ERROR, SHORTEST_STEP, LONGEST_STEP, USUAL_STEP = 0.016, 0.001, 0.008, 0.004
@@ -141,6 +143,13 @@ class Clock:
         spent = 0.0 if self.seconds is None else self.elapsed() / self.seconds
         return min(1.0, max(self.epochs() / self.most, spent))
 
+    def often(self) -> float:
+        """How often every image will be seen, as far as can be told by now, as a share of ``MANY_EPOCHS``; at most 1."""
+        expected = float(self.most)
+        if self.seconds is not None:
+            expected = min(expected, self.epochs() * self.seconds / max(self.elapsed(), 1e-9))
+        return min(1.0, expected / MANY_EPOCHS)
+
     def caution(self) -> float:
         """Factor on the size of a step, by how many the time allows as far as can be told by now; 1 where nothing limits it."""
         if self.seconds is None:
@@ -215,7 +224,9 @@ def training(
                 for group, rate in rates:
                     group["lr"] = rate * _rate(share) * caution
                 picked = images[index]
-                loss = taught.loss(_views(picked, cal.has_views, learned.paste, generator).to(device), share)
+                often = clock.often()
+                views = _views(picked, cal.has_views, learned.paste * often, generator)
+                loss = taught.loss(views.to(device), share * often)
                 model.zero_grad()
                 loss.backward()
                 learned.take_gradients()

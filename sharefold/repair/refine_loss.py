@@ -77,18 +77,18 @@ class Lessons:
             self.spreads = self.divergence.spreads(self.divergence.reading.run(self.original, first))
         self._unit = 0.0
 
-    def loss(self, batch: Input, done: float = 0.0) -> Tensor:
-        """The mean over outputs and blocks; both networks run. Blocks count for less and less.
+    def loss(self, batch: Input, faded: float = 0.0) -> Tensor:
+        """The mean over outputs and blocks; both networks run.
 
-        They say more of where a network goes wrong, but a small one cannot follow in all of them to the end.
+        Blocks say more of where a network goes wrong, but a small one cannot follow in all of them to the end.
 
         Args:
-            done: share of the training that is behind.
+            faded: by which share less than outputs blocks count.
 
         Raises:
             SharefoldError: nothing of what the network says can be learned.
         """
-        outputs, blocks = self._of_outputs(batch), [(1 - done) * loss for loss in self.blocks.losses()]
+        outputs, blocks = self._of_outputs(batch), [(1 - faded) * loss for loss in self.blocks.losses()]
         return torch.stack(outputs + blocks).mean()
 
     def relative_error(self, batch: Input) -> float | None:

@@ -347,6 +347,21 @@ def test_steps_are_longer_where_more_is_wrong(wrong: float | None, step: float) 
     assert module.step_for(taught, torch.zeros(1)) == pytest.approx(step)
 
 
+def test_images_that_are_seen_a_few_times_are_changed_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module.Clock(images=100, epochs=5, seconds=None).often() == 5 / module.MANY_EPOCHS
+    assert module.Clock(images=100, epochs=60, seconds=None).often() == 1
+    clock = module.Clock(images=100, epochs=100, seconds=10.0)
+    assert clock.often() == 0  # nothing is known yet
+    monkeypatch.setattr(clock, "elapsed", lambda: 1.0)  # a tenth of the time
+    for seen, expected in ((50, 5), (100, 10), (900, 90)):
+        clock.seen = seen
+        assert clock.often() == pytest.approx(min(1.0, expected / module.MANY_EPOCHS))
+    few = module.Clock(images=100, epochs=4, seconds=10.0)
+    monkeypatch.setattr(few, "elapsed", lambda: 1.0)
+    few.seen = 900  # no more than the most
+    assert few.often() == 4 / module.MANY_EPOCHS
+
+
 def test_steps_are_smaller_where_time_allows_few(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = module.Clock(images=100, epochs=100, seconds=10.0)
     monkeypatch.setattr(clock, "elapsed", lambda: 1.0)  # a tenth of the time
