@@ -3,10 +3,11 @@
     SHAREFOLD_DATA=../shared/data python benchmarks/growth.py
     python benchmarks/growth.py --networks resnet152 wide_resnet50_2
 
-Random weights by a fixed seed: shapes, time and memory, no accuracy. The CIFAR ResNets are converted to half their parameters on
-500 images of CIFAR-10, the large ones (torchvision's) on 64 random images; repairs included, by one thread, each network in a
-process of its own. CPU seconds are given a convolution, beside the peak memory of the process and that of a plain pass. Writes
-``benchmarks/results/growth.json``; rows of other networks stay.
+Random weights by a fixed seed, BatchNorm statistics of the images (without them signals would grow from block to block): shapes,
+time and memory, no accuracy. The CIFAR ResNets are converted to half their parameters on 500 images of CIFAR-10, the large ones
+(torchvision's) on 64 random images; repairs included, by one thread, each network in a process of its own. CPU seconds are given a
+convolution, beside the peak memory of the process and that of a plain pass. Writes ``benchmarks/results/growth.json``; rows of
+other networks stay.
 """
 
 from __future__ import annotations
@@ -34,15 +35,30 @@ def opened(name: str) -> tuple[Any, Any]:
     if name in LARGE:
         import torchvision
 
-        return getattr(torchvision.models, name)(weights=None).eval(), torch.randn(LARGE_IMAGES, 3, 224, 224)
+        images = torch.randn(LARGE_IMAGES, 3, 224, 224)
+        return settled(getattr(torchvision.models, name)(weights=None), images), images
     from cifar import data_folder, read_split
 
     from sharefold.data import Preprocess
     from sharefold.models.cifar_resnet import CifarResNet
 
     pixels, _ = read_split(data_folder(), "train", 1)
-    images = torch.from_numpy(pixels[:IMAGES]).permute(0, 3, 1, 2)
-    return CifarResNet(DEPTHS[name]).eval(), Preprocess.from_cfg({"input_size": (3, 32, 32)}).normalize(images)
+    images = Preprocess.from_cfg({"input_size": (3, 32, 32)}).normalize(torch.from_numpy(pixels[:IMAGES]).permute(0, 3, 1, 2))
+    return settled(CifarResNet(DEPTHS[name]), images), images
+
+
+def settled(model: Any, images: Any) -> Any:
+    """The network in eval mode, its BatchNorms with the statistics of ``images``."""
+    import torch
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    for norm in model.modules():
+        if isinstance(norm, _BatchNorm):
+            norm.momentum = None  # the mean over all batches
+    with torch.no_grad():
+        for batch in images.split(32):
+            model.train()(batch)
+    return model.eval()
 
 
 def one(name: str) -> dict[str, Any]:
