@@ -5,8 +5,8 @@
 
 Random weights by a fixed seed, BatchNorm statistics of the images (without them signals would grow from block to block): shapes,
 time and memory, no accuracy. The CIFAR ResNets are converted to half their parameters on 500 images of CIFAR-10, the large ones
-(torchvision's) on 64 random images; repairs included, by one thread, each network in a process of its own. CPU seconds are given a
-convolution, beside the peak memory of the process and that of a plain pass. Writes ``benchmarks/results/growth.json``; rows of
+(torchvision's) on 64 random images; repairs included, by one thread, each network in a process of its own. CPU seconds are
+given a layer, beside the peak memory of the process and that of a plain pass. Writes ``benchmarks/results/growth.json``; rows of
 other networks stay.
 """
 
