@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -65,24 +62,18 @@ def one(name: str) -> dict[str, Any]:
     """A row, measured in this process."""
     import torch
     from cifar import hardware
-    from speed import converted, cpu_of
+    from speed import converted, cpu_of, look
 
     from sharefold.graph.layers import find_layers
     from sharefold.measure import count_parameters, peak_memory
-    from sharefold.running import batch_of, evaluating, run_on
     from sharefold_cli.heap import keep_freed_memory
 
     keep_freed_memory()  # as the command line does
     torch.set_num_threads(1)
     model, images = opened(name)
 
-    def look() -> None:
-        with evaluating(model):
-            for batch in images.split(batch_of(images)):
-                run_on(model, batch)
-
-    look()
-    plain, _ = cpu_of(look)
+    look(model, images)
+    plain, _ = cpu_of(lambda: look(model, images))
     before, layers = peak_memory(), len(find_layers(model)[0])
     times, network, _ = converted(model, images, "50%")
     return {
@@ -102,10 +93,10 @@ def main() -> None:
     if options.one:
         print(json.dumps(one(options.networks[0])))
         return
+    from speed import apart
+
     for name in options.networks:
-        words = [sys.executable, "-W", "ignore", __file__, "--one", "--networks", name]
-        done = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=True)
-        row = json.loads(done.stdout.splitlines()[-1])
+        row = apart(__file__, "--one", "--networks", name)
         known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
         known["rows"] = [other for other in known["rows"] if other["network"] != name] + [row]
         RESULTS.write_text(json.dumps(known, indent=1) + "\n")

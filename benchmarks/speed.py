@@ -59,6 +59,15 @@ def opened(name: str, options: argparse.Namespace) -> tuple[Any, Any]:
     return source.model.eval(), Preprocess.from_cfg(source.pretrained_cfg).normalize(images)
 
 
+def look(model: Any, images: Any) -> None:
+    """A plain forward pass over all images."""
+    from sharefold.running import batch_of, evaluating, run_on
+
+    with evaluating(model):
+        for batch in images.split(batch_of(images)):
+            run_on(model, batch)
+
+
 def cpu_of(run: Callable[[], Any]) -> tuple[float, Any]:
     start = time.process_time()
     found = run()
@@ -86,19 +95,13 @@ def one(name: str, options: argparse.Namespace) -> dict[str, Any]:
     import sharefold
     from sharefold.bench import race_forms, race_loading
     from sharefold.measure import count_macs, count_parameters, peak_memory
-    from sharefold.running import batch_of, evaluating, run_on
     from sharefold_cli.heap import keep_freed_memory
 
     keep_freed_memory()  # as the command line does
     torch.set_num_threads(1)
     model, images = opened(name, options)
 
-    def look() -> None:
-        with evaluating(model):
-            for batch in images.split(batch_of(images)):
-                run_on(model, batch)
-
-    passes = [cpu_of(look)[0] for _ in range(1 + PASSES)][1:]
+    passes = [cpu_of(lambda: look(model, images))[0] for _ in range(1 + PASSES)][1:]
     plain = statistics.median(passes)
     before = peak_memory()
     runs = [converted(model, images, options.budget) for _ in range(options.repeats)]
@@ -142,6 +145,14 @@ def starts() -> dict[str, float]:
     return found
 
 
+def apart(script: str, *words: str) -> dict[str, Any]:
+    """The row that ``script`` prints last, run in a process of its own by one thread."""
+    command = [sys.executable, "-W", "ignore", script, *words]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=True)
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["resnet20", "resnet56"])
@@ -158,10 +169,7 @@ def main() -> None:
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
     known["start_seconds"] = starts()
     for name in options.networks:
-        words = [sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--one", "--networks", name]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        row = json.loads(done.stdout.splitlines()[-1])
+        row = apart(__file__, *sys.argv[1:], "--one", "--networks", name)
         known["rows"] = [other for other in known["rows"] if other["network"] != name] + [row]
         RESULTS.write_text(json.dumps(known, indent=1) + "\n")
         told = ("network", "pass_cpu_seconds", "passes", "wall_seconds", "latency_over_dense")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from table_parts import machine, named, read, table, taken
+from table_parts import grown, machines, named, read, table, taken
 
 
 def speed() -> str | None:
@@ -12,11 +12,11 @@ def speed() -> str | None:
         return None
     rows = []
     for row in data["rows"]:
-        passes, peak, latency = row["passes"], row["peak_memory_bytes"], row["latency_over_dense"]
+        passes, latency = row["passes"], row["latency_over_dense"]
         rows.append([
             named(row["network"]), f"{row['images']:,}", f"{row['pass_cpu_seconds']:.1f}",
             *[f"{passes[key]:.1f}" for key in ("moments", "plan", "convert", "whole")],
-            f"{peak['pass'] / 1e9:.1f} -> {peak['whole'] / 1e9:.1f}", f"{100 * row['macs']:.0f} %",
+            grown(row["peak_memory_bytes"]), f"{100 * row['macs']:.0f} %",
             *[f"{latency[batch]:.2f}" for batch in ("1", "64")],
         ])  # fmt: skip
     head = ["network", "images", "one pass [CPU s]", "moments", "plan", "convert", "whole", "peak memory [GB]", "MACs",
@@ -24,7 +24,7 @@ def speed() -> str | None:
     starts = ", ".join(f"`{name}` {seconds:.2f} s" for name, seconds in data["start_seconds"].items())
     note = ("Conversions to half the parameters by `auto`, repairs included, in forward passes of the original over all "
             "calibration images; latency of the result over the original's. Start-up, wall-clock: "
-            f"{starts}. `benchmarks/speed.py`, {'; '.join(dict.fromkeys(machine(row['hardware']) for row in data['rows']))}. "
+            f"{starts}. `benchmarks/speed.py`, {machines(data['rows'])}. "
             + taken(rows=data["rows"]))  # fmt: skip
     return table(head, rows) + "\n\n" + note
 
@@ -36,14 +36,13 @@ def growth() -> str | None:
         return None
     rows = []
     for row in data["rows"]:
-        peak = row["peak_memory_bytes"]
         rows.append([
             named(row["network"]), str(row["layers"]), f"{row['parameters'] / 1e6:.1f}", f"{row['images']:,}",
             f"{row['pass_cpu_seconds']:.1f}", f"{row['cpu_seconds']['whole']:.0f}", f"{row['seconds_a_layer']:.2f}",
-            f"{peak['pass'] / 1e9:.1f} -> {peak['whole'] / 1e9:.1f}",
+            grown(row["peak_memory_bytes"]),
         ])  # fmt: skip
     head = ["network", "layers", "million parameters", "images", "one pass [CPU s]", "conversion", "a layer", "peak memory [GB]"]
     note = ("Random weights, to half the parameters by `auto`, repairs included; CPU seconds, memory of the process. "
-            f"`benchmarks/growth.py`, {'; '.join(dict.fromkeys(machine(row['hardware']) for row in data['rows']))}. "
+            f"`benchmarks/growth.py`, {machines(data['rows'])}. "
             + taken(rows=data["rows"]))  # fmt: skip
     return table(head, rows) + "\n\n" + note

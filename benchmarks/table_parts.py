@@ -56,6 +56,16 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
+def machines(rows: Iterable[dict[str, Any]]) -> str:
+    """Every machine that rows were taken on, once."""
+    return "; ".join(dict.fromkeys(machine(row["hardware"]) for row in rows))
+
+
+def grown(peak: dict[str, float]) -> str:
+    """``0.9 -> 2.0``: peak memory after a plain pass and after everything, GB."""
+    return f"{peak['pass'] / 1e9:.1f} -> {peak['whole'] / 1e9:.1f}"
+
+
 def machine(hardware: dict[str, Any]) -> str:
     threads = "one thread" if hardware["threads"] == 1 else f"{hardware['threads']} threads"
     where = hardware.get("gpu") or f"{threads} of {hardware['cpu']}"

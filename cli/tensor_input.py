@@ -9,7 +9,6 @@ import click
 from click.core import ParameterSource
 
 from sharefold.errors import SharefoldError
-from sharefold.untrusted import first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -68,33 +67,26 @@ def check_takes_images(model: nn.Module, option: str, size: Sequence[int] | None
     Raises:
         SharefoldError: it takes several inputs, signals or volumes, or fails on that image.
     """
+    import torch
+
     from sharefold.graph.layers import input_shapes
+    from sharefold.graph.preserved import tried
     from sharefold.inputs import parameters_of
+    from sharefold.running import device_of, dtype_of
 
     names, needed, _ = parameters_of(model)
     shapes = input_shapes(model)
     if needed > 1 or 4 not in shapes:
         wanted = f"several inputs ({', '.join(names[:needed])})" if needed > 1 else " or ".join(shapes.values())
         raise SharefoldError(f"{type(model).__name__} takes {wanted}: give samples of them as {option} tensors:FILE")
-    if size is not None:
-        _check_runs(model, option, size)
-
-
-def _check_runs(model: nn.Module, option: str, size: Sequence[int]) -> None:
-    import torch
-
-    from sharefold.graph.preserved import preserved
-    from sharefold.running import device_of, dtype_of, run_on
-
-    try:
-        with preserved(model):
-            run_on(model, torch.zeros(1, *size, device=device_of(model), dtype=dtype_of(model)))
-    except Exception as error:  # networks raise what they like
-        shape = "x".join(map(str, size))
+    if size is None:
+        return
+    _, error = tried(model, torch.zeros(1, *size, device=device_of(model), dtype=dtype_of(model)))
+    if error:
         raise SharefoldError(
-            f"{type(model).__name__} fails on an image of {shape} ({first_line(error)}): give samples of what it takes as "
+            f"{type(model).__name__} fails on an image of {'x'.join(map(str, size))} ({error}): give samples of what it takes as "
             f"{option} tensors:FILE, or the size of its images as --input-size"
-        ) from None
+        )
 
 
 def shape_of(inputs: Input) -> list[Any]:

@@ -107,7 +107,7 @@ def evaluate(
     """
     model.to(device)
     hits1 = hits5 = done = 0
-    loss = 0.0
+    loss, counted = 0.0, ""
     started = time.perf_counter()
     with evaluating(model):
         for given, labels in loader:
@@ -116,8 +116,8 @@ def evaluate(
                 images, labels = images[: limit - done], labels[: limit - done]
             said = run_on(model, images)
             logits = first_logits(said)
-            leaves = tensors_of(said)
-            counted = next((name for name, leaf in leaves.items() if leaf is logits), "") if len(leaves) > 1 else ""
+            if not done:
+                counted = _name_of(logits, said)
             logits = logits.float()
             if logits.ndim != 2:
                 raise SharefoldError(f"the model's output has shape {tuple(logits.shape)}: eval wants (n, classes)")
@@ -143,6 +143,12 @@ def evaluate(
         "seconds": time.perf_counter() - started,
         **({"output": counted} if counted else {}),
     }
+
+
+def _name_of(logits: Tensor, output: Any) -> str:
+    """The name of ``logits`` among several tensors of a network's output; "" of the only one."""
+    leaves = tensors_of(output)
+    return next((name for name, leaf in leaves.items() if leaf is logits), "") if len(leaves) > 1 else ""
 
 
 def _check_labels(labels: Tensor, classes: int) -> None:

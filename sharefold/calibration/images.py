@@ -14,12 +14,11 @@ from sharefold.data import calibration_images
 from sharefold.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from sharefold.errors import SharefoldError
 from sharefold.graph.layers import input_shapes, spatial_axes
-from sharefold.graph.preserved import preserved
+from sharefold.graph.preserved import tried
 from sharefold.inputs import AnyInput, Input, Inputs, check_count, image_shape, parameters_of
 from sharefold.outputs.leaves import tensors_of
 from sharefold.plans import Progress
-from sharefold.running import batch_within, dtype_of, run_on
-from sharefold.untrusted import first_line
+from sharefold.running import batch_within, dtype_of
 
 # Enough for every moment of a CIFAR network, and to report agreement within a few points; of large procedural images, fewer.
 COUNT, LARGE_COUNT = 1000, 64
@@ -141,11 +140,8 @@ def _check_takes(model: nn.Module, samples: Tensor, shapes: str) -> None:
         raise SharefoldError(f"{what}: pass normalised ones")
     for count in (1, 2):
         few = samples[:count].to(dtype_of(model))
-        try:
-            with preserved(model):
-                said = tensors_of(run_on(model, few))
-        except Exception as error:  # networks raise what they like
-            why = f"{type(model).__name__} fails on it ({first_line(error)})"
-            raise SharefoldError(f"{what}, and {why}: pass what it takes") from None
-        if not any(tensor.dim() > 0 and len(tensor) == len(few) for tensor in said.values()):
+        said, error = tried(model, few)
+        if error:
+            raise SharefoldError(f"{what}, and {type(model).__name__} fails on it ({error}): pass what it takes")
+        if not any(tensor.dim() > 0 and len(tensor) == len(few) for tensor in tensors_of(said).values()):
             raise SharefoldError(f"{what}, and {type(model).__name__} does not give one answer a sample: pass what it takes")

@@ -12,6 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from sharefold.inputs import Input
+from sharefold.running import run_on
+from sharefold.untrusted import first_line
+
 _CONTAINERS = (dict, OrderedDict, list, set)
 
 
@@ -40,6 +44,15 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 # By value: batch_norm writes its statistics without a new version.
                 if not buffer.is_meta and not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+def tried(model: nn.Module, inputs: Input) -> tuple[Any, str]:
+    """What ``model``, which is left as it was, makes of ``inputs``, and ""; or None and the first line of its error."""
+    try:
+        with preserved(model):
+            return run_on(model, inputs), ""
+    except Exception as error:  # networks raise what they like
+        return None, first_line(error) or type(error).__name__
 
 
 @contextmanager
