@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from sharefold.data.inputs_dataset import InputsDataset
 from sharefold.data.npz_files import NpzFile, read_npy
 from sharefold.errors import SharefoldError
+from sharefold.graph.preserved import preserved
 from sharefold.inputs import Input, check_count, each_of, parameters_of, shapes_of, taken
-from sharefold.running import evaluating, run_on
+from sharefold.running import run_on
 from sharefold.untrusted import expanded, first_line, printable, shown
 
 KIND = "tensors"
@@ -88,7 +89,7 @@ class TensorFile:
         for place in _telling(inputs):
             one = inputs[place : place + 1]
             try:
-                with evaluating(model):
+                with preserved(model):
                     run_on(model, one)
             except SharefoldError:
                 raise
