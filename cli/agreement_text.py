@@ -21,7 +21,8 @@ def agreement_text(done: Conversion, cal: Calibration, procedural: bool = False)
     if not cal.comparable:
         return "not compared with the original: nothing that the network returns can be compared"
     if not done.report_images:
-        return f"agreement not measured: only {len(cal.images)} images, {FEWEST_IMAGES} or more are needed"
+        many = "1 image" if len(cal.images) == 1 else f"{len(cal.images)} images"
+        return f"agreement not measured: only {many}, {FEWEST_IMAGES} or more are needed"
     kind = "procedural images" if procedural else "calibration images"
     text = f"compared on {done.report_images} {kind} kept for the report (95 % intervals)"
     if done.agreement_interval is not None:

@@ -18,7 +18,7 @@ from .input_check import input_warning, look_at
 from .keep import check_enough, held_out_for, smallest_keeping
 from .record_options import check_choices, record_options
 from .source import preprocess_options, source_options
-from .tensor_input import check_takes_images, drawn, tensor_file
+from .tensor_input import check_takes_images, drawn, size_of, tensor_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -80,6 +80,7 @@ def command(
     from sharefold.data import Preprocess, calibration_images
     from sharefold.inputs import Input
     from sharefold.measure import count_macs, count_parameters, model_bytes, peak_memory
+    from sharefold.methods.sizes import checked_and_counted
     from sharefold.outputs.figures import metrics_of
     from sharefold.planner import Planner
 
@@ -102,7 +103,8 @@ def command(
     if tensors is not None:
         images = drawn(tensors.of(model), calib_count or COUNT + 2 * (held_out or 0), run.seed)
         example = images[:1].to(device)
-        config["pretrained_cfg"] = jsonable(opened.pretrained_cfg) if opened.base else {}  # of a network of images
+        of_images = opened.pretrained_cfg if opened.base else {}
+        config["pretrained_cfg"] = jsonable({**of_images, **size_of(images)})
     elif calib is None and request.dry_run and (request.recipe is not None or request.plan is not None):
         images = torch.zeros(1, *preprocess.size)
     else:
@@ -129,7 +131,7 @@ def command(
 
         def decide(dense: nn.Module, budget: Budgets | float | None) -> Plan:
             if request.plan is not None:
-                plan = request.plan
+                plan = checked_and_counted(dense, cal.graph, request.plan)
             elif request.recipe is not None:
                 plan = sharefold.build_plan(request.recipe, dense, example, cal.graph)
             else:

@@ -57,6 +57,13 @@ def drawn(samples: InputsDataset, count: int, seed: int) -> Input:
     return samples.batch(subset(len(samples), count, seed))[0]
 
 
+def size_of(inputs: Input) -> dict[str, tuple[int, ...]]:
+    """The ``input_size`` (C, H, W) of inputs (n, C, H, W), at which everybody counts from then on; nothing of others."""
+    from torch import Tensor
+
+    return {"input_size": tuple(inputs.shape[1:])} if isinstance(inputs, Tensor) and inputs.ndim == 4 else {}
+
+
 def check_takes_images(model: nn.Module, option: str, size: Sequence[int] | None = None) -> None:
     """Checks that a network can be given images: one input, of such a shape.
 

@@ -38,6 +38,7 @@ from sharefold.format import (
 )
 from sharefold.layers import shared_layers, stray_pointers, to_dense
 from sharefold.methods import step_named
+from sharefold.metrics import check_metrics, kind_of
 from sharefold.ownership import network_files
 from sharefold.safetensors_file import write_tensors
 from sharefold.settings import plain_defaults
@@ -93,6 +94,7 @@ def save(
         carry_spec(model, None)
     config = config_of(model)
     if metrics is not None:
+        check_metrics(metrics)
         config = replace(config, metrics={**config.metrics, **metrics})
         carry_config(model, config)
     config = config.of(tensors, aliases, None if spec is None else FORMAT)
@@ -156,6 +158,8 @@ def load(
         )
     spec = None
     if model is not None:
+        if not isinstance(model, nn.Module):
+            raise SharefoldError(f"load: model must be a network, a torch.nn.Module, not {kind_of(model)}")
         original = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
         install(model, config.plan)
         template = dict(model.state_dict())
@@ -238,7 +242,7 @@ def read_config(path: str | Path) -> FileConfig:
 def _read(target: Path, tensors: bool = True) -> tuple[FileConfig, dict[str, Tensor]]:
     """Configuration and tensors behind ``target``, which hold together."""
     if not target.exists():
-        raise SharefoldError(f"{target} does not exist: check the path")
+        raise SharefoldError(f"{target} does not exist: check the path to the converted network")
     file = target / WEIGHTS_NAME if target.is_dir() else target
     if not file.exists():
         raise SharefoldError(f"{target} holds no {WEIGHTS_NAME}: it is not a sharefold directory")
@@ -274,7 +278,8 @@ def _read(target: Path, tensors: bool = True) -> tuple[FileConfig, dict[str, Ten
     wrong = sorted(k for k in inside.keys() | beside.keys() if inside.get(k) != beside.get(k))
     if wrong:
         raise SharefoldError(
-            f"{side} says another {wrong[0]} than {WEIGHTS_NAME}: it is damaged or was edited: delete it, or save again"
+            f"{side} says another {wrong[0]} than {WEIGHTS_NAME}: it is damaged or was edited: delete it ({WEIGHTS_NAME} has a "
+            "copy), or save again"
         )
     return replace(config, metrics={**config.metrics, **copy.metrics}, steps=config.steps or copy.steps), state
 
@@ -318,7 +323,7 @@ def is_sharefold(path: str | Path) -> bool:
     target = Path(path)
     try:
         if target.is_dir():
-            return (target / CONFIG_NAME).exists()
+            return (target / CONFIG_NAME).exists() or is_sharefold(target / WEIGHTS_NAME)
         if target.suffix != ".safetensors" or not target.is_file():
             return False
         with safe_open(str(target), framework="pt") as handle:

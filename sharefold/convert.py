@@ -23,9 +23,11 @@ from sharefold.format import FileConfig, aliases_of, carry_config, check_dense, 
 from sharefold.graph.preserved import restored_on_error
 from sharefold.inputs import AnyInput
 from sharefold.layers import Bank, shared_layers
+from sharefold.measure import count_parameters
 from sharefold.methods import Solution, step_named
 from sharefold.methods.checks import check_layers, check_plan
 from sharefold.methods.narrowing import narrow_, narrowed
+from sharefold.methods.sizes import counted
 from sharefold.methods.solved import solution_of, solutions_of
 from sharefold.options import CalibrationOptions, ConvertOptions, RefineOptions, chosen
 from sharefold.outputs import Figure
@@ -72,7 +74,7 @@ class Conversion:
         seen_before: whether the network was trained on these images, as far as its certainty tells: it then agrees with its
             conversion more often on them than on new ones.
         new_agreement: agreement on mild views of them, which stand for new images (:mod:`sharefold.calibration.new_images`);
-            None where the network does not predict one class.
+            None where the network does not predict one class, or does not know those views itself.
         new_agreement_interval: 95 % interval, counting images, not views.
         steps: repairs, refinement and rounding, by name: whether they were kept, and the divergence around each.
         seconds: wall-clock seconds of each phase.
@@ -116,12 +118,14 @@ def convert_(
         SharefoldWarning: refinement is asked for and nothing was shared.
     """
     wanted = chosen(options, overrides, ConvertOptions)
+    if not isinstance(plan, Plan):
+        raise SharefoldError(f"convert_: plan must be what sharefold.plan gives, not {type(plan).__name__}")
     check_holds_none(model, "convert")
     check_dense(model)
     known = CalibrationOptions(wanted.seed, outputs=wanted.outputs, criterion=wanted.criterion)
     cal = calibration_of(model, calibration, known)
     seconds: dict[str, float] = {}
-    with restored_on_error(model):
+    with restored_on_error(model), _own_buffers_kept(model):
         done, cal, steps = carry_out(model, plan, cal, wanted, seconds, progress)
         figures = reported(model, cal)
     teacher = copied(cal.original) if cal is calibration else cal.original
@@ -139,7 +143,8 @@ def reported(model: nn.Module, cal: Calibration) -> dict[str, Any]:
     if len(agreed) == 1:
         result["agreement_interval"] = agreed[0].interval
         leaf = cal.reading.classes
-        if cal.has_views and len(cal.reading.leaves) == 1 and leaf is not None and leaf.kind == LOGITS and leaf.axis == 1:
+        one_class = len(cal.reading.leaves) == 1 and leaf is not None and leaf.kind == LOGITS and leaf.axis == 1
+        if one_class and cal.has_views and cal.views_are_known:
             new = mean_agreement(cal.stand_ins.measure(model)[1])
             result |= {"seen_before": cal.seen_before, "new_agreement": new, "new_agreement_interval": wilson(new, count)}
     return result
@@ -193,18 +198,19 @@ def _aligned(model: nn.Module, plan: Plan, cal: Calibration) -> Calibration:
 
 
 def _install(model: nn.Module, plan: Plan, solutions: list[Solution], cal: Calibration, base: Calibration) -> Plan:
-    """Swaps the layers of the narrowed network; gives the plan with measured errors."""
+    """Swaps the layers of the narrowed network; gives the plan with measured errors and sizes."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     groups = [_measured(group, solution_of(cal, group)) for group in plan.narrowing]
+    shared = [_measured(group, solution) for group, solution in zip(plan.sharing, solutions, strict=True)]
+    groups += counted(base.original, shared)
     for group, solution in zip(plan.sharing, solutions, strict=True):
         step_named(group.method).install(model, group, solution)
-        groups.append(_measured(group, solution))
     _freeze(model, frozen)
     if plan.sharing:
         absorb_means(base.original, model, base.graph, base.statistics.means)
     for group in plan.sharing:
         step_named(group.method).finish(model, base.graph, group)
-    return replace(plan, groups=groups, params_after=sum(p.numel() for p in model.parameters()))
+    return replace(plan, groups=groups, params_before=count_parameters(cal.original), params_after=count_parameters(model))
 
 
 def _mended(
@@ -274,6 +280,20 @@ def _put_back(model: nn.Module, original: nn.Module, plan: Plan) -> None:
             found = getattr(ours, key, None)
             if isinstance(found, Tensor) and found.shape == tensor.shape:
                 found.copy_(tensor)
+
+
+@contextmanager
+def _own_buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards every buffer but a norm's has the value that it had: the network alone writes there, whenever it runs."""
+    norms = {name for name, module in model.named_modules() if hasattr(module, "running_mean")}
+    before = {
+        name: buffer.detach().clone() for name, buffer in model.named_buffers() if name.rpartition(".")[0] not in norms
+    }  # fmt: skip
+    yield
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in before and buffer.shape == before[name].shape and not buffer.is_meta:
+                buffer.copy_(before[name])
 
 
 def describe(original: nn.Module, plan: Plan, known: Mapping[str, Any] | None = None) -> FileConfig:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from sharefold.checksum import ALGORITHM
 from sharefold.data.preprocess import CROP_MODES, INTERPOLATIONS, LEAST_CROP, MOST_CROP, SIZES, is_size
 from sharefold.errors import SharefoldError, SharefoldWarning
+from sharefold.metrics import short_metrics
 from sharefold.ownership import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from sharefold.plans import Plan
 from sharefold.repair.step_record import StepRecord, steps_from
@@ -35,8 +36,8 @@ __all__ = ["CARD_NAME", "CONFIG_NAME", "FORMAT_VERSION", "METADATA_KEY", "WEIGHT
 FORMAT_VERSION = 1
 METADATA_KEY = "sharefold"
 CHECKSUM_KEY = "crc32"
-# Those that packed files keep first, and characters for all that they keep.
-PACKED_METRICS, _METRICS_ROOM = ("agreement", "bytes", "macs", "params", "top1"), 96
+# Characters for all metrics that packed files keep.
+_METRICS_ROOM = 96
 # Metrics that were measured of a network's answers.
 FIGURES = (
     "agreement", "agreement_interval", "report_images", "seen_before", "new_agreement", "new_agreement_interval", "kl", "outputs",
@@ -290,21 +291,6 @@ def checked_pretrained_cfg(data: Any, where: str | Path) -> dict[str, Any]:
 def _packed(config: FileConfig) -> str:
     text = json.dumps(config.to_dict(), separators=(",", ":"), sort_keys=True)
     return PACKED + base64.b85encode(zlib.compress(text.encode(), 9)).decode()
-
-
-def short_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics that are numbers, in few characters, those of :data:`PACKED_METRICS` first."""
-    found = {key: _short(metrics[key]) for key in sorted(metrics, key=lambda key: (key not in PACKED_METRICS, key))}
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def _short(value: Any) -> Any:
-    """A metric in few characters: five digits of a number, what is true of the converted network of a pair."""
-    if isinstance(value, dict):
-        return _short(value["after"]) if value.keys() == {"before", "after"} else None
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    return value if isinstance(value, (bool, int)) else None
 
 
 def _types_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:

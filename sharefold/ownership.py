@@ -20,6 +20,7 @@ SWEEP_NAME, DEMO_NAME, DEMO_NETWORK = "sweep.json", "demo.json", "digits-shared"
 Names = tuple[str, ...]
 NETWORK_FILES = (CONFIG_NAME, WEIGHTS_NAME, CARD_NAME)
 _MOST = 1 << 20  # bytes of a sweep's record
+_OTHER_FORMATS = (".pt", ".pth", ".th", ".ckpt", ".bin", ".onnx", ".pt2")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,17 @@ def is_own_folder(folder: Path) -> bool:
 
 
 def network_files(path: Path) -> Names:
-    """The files of a network in the folder ``path``; none where ``path`` is to be a single file."""
+    """The files of a network in the folder ``path``; none where ``path`` is to be a single file.
+
+    Raises:
+        SharefoldError: it is called like a file of another format.
+    """
+    suffix = path.suffix.lower()
+    if suffix in _OTHER_FORMATS or suffix == ".safetensors" != path.suffix:
+        raise SharefoldError(
+            f"output {path}: a network is written as a folder or as a .safetensors file: call it {path.stem}, or "
+            f"{path.stem}.safetensors"
+        )
     return () if path.suffix == ".safetensors" else NETWORK_FILES
 
 

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -269,6 +270,35 @@ def test_what_is_no_shared_network(tmp_path: Path) -> None:
 def test_is_sharefold(model: nn.Module, tmp_path: Path, saved: Path) -> None:
     single = sharefold.save(model, tmp_path / "one.safetensors")
     assert checkpoint.is_sharefold(saved) and checkpoint.is_sharefold(single) and not checkpoint.is_sharefold(tmp_path)
+    folder = shutil.copytree(saved, tmp_path / "copy")
+    (folder / "sharefold_config.json").unlink()  # which says nothing that the weights file does not say
+    assert checkpoint.is_sharefold(folder) and sharefold.open_source(str(folder)).shared
+
+
+@pytest.mark.parametrize("name", ["net.pt", "net.onnx", "net.PTH", "net.SAFETENSORS"])
+def test_names_of_files_of_other_formats_are_refused(model: nn.Module, tmp_path: Path, name: str) -> None:
+    with pytest.raises(SharefoldError, match=r"call it net, or net\.safetensors"):
+        sharefold.save(model, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("metrics", "words"),
+    [
+        ({"top1": 0.5, "map": torch.ones(1)}, "metric 'map' is Tensor"),
+        ({"top1": float("nan")}, "metric 'top1' is float: give finite numbers"),
+        ("top1", "must map names to figures, not be str"),
+    ],
+)
+def test_figures_that_no_file_can_hold_are_refused(model: nn.Module, tmp_path: Path, metrics: Any, words: str) -> None:
+    with pytest.raises(SharefoldError, match=words):
+        sharefold.save(model, tmp_path / "net", metrics=metrics)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_class_is_no_network(saved: Path) -> None:
+    with pytest.raises(SharefoldError, match="model must be a network, a torch.nn.Module, not the class Linear"):
+        sharefold.load(saved, model=nn.Linear)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("target", ["net", "net.safetensors"])

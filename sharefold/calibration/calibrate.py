@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Hashable, Iterable
 from functools import cached_property
 from typing import Any
@@ -10,22 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharefold.calibration.images import calibration_or_procedural
-from sharefold.calibration.new_images import has_views, seen_before, stand_ins
+from sharefold.calibration.images import calibration_or_procedural, count_distinct
+from sharefold.calibration.new_images import has_views, knows_mirrored, recognised, seen_before, stand_ins
 from sharefold.calibration.parts import Parts, parts_of
 from sharefold.calibration.statistics import Statistics, batch_for, statistics_of
-from sharefold.errors import SharefoldError
+from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.inputs import AnyInput, Input, taken
 from sharefold.layers.norm_fusion import fused_for_inference
 from sharefold.options import CalibrationOptions, chosen
 from sharefold.outputs import Comparison, Divergence, OutputReading, read_outputs
 from sharefold.outputs.comparison import BATCH
+from sharefold.outputs.own_criterion import check_criterion
 from sharefold.running import device_of, evaluating
 from sharefold.settings import with_plain_settings
 
 # Of fewer images a mean certainty says nothing of whether the network has seen them.
 FEWEST_SEEN = 30
+# Images by which it is told whether mirror images mean the same.
+MIRRORED = 100
 # Images on which a network with fused norms is held against itself, and what they may differ by.
 FEW, SAME = 2, 1e-3
 
@@ -117,7 +121,7 @@ class Calibration:
         """The comparison on mild views of the images of the report, which stand for new images."""
         images = self.report_images
         assert isinstance(images, Tensor), "only one input has views"
-        return self.comparison(stand_ins(images, self.seed))
+        return self.comparison(stand_ins(images, self.seed, self.mirrors))
 
     @cached_property
     def has_views(self) -> bool:
@@ -125,9 +129,25 @@ class Calibration:
         return has_views(self.original, self.images)
 
     @cached_property
+    def mirrors(self) -> bool:
+        """Whether mirror images mean the same, as far as the network tells that predicts one class an image: letters do not."""
+        if not self.has_views or self.reading.classes is None or len(self.reading.leaves) != 1:
+            return True
+        images = self.decide_images[:MIRRORED]
+        assert isinstance(images, Tensor), "only one input has views"
+        with evaluating(self.original), fused_for_inference(self.original, norms=self.norms):
+            return knows_mirrored(self.original, images, self.reading)
+
+    @cached_property
     def seen_before(self) -> bool:
         """Whether the network was trained on these images, as far as its certainty of classes tells."""
         return self._seen(self.report_images, self.stand_ins.images)
+
+    @cached_property
+    def views_are_known(self) -> bool:
+        """Whether the network, which predicts one class an image, takes views of report images for what the images are."""
+        with evaluating(self.original), fused_for_inference(self.original, norms=self.norms):
+            return recognised(self.original, self.report_images, self.stand_ins.images, self.reading)
 
     def _seen(self, images: Input, views: Input) -> bool:
         with evaluating(self.original), fused_for_inference(self.original, norms=self.norms):
@@ -152,7 +172,7 @@ class Calibration:
         if not self.has_views:
             return plain
         assert isinstance(plain, Tensor)
-        views = stand_ins(plain, self.seed)
+        views = stand_ins(plain, self.seed, self.mirrors)
         enough = len(plain) >= FEWEST_SEEN and self.reading.classes is not None
         seen = enough and self._seen(plain, views)
         return views if seen else torch.cat([plain, views[: len(plain)]])
@@ -245,7 +265,8 @@ def calibrate(
         graph: of ``model``, where it is at hand.
 
     Raises:
-        SharefoldError: images that the network cannot take, a network that cannot be copied or run.
+        SharefoldError: images that the network cannot take, a network that cannot be copied or run, a criterion that is not 0
+            where both networks say the same.
     """
     wanted = chosen(options, overrides, CalibrationOptions)
     given = None if wanted.example_input is None else taken(wanted.example_input, "example_input")
@@ -254,8 +275,17 @@ def calibrate(
     if graph is None:
         graph = analyze(model, example)
     made = Calibration(copied(model).eval(), found, graph, example, wanted)
+    if len(made.parts.report) and (copies := len(found) - count_distinct(found)):
+        warnings.warn(
+            f"{copies} of {len(found)} calibration images are copies of others: what is reported on them counts them as if they "
+            "were new",
+            SharefoldWarning,
+            stacklevel=4,
+        )
     if wanted.outputs is not None:
         made.reading  # noqa: B018  what the user says is checked before work starts
+    if wanted.criterion is not None:
+        check_criterion(wanted.criterion, made.original, found)
     return made
 
 

@@ -15,7 +15,7 @@ from sharefold.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from sharefold.errors import SharefoldError
 from sharefold.graph.layers import input_shapes, spatial_axes
 from sharefold.graph.preserved import tried
-from sharefold.inputs import AnyInput, Input, Inputs, check_count, image_shape, parameters_of
+from sharefold.inputs import AnyInput, Input, Inputs, check_count, each_of, image_shape, parameters_of
 from sharefold.outputs.leaves import tensors_of
 from sharefold.plans import Progress
 from sharefold.running import batch_within, dtype_of
@@ -49,6 +49,12 @@ def procedural_images(model: nn.Module, count: int | None = None, seed: int = 0)
         count = default_count(*config["input_size"][1:])
     made = calibration_images(None, config, count, seed)
     return matched(model, made.to(dtype_of(model)), seed)
+
+
+def count_distinct(images: Input) -> int:
+    """How many of the samples are different from all others, to the bit."""
+    bits = [tensor.detach().cpu().contiguous().flatten(1).view(torch.uint8) for tensor in each_of(images)]
+    return len({tuple(hash(part[index].numpy().tobytes()) for part in bits) for index in range(len(images))})
 
 
 def default_count(height: int, width: int, procedural: bool = True) -> int:

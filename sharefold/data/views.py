@@ -26,7 +26,7 @@ SHORTEST_SIDE, LONGEST_SIDE = 0.25, 0.75
 
 
 def random_views(
-    images: Tensor, generator: torch.Generator, *, strength: float = 1.0, mix: float = MIX, paste: float = 0.0
+    images: Tensor, generator: torch.Generator, *, strength: float = 1.0, mix: float = MIX, mirror: bool = True
 ) -> Tensor:
     """One random view of each image of a batch (B, C, H, W), volume of (B, C, D, H, W), or signal of (B, C, L); same shape, type
     and device.
@@ -39,12 +39,11 @@ def random_views(
         generator: a CPU generator; the same state gives the same views on every device.
         strength: factor on how far images are warped and recoloured; 0 only mirrors and mixes.
         mix: share of the images that another image of the batch is blended into, with at most half of the weight.
-        paste: share of the images, or volumes, that get a rectangle of another one.
+        mirror: whether half of the images are mirrored; a mirrored letter or digit is another one, or none.
     """
     if images.ndim == 3:
         return blended(_shifted(images, generator, strength), generator, mix)
-    views = blended(_warped_and_recoloured(images, generator, strength), generator, mix)
-    return pasted(views, generator, paste) if paste else views
+    return blended(_recoloured(_warped(images, generator, strength, mirror), generator, strength), generator, mix)
 
 
 def blended(images: Tensor, generator: torch.Generator, share: float = 1.0) -> Tensor:
@@ -56,7 +55,10 @@ def blended(images: Tensor, generator: torch.Generator, share: float = 1.0) -> T
 
 
 def pasted(images: Tensor, generator: torch.Generator, share: float = 1.0) -> Tensor:
-    """Images (B, C, H, W), a ``share`` of them with a rectangle of another one at its own place; of volumes in all slices."""
+    """Images (B, C, H, W), a ``share`` of them with a rectangle of another one at its own place; of volumes in all slices.
+    Signals (B, C, L) have none and stay."""
+    if not share or images.ndim == 3:
+        return images
     count = len(images)
     partner = torch.randperm(count, generator=generator)
     chosen = torch.rand(count, generator=generator) < share
@@ -69,10 +71,6 @@ def pasted(images: Tensor, generator: torch.Generator, share: float = 1.0) -> Te
     inside = within[0][:, :, None] & within[1][:, None, :] & chosen[:, None, None]
     inside = inside.view(count, *[1] * (images.ndim - 3), *images.shape[-2:]).to(images.device)
     return torch.where(inside, images[partner.to(images.device)], images)
-
-
-def _warped_and_recoloured(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:
-    return _recoloured(_warped(images, generator, strength), generator, strength)
 
 
 def _shifted(signals: Tensor, generator: torch.Generator, strength: float) -> Tensor:
@@ -88,7 +86,7 @@ def _shifted(signals: Tensor, generator: torch.Generator, strength: float) -> Te
     return signals.gather(2, place[:, None].expand_as(signals)) * volume[:, None, None]
 
 
-def _warped(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:
+def _warped(images: Tensor, generator: torch.Generator, strength: float, mirror: bool) -> Tensor:
     """Turned, scaled, stretched and shifted, and mirrored with probability 1/2."""
 
     def within(limit: float) -> Tensor:
@@ -96,8 +94,8 @@ def _warped(images: Tensor, generator: torch.Generator, strength: float) -> Tens
 
     angle, size, aspect = within(math.radians(ROTATION)), within(SIZE).exp(), within(ASPECT).exp()
     across, down = within(SHIFT), within(SHIFT)
-    mirror = 1 - 2 * (torch.rand(len(images), generator=generator) < 0.5).float()
-    first = torch.stack([mirror * size * aspect * angle.cos(), -mirror * size * aspect * angle.sin(), across], 1)
+    side = 1 - 2 * float(mirror) * (torch.rand(len(images), generator=generator) < 0.5).float()
+    first = torch.stack([side * size * aspect * angle.cos(), -side * size * aspect * angle.sin(), across], 1)
     second = torch.stack([size / aspect * angle.sin(), size / aspect * angle.cos(), down], 1)
     slices = images.flatten(1, -3)
     grid = F.affine_grid(torch.stack([first, second], 1).to(images), list(slices.shape), align_corners=False)

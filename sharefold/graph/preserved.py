@@ -27,11 +27,10 @@ def preserved(model: nn.Module) -> Iterator[None]:
     copied back only if something wrote to them.
     """
     modules, before = list(model.modules()), Attributes(model)
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with buffers_kept(model), torch.random.fork_rng(devices=devices), torch.no_grad():
             for module in modules:
                 module.training = False
             yield
@@ -39,8 +38,19 @@ def preserved(model: nn.Module) -> Iterator[None]:
         random.setstate(state[0])
         np.random.set_state(state[1])
         before.put_back()
+
+
+@contextmanager
+def buffers_kept(*models: nn.Module) -> Iterator[None]:
+    """Afterwards all buffers of ``models`` have the values that they had; what they hold of a run with gradients is let go."""
+    before = [(buffer, buffer.detach().clone()) for model in models for buffer in model.buffers()]
+    try:
+        yield
+    finally:
         with torch.no_grad():
-            for buffer, value in buffers:
+            for buffer, value in before:
+                if buffer.grad_fn is not None:
+                    buffer.detach_()
                 # By value: batch_norm writes its statistics without a new version.
                 if not buffer.is_meta and not torch.equal(buffer, value):
                     buffer.copy_(value)

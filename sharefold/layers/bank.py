@@ -87,12 +87,12 @@ def is_bank_name(group_name: str) -> bool:
 def add_bank(model: nn.Module, group_name: str, bank: Bank) -> Bank:
     """Registers ``bank`` on ``model`` under the group's name and returns it."""
     if not hasattr(model, ATTRIBUTE):
-        model.add_module(ATTRIBUTE, Banks())
+        model.add_module(ATTRIBUTE, Banks().train(model.training))
     registered = cast(nn.ModuleDict, getattr(model, ATTRIBUTE))
     key = bank_key(group_name)
     if key in registered:
         raise ValueError(f"the model has a bank named {key} already")
-    registered[key] = bank
+    registered[key] = bank.train(model.training)
     return bank
 
 

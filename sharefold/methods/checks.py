@@ -30,6 +30,11 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         if (other := keys.setdefault(bank_key(group.name), group.name)) != group.name:
             raise SharefoldError(f"plan: groups {quoted(other)} and {quoted(group.name)} differ in dots alone: rename one")
         for name in group.members:
+            if plan.protects(name):
+                raise SharefoldError(
+                    f"plan: group {quoted(group.name)} names layer {quoted(name)}, which exclude {quoted(plan.exclude)} "
+                    "protects: take it out of one of them"
+                )
             try:
                 model.get_submodule(name)
             except AttributeError:

@@ -156,9 +156,9 @@ class LayerSwap(ConversionStep):
                 raise ValueError(f"must be {ranges}")
             self.cost(forms, plan.options)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
+            reason = f"{error} is missing" if isinstance(error, KeyError) else error
             raise SharefoldError(
-                f"plan: group {plan.name!r}: options {plan.options} do not fit method "
-                f"{self.name} ({type(error).__name__}: {error})"
+                f"plan: group {plan.name!r}: options {plan.options} do not fit method {self.name}: {reason}"
             ) from None
 
     def fit(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, plan: GroupPlan) -> Solution:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,11 +20,9 @@ from sharefold.outputs.divergence import Divergence, unmasked
 from sharefold.outputs.figures import Figure, Figures, figure_of_criterion
 from sharefold.outputs.found_again import figure_of_detections
 from sharefold.outputs.leaf import LOGITS, Leaf
+from sharefold.outputs.own_criterion import Criterion, per_image
 from sharefold.outputs.reading import OutputReading, read_outputs
 from sharefold.running import batch_of, evaluating, run_on
-
-# (what the original returns, what another network returns) for one batch -> (n,), 0 where both say the same.
-Criterion = Callable[[Any, Any], Tensor]
 
 CACHE_BYTES = 256 << 20
 BATCH = 250
@@ -46,8 +44,8 @@ class Divergences:
 
     @property
     def mean(self) -> float:
-        """Nats for a classifier, else in units of what the outputs vary by."""
-        return float(self.per_image.mean())
+        """Nats for a classifier, else in units of what the outputs vary by; what rounding makes of nothing is not below 0."""
+        return max(float(self.per_image.mean()), 0.0)
 
 
 class Comparison:
@@ -139,7 +137,9 @@ class Comparison:
 
     def _between(self, pairs: Iterator[tuple[Any, list[Tensor], Any, list[Tensor]]]) -> Divergences:
         if self.criterion is not None:
-            found = [self._by_criterion(a, b, len(n)) for (a, _, b, _), n in zip(pairs, self.batches, strict=True)]
+            found = [
+                per_image(self.criterion, a, b, len(n)) for (a, _, b, _), n in zip(pairs, self.batches, strict=True)
+            ]  # fmt: skip
             return Divergences(torch.cat(found), {})
         return self.of_answers((a, b) for _, a, _, b in pairs)
 
@@ -152,14 +152,6 @@ class Comparison:
         each = torch.cat([self.measured.each(a, b) for a, b in pairs], 1)
         names, means = [leaf.name for leaf in self.reading.leaves], each.mean(1).tolist()
         return Divergences(self.measured.total(each), dict(zip(names, means, strict=True)))
-
-    def _by_criterion(self, original: Any, other: Any, images: int) -> Tensor:
-        assert self.criterion is not None
-        found = self.criterion(original, other)
-        if not isinstance(found, Tensor) or found.shape != (images,):
-            what = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
-            raise SharefoldError(f"criterion: it gave {what} for {images} images: give one number an image, a tensor ({images},)")
-        return found.detach().double().cpu().nan_to_num(nan=math.inf, posinf=math.inf)
 
     @cached_property
     def noise(self) -> float:

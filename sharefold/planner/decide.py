@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from sharefold.budget import Budget, Budgets, parse_combined
 from sharefold.calibration.calibrate import Calibration, calibration_of
 from sharefold.calibration.statistics import is_wide
+from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.format import check_dense
 from sharefold.graph.hidden_channels import hidden_spaces
 from sharefold.graph.preserved import preserved
@@ -29,6 +31,7 @@ from sharefold.planner.objectives import JOINT, objective_named
 from sharefold.planner.search import Trials, search
 from sharefold.plans import Plan, Progress
 from sharefold.settings import with_plain_settings
+from sharefold.untrusted import exclude_pattern, quoted
 
 
 @with_plain_settings
@@ -73,12 +76,16 @@ class Planner:
         options, progress: as for :func:`plan`.
 
     Raises:
-        SharefoldError: unknown objective.
+        SharefoldError: unknown objective, or a network that is a single layer.
+
+    Warns:
+        SharefoldWarning: no module has a name that ``exclude`` matches.
     """
 
     def __init__(self, cal: Calibration, options: PlanOptions | None = None, progress: Progress | None = None) -> None:
         self.cal, self.options, self.progress = cal, PlanOptions() if options is None else options, progress
         objective_named(self.options.objective)
+        _check_names(cal, self.options)
         self._costs: dict[str, Cost] = {}
         self._made: dict[str, Candidates] = {}
         self._levels: dict[str, FoldLevels] = {}
@@ -219,6 +226,17 @@ class Planner:
             if trials.rounds:
                 picks = search(candidates, trials, limit, picks, self.progress)
         return candidates.plan(picks, budget)
+
+
+def _check_names(cal: Calibration, options: PlanOptions) -> None:
+    names = [name for name, _ in cal.original.named_modules()]
+    if "" in cal.graph.layers:
+        raise SharefoldError(
+            "plan: the network is a layer alone, which nothing can replace from outside: wrap it, nn.Sequential(layer)"
+        )
+    pattern = exclude_pattern(options.exclude)
+    if pattern is not None and not any(map(pattern.search, names)):
+        warnings.warn(f"exclude {quoted(options.exclude)} matches no module of this network", SharefoldWarning, stacklevel=4)
 
 
 def _is_wide(model: nn.Module, name: str) -> bool:

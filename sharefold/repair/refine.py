@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from sharefold.calibration.calibrate import Calibration
-from sharefold.data.views import MIX, blended, random_views
+from sharefold.data.views import MIX, blended, pasted, random_views
 from sharefold.errors import SharefoldError
+from sharefold.graph.preserved import buffers_kept
 from sharefold.inputs import Input, Inputs
 from sharefold.layers import running
 from sharefold.layers.norm_fusion import norms_fused
@@ -225,7 +226,7 @@ def training(
                     group["lr"] = rate * _rate(share) * caution
                 picked = images[index]
                 often = clock.often()
-                views = _views(picked, cal.has_views, learned.paste * often, generator)
+                views = _views(picked, cal, learned.paste * often, generator)
                 loss = taught.loss(views.to(device), share * often)
                 model.zero_grad()
                 loss.backward()
@@ -244,12 +245,14 @@ def training(
             learned.epoch_ends()
 
 
-def _views(images: Input, known: bool, paste: float, generator: torch.Generator) -> Input:
-    """Random views where it is ``known`` what axes mean. What is turned in one of several inputs would no longer belong to the
+def _views(images: Input, cal: Calibration, paste: float, generator: torch.Generator) -> Input:
+    """Random views where it is known what axes mean. What is turned in one of several inputs would no longer belong to the
     others; anything else may at least be mixed."""
     if isinstance(images, Inputs):
         return images
-    return random_views(images, generator, paste=paste) if known else blended(images, generator, MIX)
+    if not cal.has_views:
+        return blended(images, generator, MIX)
+    return pasted(random_views(images, generator, mirror=cal.mirrors), generator, paste)
 
 
 def step_for(taught: Lessons, images: Input) -> float:
@@ -278,7 +281,7 @@ def _training(original: nn.Module, model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
             parameter.grad = None
         # A composed weight is small beside the maps, and one convolution a layer passes over memory once.
-        with evaluating(original, model), torch.enable_grad(), running(model, "composed"):
+        with evaluating(original, model), buffers_kept(original, model), torch.enable_grad(), running(model, "composed"):
             yield
     finally:
         for parameter, flag, grad in flags:

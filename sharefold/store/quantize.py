@@ -185,6 +185,18 @@ def plan_store(
     return _step_for(trial, prepared, StoreRequest("coded", budget=budget_bytes))
 
 
+class TooFewBytes(SharefoldError):
+    """A file of the network as it is takes more than the budget.
+
+    Attributes:
+        least: bytes, about, of the smallest one, in which names and scales alone are left.
+    """
+
+    def __init__(self, budget: int, least: int) -> None:
+        super().__init__(f"store: {budget:,} bytes cannot hold this network, of which a file has {least:,} at least: allow more")
+        self.least = least
+
+
 def _finished(model: nn.Module, found: RoundedNetwork, request: StoreRequest) -> StoreReport:
     carry_spec(model, found.spec)
     return StoreReport(found.spec, file_bytes(model, found.spec), request, found.sequential, found.positions)
@@ -205,7 +217,7 @@ def _step_for(model: nn.Module, prepared: Prepared, request: StoreRequest) -> St
 
     low, high = math.log(SMALLEST_STEP), math.log(LARGEST_STEP)
     if excess(high) > 0:
-        raise SharefoldError(f"store: {budget:,} bytes cannot hold this network: allow more, or share more")
+        raise TooFewBytes(budget, budget + excess(high))
     found = low if excess(low) <= 0 else float(brentq(excess, low, high, xtol=STEP_TOLERANCE))
     while excess(found) > 0:
         found = min(found + STEP_TOLERANCE, high)

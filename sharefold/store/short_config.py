@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sharefold.checksum import ALGORITHM
-from sharefold.format import FORMAT_VERSION, FileConfig, short_metrics
+from sharefold.format import FORMAT_VERSION, FileConfig
+from sharefold.metrics import short_metrics
 from sharefold.plans import PLAN_VERSION, GroupPlan, Plan
 from sharefold.store.byte_reader import inflated
 from sharefold.untrusted import JSON_LIMIT, parse_json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 import sharefold
 from sharefold.calibration.calibrate import Calibration, calibrate
-from sharefold.errors import SharefoldError
+from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.graph import analysis
 from sharefold.methods import METHODS
 from sharefold.outputs import Comparison
@@ -268,3 +269,19 @@ def test_comparisons_with_norms_and_without_say_the_same() -> None:
     fused, plain = cal.comparison(images(40)), Comparison(model, images(40), cal.reading, divergence=cal.divergence)
     assert fused.norms and not plain.norms
     assert fused.divergence(other).mean == pytest.approx(plain.divergence(other).mean, rel=1e-4)
+
+
+def test_no_fewer_images_than_none_can_be_held_out() -> None:
+    with pytest.raises(SharefoldError, match="held_out=-1: must not be negative"):
+        sharefold.calibrate(net(), images(24), held_out=-1)
+
+
+def test_copies_among_the_images_are_told_where_something_is_reported() -> None:
+    given = images(240)
+    given[[7, 11, 200]] = given[[3, 3, 5]]
+    with pytest.warns(SharefoldWarning, match="3 of 240 calibration images are copies of others"):
+        sharefold.calibrate(net(), given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sharefold.calibrate(net(), images(240))
+        sharefold.calibrate(net(), given[:12])  # of which nothing is reported

@@ -214,10 +214,13 @@ def test_too_few_samples_for_a_report_are_told_of_by_that_alone(folder: Path, tm
 
 
 def test_a_stock_network_takes_normalised_images_as_tensors(tmp_path: Path) -> None:
-    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(70, 1, 8, 8)))
+    """Of another size than its own, at which its MACs are then counted."""
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(70, 1, 10, 12)))
     out = tmp_path / "out"
     reported("convert", "timm:digits_resnet", "--calib", f"tensors:{tmp_path / 'x.npy'}", "--method", "basis", "-o", out)
-    assert reported("export", out, "-o", tmp_path / "net.pt2")["input_shape"] == [None, 1, 8, 8]
+    assert reported("export", out, "-o", tmp_path / "net.pt2")["input_shape"] == [None, 1, 10, 12]
+    claims = {claim["name"]: claim for claim in reported("verify", out)["claims"]}
+    assert claims["macs"]["found"] == claims["macs"]["claimed"] > 0
     shutil.rmtree(out)
 
 

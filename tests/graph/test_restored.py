@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from networks import images, net
-from torch import nn
+from torch import Tensor, nn
 
 import sharefold
 from sharefold import convert as module
@@ -152,3 +153,35 @@ def test_without_an_error_changes_stay() -> None:
         model.stem.weight.data.zero_()
         model.note = 1
     assert not model.stem.weight.any() and model.note == 1
+
+
+class Watching(nn.Module):
+    """Keeps a running mean of what it sees, in every run, with gradients and without."""
+
+    seen: Tensor
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("seen", torch.full((1,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        self.seen.mul_(0.9).add_(0.1 * y.mean())
+        return y
+
+
+@pytest.mark.parametrize("objective", ["fisher", "joint"])
+def test_what_a_network_writes_on_itself_while_it_is_converted_is_taken_back(objective: str) -> None:
+    model, x = Watching(net(blocks=2)), images(24)
+    plan = sharefold.plan(model, "60%", x, method="basis", objective=objective)
+    sharefold.convert_(model, plan, x, refine=1)
+    assert model.seen.item() == 0.5 and model.seen.grad_fn is None
+    copy.deepcopy(model)
+
+
+def test_banks_are_in_the_mode_of_their_network() -> None:
+    for training in (False, True):
+        model = net(blocks=2).train(training)
+        sharefold.convert_(model, sharefold.plan(model, "60%", images(24), method="basis"), images(24), repair=False)
+        assert {module.training for module in model.modules()} == {training}

@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 
 import sharefold
 from sharefold.calibration.calibrate import Calibration, calibrate
-from sharefold.errors import SharefoldError
+from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.layers import form_of
 from sharefold.measure import agreement, model_bytes
 from sharefold.methods import method_named
@@ -182,6 +183,42 @@ def test_shares_are_compared_in_files_as_they_will_be(residual: Prepared, monkey
     monkeypatch.setattr(file_budget, "SAME", 1.0)
     assert residual.plan(f"{size}B", ("basis", "svd")).groups == [] and len(tried) == 1
     residual.carried_out(plan)
+
+
+def test_all_shares_are_tried_where_bits_are_few(residual: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[float] = []
+
+    def growing(cal: Calibration, trial: nn.Module, wanted: sharefold.Plan) -> float:
+        tried.append(wanted.params_after / residual.params)
+        return float(len(tried))
+
+    monkeypatch.setattr(file_budget, "_divergence", growing)
+    size = residual.params // 8  # a bit a weight
+    monkeypatch.setattr(file_budget, "FEW_BITS", 1.1)
+    assert residual.plan(f"{size}B", "svd").groups == [] and len(tried) > 1 + file_budget.PATIENCE
+    tried.clear()
+    monkeypatch.setattr(file_budget, "FEW_BITS", 0.9)
+    assert residual.plan(f"{size}B", "svd").groups == [] and len(tried) == 1 + file_budget.PATIENCE
+
+
+def test_too_few_bytes_are_refused_with_about_as_many_as_would_do(residual: Prepared) -> None:
+    with pytest.raises(SharefoldError, match=r"below what a file of this network can be shrunk to, about [\d,]+ bytes") as error:
+        residual.plan("300B", "svd")
+    least = int(str(error.value).rpartition("about ")[2].split()[0].replace(",", ""))
+    assert residual.plan(f"{least + 300}B", "svd").store == f"mixed:{least + 300}B"
+
+
+def test_exclude_that_matches_nothing_is_told(residual: Prepared) -> None:
+    with pytest.warns(SharefoldWarning, match="exclude '\\^stemm' matches no module of this network"):
+        Planner(residual.cal, PlanOptions(exclude="^stemm"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Planner(residual.cal, PlanOptions(exclude="stage1"))
+
+
+def test_a_layer_alone_cannot_be_replaced() -> None:
+    with pytest.raises(SharefoldError, match=r"a layer alone.*wrap it, nn\.Sequential\(layer\)"):
+        sharefold.plan(nn.Conv2d(3, 16, 3), "50%", torch.rand(8, 3, 6, 6))
 
 
 def test_a_file_of_a_detector(tmp_path: Path) -> None:
