@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from sharefold.convert import Conversion
 
 
+# Share of the images below which a network is not of use.
+MOST = 0.5
+
+
 def share_text(agreement: float, interval: tuple[float, float] | None) -> str:
     """``98.67% (95.3 to 99.6%)``."""
     return f"{agreement:.2%}" if interval is None else f"{agreement:.2%} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f}%)"
@@ -28,6 +32,8 @@ def agreement_text(done: Conversion, cal: Calibration, procedural: bool = False)
     if done.agreement_interval is not None:
         told = share_text(done.agreement, done.agreement_interval)
         text = f"top-1 agreement {told} on {done.report_images} {kind} kept for the report (95 % interval)"
+    if done.agreement < MOST:
+        text += "; on most images it says something else: allow more"
     if procedural:
         return f"{text}; on real images it may be lower"
     if done.seen_before and done.new_agreement is not None:

@@ -139,7 +139,9 @@ def find_candidates(
     found = unit_options(cal, units, methods, cost, weigh, progress)
     fixed = max(cost.total - sum(cost.dense(name) for unit in units for name in unit.members), 0)
     before = sum(p.numel() for p in model.parameters())
-    return Candidates(found, cost, fixed, before, method_text(options.method), [unit.members for unit in units], graph.skipped)
+    used = {name for unit in units for name in unit.members}
+    skipped = {**graph.skipped, **{name: "excluded" for name in graph.layers if name not in used}}
+    return Candidates(found, cost, fixed, before, method_text(options.method), [unit.members for unit in units], skipped)
 
 
 def left_out(skipped: Mapping[str, str]) -> str:

@@ -120,6 +120,8 @@ def test_budgets_below_the_floor_name_it(tmp_path: Path) -> None:
     images = ("--calib", "digits", "--calib-count", 20)
     line = convert(tmp_path, NET, *images, "--method", "average", "--budget", "5%", "-q")
     assert "the floor is 38,194 parameters (19.2%)" in line
+    line = convert(tmp_path, NET, *images, "--method", "svd", "--exclude", "layer[23]", "--budget", "9%", "-q")
+    assert line.rstrip().endswith(". 8 layers stay as they are: 8 x excluded")
     assert "above" in convert(tmp_path, NET, "--keep-agreement", "0")
 
 

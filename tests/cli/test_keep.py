@@ -117,6 +117,8 @@ def test_agreement_in_words() -> None:
     more = "; the network knows these images from its training: of new ones expect 96.00% (91.5 to 98.2%), by mild views of them"
     assert agreement_text(done, calibration()) == told + more
     assert "on real images it may be lower" in agreement_text(done, calibration(), procedural=True)
+    done.agreement, done.seen_before = 0.2, False
+    assert agreement_text(done, calibration()).endswith("; on most images it says something else: allow more")
     nothing = SimpleNamespace(agreement=None, report_images=0)
     assert agreement_text(nothing, calibration(60, 4)) == "agreement not measured: only 64 images, 200 or more are needed"
     assert "nothing that the network returns" in agreement_text(nothing, calibration(comparable=False))
