@@ -20,7 +20,7 @@ from sharefold.calibration.calibrate import Calibration, calibration_of, copied
 from sharefold.calibration.images import input_config
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.format import FileConfig, aliases_of, carry_config, check_dense, config_of
-from sharefold.graph.preserved import restored_on_error
+from sharefold.graph.preserved import buffers_kept, restored_on_error
 from sharefold.inputs import AnyInput
 from sharefold.layers import Bank, shared_layers
 from sharefold.measure import count_parameters
@@ -125,7 +125,7 @@ def convert_(
     known = CalibrationOptions(wanted.seed, outputs=wanted.outputs, criterion=wanted.criterion)
     cal = calibration_of(model, calibration, known)
     seconds: dict[str, float] = {}
-    with restored_on_error(model), _own_buffers_kept(model):
+    with restored_on_error(model), buffers_kept(model, norms=False):
         done, cal, steps = carry_out(model, plan, cal, wanted, seconds, progress)
         figures = reported(model, cal)
     teacher = copied(cal.original) if cal is calibration else cal.original
@@ -280,20 +280,6 @@ def _put_back(model: nn.Module, original: nn.Module, plan: Plan) -> None:
             found = getattr(ours, key, None)
             if isinstance(found, Tensor) and found.shape == tensor.shape:
                 found.copy_(tensor)
-
-
-@contextmanager
-def _own_buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Afterwards every buffer but a norm's has the value that it had: the network alone writes there, whenever it runs."""
-    norms = {name for name, module in model.named_modules() if hasattr(module, "running_mean")}
-    before = {
-        name: buffer.detach().clone() for name, buffer in model.named_buffers() if name.rpartition(".")[0] not in norms
-    }  # fmt: skip
-    yield
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            if name in before and buffer.shape == before[name].shape and not buffer.is_meta:
-                buffer.copy_(before[name])
 
 
 def describe(original: nn.Module, plan: Plan, known: Mapping[str, Any] | None = None) -> FileConfig:

@@ -41,9 +41,14 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def buffers_kept(*models: nn.Module) -> Iterator[None]:
-    """Afterwards all buffers of ``models`` have the values that they had; what they hold of a run with gradients is let go."""
-    before = [(buffer, buffer.detach().clone()) for model in models for buffer in model.buffers()]
+def buffers_kept(*models: nn.Module, norms: bool = True) -> Iterator[None]:
+    """Afterwards all buffers of ``models`` have the values that they had; what they hold of a run with gradients is let go.
+
+    Args:
+        norms: whether those of norms, too. Into others nobody writes but the network itself, whenever it runs.
+    """
+    modules = [module for model in models for module in model.modules() if norms or not hasattr(module, "running_mean")]
+    before = [(buffer, buffer.detach().clone()) for module in modules for buffer in module.buffers(recurse=False)]
     try:
         yield
     finally:
