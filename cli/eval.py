@@ -114,7 +114,8 @@ def command(
         warning = input_warning(opened.model.to(device), images_of(pictures, preprocess), preprocess, opened.pretrained_cfg)
     size = len(dataset) if hasattr(dataset, "__len__") else limit or 0
     total = min(size, limit) if limit else size
-    batches = loader(dataset, batch_size, workers=workers)
+    # Many data are sorted, and how much outputs vary is told by what comes first.
+    batches = loader(dataset, batch_size, shuffle=pairs is None and original is not None, seed=run.seed, workers=workers)
     with run.progress() as progress:
 
         def tell(done: int) -> None:

@@ -10,6 +10,7 @@ from html import escape
 from typing import Any
 
 from sharefold.format import FileConfig
+from sharefold.outputs.figure import told_figures
 from sharefold.repair.step_record import StepRecord, measured_on
 from sharefold.untrusted import is_int, printable
 
@@ -32,7 +33,7 @@ def model_card(config: FileConfig) -> str:
         f"{before:,} -> {after:,} parameters ({after / max(before, 1):.1%} kept), by {_text(plan.source or 'a plan')}.",
         "", "```python", "import sharefold", f'model = sharefold.load("path/to/this/directory"{builder})', "```", "",
     ]  # fmt: skip
-    metrics = {**config.metrics, **_agreement(config.metrics)}
+    metrics = {**config.metrics, **_agreement(config.metrics), **told_figures(config.metrics)}
     rows = [(key, value) for key, value in metrics.items() if isinstance(value, (int, float, str, bool))]
     if rows:
         lines += ["| metric | value |", "|---|---|"]

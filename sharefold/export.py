@@ -10,6 +10,7 @@ import copy
 import importlib
 import io
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,7 +58,8 @@ class Exported:
         format: ``onnx``, ``pt2`` or ``dense``.
         bytes: size of the file.
         tensor_bytes: bytes of the network's distinct parameters and buffers.
-        max_difference: largest absolute difference between the file's outputs and the network's on random images.
+        max_difference: largest difference between the file's outputs and the network's on random images, as a share of the
+            largest number in the output.
         dynamic_batch: whether the file takes any number of images at once.
         inputs, outputs: names of the graph's inputs and outputs; none for ``dense``.
         codes: how many tensors are stored as the integers that they were rounded to.
@@ -172,7 +174,7 @@ def _tensors(output: Any) -> list[Tensor]:
 def _calm() -> Iterator[None]:
     """Exporters warn about their own deprecations and log their progress; neither is for the user."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -190,7 +192,8 @@ def _trace(model: nn.Module, example: Input, dynamic: bool) -> torch.export.Expo
         program = torch.export.export(model, tensors, dynamic_shapes=shapes)
     except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
-        hint = "try a fixed batch size" if dynamic else "its forward pass depends on values"
+        by_values = any(word in str(error) for word in ("data-dependent", "control flow"))
+        hint = "try a fixed batch size" if dynamic and not by_values else "its forward pass depends on values"
         raise SharefoldError(f"the network cannot be traced by torch.export ({reason}): {hint}") from error
     for module in program.graph_module.modules():
         if isinstance(module, torch.fx.GraphModule):
@@ -201,19 +204,28 @@ def _trace(model: nn.Module, example: Input, dynamic: bool) -> torch.export.Expo
 
 
 def _difference(model: nn.Module, run: Callable[[Input], list[Tensor]], batches: list[Input]) -> float:
-    """Largest absolute difference of all outputs over all batches."""
+    """Largest difference of all outputs over all batches, each as a share of the largest number in it."""
     worst = 0.0
     for batch in batches:
-        for ours, theirs in zip(_tensors(call(model, batch)), run(batch), strict=True):
-            gap = (ours.double() - theirs.double()).abs().max().item() if ours.numel() else 0.0
-            worst = max(worst, gap) if gap == gap else float("inf")
+        pairs = zip(_tensors(call(model, batch)), run(batch), strict=True)
+        worst = max([worst, *(_apart(ours.double(), theirs.double()) for ours, theirs in pairs if ours.numel())])
     return worst
+
+
+def _apart(ours: Tensor, theirs: Tensor) -> float:
+    """Largest difference as a share of the largest finite number; infinite where one of both alone is no finite number."""
+    same = (ours == theirs) | (ours.isnan() & theirs.isnan())  # infinities too, as of classes that are masked
+    gap = float((ours - theirs).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf).max())
+    size = float(ours.abs().masked_fill(~ours.isfinite(), 0.0).max())
+    return gap / size if size > 0 else gap
 
 
 def _accept(difference: float, tolerance: float, what: str) -> float:
     if not difference <= tolerance:
-        raise SharefoldError(f"{what} differs from the network by {difference:.3g}, more than {tolerance:g}: "
-                             "nothing was written; raise the tolerance if that is good enough")
+        raise SharefoldError(
+            f"{what} differs from the network by {difference:.3g} of the largest output, more than {tolerance:g}: nothing was "
+            "written; raise the tolerance if that is good enough"
+        )
     return difference
 
 

@@ -16,8 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from sharefold.errors import SharefoldError
 from sharefold.inputs import Tensors, call, check_count, taken
 from sharefold.outputs.agreement import Agreement, agreement  # noqa: F401
+from sharefold.outputs.kinds import are_probabilities
 from sharefold.outputs.leaves import tensors_of
 from sharefold.running import as_input, evaluating, run_on
+
+# Of probabilities: less is no number that a softmax gives, and its logarithm would be infinite.
+SMALLEST_SHARE = 1e-30
 
 
 def count_parameters(model: nn.Module, *, trainable_only: bool = False) -> int:
@@ -91,7 +95,7 @@ def evaluate(
     """Accuracy and loss of a classifier over a loader of (images, labels).
 
     Args:
-        model: gives (n, classes) logits; moved to ``device``, its modes restored.
+        model: gives (n, classes) logits, or probabilities; moved to ``device``, its modes restored.
         loader: batches of normalised images (n, C, H, W), or tuples of tensors, and int64 labels (n,).
         device: where to run.
         limit: stop after this many images.
@@ -107,7 +111,7 @@ def evaluate(
     """
     model.to(device)
     hits1 = hits5 = done = 0
-    loss, counted = 0.0, ""
+    loss, counted, shares = 0.0, "", False
     started = time.perf_counter()
     with evaluating(model):
         for given, labels in loader:
@@ -118,7 +122,8 @@ def evaluate(
             logits = first_logits(said)
             if not done:
                 counted = _name_of(logits, said)
-            logits = logits.float()
+                shares = are_probabilities(logits)
+            logits = logits.float().clamp_min(SMALLEST_SHARE).log() if shares else logits.float()
             if logits.ndim != 2:
                 raise SharefoldError(f"the model's output has shape {tuple(logits.shape)}: eval wants (n, classes)")
             _check_labels(labels, logits.shape[1])

@@ -211,14 +211,14 @@ class ExportOptions:
 
     Attributes:
         dynamic_batch: let the graph take any batch size; otherwise that of the example input.
-        tolerance: largest absolute difference of the outputs that passes.
+        tolerance: largest difference of an output that passes, as a share of the largest number in it.
         store_codes: of ONNX: hold tensors that were rounded (``--store``, budgets in bytes) as their small integers.
         force: replace what is there.
     """
 
     dynamic_batch: bool = True
     store_codes: bool = option(False, "ONNX: hold rounded tensors as small integers.", switch=True)
-    tolerance: float = option(1e-4, "Largest difference.")
+    tolerance: float = option(1e-4, "Largest difference, as a share of the largest output.")
     force: bool = option(False, "Replace what is there.", switch=True)
 
 
@@ -262,7 +262,7 @@ def chosen(options: Options | None, overrides: Mapping[str, Any], kind: type[Opt
     """``options``, or the defaults of ``kind``, with single fields replaced by keyword.
 
     Raises:
-        TypeError: a keyword that ``kind`` has no field for; names the nearest.
+        TypeError: options of another kind; a keyword that ``kind`` has no field for: names the nearest.
     """
     known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     for name in overrides:
@@ -270,4 +270,6 @@ def chosen(options: Options | None, overrides: Mapping[str, Any], kind: type[Opt
             near = get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
             raise TypeError(f"unexpected keyword {name!r}: {hint}")
+    if options is not None and not isinstance(options, kind):
+        raise TypeError(f"options must be {kind.__name__}, not {type(options).__name__}")
     return replace(kind() if options is None else options, **overrides)  # type: ignore[type-var]

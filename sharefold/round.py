@@ -74,6 +74,7 @@ def round_with(
         raise SharefoldError("round: this network returns nothing to learn from: do not refine it, or give a criterion")
     plan = replace(config.plan, store=kind)
     with restored_on_error(model):
+        carry_config(model, replace(without_figures(config), plan=plan))  # which takes room in the file
         step, *refined = rounded(model, plan, cal, progress, effort)
         steps = [replace(step, name=ROUND), *refined]
         figures = reported(model, cal)
@@ -102,6 +103,8 @@ def store_of(text: str) -> str:
     Raises:
         SharefoldError: neither.
     """
+    if not isinstance(text, str):
+        raise SharefoldError(f"round: the store must be a text such as int8 or 60kB, not {text!r}")
     try:
         parse_store(text)
     except SharefoldError as unknown:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import call
 from file_tools import METADATA, edit_config, metadata_of, reseal
 from networks import BLOCKS, images, logits, made_once, net
 from safetensors import safe_open
@@ -27,6 +28,7 @@ from sharefold import checkpoint
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.format import carry_config, config_of, without_figures
 from sharefold.measure import model_bytes
+from sharefold.outputs import Figure
 from sharefold.repair.step_record import StepRecord
 from sharefold.store import quantize_
 
@@ -280,6 +282,20 @@ def test_names_of_files_of_other_formats_are_refused(model: nn.Module, tmp_path:
     with pytest.raises(SharefoldError, match=r"call it net, or net\.safetensors"):
         sharefold.save(model, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_figures_of_every_output_are_in_the_card_and_nothing_else_is_taken_for_one(model: nn.Module, tmp_path: Path) -> None:
+    psnr = Figure("output", "image", "psnr", 39.63, (39.45, 39.81), 50).to_dict()
+    nothing = Figure("boxes", "detections", "found", float("nan"), (0.0, 1.0), 50).to_dict()
+    odd: list[Any] = [{}, "psnr", None, *({**psnr, key: value} for key, value in (
+        ("metric", "<b>"), ("interval", [1.0]), ("value", "39"), ("images", 0.5), ("name", 7),
+    ))]  # fmt: skip
+    sharefold.save(model, tmp_path / "net", metrics={"outputs": [*odd, psnr, nothing]})
+    card = (tmp_path / "net" / "README.md").read_text()
+    assert "| psnr of output | 39.63 dB (39.45 dB to 39.81 dB) on 50 images |" in card.replace("\\", "")
+    assert "| found of boxes | - (0.00% to 100.00%) on 50 images |" in card.replace("\\", "") and "<b>" not in card
+    reported_page = call("report", tmp_path / "net", "-o", tmp_path / "page.html")
+    assert reported_page.exit_code == 0 and "39.63 dB (39.45 dB to 39.81 dB) on 50 images" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 import sharefold
 import sharefold.models
 from sharefold.errors import SharefoldError
-from sharefold.export import export
+from sharefold.export import _apart, export
 from sharefold.layers import shared_layers
 from sharefold.options import ExportOptions
 
@@ -162,6 +163,19 @@ def test_a_difference_is_refused_and_leaves_nothing(shared: nn.Module, tmp_path:
         with pytest.raises(SharefoldError, match=r"differs from the network by .* more than -1"):
             export(shared, tmp_path / name, tolerance=-1)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "apart"),
+    [
+        ([1e8, -2e8], [1e8 + 20, -2e8], 1e-7), ([1e-8, 0.0], [2e-8, 0.0], 1.0), ([0.0, 0.0], [0.0, 1e-3], 1e-3),
+        ([-math.inf, 2.0], [-math.inf, 2.0], 0.0), ([math.nan, 2.0], [math.nan, 1.0], 0.5),
+        ([-math.inf, 2.0], [-1e9, 2.0], math.inf), ([1.0, 2.0], [math.nan, 2.0], math.inf),
+    ],
+)  # fmt: skip
+def test_differences_are_shares_of_the_largest_output(ours: list[float], theirs: list[float], apart: float) -> None:
+    found = _apart(torch.tensor(ours, dtype=torch.float64), torch.tensor(theirs, dtype=torch.float64))
+    assert found == pytest.approx(apart, rel=1e-6)
 
 
 class Branches(nn.Module):

@@ -146,6 +146,15 @@ def test_evaluate_by_hand() -> None:
     assert evaluate(model, [(images[:2], labels[:2]), (images[2:], labels[2:])], limit=3)["images"] == 3
 
 
+def test_evaluate_takes_the_logarithm_of_probabilities() -> None:
+    table = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    images, labels = torch.arange(6.0).view(6, 1, 1, 1), torch.tensor([0, 1, 2, 3, 4, 5])
+    plain, soft = (evaluate(Fixed(values), [(images, labels)]) for values in (table, table.softmax(1)))
+    assert soft["loss"] == pytest.approx(plain["loss"], rel=1e-5) and soft["top1"] == plain["top1"]
+    certain = torch.eye(6)  # what is impossible is not infinitely wrong
+    assert evaluate(Fixed(certain), [(images, labels.roll(1))])["loss"] == pytest.approx(math.log(1e30), rel=1e-4)
+
+
 def test_evaluate_says_which_of_several_outputs_it_counts() -> None:
     class Two(nn.Module):
         def forward(self, x: torch.Tensor) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from networks import images, net
 
 import sharefold
 from sharefold.demo.results import DemoOptions
+from sharefold.errors import SharefoldError
 from sharefold.options import CalibrationOptions, ConvertOptions, PlanOptions, RefineOptions, chosen
 from sharefold.repair.refine import refine
 from sharefold.sweep import SweepOptions, sweep
@@ -34,6 +35,15 @@ def test_records_are_frozen_and_need_nothing(record: type) -> None:
     for spec in dataclasses.fields(record):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(made, spec.name, None)
+
+
+def test_options_of_another_verb_are_refused() -> None:
+    with pytest.raises(TypeError, match="options must be PlanOptions, not ConvertOptions"):
+        sharefold.plan(net(), "50%", images(8), ConvertOptions())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="options must be PlanOptions, not dict"):
+        chosen({"seed": 1}, {}, PlanOptions)  # type: ignore[type-var]
+    with pytest.raises(SharefoldError, match="round_channels=0: must be 1 or more"):
+        sharefold.plan(net(), "50%", images(8), round_channels=0)
 
 
 def test_overrides_replace_single_fields() -> None:

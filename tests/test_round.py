@@ -52,6 +52,15 @@ def test_the_file_is_small_and_holds_what_the_figures_speak_of(tuned: nn.Module,
     assert done.plan.groups == config_of(tuned).plan.groups and done.plan.groups
 
 
+@pytest.mark.parametrize("size", [7_000, 8_500, 10_001])
+def test_a_size_is_kept_to_the_byte(tuned: nn.Module, size: int, tmp_path: Path) -> None:
+    model = copy.deepcopy(tuned)
+    sharefold.round_(model, f"{size}B", IMAGES)
+    assert 0.9 * size < sharefold.save(model, tmp_path / "after.safetensors").stat().st_size <= size
+    with pytest.raises(SharefoldError, match="the store must be a text such as int8 or 60kB, not 8000"):
+        sharefold.round_(model, 8000, IMAGES)  # type: ignore[arg-type]
+
+
 def test_codes_are_refined_on_request(tuned: nn.Module, tmp_path: Path) -> None:
     model = copy.deepcopy(tuned)
     done = sharefold.round_(model, "5kB", IMAGES, refine=3)

@@ -224,8 +224,7 @@ class Calibration:
         Raises:
             SharefoldError: it is not; names the first tensor that differs.
         """
-        # Parameters alone: some networks write into their buffers whenever they run.
-        ours, theirs = dict(self.original.named_parameters()), dict(model.named_parameters())
+        ours, theirs = (_lasting(network) for network in (self.original, model))
         if device_of(model) != device_of(self.original):
             raise SharefoldError(
                 f"calibration: it is on {device_of(self.original)}, the network on {device_of(model)}: calibrate it there"
@@ -233,6 +232,12 @@ class Calibration:
         for name in {**ours, **theirs}:
             if name not in ours or name not in theirs or not _same(ours[name], theirs[name]):
                 raise SharefoldError(f"calibration: it is of another network ({name} differs): calibrate this one")
+
+
+def _lasting(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and the statistics of norms. Into other buffers some networks write whenever they run."""
+    statistics = (item for item in network.named_buffers() if item[0].endswith(("running_mean", "running_var")))
+    return {**dict(network.named_parameters()), **dict(statistics)}
 
 
 def _alike(plain: Tensor, fused: Tensor) -> bool:

@@ -25,6 +25,7 @@ from sharefold.inputs import Input, Inputs, call, shapes_of
 from sharefold.layers import running
 from sharefold.layers.norm_fusion import norms_fused
 from sharefold.layers.together import composed_together
+from sharefold.outputs.kinds import are_probabilities
 
 
 def autocast_for(config: FinetuneConfig, device: torch.device) -> tuple[torch.dtype | None, Any]:
@@ -125,6 +126,12 @@ class Updater:
             self.model.train(was_training)
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             raise SharefoldError("finetune: the model does not return logits (batch, classes): give a classifier")
+        for what, said in (("model", logits), ("teacher", goal)):
+            if isinstance(said, Tensor) and are_probabilities(said):
+                raise SharefoldError(
+                    f"finetune: the {what} returns probabilities, and the loss is of logits: take its softmax off, and put it "
+                    "back behind the result"
+                )
         if self.distill and logits.shape != goal.shape:
             raise SharefoldError(
                 f"finetune: the teacher has {goal.shape[1]} classes, the model {logits.shape[1]}: they must be the same"

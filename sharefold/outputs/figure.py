@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sharefold.errors import SharefoldError, unknown
 from sharefold.outputs.intervals import trials_needed
+from sharefold.untrusted import is_int, is_number
 
 # Metric -> (whether more is better, whether it is a share, what it is).
 METRICS: dict[str, tuple[bool, bool, str]] = {
@@ -56,6 +57,33 @@ class Figure:
         """``99.50% (98.20% to 99.86%)``."""
         low, high = (_number(self.metric, x) for x in self.interval)
         return f"{_number(self.metric, self.value)} ({low} to {high})"
+
+
+def told_figures(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """What a file's metrics say of each output, for people: ``{"psnr of output": "39.6 dB (39.4 dB to 39.8 dB) on 50 images"}``.
+
+    What is no figure is left out, and agreement, which has an entry of its own among the metrics.
+    """
+    found = {}
+    for entry in metrics["outputs"] if isinstance(metrics.get("outputs"), list) else ():
+        figure = _figure_of(entry)
+        if figure is not None and (figure.metric != "agreement" or "agreement_interval" not in metrics):
+            found[f"{figure.metric} of {figure.name}"] = f"{figure.text()} on {figure.images} images"
+    return found
+
+
+def _figure_of(entry: Any) -> Figure | None:
+    """The figure of a :meth:`Figure.to_dict`; None of anything else."""
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("interval"), list) or len(entry["interval"]) != 2:
+        return None
+    texts = [text for key in ("name", "kind", "metric") if isinstance(text := entry.get(key), str)]
+    numbers, images = [entry.get("value"), *entry["interval"]], entry.get("images")
+    if len(texts) < 3 or texts[2] not in METRICS or not is_int(images):
+        return None
+    if not all(number is None or is_number(number) for number in numbers):
+        return None
+    value, low, high = (math.nan if number is None else float(number) for number in numbers)
+    return Figure(texts[0], texts[1], texts[2], value, (low, high), int(images or 0))
 
 
 def _number(metric: str, value: float) -> str:

@@ -37,26 +37,25 @@ class Figures:
         self._scores = {leaf.source: index for index, leaf in enumerate(reading.leaves) if leaf.kind == kinds.SCORES}
         pairs = zip(reading.leaves, divergence.terms, strict=True)
         self._counts = [_Error(leaf, term) if reading.taps else _count_of(leaf, term) for leaf, term in pairs]
-        self._found: dict[str, tuple[int, int]] = {name: (0, 0) for name in self._boxes if name in self._scores}
+        self._found: dict[str, list[Tensor]] = {name: [] for name in self._boxes if name in self._scores}
 
     def add(self, original: Sequence[Tensor], other: Sequence[Tensor]) -> None:
         """Answers of both networks for a batch, one tensor (n, ...) a leaf."""
         self.images += len(original[0])
         for count, a, b in zip(self._counts, original, other, strict=True):
             count.add(a, b.to(a.device))
-        for name, (found, confident) in self._found.items():
+        for name, counted in self._found.items():
             leaves = self.reading.leaves
             here, there = (
                 [_last(leaves[i], answers[i]) for i in (self._boxes[name], self._scores[name])] for answers in (original, other)
             )
             for scores, leaf in ((here, leaves[self._scores[name]]), (there, leaves[self._scores[name]])):
                 scores[1] = scores[1].float() if leaf.activated else scores[1].float().sigmoid()
-            more, sure = anchors_found(*here, *there)
-            self._found[name] = found + more, confident + sure
+            counted.append(anchors_found(*here, *there))
 
     def results(self) -> list[Figure]:
         """The figures, outputs in order; boxes and scores of one tensor are one figure."""
-        found = [figure_of_anchors(name, *counts, self.images) for name, counts in self._found.items()]
+        found = [figure_of_anchors(name, torch.cat(counted)) for name, counted in self._found.items()]
         if self.reading.taps:
             return found + [self._of_tap(tap) for tap in self.reading.taps]
         for leaf, count in zip(self.reading.leaves, self._counts, strict=True):
@@ -159,20 +158,27 @@ class _YesNo(_Same):
 
 
 class _Image(_Count):
-    """PSNR of the mean squared error; the peak is 1 for values from about 0 to 1, else the original's range."""
+    """PSNR of the mean squared error.
+
+    The peak is 1 for values from about 0 to 1, else what an image of the original's spans in the mean: what all of them span
+    together grows with their number.
+    """
 
     def __init__(self, leaf: Leaf) -> None:
         super().__init__(leaf)
         self.low, self.high = math.inf, -math.inf
+        self.spans: list[Tensor] = []
 
     def of(self, a: Tensor, b: Tensor) -> Tensor:
-        self.low, self.high = min(self.low, float(a.min())), max(self.high, float(a.max()))
+        low, high = as_numbers(a).flatten(1).aminmax(dim=1)
+        self.low, self.high = min(self.low, float(low.min())), max(self.high, float(high.max()))
+        self.spans.append((high - low).double().cpu())
         return _no_nan((as_numbers(a) - as_numbers(b)).square().flatten(1).double().mean(1))
 
     def figures(self) -> list[Figure]:
         values = torch.cat(self.found)
-        wide = self.high - self.low
-        peak = 1.0 if self.low >= -0.25 and self.high <= 1.25 and wide >= 0.5 else max(wide, 1e-12)
+        shares = self.low >= -0.25 and self.high <= 1.25 and self.high - self.low >= 0.5
+        peak = 1.0 if shares else max(float(torch.cat(self.spans).mean()), 1e-12)
         low, high = of_mean(values)
         numbers = [_db(x, peak) for x in (float(values.mean()), high, low)]
         return [self.figure("psnr", numbers[0], (numbers[1], numbers[2]), len(values))]

@@ -57,6 +57,22 @@ def of_shares(shares: Tensor, each: int) -> tuple[float, float]:
     return max(0.0, min(low, all_low)), min(1.0, max(high, all_high))
 
 
+def of_ratio(hits: Tensor, trials: Tensor) -> tuple[float, float]:
+    """Interval of the share of trials that succeeded: ``trials`` (n,) of an image, of which ``hits`` (n,) did.
+
+    Trials of one image depend on each other. So the interval is Wilson's of as many independent trials as have the standard error
+    that the share has over images; at most of all.
+    """
+    hits, trials = hits.double(), trials.double()
+    total, count = float(trials.sum()), len(trials)
+    if total <= 0:
+        return 0.0, 1.0
+    share = float(hits.sum()) / total
+    squared_error = float((hits - share * trials).square().sum()) / total**2 * count / max(count - 1, 1)
+    alike = share * (1 - share) / squared_error if squared_error > 0 else total
+    return wilson(share, min(total, alike))
+
+
 def bootstrap(values: Tensor, figure: Callable[[Tensor], Tensor], seed: int = 0) -> tuple[float, float] | None:
     """Percentile interval of a figure over images that are drawn again and again with replacement (Efron,
     https://doi.org/10.1214/aos/1176344552); None for fewer than two images, which say nothing about others.

@@ -79,6 +79,11 @@ def tell(seen: Seen) -> list[Leaf]:
     return [_between_0_and_1(seen, values) or _by_word(seen, values) or _by_shape(seen, values)]
 
 
+def are_probabilities(rows: Tensor) -> bool:
+    """Whether every row (n, classes) holds shares that sum to 1: a softmax is done already."""
+    return rows.ndim == 2 and rows.shape[1] > 1 and float(rows.min()) >= 0 and _all_near(rows.float().sum(1), 1.0)
+
+
 def _normalised(seen: Seen, values: Tensor) -> list[Leaf]:
     """Probabilities, log-probabilities and unit vectors: these say themselves what they are."""
     tail = seen.tail

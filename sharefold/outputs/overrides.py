@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from sharefold.errors import SharefoldError, unknown
-from sharefold.outputs.leaf import CLASSES, GIVEN, IMAGE, KINDS, LABELS, MULTILABEL, PROBABILITIES, SCALES, Leaf
+from sharefold.outputs.leaf import CLASSES, GIVEN, IMAGE, KINDS, LABELS, MULTILABEL, PROBABILITIES, SCALES, YES_NO, Leaf
 
 FORM = "write KIND or NAME:KIND, then :axis=N, :channels=A-B, :weight=W, :scale=S or :sigmoid, such as logits:axis=1"
 
@@ -68,6 +68,8 @@ def _parse(text: str) -> Override:
             found = replace(found, channels=(int(match[1]), int(match[2])))
         elif match := re.fullmatch(r"weight=(\d*\.?\d+)", word):
             found = replace(found, weight=float(match[1]))
+            if not found.weight:
+                raise SharefoldError(f"--outputs {text!r}: what has no weight is not compared: say ignore in place of {kind}")
         elif word.startswith("scale="):
             found = replace(found, scale=_scale(word[6:], kind))
         else:
@@ -83,13 +85,16 @@ def _scale(text: str, kind: str) -> str:
     return text
 
 
-def overridden(leaves: list[Leaf], shapes: Mapping[str, tuple[int, ...]], overrides: Iterable[Override]) -> list[Leaf]:
+def overridden(
+    leaves: list[Leaf], shapes: Mapping[str, tuple[int, ...]], overrides: Iterable[Override], shares: Collection[str] = ()
+) -> list[Leaf]:  # fmt: skip
     """``leaves`` with what the user says in place of what was found.
 
     Args:
         leaves: as told.
         shapes: of the tensors as returned, by source.
         overrides: later ones of the same tensor add ranges of channels if they give some.
+        shares: sources of tensors whose values all lie from 0 to 1: yes or no there has passed a sigmoid.
 
     Raises:
         SharefoldError: no output of that name, an axis or channels that it has not, one output said twice.
@@ -111,13 +116,14 @@ def overridden(leaves: list[Leaf], shapes: Mapping[str, tuple[int, ...]], overri
             result.append(leaf)
         elif leaf.source not in done:
             done.add(leaf.source)
-            result += [_changed(leaf, o, shapes[leaf.source]) for o in said[leaf.source] if o.kind != "ignore"]
+            kept = [o for o in said[leaf.source] if o.kind != "ignore"]
+            result += [_changed(leaf, o, shapes[leaf.source], leaf.source in shares) for o in kept]
     if not result:
         raise SharefoldError("--outputs: every output is ignored: keep one")
     return result
 
 
-def _changed(leaf: Leaf, override: Override, shape: tuple[int, ...]) -> Leaf:
+def _changed(leaf: Leaf, override: Override, shape: tuple[int, ...], shares: bool) -> Leaf:
     if leaf.kind == LABELS:
         raise SharefoldError(f"--outputs {leaf.source}: it holds whole numbers: only ignore is possible")
     axis = leaf.axis
@@ -134,7 +140,9 @@ def _changed(leaf: Leaf, override: Override, shape: tuple[int, ...]) -> Leaf:
         if not 0 <= first < end <= size:
             raise SharefoldError(f"--outputs {leaf.source}: channels {first}-{end} are not within the {size} of axis {axis}")
         name = f"{leaf.source}[{first}:{end}]"
-    activated = leaf.activated if override.activated is None and override.kind == leaf.kind else bool(override.activated)
+    activated = override.activated
+    if activated is None:
+        activated = leaf.activated if override.kind == leaf.kind else shares and override.kind in YES_NO
     return replace(
         leaf, name=name, kind=override.kind, axis=axis, channels=override.channels,
         activated=activated or override.kind == PROBABILITIES,

@@ -134,8 +134,15 @@ def read_outputs(
     elif not taps and len(places) == 1 and (tail := last.tail(tensors_of(outputs[-1])[next(iter(places))])) is not None:
         tails = dict.fromkeys(places, tail)
     leaves = _told(places, taps, tails, own_word(model), image_shape(given))
-    shapes = {name: place.shape for name, place in places.items()}
-    return OutputReading(overridden(leaves, shapes, said) if said else leaves, taps, left_out, detections)
+    if said:
+        shapes = {name: place.shape for name, place in places.items()}
+        leaves = overridden(leaves, shapes, said, [name for name, place in places.items() if _are_shares(place.values)])
+    return OutputReading(leaves, taps, left_out, detections)
+
+
+def _are_shares(values: Tensor) -> bool:
+    """Whether these are numbers from 0 to 1, not all of them the same."""
+    return values.is_floating_point() and values.numel() > 0 and 0 <= float(values.min()) < float(values.max()) <= 1
 
 
 @dataclass(frozen=True)

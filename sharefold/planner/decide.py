@@ -85,7 +85,7 @@ class Planner:
     def __init__(self, cal: Calibration, options: PlanOptions | None = None, progress: Progress | None = None) -> None:
         self.cal, self.options, self.progress = cal, PlanOptions() if options is None else options, progress
         objective_named(self.options.objective)
-        _check_names(cal, self.options)
+        _check_options(cal, self.options)
         self._costs: dict[str, Cost] = {}
         self._made: dict[str, Candidates] = {}
         self._levels: dict[str, FoldLevels] = {}
@@ -228,7 +228,9 @@ class Planner:
         return candidates.plan(picks, budget)
 
 
-def _check_names(cal: Calibration, options: PlanOptions) -> None:
+def _check_options(cal: Calibration, options: PlanOptions) -> None:
+    if not options.round_channels >= 1:
+        raise SharefoldError(f"round_channels={options.round_channels}: must be 1 or more")
     names = [name for name, _ in cal.original.named_modules()]
     if "" in cal.graph.layers:
         raise SharefoldError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sharefold.outputs.figure import told_figures
 from sharefold.plans import GroupPlan
 from sharefold.repair.step_record import measured_on
 from sharefold.report.facts import Facts
@@ -171,7 +172,7 @@ def _spectra(facts: Facts) -> str:
 def _measured(facts: Facts) -> str:
     rows = "".join(
         f"<tr><td>{text(name)}</td><td class='number'>{text(_value(value))}</td></tr>"
-        for name, value in _flat(facts.metrics)
+        for name, value in _flat({**facts.metrics, **told_figures(facts.metrics)})
     )
     if not rows:
         return ""

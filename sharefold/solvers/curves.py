@@ -78,7 +78,10 @@ def nested_errors(problem: Problem, filters: Tensor, ridge: float) -> Tensor:
         rows = filters if filters.dim() == 2 else filters[k]
         gram = rows @ problem.second[k] @ rows.T + floors[k] * (rows @ rows.T)
         if not bool(torch.isfinite(gram).all()):  # no jitter would ever help
-            raise SharefoldError("the moments of a layer are not finite: check its weights and the calibration images")
+            raise SharefoldError(
+                "the moments of a layer are not finite: check its weights, the calibration images, and whether the network says "
+                "NaN of some of them"
+            )
         jitter = 0.0
         factor, info = torch.linalg.cholesky_ex(gram)
         while bool(info):

@@ -123,10 +123,13 @@ def test_another_network_is_refused_in_one_line_and_left_alone() -> None:
     nudged = net()
     with torch.no_grad():
         nudged.stage2[1].conv2.weight[0, 0, 0, 0] += 1e-3
+    moved = net()
+    moved.stage2[1].bn1.running_var.mul_(1.5)
     larger = net()
     larger.more = nn.Linear(2, 2)
     cases = [
         (nudged, "stage2.1.conv2.weight differs"), (net(seed=1), "differs"), (net("depthwise"), "differs"),
+        (moved, "stage2.1.bn1.running_var differs"),
         (larger, "more.weight differs"), (net().double(), "differs"), (net().to("meta"), "it is on cpu, the network on meta"),
     ]  # fmt: skip
     for model, words in cases:

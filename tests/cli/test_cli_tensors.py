@@ -238,3 +238,19 @@ def test_labels_are_compared_with_one_output_and_that_is_said(tmp_path: Path) ->
     given = ("eval", tmp_path / "two.pt", "--arch", f"{tmp_path / 'two.py'}:Two", "--data", f"tensors:{tmp_path / 'x.npz'}")
     assert reported(*given)["output"] == "kind"
     assert "the output kind alone" in call(*given).stdout
+
+
+def test_figures_do_not_depend_on_the_order_of_the_images(tmp_path: Path) -> None:
+    """How much outputs vary is told by some of them, and many data are sorted."""
+    (tmp_path / "line.py").write_text("from torch import nn\n\n\ndef make():\n    return nn.Linear(3, 2)\n")
+    torch.save({"weight": torch.eye(3)[:2], "bias": torch.zeros(2)}, tmp_path / "a.pt")
+    torch.save({"weight": 0.9 * torch.eye(3)[:2], "bias": torch.zeros(2)}, tmp_path / "b.pt")
+    x = np.random.default_rng(0).normal(size=(900, 3)).astype("f4")
+    np.save(tmp_path / "plain.npy", x)
+    np.save(tmp_path / "sorted.npy", x[np.argsort(x[:, 0])])
+    start = ("eval", tmp_path / "b.pt", "--arch", f"{tmp_path / 'line.py'}:make", "--against", tmp_path / "a.pt")
+    told = [
+        reported(*start, "--outputs", "regression", "--data", f"tensors:{tmp_path / name}.npy")["outputs"][0]["value"]
+        for name in ("plain", "sorted")
+    ]
+    assert told[0] == pytest.approx(0.1, rel=0.08) and told[1] == pytest.approx(told[0], rel=0.08)

@@ -307,6 +307,8 @@ def test_impossible_requests(tmp_path):
             continue
         with pytest.raises(SharefoldError, match=message):
             tune(model, **settings)
+    with pytest.raises(SharefoldError, match="the model returns probabilities, and the loss is of logits: take its softmax off"):
+        tune(nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Softmax(1)))
     with pytest.raises(SharefoldError, match="does not return logits"):
         tune(nn.Conv2d(3, 4, 3))
     (tmp_path / "here").mkdir()

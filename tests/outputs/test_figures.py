@@ -13,11 +13,11 @@ from torch import Tensor
 from sharefold.errors import SharefoldError
 from sharefold.outputs import Comparison, Figure, Leaf, OutputReading, parse_target
 from sharefold.outputs.found_again import figure_of_detections
-from sharefold.outputs.intervals import of_mean, of_shares, trials_needed, wilson
+from sharefold.outputs.intervals import of_mean, of_ratio, of_shares, trials_needed, wilson
 
 
-def figures(a: list[Tensor], b: list[Tensor], read: OutputReading) -> list[Figure]:
-    return Comparison(Table(*a), IMAGES, read, batch_size=4).figures(Table(*b))
+def figures(a: list[Tensor], b: list[Tensor], read: OutputReading, batch_size: int = 4) -> list[Figure]:
+    return Comparison(Table(*a), IMAGES, read, batch_size=batch_size).figures(Table(*b))
 
 
 def test_wilson_against_its_quadratic() -> None:
@@ -37,6 +37,21 @@ def test_intervals_of_means() -> None:
     assert of_shares(torch.tensor([1.0, 1.0, 0.0]), 1) == wilson(2 / 3, 3)
     low, high = of_shares(torch.ones(10), 100)  # no image says otherwise: all decisions are what there is to say
     assert low == wilson(1.0, 1000)[0] and high == 1.0
+
+
+def test_intervals_of_ratios_count_images() -> None:
+    hits, trials = torch.tensor([5, 0, 5, 0]), torch.tensor([5, 5, 5, 5])
+    assert of_ratio(hits, trials) == pytest.approx(wilson(0.5, 3))  # as far apart as images can be: one of them is one trial
+    assert of_ratio(torch.tensor([2, 2]), torch.tensor([4, 4])) == wilson(0.5, 8)
+    assert of_ratio(torch.tensor([4, 4]), torch.tensor([4, 4])) == wilson(1.0, 8)
+    assert of_ratio(torch.zeros(3), torch.zeros(3)) == (0.0, 1.0)
+    generator = torch.Generator().manual_seed(0)
+    inside = 0
+    for _ in range(200):  # 40 images whose anchors share their fate, half of them lost
+        fate, many = torch.rand(40, generator=generator) < 0.5, torch.randint(1, 50, (40,), generator=generator)
+        low, high = of_ratio(fate * many, many)
+        inside += low <= 0.5 <= high
+    assert inside >= 180
 
 
 def test_agreement_is_of_classes_on_their_axis() -> None:
@@ -72,7 +87,8 @@ def test_psnr_of_images_by_hand() -> None:
     (found,) = figures([a], [a + 0.01], reading(("image", 1)))
     assert found.value == pytest.approx(40.0, abs=1e-3) and found.interval == pytest.approx((40.0, 40.0), abs=1e-3)
     (bytes_,) = figures([255 * a], [255 * a + 2.55], reading(("image", 1)))
-    assert bytes_.value == pytest.approx(20 * math.log10(255 * float(a.max() - a.min()) / 2.55), abs=1e-3)
+    span = float((a.amax((1, 2, 3)) - a.amin((1, 2, 3))).mean())  # of an image, so that it does not grow with their number
+    assert bytes_.value == pytest.approx(20 * math.log10(255 * span / 2.55), abs=1e-3)
     assert figures([a], [a], reading(("image", 1)))[0].value == 200.0
 
 
@@ -104,6 +120,25 @@ def test_anchors_are_found_again_with_class_and_place() -> None:
     ])  # fmt: skip
     (found,) = figures([torch.cat([boxes, scores], 1)], [torch.cat([other_boxes, other], 1)], read)
     assert (found.name, found.metric, found.value) == ("0", "found", 0.25) and found.interval == wilson(0.25, 4 * N)
+
+
+def test_what_is_found_again_does_not_depend_on_batches() -> None:
+    """Images without a confident anchor count nowhere, whatever else is in their batch; where there is none at all, the surest
+    of every image does."""
+    read = OutputReading([
+        Leaf("output[0:4]", "boxes", 1, (0, 4), source="0"), Leaf("output[4:6]", "scores", 1, (4, 6), True, source="0"),
+    ])  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    boxes = torch.cat([torch.rand(N, 2, 5, generator=generator), 2 + torch.rand(N, 2, 5, generator=generator)], 1)
+    scores = 0.2 * torch.rand(N, 2, 5, generator=generator)
+    confident = scores.clone()
+    confident[::3, 0, 1] = 0.9
+    for ours in (scores, confident):
+        other = ours.clone()
+        other[::2] = ours[::2].flip(1)  # every other image with the other class
+        first, second = torch.cat([boxes, ours], 1), torch.cat([boxes, other], 1)
+        found = [figures([first], [second], read, size)[0] for size in (1, 4, N)]
+        assert found[0] == found[1] == found[2] and found[0].images == N and found[0].value == 0.5
 
 
 def test_detections_are_found_again_in_any_order() -> None:

@@ -171,10 +171,22 @@ def test_the_user_knows_better() -> None:
     assert kinds(read(rows, overrides="logits:axis=1")) == [("output", "logits", 2)]
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", ["binary", "multi-label", "scores"])
+def test_a_sigmoid_is_not_forgotten_whatever_the_user_calls_it(kind: str, channels: int) -> None:
+    """As logits all of its values would say yes."""
+    net = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), nn.Sigmoid())
+    (leaf,) = read(net, overrides=kind).leaves
+    assert (leaf.kind, leaf.activated) == (kind, True)
+    (leaf,) = read(net[:1], overrides=kind).leaves
+    assert (leaf.kind, leaf.activated) == (kind, False)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("logit", "did you mean logits"), ("logits:axis", "not understood"), ("logits:axis=0", "axis 0"),
-     ("c:image", "no such output"), ("boxes:channels=4-9", "not within the 6"), ("ignore", "every output is ignored")],
+     ("c:image", "no such output"), ("boxes:channels=4-9", "not within the 6"), ("ignore", "every output is ignored"),
+     ("logits:weight=0", "what has no weight is not compared: say ignore in place of logits")],
 )  # fmt: skip
 def test_words_that_do_not_fit_are_refused(text: str, message: str) -> None:
     with pytest.raises(SharefoldError, match=message):
