@@ -42,7 +42,7 @@ def _list_schedules(ctx: click.Context, param: click.Parameter, wanted: bool) ->
 @click.option("--data", required=True, metavar="DATA", help="Training images (split train), e.g. npz:FILE.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory or .safetensors file.")
 @click.option("--teacher", metavar="SOURCE", help="The original network.  [default: none, labels alone]")
-@click.option("--teacher-arch", metavar="NAME", help="Its architecture, when it is a bare state dict.")
+@click.option("--teacher-arch", metavar="NAME", help="Its architecture, if no file says it.  [default: FACTORY of --arch]")
 @click.option("--val", metavar="DATA", help="Validation images (split test).  [default: --data]")
 @click.option("--no-val", is_flag=True, help="Validate nothing.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="N training images, evenly spaced.")
@@ -106,6 +106,7 @@ def command(
     from sharefold.measure import count_parameters
     from sharefold.plans import Plan
     from sharefold.running import dtype_of
+    from sharefold.sources.own import is_own
 
     given_tensors = {name: tensor_file(spec) for name, spec in (("train", data), ("val", val))}
     if given_tensors["train"] is not None and val is None and not no_val:
@@ -133,7 +134,9 @@ def command(
         reinitialize(model, run.seed, joint=config.orthogonality_joint)
     guide = None
     if teacher:
-        guide = _teacher(SourceOptions(teacher, OpenOptions(teacher_arch, trust_pickle=source.options.trust_pickle)))
+        own = source.options.arch if is_own(source.options.arch) and Path(teacher).exists() else None  # as the student's class
+        guide = _teacher(SourceOptions(teacher, OpenOptions(teacher_arch or own, trust_pickle=source.options.trust_pickle)))
+
     def opened_data(spec: str, split: str, tensors: TensorFile | None) -> Dataset:
         return open_data(spec, split, transform_cfg=preprocess) if tensors is None else tensors.of(model)
 
