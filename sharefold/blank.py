@@ -54,8 +54,14 @@ def check_inflation(declared: int, held: int, where: str) -> None:
         raise SharefoldError(f"{where}: its network has {declared:,} bytes, far more than its {held:,} explain: it is damaged")
 
 
-def check_shapes(template: Mapping[str, Tensor], state: Mapping[str, Tensor], aliases: Mapping[str, str], where: str) -> None:
+def check_shapes(
+    template: Mapping[str, Tensor], state: Mapping[str, Tensor], aliases: Mapping[str, str], where: str,
+    whose: str = "its own plan",
+) -> None:  # fmt: skip
     """Refuses a state that the network cannot take.
+
+    Args:
+        whose: what the network was made of, for messages.
 
     Raises:
         SharefoldError: names the first tensor that is missing, left over or of another shape.
@@ -66,19 +72,19 @@ def check_shapes(template: Mapping[str, Tensor], state: Mapping[str, Tensor], al
         if alias in state:
             raise SharefoldError(f"{where} is damaged: tensor {alias!r} is there and tied to {name!r}, too")
         if alias not in template:
-            raise SharefoldError(f"{where} does not fit its own plan: it has no tensor {alias!r}")
+            raise SharefoldError(f"{where} does not fit {whose}: it has no tensor {alias!r}")
     for name, like in template.items():
         found = state.get(aliases.get(name, name))
         if found is None:
-            raise SharefoldError(f"{where} does not fit its own plan: tensor {name!r} is missing")
+            raise SharefoldError(f"{where} does not fit {whose}: tensor {name!r} is missing")
         if found.shape != like.shape:
             shapes = f"{list(found.shape)} in the file, {list(like.shape)} in the network"
-            raise SharefoldError(f"{where} does not fit its own plan: {name!r} is {shapes}")
+            raise SharefoldError(f"{where} does not fit {whose}: {name!r} is {shapes}")
         if found.is_floating_point() != like.is_floating_point() or found.is_complex() != like.is_complex():
-            raise SharefoldError(f"{where} does not fit its own plan: {name!r} is {found.dtype}, not {like.dtype}")
+            raise SharefoldError(f"{where} does not fit {whose}: {name!r} is {found.dtype}, not {like.dtype}")
     for name in state:
         if name not in template:
-            raise SharefoldError(f"{where} does not fit its own plan: tensor {name!r} is left over")
+            raise SharefoldError(f"{where} does not fit {whose}: tensor {name!r} is left over")
 
 
 def blank_network(config: FileConfig) -> nn.Module:

@@ -167,7 +167,8 @@ def load(
         template, original = shape_of_network(config, state, str(path))
     if config.store is not None:
         state, spec = decode(state, config.typed(template))
-    check_shapes(template, state, config.aliases, str(path))
+    whose = "its own plan" if model is None else "the network that was given (is it of the same class and size?)"
+    check_shapes(template, state, config.aliases, str(path), whose)
     check_finite(state, str(path), "it is damaged: download or save it again")
     floats = min((t.dtype for t in state.values() if t.is_floating_point()), key=lambda kind: kind.itemsize, default=None)
     original = {name: like for name, like in original.items() if name not in config.aliases}

@@ -312,6 +312,16 @@ def test_figures_that_no_file_can_hold_are_refused(model: nn.Module, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+def test_another_network_than_the_file_is_of_is_named_as_the_reason(tmp_path: Path) -> None:
+    model = net(blocks=2)
+    sharefold.convert_(model, sharefold.plan(model, "60%", images(8), method="basis"), images(8), repair=False)
+    file = sharefold.save(model, tmp_path / "net.safetensors")
+    other = net(blocks=2)
+    other.fc = nn.Linear(other.fc.in_features, 7)
+    with pytest.raises(SharefoldError, match="does not fit the network that was given.*'fc.weight' is"):
+        sharefold.load(file, model=other)
+
+
 def test_a_class_is_no_network(saved: Path) -> None:
     with pytest.raises(SharefoldError, match="model must be a network, a torch.nn.Module, not the class Linear"):
         sharefold.load(saved, model=nn.Linear)  # type: ignore[arg-type]
