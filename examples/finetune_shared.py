@@ -13,7 +13,7 @@ from sharefold.data import calibration_images, open_data
 from sharefold.measure import evaluate
 
 output = sys.argv[1] if len(sys.argv) > 1 else "finetuned-shared"
-epochs = int(sys.argv[2]) if len(sys.argv) > 2 else 5
+epochs = int(sys.argv[2]) if len(sys.argv) > 2 else 12
 source = sharefold.open_source("timm:digits_resnet")  # trained, comes with sharefold
 model, cfg = source.model, source.pretrained_cfg
 train, test = (open_data("digits", split, transform_cfg=cfg) for split in ("train", "test"))

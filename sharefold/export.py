@@ -215,7 +215,7 @@ def _difference(model: nn.Module, run: Callable[[Input], list[Tensor]], batches:
 def _apart(ours: Tensor, theirs: Tensor) -> float:
     """Largest difference as a share of the largest finite number; infinite where one of both alone is no finite number."""
     same = (ours == theirs) | (ours.isnan() & theirs.isnan())  # infinities too, as of classes that are masked
-    gap = float((ours - theirs).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf).max())
+    gap = float((ours - theirs).abs().masked_fill(same, 0.0).nan_to_num(nan=math.inf, posinf=math.inf).max())
     size = float(ours.abs().masked_fill(~ours.isfinite(), 0.0).max())
     return gap / size if size > 0 else gap
 

@@ -51,7 +51,7 @@ def test_own_network(tmp_path: Path, run_here: Callable[..., str]) -> None:
 
 
 def test_finetune_shared(tmp_path: Path, run_here: Callable[..., str]) -> None:
-    out = run_here("finetune_shared.py", "tuned", "5")
+    out = run_here("finetune_shared.py", "tuned")
     original, converted, tuned = (float(share) / 100 for share in re.findall(r": +([\d.]+)%", out))
     assert original > 0.95 and converted < original and tuned > converted
     assert sharefold.load(tmp_path / "tuned").sharefold_config.plan.params_after <= 0.08 * 198_898

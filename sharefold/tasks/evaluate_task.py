@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader, Subset
 
 from sharefold.data.coco import Annotations
 from sharefold.data.truth import IMAGES, MASKS, Answer, Pairs
-from sharefold.errors import SharefoldError, SharefoldWarning
+from sharefold.errors import SharefoldError
 from sharefold.options import Outputs, chosen
 from sharefold.outputs import leaf as kinds
 from sharefold.outputs.leaf import Leaf
@@ -140,8 +139,6 @@ def evaluate_task(
     with evaluating(model):
         answers = reading.run(model, few)
         task = task_of(reading, answers, isinstance(pairs.truth, Annotations))
-        for index in task.leaves:
-            _warn_of_sigmoids(reading.leaves[index], answers[index])
         channels = answers[task.leaves[0]].shape[1] if task.kind == IMAGES else 0
         chosen_pairs: Subset = Subset(pairs.of(task.kind, channels), range(count))
         if channels == 1:
@@ -207,17 +204,6 @@ def _check_no_masks(leaf: Leaf, made: Tensor, first: Sequence[Answer]) -> None:
 
 def _within_0_and_1(values: Tensor) -> bool:
     return float(values.min()) >= 0 and float(values.max()) <= 1
-
-
-def _warn_of_sigmoids(leaf: Leaf, made: Tensor) -> None:
-    """Where the user's word leaves out that a sigmoid is done already: as logits all of its values would say yes."""
-    if leaf.kind in (kinds.BINARY, kinds.SCORES) and not leaf.activated and _within_0_and_1(made):
-        warnings.warn(
-            f"output {leaf.name} was read as {leaf.kind} before a sigmoid, and its values lie between 0 and 1: if a sigmoid is "
-            f"done already, say {leaf.kind}:sigmoid",
-            SharefoldWarning,
-            stacklevel=3,
-        )
 
 
 def _check_numbers(said: Any, answers: Sequence[Answer], output: str) -> None:
