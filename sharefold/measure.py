@@ -122,7 +122,7 @@ def evaluate(
             logits = first_logits(said)
             if not done:
                 counted = _name_of(logits, said)
-                shares = are_probabilities(logits)
+                shares = logits.ndim == 2 and are_probabilities(logits)
             logits = logits.float().clamp_min(SMALLEST_SHARE).log() if shares else logits.float()
             if logits.ndim != 2:
                 raise SharefoldError(f"the model's output has shape {tuple(logits.shape)}: eval wants (n, classes)")

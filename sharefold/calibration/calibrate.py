@@ -135,23 +135,22 @@ class Calibration:
             return True
         images = self.decide_images[:MIRRORED]
         assert isinstance(images, Tensor), "only one input has views"
-        with evaluating(self.original), fused_for_inference(self.original, norms=self.norms):
-            return knows_mirrored(self.original, images, self.reading)
+        return self._told(knows_mirrored, images)
 
     @cached_property
     def seen_before(self) -> bool:
         """Whether the network was trained on these images, as far as its certainty of classes tells."""
-        return self._seen(self.report_images, self.stand_ins.images)
+        return self._told(seen_before, self.report_images, self.stand_ins.images)
 
     @cached_property
     def views_are_known(self) -> bool:
         """Whether the network, which predicts one class an image, takes views of report images for what the images are."""
-        with evaluating(self.original), fused_for_inference(self.original, norms=self.norms):
-            return recognised(self.original, self.report_images, self.stand_ins.images, self.reading)
+        return self._told(recognised, self.report_images, self.stand_ins.images)
 
-    def _seen(self, images: Input, views: Input) -> bool:
+    def _told(self, tell: Callable[..., bool], *images: Input) -> bool:
+        """What ``tell`` finds out of the network, in eval mode with its norms fused, by these images."""
         with evaluating(self.original), fused_for_inference(self.original, norms=self.norms):
-            return seen_before(self.original, images, views, self.reading)
+            return tell(self.original, *images, self.reading)
 
     @property
     def decide_images(self) -> Input:
@@ -174,7 +173,7 @@ class Calibration:
         assert isinstance(plain, Tensor)
         views = stand_ins(plain, self.seed, self.mirrors)
         enough = len(plain) >= FEWEST_SEEN and self.reading.classes is not None
-        seen = enough and self._seen(plain, views)
+        seen = enough and self._told(seen_before, plain, views)
         return views if seen else torch.cat([plain, views[: len(plain)]])
 
     @property

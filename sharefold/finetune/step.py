@@ -127,7 +127,7 @@ class Updater:
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             raise SharefoldError("finetune: the model does not return logits (batch, classes): give a classifier")
         for what, said in (("model", logits), ("teacher", goal)):
-            if isinstance(said, Tensor) and are_probabilities(said):
+            if isinstance(said, Tensor) and said.ndim == 2 and are_probabilities(said):
                 raise SharefoldError(
                     f"finetune: the {what} returns probabilities, and the loss is of logits: take its softmax off, and put it "
                     "back behind the result"

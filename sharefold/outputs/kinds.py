@@ -79,9 +79,14 @@ def tell(seen: Seen) -> list[Leaf]:
     return [_between_0_and_1(seen, values) or _by_word(seen, values) or _by_shape(seen, values)]
 
 
-def are_probabilities(rows: Tensor) -> bool:
-    """Whether every row (n, classes) holds shares that sum to 1: a softmax is done already."""
-    return rows.ndim == 2 and rows.shape[1] > 1 and float(rows.min()) >= 0 and _all_near(rows.float().sum(1), 1.0)
+def are_probabilities(values: Tensor, axis: int = 1) -> bool:
+    """Whether ``values`` are shares that sum to 1 over two or more along ``axis``: a softmax is done already."""
+    return values.shape[axis] > 1 and float(values.min()) >= 0 and _all_near(values.float().sum(axis), 1.0)
+
+
+def are_shares(values: Tensor) -> bool:
+    """Whether these are numbers from 0 to 1, not all of them the same."""
+    return values.is_floating_point() and values.numel() > 0 and 0 <= float(values.min()) < float(values.max()) <= 1
 
 
 def _normalised(seen: Seen, values: Tensor) -> list[Leaf]:
@@ -90,7 +95,7 @@ def _normalised(seen: Seen, values: Tensor) -> list[Leaf]:
     for axis in _likely_axes(seen):
         if values.shape[axis] < 2:
             continue
-        if float(values.min()) >= 0 and _all_near(values.sum(axis), 1.0):
+        if are_probabilities(values, axis):
             return [Leaf(seen.name, kinds.PROBABILITIES, axis, activated=True, why=f"sums to 1 over axis {axis}")]
         if float(values.max()) <= NEAR and _all_near(values.logsumexp(axis), 0.0):
             return [Leaf(seen.name, kinds.LOGITS, axis, why=f"logarithms of shares that sum to 1 over axis {axis}")]
@@ -166,11 +171,10 @@ def _joined(seen: Seen) -> list[tuple[str, int, int]]:
 def _between_0_and_1(seen: Seen, values: Tensor) -> Leaf | None:
     """Sigmoids: a mask, yes or no, several of those, or an image."""
     tail = seen.tail
-    inside = float(values.min()) >= 0 and float(values.max()) <= 1 and float(values.max()) > float(values.min())
     known = tail is not None and tail.complete and bool(tail.layer or tail.activations)
     sigmoid = tail is not None and tail.ends_in("sigmoid")
     cut = float((values == 0).float().mean()) > CUT
-    if not inside or (known and not sigmoid) or (cut and not sigmoid):
+    if not are_shares(values) or (known and not sigmoid) or (cut and not sigmoid):
         return None
     why = "a sigmoid" if sigmoid else "all values lie between 0 and 1"
     axis = seen.channels

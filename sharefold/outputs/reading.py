@@ -14,7 +14,7 @@ from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.graph.preserved import preserved
 from sharefold.inputs import Input, Tensors, elements, image_shape, taken
-from sharefold.outputs.kinds import Seen, tell
+from sharefold.outputs.kinds import Seen, are_shares, tell
 from sharefold.outputs.last_operations import Tail, tails_of
 from sharefold.outputs.leaf import CLASSES, REGRESSION, Leaf, images_first
 from sharefold.outputs.leaves import tensors_of
@@ -136,13 +136,8 @@ def read_outputs(
     leaves = _told(places, taps, tails, own_word(model), image_shape(given))
     if said:
         shapes = {name: place.shape for name, place in places.items()}
-        leaves = overridden(leaves, shapes, said, [name for name, place in places.items() if _are_shares(place.values)])
+        leaves = overridden(leaves, shapes, said, [name for name, place in places.items() if are_shares(place.values)])
     return OutputReading(leaves, taps, left_out, detections)
-
-
-def _are_shares(values: Tensor) -> bool:
-    """Whether these are numbers from 0 to 1, not all of them the same."""
-    return values.is_floating_point() and values.numel() > 0 and 0 <= float(values.min()) < float(values.max()) <= 1
 
 
 @dataclass(frozen=True)
