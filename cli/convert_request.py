@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +106,7 @@ def check_request(
     deciders["--round-channels"] = records["round_channels"]
     idle = [name for name, value in deciders.items() if value is not None]
     what, how = record_of(PlanOptions, records), record_of(ConvertOptions, records)
-    how = replace(how, refine=parse_effort(how.refine))
+    parse_effort(how.refine)
     if plan is not None and idle:
         raise SharefoldError(f"{idle[0]} has no effect with --plan, which already decides: leave one out")
     if recipe is not None and (plan is not None or idle):

@@ -152,7 +152,8 @@ def command(
     except Interrupted as stopped:
         click.echo(printable(str(stopped)), err=True)
         ctx.exit(stopped.exit_code)
-    run.say(f"{output} written")
+    kept_as_is = f"{output}: the run had ended before; left as it is (--force writes it anew)"
+    run.say(f"{output} written" if report.output else kept_as_is)
     if report.top1_before is not None and report.top1_after is not None and report.top1_after < report.top1_before:
         warnings.warn(
             f"top-1 fell from {report.top1_before:.2%} to {report.top1_after:.2%}: train for more epochs, with smaller batches "

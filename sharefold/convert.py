@@ -25,7 +25,7 @@ from sharefold.inputs import AnyInput
 from sharefold.layers import Bank, shared_layers
 from sharefold.measure import count_parameters
 from sharefold.methods import Solution, step_named
-from sharefold.methods.checks import check_layers, check_plan
+from sharefold.methods.checks import check_layers, check_options, check_plan
 from sharefold.methods.narrowing import narrow_, narrowed
 from sharefold.methods.sizes import counted
 from sharefold.methods.solved import solution_of, solutions_of
@@ -36,6 +36,7 @@ from sharefold.outputs.intervals import wilson
 from sharefold.outputs.leaf import LOGITS
 from sharefold.plans import GroupPlan, Plan, Progress
 from sharefold.repair.batchnorm_statistics import NormStatistics
+from sharefold.repair.brief import brief_refinement
 from sharefold.repair.confidence import Confidence
 from sharefold.repair.guard import Guard
 from sharefold.repair.last_layers import LastLayers
@@ -161,6 +162,7 @@ def carry_out(
     """
     effort, for_codes = efforts(parse_effort(options.refine), plan)
     check_plan(model, plan)
+    check_options(plan)
     check_layers(cal.graph, plan)
     if (effort or for_codes) is not None and not cal.comparable:
         raise SharefoldError("refine: this network returns nothing to learn from: convert without it, or give a criterion")
@@ -173,7 +175,10 @@ def carry_out(
     done = _install(model, plan, solutions, cal, base)
     carry_config(model, describe(cal.original, done, options.config))
     carry_spec(model, None)
-    steps = _mended(model, done, cal, base, replace(options, refine=effort), seconds, progress)
+    refinement = None if effort is None else Refinement(RefineOptions(effort.epochs, effort.seconds, seed=cal.seed))
+    if options.repair and options.refine is None:
+        refinement = brief_refinement(cal, plan)
+    steps = _mended(model, done, cal, base, options, refinement, seconds, progress)
     _put_back(model, cal.original, plan)
     if plan.store:
         with _timed(seconds, "store"):
@@ -207,40 +212,39 @@ def _install(model: nn.Module, plan: Plan, solutions: list[Solution], cal: Calib
         step_named(group.method).install(model, group, solution)
     _freeze(model, frozen)
     if plan.sharing:
-        absorb_means(base.original, model, base.graph, base.statistics.means)
+        absorb_means(base.original, model, base.graph, base.statistics.means, plan.protects)
     for group in plan.sharing:
         step_named(group.method).finish(model, base.graph, group)
     return replace(plan, groups=groups, params_before=count_parameters(cal.original), params_after=count_parameters(model))
 
 
 def _mended(
-    model: nn.Module, plan: Plan, cal: Calibration, base: Calibration, options: ConvertOptions, seconds: dict[str, float],
-    progress: Progress | None,
+    model: nn.Module, plan: Plan, cal: Calibration, base: Calibration, options: ConvertOptions, refinement: Refinement | None,
+    seconds: dict[str, float], progress: Progress | None,
 ) -> list[StepRecord]:  # fmt: skip
     """Repairs and refinement, as far as they are asked for and something can decide on them; a record each."""
-    effort = parse_effort(options.refine)
     reason, unshared = "", "nothing was shared, so that there is nothing to repair"
     repairs: tuple[Repair, ...] = REPAIRS if options.repair else ()
-    refinement = [] if effort is None else [Refinement(RefineOptions(effort.epochs, effort.seconds, seed=cal.seed))]
+    last = [] if refinement is None else [refinement]
     if not plan.groups:
         reason = unshared
     elif not cal.comparable:
         reason = "the network returns nothing to decide by"
     if reason:
-        if effort is not None:
+        if last:
             exact = f", and {plan.store} is next to exact" if plan.store and reason == unshared else ""
             warnings.warn(f"not refined: {reason}{exact}", SharefoldWarning, stacklevel=5)
         names = [Confidence.name] if repairs else []
-        return [StepRecord(name, False, reason) for name in (*names, *(step.name for step in (*repairs, *refinement)))]
+        return [StepRecord(name, False, reason) for name in (*names, *(step.name for step in (*repairs, *last)))]
     records: list[StepRecord] = []
     work = Work(cal, model, plan, Guard(cal.decided), base, progress)
     if repairs:
         with _timed(seconds, "repair"):
             confidence = Confidence(work)
             records += repaired(work, (confidence, *repairs), confidence)
-    if refinement:
+    if last:
         with _timed(seconds, "refine"):
-            records += repaired(work, refinement)
+            records += repaired(work, last)
     return records
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from sharefold.budget import Effort
+from sharefold.errors import SharefoldError
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +69,11 @@ class CalibrationOptions:
     criterion: Callable[[Any, Any], Tensor] | None = None
     held_out: int | None = None
 
+    def __post_init__(self) -> None:
+        check_whole("seed", self.seed)
+        if self.held_out is not None:
+            check_whole("held_out", self.held_out)
+
 
 @dataclass(frozen=True)
 class PlanOptions:
@@ -100,7 +107,8 @@ class ConvertOptions:
     Attributes:
         repair: refit layer after layer, BatchNorm statistics, last layers; each repair is kept only where the divergence from
             the original falls on images that it did not see.
-        refine: label-free distillation on the calibration images: epochs, a time such as ``"4m"``, or ``"auto"``.
+        refine: label-free distillation on the calibration images: epochs, a time such as ``"4m"``, or ``"auto"``; 0: none. By
+            default the repairs end with a short one of small images (:mod:`sharefold.repair.brief`).
         config: entries of the saved configuration (``base``, ``pretrained_cfg``) that are known better than can be told from
             the network.
         seed, outputs, criterion: of a calibration that is made here.
@@ -108,7 +116,8 @@ class ConvertOptions:
 
     repair: bool = option(True, "Repairs without labels: layer-by-layer refit, BatchNorm statistics, last layers.")
     refine: str | int | bool | Effort | None = option(
-        None, "Distil on the calibration images: 20 (epochs), 4m.", "EFFORT", alone="auto"
+        None, "Distil on the calibration images: 20 (epochs), 4m, 0 (not at all).  [default: briefly, small images alone]",
+        "EFFORT", alone="auto",
     )
     config: Mapping[str, Any] | None = None
     seed: int = 0
@@ -153,6 +162,9 @@ class RefineOptions:
     blocks: tuple[str, ...] | None = None
     step: float | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole("seed", self.seed)
 
 
 @dataclass(frozen=True)
@@ -256,6 +268,16 @@ class VerifyOptions:
     limit: int | None = option(None, "Only the first N images.", "N")
     batch_size: int = option(250, "Images a batch.", "N")
     device: str | torch.device = "cpu"
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Checks a count or a seed.
+
+    Raises:
+        SharefoldError: it is no whole number from 0 to 2**63 - 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 1 << 63:
+        raise SharefoldError(f"{name}={value!r}: must be a whole number from 0 to 2**63 - 1")
 
 
 def chosen(options: Options | None, overrides: Mapping[str, Any], kind: type[Options]) -> Options:

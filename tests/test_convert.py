@@ -209,6 +209,8 @@ MEMBERS = ("stage2.0.conv1", "stage2.1.conv1")
         (GroupPlan("g", "magic", MEMBERS), "unknown method 'magic'"),
         (GroupPlan("g", "basis", MEMBERS), "do not fit method basis"),
         (GroupPlan("g", "basis", MEMBERS, {"rank": "all"}), "do not fit method basis"),
+        (GroupPlan("g", "basis", MEMBERS, {"rank": 6, "pivotted": True}), "basis has no option 'pivotted': did you mean pivoted"),
+        (GroupPlan("g", "basis", MEMBERS, {"rank": 6, "size": 2}), "has no option 'size': known are pivoted, rank"),
         (GroupPlan("g", "basis", MEMBERS, {"rank": -1}), "must be rank an integer from 1 to 32"),
         (GroupPlan("g", "basis", MEMBERS, {"rank": 0}), "must be rank"),
         (GroupPlan("g", "basis", MEMBERS, {"rank": 10**30}), "do not fit method basis"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Hashable, Iterable
 from functools import cached_property
 from typing import Any
@@ -11,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharefold.calibration.images import calibration_or_procedural, count_distinct
+from sharefold.calibration.images import calibration_or_procedural, warn_about
 from sharefold.calibration.new_images import has_views, knows_mirrored, recognised, seen_before, stand_ins
 from sharefold.calibration.parts import Parts, parts_of
 from sharefold.calibration.statistics import Statistics, batch_for, statistics_of
-from sharefold.errors import SharefoldError, SharefoldWarning
+from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.inputs import AnyInput, Input, taken
 from sharefold.layers.norm_fusion import fused_for_inference
@@ -279,13 +278,7 @@ def calibrate(
     if graph is None:
         graph = analyze(model, example)
     made = Calibration(copied(model).eval(), found, graph, example, wanted)
-    if len(made.parts.report) and (copies := len(found) - count_distinct(found)):
-        warnings.warn(
-            f"{copies} of {len(found)} calibration images are copies of others: what is reported on them counts them as if they "
-            "were new",
-            SharefoldWarning,
-            stacklevel=4,
-        )
+    warn_about(found, reported=len(made.parts.report) > 0)
     if wanted.outputs is not None:
         made.reading  # noqa: B018  what the user says is checked before work starts
     if wanted.criterion is not None:
@@ -297,11 +290,14 @@ def calibration_of(model: nn.Module, given: Calibration | AnyInput | None, optio
     """``given`` after a check that it is of ``model``, or a calibration on the images ``given``, or on procedural ones.
 
     Raises:
-        SharefoldError: as :func:`calibrate` and :meth:`Calibration.check_model`; outputs or a criterion beside a calibration.
+        SharefoldError: as :func:`calibrate` and :meth:`Calibration.check_model`; outputs, a criterion or another seed beside a
+            calibration.
     """
     if isinstance(given, Calibration):
         if options.outputs is not None or options.criterion is not None:
             raise SharefoldError("outputs, criterion: the calibration has its own: give them to calibrate")
+        if options.seed not in (CalibrationOptions.seed, given.seed):
+            raise SharefoldError(f"seed={options.seed!r}: the calibration has its own, {given.seed}: give it to calibrate")
         given.check_model(model)
         return given
     return calibrate(model, given, options)

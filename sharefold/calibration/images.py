@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from sharefold.calibration.input_matching import match_statistics
 from sharefold.calibration.several_inputs import checked_inputs, first_of, ordinary, procedural_inputs
 from sharefold.data import calibration_images
 from sharefold.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from sharefold.errors import SharefoldError
+from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.graph.layers import input_shapes, spatial_axes
 from sharefold.graph.preserved import tried
 from sharefold.inputs import AnyInput, Input, Inputs, check_count, each_of, image_shape, parameters_of
@@ -55,6 +56,30 @@ def count_distinct(images: Input) -> int:
     """How many of the samples are different from all others, to the bit."""
     bits = [tensor.detach().cpu().contiguous().flatten(1).view(torch.uint8) for tensor in each_of(images)]
     return len({tuple(hash(part[index].numpy().tobytes()) for part in bits) for index in range(len(images))})
+
+
+def warn_about(images: Input, reported: bool) -> None:
+    """Warns of calibration samples that can hardly be meant; called by :func:`sharefold.calibrate` alone, whose caller it names.
+
+    Args:
+        reported: whether figures are taken on some of them.
+
+    Warns:
+        SharefoldWarning: most images are of one colour, or some of those that figures are taken on are copies.
+    """
+    plain = 0
+    if isinstance(images, Tensor) and images.dim() == 4 and images[0, 0].numel() > 1:
+        plain = int((images.amax((2, 3)) == images.amin((2, 3))).all(1).sum())
+    if 2 * plain > len(images):
+        text = f"{plain} of {len(images)} calibration images are of one colour each, and tell little: check how they were made"
+    elif reported and (copies := len(images) - count_distinct(images)):
+        text = (
+            f"{copies} of {len(images)} calibration images are copies of others: what is reported on them counts them as if they "
+            "were new"
+        )
+    else:
+        return
+    warnings.warn(text, SharefoldWarning, stacklevel=5)
 
 
 def default_count(height: int, width: int, procedural: bool = True) -> int:

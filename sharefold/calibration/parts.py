@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharefold.errors import SharefoldError
-
 # Of all images, for deciding and for reporting each. Most are fitted to: accuracy comes from those.
 SHARE = 0.15
 # Of few images more are needed to say anything, of many no more are.
@@ -41,12 +39,7 @@ def parts_of(count: int, seed: int = 0, held_out: int | None = None) -> Parts:
 
     Args:
         held_out: how many images ``decide`` and ``report`` should have at least, each; they get at most ``LARGEST_SHARE``.
-
-    Raises:
-        SharefoldError: ``held_out`` is negative.
     """
-    if held_out is not None and held_out < 0:
-        raise SharefoldError(f"held_out={held_out}: must not be negative")
     index = torch.arange(count)
     if count < FEWEST_APART:
         return Parts(index, index, index[:0])

@@ -48,7 +48,8 @@ class FinetuneReport:
         seconds: training time over all sessions, validation included.
         images_per_second: of the training updates of this session, all processes together.
         history: one record an epoch, {epoch, step, loss, top1, ...}.
-        output: the saved sharefold directory, or None.
+        output: the sharefold directory that was saved, or None: also where a run was resumed that had ended before, whose result
+            lies there already.
         run_dir: the folder with state, log and curve, or None.
     """
 
@@ -98,6 +99,10 @@ def finetune(
         raise SharefoldError("finetune: teacher is the model itself: pass the original network")
     if teacher is None and not config.labels:
         raise SharefoldError("finetune: without labels there must be a teacher: pass one")
+    if teacher is None and config.block_match:
+        raise SharefoldError(f"finetune: block_match={config.block_match:g}: there is no teacher whose blocks to match: pass one")
+    if val is None and config.keep == "best":
+        raise SharefoldError("finetune: keep=best: there are no validation images to tell by: pass val, or keep=last")
     for name, network in (("model", model), ("teacher", teacher)):
         if network is not None and dtype_of(network) != torch.float32:
             kind = str(dtype_of(network)).removeprefix("torch.")
@@ -115,7 +120,7 @@ def finetune(
         with _modes_after_errors(model), whole_factors(model):
             loop = _Run(model, teacher, batches, checks, config, where, folder, run.quiet)
             report = loop.go(run.resume)
-        if out is not None and where.first:
+        if out is not None and where.first and (run.force or not loop.is_saved(out)):
             top1 = {} if report.top1_after is None else {"top1": report.top1_after}
             told = {**(run.metrics or {}), **top1, "finetune": _card(report, config, batches)}
             carry_config(model, without_figures(config_of(model)))
@@ -193,6 +198,7 @@ class _Run:
         # A GPU is asked for numbers only now and then: each question makes it wait.
         self.check_every = 1 if where.device.type == "cpu" else 10
         self.updates = self.epochs_done = self.logged_at = self.saved_at = 0
+        self.had_ended = False
         self.seconds = self.train_seconds = self.clock = self.saved = self.epoch_loss = 0.0
         self.last: dict[str, float] = {}  # the latest line of the log
         self.history: list[dict[str, Any]] = []
@@ -209,6 +215,7 @@ class _Run:
             self._begin()
         self.saved = self.clock = time.perf_counter()
         self.saved_at = updates_before = self.updates
+        self.had_ended = self.updates == total
         with StopRequest() as stop, self.updater.watching(), self.log.progress(total, self.updates):
             for epoch in range(self.epochs_done, config.epochs):
                 self._train_mode()
@@ -354,6 +361,12 @@ class _Run:
         self.log.table(title, ["", "parameters", "top-1"], rows)
 
     # State -------------------------------------------------------------------------------------------------------
+
+    def is_saved(self, out: Path) -> bool:
+        """Whether the run had ended before this session, and what lies at ``out`` was written since."""
+        if not (self.had_ended and self.state_path is not None and out.exists()):
+            return False
+        return out.stat().st_mtime_ns >= self.state_path.stat().st_mtime_ns
 
     def _shapes(self) -> dict[str, list[int]]:
         return {name: list(value.shape) for name, value in self.model.state_dict().items()}

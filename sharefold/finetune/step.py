@@ -125,7 +125,10 @@ class Updater:
         finally:
             self.model.train(was_training)
         if not isinstance(logits, Tensor) or logits.ndim != 2:
-            raise SharefoldError("finetune: the model does not return logits (batch, classes): give a classifier")
+            raise SharefoldError(
+                "finetune: the model does not return logits (batch, classes): give a classifier; networks of other tasks learn "
+                "without labels while they are converted (convert --refine)"
+            )
         for what, said in (("model", logits), ("teacher", goal)):
             if isinstance(said, Tensor) and said.ndim == 2 and are_probabilities(said):
                 raise SharefoldError(

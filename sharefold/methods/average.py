@@ -18,6 +18,7 @@ class Average(LayerMethod):
 
     name = "average"
     paper = "https://arxiv.org/abs/2210.14151"
+    option_names = frozenset({"how", "scale"})
     how = "mean"
     scale = False
 

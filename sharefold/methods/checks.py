@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from torch import nn
 
 from sharefold.errors import SharefoldError
@@ -43,6 +45,22 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
                     "was the plan made for another model?"
                 ) from None
         step.check(model, group)
+
+
+def check_options(plan: Plan) -> None:
+    """Checks that every group's method knows the options that the group sets: a misspelt one would be left out without a word.
+
+    Not asked of files, which an older sharefold may have written.
+
+    Raises:
+        SharefoldError: names the group and the option.
+    """
+    for group in plan.groups:
+        known = step_named(group.method).option_names
+        for name in group.options.keys() - known:
+            near = get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known)) or 'none'}"
+            raise SharefoldError(f"plan: group {quoted(group.name)}: {group.method} has no option {quoted(name)}: {hint}")
 
 
 def check_layers(graph: NetworkGraph, plan: Plan) -> None:

@@ -21,6 +21,7 @@ class ClusterLayers(LayerMethod):
 
     name = "cluster-layer"
     paper = "https://arxiv.org/abs/2210.14151"
+    option_names = frozenset({"count"})
     grain = "layer"
 
     def candidates(self, problem: GroupProblem) -> list[Candidate]:

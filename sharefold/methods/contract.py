@@ -59,6 +59,7 @@ class ConversionStep(ABC):
     name: ClassVar[str]
     paper: ClassVar[str]
     smallest_group: ClassVar[int] = 2
+    option_names: ClassVar[frozenset[str]] = frozenset()  # all that a plan's group may set
 
     @abstractmethod
     def check(self, model: nn.Module, plan: GroupPlan) -> None:

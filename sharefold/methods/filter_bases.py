@@ -26,6 +26,7 @@ class FilterBases(LayerSwap):
 
     name = "filter-bases"
     paper = "https://arxiv.org/abs/2006.05066"
+    option_names = frozenset({"shared", "unique", "norms"})
     smallest_group = 1
 
     def solve(self, problem: GroupProblem, options: dict[str, Any]) -> Solution:

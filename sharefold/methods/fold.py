@@ -53,6 +53,7 @@ class Fold(ConversionStep):
 
     name = "fold"
     paper = "https://arxiv.org/abs/2502.10216"
+    option_names = frozenset({"keep", "channels", "gates", "through", "readers", "kept"})
     smallest_group = 1
 
     def layers(self, graph: NetworkGraph, plan: GroupPlan) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ class Hybrid(TwoFactors):
 
     name = "hybrid"
     paper = "https://arxiv.org/abs/2006.05066"
+    option_names = frozenset({"rank", "own", "pivoted"})
     takes_ragged = True
 
     def candidates(self, problem: GroupProblem | RaggedProblem) -> list[Candidate]:

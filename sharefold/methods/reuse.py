@@ -36,6 +36,7 @@ class Reuse(ConversionStep):
 
     name = "reuse"
     paper = "https://arxiv.org/abs/1901.09615"
+    option_names = frozenset({"align"})
 
     def check(self, model: nn.Module, plan: GroupPlan) -> None:
         blocks = [model.get_submodule(name) for name in plan.members]

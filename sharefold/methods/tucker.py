@@ -25,6 +25,7 @@ class Tucker(LayerMethod):
 
     name = "tucker"
     paper = "https://arxiv.org/abs/1511.06530"
+    option_names = frozenset({"rank", "width"})
 
     def candidates(self, problem: GroupProblem) -> list[Candidate]:
         layers, form = len(problem.forms), problem.forms[0]

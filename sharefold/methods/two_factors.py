@@ -21,6 +21,7 @@ from sharefold.solvers.data_norm import Problem
 class TwoFactors(LayerMethod):
     """A method that factors weights. Options: ``rank``, ``pivoted``."""
 
+    option_names = frozenset({"rank", "pivoted"})
     pivoted = True  # whether its candidates are
 
     def without_pivots(self) -> LayerMethod:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Protocol
 
 import torch
@@ -39,21 +40,26 @@ class Learned(Protocol):
 
 
 class Parameters:
-    """The parameters of ``model`` themselves: matrices by Muon, everything else by AdamW."""
+    """The parameters of ``model`` themselves: matrices by Muon, everything else by AdamW.
+
+    Args:
+        but: ``id`` of parameters that stay as they are.
+    """
 
     paste = PASTE
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, but: Collection[int] = ()) -> None:
         self.model = model
+        self.moved = [p for p in model.parameters() if p.is_floating_point() and id(p) not in but]
 
     def optimizers(self, step: float) -> list[torch.optim.Optimizer]:
         blocks = {id(m.weight): form.groups for m in self.model.modules() if (form := form_of(m)) is not None}
         matrices, others = [], []
-        for parameter in self.model.parameters():
+        for parameter in self.moved:
             many = blocks.get(id(parameter), 1)
-            if parameter.is_floating_point() and suits(tuple(parameter.shape), many):
+            if suits(tuple(parameter.shape), many):
                 matrices.append({**group_of(parameter, MATRIX * step), "blocks": many})
-            elif parameter.is_floating_point():
+            else:
                 others.append(group_of(parameter, step))
         return [*([Muon(matrices)] if matrices else []), *([adamw(others)] if others else [])]
 

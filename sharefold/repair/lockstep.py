@@ -58,6 +58,7 @@ class Visited:
         name, norm: of the layer, and of the norm behind it or None.
         samples: what it is given and should give.
         rectifier: the addition and the ReLU behind the layer; None where neither is, or it was not asked for.
+        norm_stays: whether nothing may be written into the norm.
     """
 
     original: nn.Module
@@ -66,6 +67,7 @@ class Visited:
     norm: str | None
     samples: Samples
     rectifier: Rectifier | None = None
+    norm_stays: bool = False
 
     @property
     def layer(self) -> nn.Module:
@@ -75,7 +77,7 @@ class Visited:
     @property
     def owner(self) -> nn.Module | None:
         """What takes up a constant change of the layer's output."""
-        return output_mean_owner(self.model, self.layer, self.norm)
+        return output_mean_owner(self.model, self.layer, None if self.norm_stays else self.norm)
 
 
 Visit = Callable[[Visited], None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -13,17 +14,22 @@ from sharefold.layers import checked_form, mean_output, shared_layers, shift_out
 
 
 @torch.no_grad()
-def absorb_means(original: nn.Module, model: nn.Module, graph: NetworkGraph, means: dict[str, Tensor]) -> None:
+def absorb_means(
+    original: nn.Module, model: nn.Module, graph: NetworkGraph, means: dict[str, Tensor],
+    protects: Callable[[str], bool] = lambda name: False,
+) -> None:  # fmt: skip
     """Keeps every converted layer's mean output what it was on the calibration images.
 
     Args:
         means: per layer the mean input patch (G, N) that the original network gave it.
+        protects: which modules have to stay as they are.
     """
     for name, layer in shared_layers(model).items():
         record = graph.layers.get(name)
         if record is None or name not in means:
             continue
-        owner = output_mean_owner(original, original.get_submodule(name), record.norm)
+        norm = None if record.norm is None or protects(record.norm) else record.norm
+        owner = output_mean_owner(original, original.get_submodule(name), norm)
         dense = original.get_submodule(name)
         if owner is None or (owner is dense and layer.own_bias is None):  # the bias may be the bank's
             continue

@@ -82,7 +82,7 @@ def refine(
 def _refined(work: Work, wanted: RefineOptions) -> StepRecord:
     wanted = checked(wanted)
     model, guard = work.model, work.guard
-    clock, learned = clock_for(work, wanted), Parameters(model)
+    clock, learned = clock_for(work, wanted), Parameters(model, work.protected())
     before, scales = guard.current(model), Confidence(work)
     with trial(model) as tried, closing(training(work, learned, clock, wanted, scales)) as loop:
         checks = _Checks(guard, model, before, tried, scales)

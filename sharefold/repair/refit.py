@@ -74,7 +74,9 @@ class Refit:
         journal = Journal()
 
         def visit(at: Visited) -> None:
-            at = replace(at, original=work.base.original)  # whose norms have the widths of the converted network's
+            stays = at.norm is not None and work.plan.protects(at.norm)
+            # Norms of the base have the widths of the converted network's.
+            at = replace(at, original=work.base.original, norm_stays=stays)
             samples = _with_addend(at)
             fit, decide = samples.of(parts.fit), samples.of(parts.decide)
             with journal.entry(_tensors(at)):
@@ -253,7 +255,7 @@ def _refittable(work: Work) -> dict[str, ConvForm]:
         if name in readers or (isinstance(layer, SharedConv) and layer.linear_part() is not None):
             found[name] = form
         elif isinstance(layer, SharedConv) or (repeated and name.startswith(repeated)):
-            norm = None if record.norm is None else resolve(model, record.norm)
+            norm = None if record.norm is None or work.plan.protects(record.norm) else resolve(model, record.norm)
             if norm is not None and takes_scale(norm):
                 found[name] = form
     return found

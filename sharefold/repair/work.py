@@ -31,6 +31,11 @@ class Work:
     base: Calibration
     progress: Progress | None = None
 
+    def protected(self) -> set[int]:
+        """``id`` of every parameter of the converted network that has to stay as it is."""
+        modules = [module for name, module in self.model.named_modules() if self.plan.protects(name)]
+        return {id(parameter) for module in modules for parameter in module.parameters(recurse=False)}
+
 
 class Repair(Protocol):
     """One repair: it says whether it applies, and writes into the network; the guard keeps what helps."""

@@ -274,9 +274,34 @@ def test_comparisons_with_norms_and_without_say_the_same() -> None:
     assert fused.divergence(other).mean == pytest.approx(plain.divergence(other).mean, rel=1e-4)
 
 
-def test_no_fewer_images_than_none_can_be_held_out() -> None:
-    with pytest.raises(SharefoldError, match="held_out=-1: must not be negative"):
-        sharefold.calibrate(net(), images(24), held_out=-1)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"held_out": -1}, "held_out=-1"), ({"held_out": 2.5}, "held_out=2.5"), ({"seed": None}, "seed=None"),
+     ({"seed": -1}, "seed=-1"), ({"seed": True}, "seed=True"), ({"seed": 1 << 63}, f"seed={1 << 63}")],
+)  # fmt: skip
+def test_counts_and_seeds_are_whole_numbers(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(SharefoldError, match=f"{message}: must be a whole number from 0"):
+        sharefold.calibrate(net(), images(24), **given)
+
+
+def test_a_seed_beside_a_calibration_is_the_calibrations_own() -> None:
+    model = net()
+    cal = sharefold.calibrate(model, IMAGES, seed=3)
+    with pytest.raises(SharefoldError, match="seed=5: the calibration has its own, 3: give it to calibrate"):
+        sharefold.plan(model, "70%", cal, method="svd", seed=5)
+    with pytest.raises(SharefoldError, match="seed=None: must be a whole number"):
+        sharefold.plan(model, "70%", IMAGES, seed=None)
+    same_seed = sharefold.plan(model, "70%", cal, method="svd", seed=3)
+    assert same_seed.groups == sharefold.plan(model, "70%", cal, method="svd").groups
+
+
+def test_images_of_one_colour_are_told() -> None:
+    flat = torch.linspace(-1, 1, 72).reshape(24, 3, 1, 1).expand(24, 3, 12, 12).clone()
+    with pytest.warns(SharefoldWarning, match="24 of 24 calibration images are of one colour each"):
+        sharefold.calibrate(net(), flat)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sharefold.calibrate(net(), torch.cat([flat[:8], images(16)]))
 
 
 def test_copies_among_the_images_are_told_where_something_is_reported() -> None:

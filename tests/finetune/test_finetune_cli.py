@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -142,6 +143,22 @@ def test_a_run_that_makes_it_worse_says_so(tmp_path: Path) -> None:
 def test_schedules_are_listed() -> None:
     result = call("finetune", "--list-schedules")
     assert result.exit_code == 0 and "filter-bases-cifar10" in result.stdout
+
+
+def test_a_finished_run_writes_its_result_once(shared: Path, npz: str, tmp_path: Path) -> None:
+    out = tmp_path / "tuned.safetensors"
+    command = ("finetune", shared, "--data", npz, *QUICK, "--limit", 16, "--no-val", "-o", out)
+    assert call(*command).exit_code == 0
+    written = out.read_bytes(), out.stat().st_mtime_ns
+    result = call(*command, "--resume")
+    assert result.exit_code == 0, result.output
+    assert "the run had ended before; left as it is (--force writes it anew)" in result.output.replace("\n", " ")
+    assert (out.read_bytes(), out.stat().st_mtime_ns) == written
+    assert call(*command, "--resume", "--force").exit_code == 0 and out.stat().st_mtime_ns > written[1]
+    # What lies there from before the run's last state is not its result: the run ended, and was killed before it could write.
+    os.utime(out, ns=(0, 0))
+    result = call(*command, "--resume", "--json")
+    assert json.loads(result.stdout)["output"] == str(out) and out.stat().st_mtime_ns > written[1]
 
 
 def test_ctrl_c_saves_exits_130_and_resumes(shared: Path, npz: str, tmp_path: Path) -> None:

@@ -298,6 +298,8 @@ def test_impossible_requests(tmp_path):
     model = Small()
     for settings, message in (
         ({"teacher": model}, "teacher is the model itself"),
+        ({"block_match": 0.5}, "block_match=0.5: there is no teacher whose blocks to match"),
+        ({"keep": "best"}, "keep=best: there are no validation images to tell by"),
         ({"labels": False}, "there must be a teacher"),
         ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(192, 7))}, "7 classes, the model 4"),
         ({"device": "cuda:7"}, "no usable CUDA"),

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from networks import Small, same, state
+from networks import Small, images, net, same, state
 from repair_works import calibration_on
 from torch import Tensor, nn
 
+import sharefold
 from sharefold.calibration.calibrate import calibrate
 from sharefold.data.views import pasted, random_views
 from sharefold.errors import SharefoldError
@@ -371,3 +373,16 @@ def test_steps_are_smaller_where_time_allows_few(monkeypatch: pytest.MonkeyPatch
     clock.seen = 90 * 100  # nearly all epochs are done: that says nothing of the time
     assert clock.caution() == 1.0
     assert module.Clock(images=100, epochs=2, seconds=None).caution() == 1.0
+
+
+@pytest.mark.parametrize("exclude", ["^fc", "bn"])
+def test_what_is_excluded_stays_and_the_record_is_of_the_network_that_is_handed_over(exclude: str) -> None:
+    torch.manual_seed(0)
+    model, x = net(blocks=2), images(300)
+    before, cal = copy.deepcopy(model), sharefold.calibrate(model, x)
+    plan = sharefold.plan(model, "50%", cal, exclude=exclude)
+    done = sharefold.convert_(model, plan, cal, refine=5)
+    kept = {name: t for name, t in before.state_dict().items() if re.search(exclude, name)}
+    assert kept and all(torch.equal(model.state_dict()[name], tensor) for name, tensor in kept.items())
+    assert done.steps["refine"].kept
+    assert cal.decided.divergence(model).mean == pytest.approx(done.steps["refine"].kl_after, rel=1e-4)
