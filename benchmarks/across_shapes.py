@@ -32,7 +32,7 @@ from sharefold.calibration.problem import problem_of
 from sharefold.calibration.ragged import problem_for
 from sharefold.calibration.statistics import statistics_of
 from sharefold.graph import analyze
-from sharefold.solvers import low_rank, shared_basis
+from sharefold.solvers import low_rank, separable, shared_basis
 from sharefold.solvers.allocate import Option, allocate
 from sharefold.solvers.curves import CurvePoint
 from sharefold.solvers.data_norm import Problem
@@ -66,13 +66,13 @@ def measure(everything: Problem, shared: list[Problem], share: float) -> dict[st
     budget = share * sum(p.members * p.rows * p.columns for p in shared)
     rows = sum(p.members * p.rows for p in shared)
     errors = {"across": [shared_basis.solve(everything, int(budget / (everything.columns + rows))).errors]}
-    ranks = allocated([shared_basis.curve(p, range(1, shared_basis.max_rank(p)), als_rounds=2) for p in shared], budget)
+    ranks = allocated([shared_basis.curve(p, range(1, shared_basis.max_rank(p)), iterations=5) for p in shared], budget)
     errors["per shape"] = [shared_basis.solve(p, rank).errors for p, rank in zip(shared, ranks, strict=True)]
     alone = [p.select([k]) for p in shared for k in range(p.members)]
     ranks = allocated([low_rank.svd_curve(p, range(1, p.rows)) for p in alone], budget)
     errors["svd"] = [low_rank.svd_solve(p, rank).errors for p, rank in zip(alone, ranks, strict=True)]
-    ranks = allocated([low_rank.spatial_curve(p, range(1, 3 * p.rows // 2 + 1), als_rounds=2) for p in alone], budget)
-    errors["spatial"] = [low_rank.spatial_solve(p, rank).errors for p, rank in zip(alone, ranks, strict=True)]
+    ranks = allocated([separable.curve(p, range(1, 3 * p.rows // 2 + 1), iterations=5) for p in alone], budget)
+    errors["spatial"] = [separable.solve(p, rank).errors for p, rank in zip(alone, ranks, strict=True)]
     return {way: float(torch.cat(found).mean()) for way, found in errors.items()}
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @click.option("--outputs", metavar="KIND", multiple=True, help="Beside classes, what an output is: logits:axis=1; repeatable.")
 @click.option("--split", default="test", show_default=True, help="Which part of the data.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=250, show_default=True, help="Images a batch.")
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Only the first N images.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="N images: the first; with --against, drawn by --seed.")
 @click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Loader processes.")
 @preprocess_options
 @shared_options

@@ -27,6 +27,7 @@ from sharefold.measure import count_parameters
 from sharefold.methods import Solution, step_named
 from sharefold.methods.checks import check_layers, check_options, check_plan
 from sharefold.methods.narrowing import narrow_, narrowed
+from sharefold.methods.reached import check_reached
 from sharefold.methods.sizes import counted
 from sharefold.methods.solved import solution_of, solutions_of
 from sharefold.options import CalibrationOptions, ConvertOptions, RefineOptions, chosen
@@ -173,6 +174,7 @@ def carry_out(
     if not plan.narrowing:
         cal = base
     done = _install(model, plan, solutions, cal, base)
+    check_reached(model, base.graph, plan, cal.example)
     carry_config(model, describe(cal.original, done, options.config))
     carry_spec(model, None)
     refinement = None if effort is None else Refinement(RefineOptions(effort.epochs, effort.seconds, seed=cal.seed))

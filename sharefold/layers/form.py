@@ -104,6 +104,20 @@ class ConvForm:
             return self.stock.stride
         return self.stride[1:] if self.kind == "conv1d" else self.stride
 
+    @property
+    def stock_padding(self) -> tuple[int, ...] | str:
+        """As the stock layer has it."""
+        if self.stock is not None:
+            return self.stock.padding
+        return self.padding[1:] if self.kind == "conv1d" and not isinstance(self.padding, str) else self.padding
+
+    @property
+    def stock_dilation(self) -> tuple[int, ...]:
+        """As the stock layer has it."""
+        if self.stock is not None:
+            return self.stock.dilation
+        return self.dilation[1:] if self.kind == "conv1d" else self.dilation
+
     def as_maps(self, x: Tensor) -> Tensor:
         """Inputs of the stock layer as :meth:`apply` takes them: signals (..., C, L) as maps (..., C, 1, L); see
         :meth:`StockAxes.maps` for others. Volumes get one axis more than maps have."""

@@ -215,6 +215,27 @@ class SharedConv(Keeper):
         return self.form.stock_stride
 
     @property
+    def padding(self) -> tuple[int, ...] | str:
+        return self.form.stock_padding
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        return self.form.stock_dilation
+
+    @property
+    def padding_mode(self) -> str:
+        return self.form.padding_mode if self.form.stock is None else self.form.stock.padding_mode
+
+    @property
+    def output_padding(self) -> tuple[int, ...]:
+        stock = self.form.stock
+        return (0,) * len(self.stride) if stock is None else stock.output_padding
+
+    @property
+    def transposed(self) -> bool:
+        return self.form.transposed
+
+    @property
     def groups(self) -> int:
         return self.form.groups
 

@@ -5,15 +5,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
 from sharefold.layers.bank import ATTRIBUTE, Bank
+from sharefold.layers.foreign import CARRIED, carry
 from sharefold.layers.shared_conv import SharedConv
+
+# What torch itself keeps on every module.
+_TORCHS = frozenset(vars(nn.Module()))
+# Lists of lists of modules are looked into this deep; longer ones hold something else.
+DEPTH, LONGEST = 3, 10_000
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts ``module`` in the place of the submodule called ``name``, and under every other name that this one has."""
+    """Puts ``module`` in the place of the submodule called ``name``, and wherever else the network holds this one: under other
+    names, and in plain attributes, lists, tuples and dictionaries of its modules."""
     parent_name, _, leaf = name.rpartition(".")
     parent = model.get_submodule(parent_name) if parent_name else model
     module.train(parent.training)
@@ -22,12 +30,32 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     waiting, seen = [model], {model}
     while waiting:
         owner = waiting.pop()
+        for key, value in [*owner.__dict__.items()]:
+            if key not in _TORCHS and (other := _replaced(value, old, module, DEPTH)) is not value:
+                owner.__dict__[key] = other
         for key, child in list(owner._modules.items()):
             if child is old:
                 setattr(owner, key, module)
             elif child is not None and child not in seen:
                 seen.add(child)
                 waiting.append(child)
+
+
+def _replaced(value: Any, old: nn.Module, new: nn.Module, depth: int) -> Any:
+    """``value`` itself, or a container like it with ``new`` in the place of ``old``."""
+    if value is old:
+        return new
+    if not depth or not isinstance(value, list | tuple | dict) or not 0 < len(value) <= LONGEST:
+        return value
+    parts = [*value.values()] if isinstance(value, dict) else value
+    found = [_replaced(part, old, new, depth - 1) for part in parts]
+    if all(a is b for a, b in zip(found, parts, strict=True)):
+        return value
+    if isinstance(value, dict):
+        result = copy.copy(value)
+        result.update(zip(value, found, strict=True))
+        return result
+    return type(value)(*found) if hasattr(value, "_fields") else type(value)(found)
 
 
 def shared_layers(model: nn.Module) -> dict[str, SharedConv]:
@@ -64,7 +92,10 @@ def to_dense(model: nn.Module) -> nn.Module:
     """A copy of ``model`` in which every shared layer is a stock layer of its own again and no bank is left."""
     dense = copy.deepcopy(model)
     for name, layer in shared_layers(dense).items():
-        replace_module(dense, name, layer.dense())
+        stock = layer.dense()
+        if hasattr(layer, CARRIED):
+            carry(layer, stock)
+        replace_module(dense, name, stock)
     if hasattr(dense, ATTRIBUTE):
         delattr(dense, ATTRIBUTE)
     return dense

@@ -17,7 +17,7 @@ from sharefold.solvers.interpolative import pivot
 
 
 class Basis(TwoFactors):
-    """What_k = C_k B by alternating least squares under the data norm. Options: ``rank``, ``pivoted``.
+    """What_k = C_k B by variable projection under the data norm. Options: ``rank``, ``pivoted``.
 
     Members may differ in width: then B is as wide as the widest and the others use its first channels.
     """

@@ -19,7 +19,7 @@ from sharefold.calibration.ragged import can_share, problem_for
 from sharefold.calibration.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
-from sharefold.layers import Bank, ConvForm, SharedConv, add_bank, checked_form, replace_module
+from sharefold.layers import Bank, ConvForm, SharedConv, add_bank, carry, checked_form, replace_module
 from sharefold.plans import GroupPlan
 
 # Beyond this filter length an alternation takes seconds.
@@ -184,7 +184,9 @@ class LayerSwap(ConversionStep):
             bank.stage = plan.stage
         for name, layer, form, own in zip(plan.members, layers, forms, solution.members, strict=True):
             kept = {key: value for key in ("bias", "gain") if (value := getattr(layer, key, None)) is not None}
-            replace_module(model, name, self.member(form, bank, _like(first, own), kept))
+            member = self.member(form, bank, _like(first, own), kept)
+            carry(layer, member)
+            replace_module(model, name, member)
 
 
 class LayerMethod(LayerSwap):
@@ -215,16 +217,16 @@ def _like(first: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def curve_effort(features: int) -> dict[str, Any]:
-    """How exactly error curves are computed: alternations, and at how many ranks; none of them for large kernels.
+    """How exactly error curves are computed: iterations, and at how many ranks; none of them for large kernels.
 
     A curve only has to rank candidates; what is chosen is solved in full later.
     """
-    return {"als_rounds": 2, "als_ranks": 4} if features <= LARGE_FEATURES else {}
+    return {"iterations": 5, "solved": 4} if features <= LARGE_FEATURES else {}
 
 
 def solve_effort(features: int) -> dict[str, Any]:
-    """Most alternations of a solution: an alternation costs the square of ``features``, and the first gain most."""
-    return {} if features <= LARGE_FEATURES else {"rounds": 2}
+    """Most iterations of a solution: an iteration costs the square of ``features``, and the first gain most."""
+    return {} if features <= LARGE_FEATURES else {"iterations": 8}
 
 
 def rank_grid(largest: int, points: int = 16, smallest: int = 1) -> list[int]:

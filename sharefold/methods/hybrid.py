@@ -51,7 +51,7 @@ class Hybrid(TwoFactors):
             return []
         large = flat.columns > LARGE_FEATURES
         work = VariableProjection(flat, kind_of(forms[0]), groups=forms[0].groups, inputs=own_inputs(forms))
-        iterations = 5 if large else 15 if flat.columns <= LARGE_FEATURES // 2 else 10
+        iterations = 5 if large else 10
         found: dict[tuple[int, int], Candidate] = {}
         for row in sizes[1:] if large else sizes:
             costs = np.array([self.amount(forms, *size) for size in row])
@@ -60,7 +60,7 @@ class Hybrid(TwoFactors):
             even = np.linspace(costs[0], costs[-1], count) if row else costs
             fitted = [row[i] for i in sorted({int(np.abs(costs - cost).argmin()) for cost in even})]
             known = [self.amount(forms, *size) for size in fitted]
-            efforts = [max(6, round(2 * iterations * cost / dense)) for cost in known]  # small ones are soon as good as they get
+            efforts = [max(8, round(2 * iterations * cost / dense)) for cost in known]  # small ones are soon as good as they get
             errors = [per_layer(len(forms), flat, e) for e in shared_and_own.curve(work, fitted, efforts)]
             for size in row:
                 cost = self.amount(forms, *size)
@@ -112,8 +112,8 @@ class Hybrid(TwoFactors):
         forms, flat = problem.forms, problem.flat()
         widest = max(forms, key=lambda form: form.features)
         effort: dict[str, Any] = {} if widest.features <= LARGE_FEATURES else {"iterations": 15}
-        work = VariableProjection(flat, kind_of(forms[0]), groups=forms[0].groups, inputs=own_inputs(forms))
-        result = shared_and_own.solve(work, int(options["rank"]), int(options["own"]), **effort)
+        how: dict[str, Any] = {"kind": kind_of(forms[0]), "groups": forms[0].groups, "inputs": own_inputs(forms)}
+        result = shared_and_own.solve(flat, int(options["rank"]), int(options["own"]), **how, **effort)
         coefficients = result.coefficients.reshape(len(forms), -1, result.coefficients.shape[-1])
         bank = {"basis": result.basis.reshape(-1, *widest.weight_shape[1:]).float()}
         if options.get("pivoted"):

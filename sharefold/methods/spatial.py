@@ -12,7 +12,7 @@ from sharefold.layers import Bank, ConvForm, SharedConv, SpatialConv
 from sharefold.layers.column_filters import column_shape
 from sharefold.methods.contract import Candidate, Solution, curve_effort, solve_effort
 from sharefold.methods.two_factors import TwoFactors, blank_pivots
-from sharefold.solvers import low_rank
+from sharefold.solvers import separable
 from sharefold.solvers.interpolative import pivot
 
 
@@ -32,13 +32,11 @@ class Spatial(TwoFactors):
         ranks = self.ranks(rows, columns, form.out_channels * form.features)
         if not ranks:
             return []
-        points = low_rank.spatial_curve(problem.flat().for_estimates(), ranks, **curve_effort(form.features))
+        points = separable.curve(problem.flat().for_estimates(), ranks, **curve_effort(form.features))
         return [Candidate(self.options(p.rank), layers * self.price(p.rank, rows, columns), p.errors) for p in points]
 
     def solve(self, problem: GroupProblem, options: dict[str, Any]) -> Solution:
-        result = low_rank.spatial_solve(
-            problem.flat(), int(options["rank"]), **solve_effort(problem.forms[0].features)
-        )
+        result = separable.solve(problem.flat(), int(options["rank"]), **solve_effort(problem.forms[0].features))
         members = []
         for vertical, horizontal in zip(result.vertical, result.horizontal, strict=True):
             if options.get("pivoted"):

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from sharefold.errors import SharefoldError
 from sharefold.solvers.data_norm import RIDGE, Problem
 from sharefold.solvers.directions import orthonormal
-from sharefold.solvers.variable_projection import Kind, VariableProjection, refine
+from sharefold.solvers.filter_descent import fitted, refine
+from sharefold.solvers.variable_projection import Kind, VariableProjection
 
 
 @dataclass
@@ -38,12 +40,14 @@ class HybridSolution:
     history: list[float] = field(default_factory=list)
 
 
-def solve(work: VariableProjection, rank: int, own: int, *, iterations: int = 100, tol: float = 2e-4) -> HybridSolution:
+def solve(
+    problem: Problem, rank: int, own: int, *, iterations: int = 60, tol: float = 2e-4, **how: Any
+) -> HybridSolution:
     """Fits ``rank`` shared and ``own`` own filters to all entries together.
 
     Args:
-        work: the problem, and which own filters there are.
-        iterations, tol: of :func:`sharefold.solvers.variable_projection.refine`.
+        iterations, tol: of :func:`sharefold.solvers.filter_descent.refine`.
+        how: which own filters there are; see :class:`sharefold.solvers.variable_projection.VariableProjection`.
 
     Returns:
         A solution in the dtype of the problem's weights; errors are measured without the ridge.
@@ -51,12 +55,11 @@ def solve(work: VariableProjection, rank: int, own: int, *, iterations: int = 10
     Raises:
         SharefoldError: the numbers do not fit the group.
     """
-    dtype, columns = work.dtype, work.problem.columns
-    if not (1 <= rank <= columns and 0 <= own <= work.columns):
-        raise SharefoldError(
-            f"hybrid: {rank} shared and {own} own filters: this group allows 1 to {columns} and 0 to {work.columns}"
-        )
-    basis, private, history = refine(work, *work.start(rank, own), iterations=iterations, tol=tol)
+    dtype, columns = problem.weights.dtype, problem.columns
+    most = columns // (problem.kernel[1] if how.get("kind", "columns") == "columns" else 1)
+    if not (1 <= rank <= columns and 0 <= own <= most):
+        raise SharefoldError(f"hybrid: {rank} shared and {own} own filters: this group allows 1 to {columns} and 0 to {most}")
+    work, basis, private, history = fitted(problem, (rank, own), iterations=iterations, tol=tol, **how)
     coefficients = work.coefficients(basis, private)
     errors = work.problem.errors(coefficients @ work.stack(basis, private))
     return HybridSolution(basis.to(dtype), private.to(dtype), coefficients.to(dtype), errors.to(dtype), history)

@@ -35,12 +35,12 @@ class TuckerOptions(SolveOptions):
     """At least one round is done.
 
     Attributes:
-        inner_rounds: filter-basis rounds in each alternation.
+        inner_iterations: of the filter basis in each alternation.
         cg_steps: conjugate-gradient steps of every update.
     """
 
     rounds: int = 8
-    inner_rounds: int = 2
+    inner_iterations: int = 4
     cg_steps: int = 3
 
 
@@ -171,14 +171,15 @@ def solve(
     options = chosen(options, settings, TuckerOptions)
     _check(problem, rank, width)
     dtype = problem.weights.dtype
-    inner = filter_basis.BasisOptions(rounds=options.inner_rounds, tol=0.0, ridge=0.0, cg_steps=options.cg_steps)
     work = _Tucker(problem, options.ridge)
     projection = work.start(width)
     basis: Tensor | None = None
     history: list[float] = []
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for _ in range(max(1, options.rounds)):
-        fit = filter_basis.solve(work.reduced(projection), rank, basis, options=inner)
+        fit = filter_basis.solve(
+            work.reduced(projection), rank, basis, iterations=options.inner_iterations, tol=0.0, ridge=0.0
+        )
         moved = work.fit_projection(fit.basis, fit.coefficients, projection, options.cg_steps)
         factored = torch.linalg.qr(moved.T)
         projection = factored.Q.T

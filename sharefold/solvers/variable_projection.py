@@ -11,7 +11,6 @@ kind (``rows``) or own vertical filters in every column of the kernel (``columns
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Literal
 
 import torch
@@ -21,13 +20,12 @@ from sharefold.errors import SharefoldError
 from sharefold.solvers import low_rank
 from sharefold.solvers.data_norm import RIDGE, Problem, eigen_psd, moment_floors
 from sharefold.solvers.directions import leading, orthonormal
-from sharefold.solvers.lbfgs import minimize
 
 # Directions that matter less than this, against the most important one, are not stretched further.
 SCALE_FLOOR = 1e-5
 
-# The scales are taken anew after so many iterations, then after twice as many, and so on.
-FIRST_LEG = 10
+# Of the power method for the largest moment that is left.
+POWER_STEPS = 8
 
 Kind = Literal["columns", "rows"]
 
@@ -102,20 +100,27 @@ class VariableProjection:
 
     # The function ------------------------------------------------------------------------------------------------
 
-    def _solved(self, filters: Tensor, image: Tensor) -> tuple[Tensor, Tensor] | None:
-        """``T S W^T D`` and the best ``C^T D``, both (E, M, O); None where filters are not finite."""
+    def _factor(self, filters: Tensor, image: Tensor) -> Tensor | None:
+        """The Cholesky factor of ``T S T^T`` (E, M, M); None where filters are not finite."""
         gram = image @ filters.transpose(1, 2)
         tiny = 1e-13 if gram.dtype == torch.float64 else 1e-7
         shift = tiny * gram.diagonal(dim1=1, dim2=2).mean(1)
-        cross = filters @ self.targets
         for _ in range(8):
             shifted = gram.clone()
             shifted.diagonal(dim1=1, dim2=2).add_(shift[:, None])
             factor, failed = torch.linalg.cholesky_ex(shifted)
             if not bool(failed.any()):
-                return cross, torch.cholesky_solve(cross, factor)
+                return factor
             shift = shift * torch.where(failed > 0, 10.0, 1.0)
         return None
+
+    def _solved(self, filters: Tensor, image: Tensor) -> tuple[Tensor, Tensor] | None:
+        """``T S W^T D`` and the best ``C^T D``, both (E, M, O); None where filters are not finite."""
+        factor = self._factor(filters, image)
+        if factor is None:
+            return None
+        cross = filters @ self.targets
+        return cross, torch.cholesky_solve(cross, factor)
 
     def evaluate(self, basis: Tensor, own: Tensor) -> tuple[float, Tensor, Tensor]:
         """The weighted error of (R, N) and (L, r, J), and its slopes in both; infinite where filters are not finite."""
@@ -152,6 +157,20 @@ class VariableProjection:
         return self.problem.errors(self.coefficients(basis, own) @ self.stack(basis, own))
 
     # Scales ------------------------------------------------------------------------------------------------------
+
+    def largest_left(self, filters: Tensor, image: Tensor) -> Tensor:
+        """(E,) about the largest eigenvalue of ``S - S T^T (T S T^T)^-1 T S``, the moments of what ``T`` does not span; a small
+        share of the largest of ``S`` where it spans all."""
+        factor = self._factor(filters, image)
+        assert factor is not None
+        start = torch.randn(self.problem.columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        vector = start.to(self.moments).expand(len(self.moments), -1).unsqueeze(2)
+        for _ in range(POWER_STEPS):
+            vector = vector / vector.norm(dim=1, keepdim=True).clamp_min(torch.finfo(vector.dtype).tiny)
+            spanned = image.transpose(1, 2) @ torch.cholesky_solve(image @ vector, factor)
+            vector = self.moments @ vector - spanned
+        floor = SCALE_FLOOR * self.moments.diagonal(dim1=1, dim2=2).mean(1)
+        return torch.maximum(vector.norm(dim=1).squeeze(1), floor.clamp_min(torch.finfo(floor.dtype).tiny))
 
     @property
     def mean_eigen(self) -> tuple[Tensor, Tensor]:
@@ -215,86 +234,3 @@ class VariableProjection:
     def _scaled(self, matrices: Tensor) -> Tensor:
         """``D`` times (E, O, N)."""
         return self.root * matrices
-
-
-class _Scaled:
-    """Coordinates in which the Hessian is near the identity: filters times the roots of their coefficients' products from the
-    left and of their inputs' moments from the right."""
-
-    def __init__(self, work: VariableProjection, basis: Tensor, own: Tensor) -> None:
-        self.work, self.shapes = work, (basis.shape, own.shape)
-        found = work._solved(work.stack(basis, own), work._image(basis, own))
-        assert found is not None
-        mixed = found[1] * self.work.factors.sqrt()[:, None, None]
-        count = own.shape[1] * work.wide
-        shared = torch.einsum("emo,eno->mn", mixed[:, count:], mixed[:, count:])
-        each = mixed[:, :count].reshape(work.layers, work.groups, own.shape[1], work.wide, mixed.shape[2])
-        private = torch.einsum("lgrwo,lgswo->lrs", each, each)
-        self.left, self.right = _roots(shared, *work.mean_eigen)
-        self.own_left, self.own_right = _roots(private, *work.own_eigen)
-
-    def pack(self, basis: Tensor, own: Tensor) -> Tensor:
-        parts = self.left[0] @ basis @ self.right[0], self.own_left[0] @ own @ self.own_right[0]
-        return torch.cat([part.flatten() for part in parts])
-
-    def unpack(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        size = self.shapes[0].numel()
-        return self._mapped(point[:size].view(self.shapes[0]), point[size:].view(self.shapes[1]))
-
-    def slope(self, basis: Tensor, own: Tensor) -> Tensor:
-        """Of slopes in the filters, those in the scaled ones."""
-        return torch.cat([t.flatten() for t in self._mapped(basis, own)])
-
-    def _mapped(self, basis: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-        # The roots are symmetric, so that filters come back, and slopes go, by the same map.
-        basis = self.left[1] @ basis @ self.right[1]
-        own = self.own_left[1] @ own @ self.own_right[1]
-        return basis, own if self.work.mask is None else own * self.work.mask
-
-
-def _roots(gram: Tensor, values: Tensor, vectors: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(root, inverse root) of twice ``gram``, and of the matrix with these eigenvalues and vectors; all symmetric."""
-    pairs = [eigen_psd(2 * gram, SCALE_FLOOR) if gram.numel() else (gram.diagonal(dim1=-2, dim2=-1), gram), (values, vectors)]
-    result = []
-    for some, axes in pairs:
-        root, turned = some.sqrt().unsqueeze(-2), axes.transpose(-1, -2)
-        result.append(((axes * root) @ turned, (axes / root) @ turned))
-    return result[0], result[1]
-
-
-def refine(
-    work: VariableProjection, basis: Tensor, own: Tensor, *, iterations: int = 40, tol: float = 1e-4, fixed: bool = False
-) -> tuple[Tensor, Tensor, list[float]]:
-    """Lowers the error from these filters; the answer is never worse.
-
-    Args:
-        basis: (R, N), R may be 0.
-        own: (L, r, J), r may be 0.
-        iterations: of L-BFGS, an evaluation each.
-        tol: stop when two iterations on end lower the error by less than this fraction.
-        fixed: whether the shared filters stay as they are.
-
-    Returns:
-        Filters of the same shapes with orthonormal rows, and the objective from the start on.
-    """
-    history: list[float] = []
-    leg = FIRST_LEG
-    while iterations > 0 and (basis.numel() or own.numel()):
-        scaled = _Scaled(work, basis, own)
-        function, start = partial(_scaled_value, work, scaled, fixed), scaled.pack(basis, own)
-        point, values = minimize(function, start, iterations=min(leg, iterations), tol=tol)
-        assert values[-1] <= values[0]
-        if history and values[-1] > history[-1]:  # no gain beyond the rounding on the way to orthonormal rows and back
-            break
-        history += values[1 if history else 0 :]
-        moved, own = (orthonormal(rows) for rows in scaled.unpack(point))
-        basis = basis if fixed else moved
-        if len(values) <= leg:  # it has stopped by itself
-            break
-        iterations, leg = iterations - leg, 2 * leg
-    return basis, own, history or [work.evaluate(basis, own)[0]]
-
-
-def _scaled_value(work: VariableProjection, scaled: _Scaled, fixed: bool, point: Tensor) -> tuple[float, Tensor]:
-    value, slope, own_slope = work.evaluate(*scaled.unpack(point))
-    return value, scaled.slope(torch.zeros_like(slope) if fixed else slope, own_slope)
