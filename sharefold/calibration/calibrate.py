@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from sharefold.calibration.statistics import Statistics, batch_for, statistics_o
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.inputs import AnyInput, Input, taken
-from sharefold.layers.norm_fusion import fused_for_inference
+from sharefold.layers.norm_fusion import fused_for_inference, norms_that_fuse
 from sharefold.options import CalibrationOptions, chosen
 from sharefold.outputs import Comparison, Divergence, OutputReading, read_outputs
 from sharefold.outputs.comparison import BATCH
@@ -29,8 +29,8 @@ from sharefold.settings import with_plain_settings
 FEWEST_SEEN = 30
 # Images by which it is told whether mirror images mean the same.
 MIRRORED = 100
-# Images on which a network with fused norms is held against itself, and what they may differ by.
-FEW, SAME = 2, 1e-3
+# Images on which a network with fused norms is held against itself.
+FEW = 2
 
 
 class Calibration:
@@ -73,21 +73,14 @@ class Calibration:
         return Divergence.of(self.original, self.reading, self.images, batch_for(self.images))
 
     @cached_property
-    def norms(self) -> dict[str, str | None]:
+    def norms(self) -> Mapping[str, str | None]:
         """For every layer the norm that alone reads its output, or None; none at all where the network does not answer the same
-        with its norms fused: without a graph, other readers of a layer's output are not seen."""
-        found = {name: record.norm for name, record in self.graph.layers.items()}
-        if not any(found.values()) or not self.reading.leaves:
+        with its norms fused."""
+        if not self.reading.leaves:
             return {}
+        found = {name: record.norm for name, record in self.graph.layers.items()}
         images = self.images[self.parts.fit[:FEW]]
-        with evaluating(self.original):
-            plain = self.reading.run(self.original, images)
-            try:
-                with fused_for_inference(self.original, norms=found):
-                    fused = self.reading.run(self.original, images)
-            except RuntimeError:  # modules of several types, say
-                return {}
-        return found if all(map(_alike, plain, fused)) else {}
+        return norms_that_fuse(self.original, found, lambda network: self.reading.run(network, images))
 
     @property
     def comparable(self) -> bool:
@@ -236,14 +229,6 @@ def _lasting(network: nn.Module) -> dict[str, Tensor]:
     """Parameters and the statistics of norms. Into other buffers some networks write whenever they run."""
     statistics = (item for item in network.named_buffers() if item[0].endswith(("running_mean", "running_var")))
     return {**dict(network.named_parameters()), **dict(statistics)}
-
-
-def _alike(plain: Tensor, fused: Tensor) -> bool:
-    """Whether outputs differ by no more than rounding."""
-    if not plain.is_floating_point() or plain.shape != fused.shape:
-        return torch.equal(plain, fused)
-    size = float(plain.abs().amax()) if plain.numel() else 0.0
-    return torch.allclose(fused, plain, rtol=SAME, atol=SAME * size, equal_nan=True)
 
 
 def _same(first: Tensor, second: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -23,9 +23,14 @@ from sharefold.finetune.mixing import Mixing
 from sharefold.graph import analyze
 from sharefold.inputs import Input, Inputs, call, shapes_of
 from sharefold.layers import running
-from sharefold.layers.norm_fusion import norms_fused
+from sharefold.layers.norm_fusion import norms_fused, norms_that_fuse
 from sharefold.layers.together import composed_together
 from sharefold.outputs.kinds import are_probabilities
+from sharefold.outputs.leaves import tensors_of
+from sharefold.running import run_on
+
+# Images on which networks with fused norms are held against themselves.
+FEW = 2
 
 
 def autocast_for(config: FinetuneConfig, device: torch.device) -> tuple[torch.dtype | None, Any]:
@@ -115,7 +120,11 @@ class Updater:
         if config.cuda_graphs and world.device.type == "cuda" and alone:
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             self.gradients = GraphedGradients(self._gradients, trained, world.device)
-        self.norms = {} if teacher is None else _norms_of(teacher, example[:1])
+        self.norms = {} if teacher is None else self._norms(teacher, _norms_of(teacher, example[:1]), example)
+        self.own_norms: Mapping[str, str | None] = {}
+        # One class wires its layers in one way, whatever they share.
+        if config.freeze_norm and type(model) is type(teacher):
+            self.own_norms = self._norms(model, self.norms, example)
 
     def _classes(self, example: Input) -> int:
         was_training = self.model.training
@@ -160,6 +169,16 @@ class Updater:
             found = [moments(output) for output in taps.outputs()]
         return [spread(self.world.sum(values) / self.world.size) for values in found]
 
+    def _norms(self, network: nn.Module, norms: Mapping[str, str | None], example: Input) -> Mapping[str, str | None]:
+        """``norms``, or none where ``network`` says something else with them fused, or its blocks do."""
+
+        def answers(network: nn.Module) -> list[Tensor]:
+            with Taps(network, self.blocks) as taps:
+                said = tensors_of(run_on(network, example[:FEW]))
+                return [*said.values(), *taps.outputs()]
+
+        return norms_that_fuse(network, norms, answers)
+
     @contextmanager
     def watching(self) -> Iterator[None]:
         """While active, block outputs are recorded, shared layers run composed, and BatchNorms whose statistics are fixed
@@ -171,10 +190,9 @@ class Updater:
             stack.enter_context(running(self.model, "composed"))
             if self.teacher is not None:
                 stack.enter_context(norms_fused(self.teacher, self.norms, constant=True, dtype=self.dtype))
-                # One class wires its layers in one way, whatever they share.
-                if self.config.freeze_norm and type(self.model) is type(self.teacher):
-                    freeze_norms(self.model)
-                    stack.enter_context(norms_fused(self.model, self.norms))
+            if self.config.freeze_norm and any(self.own_norms.values()):
+                freeze_norms(self.model)
+                stack.enter_context(norms_fused(self.model, self.own_norms))
             networks = [m for m in (self.model, self.teacher) if m is not None]
             self._taps = [stack.enter_context(Taps(network, self.blocks)) for network in networks]
             yield

@@ -7,7 +7,7 @@ gone, and gradients still reach the norm's weight and bias through the filters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
@@ -20,7 +20,10 @@ from sharefold.layers.batchnorm import affine
 from sharefold.layers.form import ConvForm
 from sharefold.layers.shared_conv import SharedConv, any_form_of
 from sharefold.layers.weight_order import rounded_once
-from sharefold.running import dtype_of
+from sharefold.running import dtype_of, evaluating
+
+# What a network with fused norms may differ by from itself.
+SAME = 1e-3
 
 
 @contextmanager
@@ -72,6 +75,37 @@ def fused_for_inference(*models: nn.Module, norms: Mapping[str, str | None]) -> 
             if dtype_of(model) in (torch.float32, torch.float64):
                 stack.enter_context(norms_fused(model, norms, constant=True))
         yield
+
+
+def norms_that_fuse(
+    model: nn.Module, norms: Mapping[str, str | None], answers: Callable[[nn.Module], Sequence[Tensor]]
+) -> Mapping[str, str | None]:
+    """``norms``, or none at all where ``model`` does not answer the same with them fused: without a graph, other readers of a
+    layer's output are not seen.
+
+    Args:
+        model: in any mode, which it keeps; asked in eval mode.
+        norms: as for :func:`norms_fused`.
+        answers: what ``model`` says on a few images, and whatever else of it must stay the same.
+    """
+    if not any(norms.values()):
+        return {}
+    with evaluating(model):
+        plain = answers(model)
+        try:
+            with fused_for_inference(model, norms=norms):
+                fused = answers(model)
+        except RuntimeError:  # modules of several types, say
+            return {}
+    return norms if len(plain) == len(fused) and all(map(_alike, plain, fused)) else {}
+
+
+def _alike(plain: Tensor, fused: Tensor) -> bool:
+    """Whether outputs differ by no more than rounding."""
+    if not plain.is_floating_point() or plain.shape != fused.shape:
+        return torch.equal(plain, fused)
+    size = float(plain.abs().amax()) if plain.numel() else 0.0
+    return torch.allclose(fused, plain, rtol=SAME, atol=SAME * size, equal_nan=True)
 
 
 def fusable(layer: nn.Module, norm: nn.Module) -> bool:
