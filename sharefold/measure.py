@@ -107,7 +107,7 @@ def evaluate(
         of the one that the labels were compared with.
 
     Raises:
-        SharefoldError: no images, unlabelled images, labels beyond the model's outputs.
+        SharefoldError: no images, unlabelled images, labels of other shapes or beyond the model's outputs.
     """
     model.to(device)
     hits1 = hits5 = done = 0
@@ -157,6 +157,8 @@ def _name_of(logits: Tensor, output: Any) -> str:
 
 
 def _check_labels(labels: Tensor, classes: int) -> None:
+    if labels.ndim != 1:
+        raise SharefoldError(f"the labels have shape {tuple(labels.shape)}: eval wants a class for every image (n,)")
     lowest, highest = int(labels.min()), int(labels.max())
     if lowest < 0:
         raise SharefoldError("the data has no labels (or negative ones): eval needs a class for every image")

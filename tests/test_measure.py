@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 from typing import Any
@@ -167,10 +168,11 @@ def test_evaluate_says_which_of_several_outputs_it_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "words"), [([0, 2], "go up to 2, the model has 2 outputs"), ([0, -1], "no labels")]
+    ("labels", "words"),
+    [([0, 2], "go up to 2, the model has 2 outputs"), ([0, -1], "no labels"), ([[0, 1], [1, 0]], "have shape (2, 2)")],
 )
-def test_evaluate_refuses_labels_that_do_not_fit(labels: list[int], words: str) -> None:
-    with pytest.raises(SharefoldError, match=words):
+def test_evaluate_refuses_labels_that_do_not_fit(labels: list[Any], words: str) -> None:
+    with pytest.raises(SharefoldError, match=re.escape(words)):
         evaluate(Fixed(torch.eye(2)), [(torch.zeros(2, 1, 1, 1), torch.tensor(labels))])
 
 

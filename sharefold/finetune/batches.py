@@ -104,6 +104,8 @@ class _Labelled:
                 labels = torch.full((len(images),), -1)
             if self.classes is not None:
                 check_labels(labels, self.classes)
+            if labels.ndim == 2:
+                labels = labels.float()
             # Copied: augmentations write into them, and a loader may hand out what it keeps.
             yield images.to(self.device, non_blocking=True, copy=True), labels.to(self.device, non_blocking=True)
 

@@ -19,14 +19,18 @@ from sharefold.running import evaluating, has_doubles
 def evaluate(
     model: nn.Module, batches: EvalBatches, world: World, autocast: Callable[[], AbstractContextManager]
 ) -> dict[str, float]:
-    """{top1, top5, loss, images}; fractions of 1. The model is left in the mode it was in."""
+    """{top1, top5, loss, images}; fractions of 1. The model is left in the mode it was in.
+
+    Where labels are shares of classes, a hit is the class of the largest share.
+    """
     sums = torch.zeros(4, dtype=torch.float64, device=world.device if has_doubles(world.device) else "cpu")
     with evaluating(model):
         for images, labels in batches:
             with autocast():
                 logits = call(model, images)
             logits = logits.float()
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+            classes = labels.argmax(1) if labels.ndim == 2 else labels
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == classes[:, None]
             loss = F.cross_entropy(logits, labels, reduction="sum")
             batch = [best[:, 0].sum(), best.sum(), loss]
             sums += torch.stack([value.float() for value in batch] + [torch.full_like(loss, len(labels))]).to(sums)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from sharefold.errors import SharefoldError
@@ -23,11 +26,21 @@ class Mixing:
             self.mix = Mixup(config.mixup, config.cutmix, label_smoothing=smoothing, num_classes=kinds)
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W), changed in place; labels (B,), or (B, classes) once mixed."""
+        """Images (B, C, H, W), changed in place; labels (B,) or shares (B, classes), as which they come back once mixed."""
         if self.erase is not None:
             self.erase(images)
         if self.mix is not None:
             if len(images) % 2:
                 raise SharefoldError(f"finetune: mixup pairs images: {len(images)} at a time: use an even batch size")
+            if labels.ndim == 2:
+                return self._mixed_shares(self.mix, images, labels)
             images, labels = self.mix(images, labels.clamp_min(0) if self.mix.num_classes > 1 else labels * 0)
         return images, labels
+
+    @staticmethod
+    def _mixed_shares(mix: Any, images: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        """timm mixes classes alone: with every image as a class of its own it says how much of which image is in each. Shares
+        are not smoothed, as without mixing."""
+        mix.num_classes, mix.label_smoothing = len(images), 0.0
+        images, parts = mix(images, torch.arange(len(images), device=images.device))
+        return images, parts @ shares

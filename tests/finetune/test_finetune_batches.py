@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from finetune_nets import images_and_labels
+from finetune_nets import images_and_labels, shared_net
 from networks import Small
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
@@ -256,3 +256,17 @@ def test_labels_as_shares_of_other_classes() -> None:
     images, _ = images_and_labels(16)
     with pytest.raises(SharefoldError, match="the labels are for 7 classes, the model has 4"):
         finetune(Small(), (images, torch.ones(16, 7) / 7), epochs=1, batch_size=8, quiet=True, device="cpu")
+
+
+@pytest.mark.parametrize("shares", [torch.float32, torch.float64, torch.int64])
+def test_shares_of_classes_are_counted_and_mixed_as_the_classes_they_stand_for(shares: torch.dtype) -> None:
+    images, labels = images_and_labels(32)
+    soft = torch.nn.functional.one_hot(labels, 4).to(shares)
+    config = {"epochs": 2, "batch_size": 8, "keep": "best", "quiet": True, "workers": 0, "device": "cpu"}
+    for mix in ({}, {"mixup": 0.5, "cutmix": 0.5}):
+        for hard, way in zip(_ways(images, labels)[:2], _ways(images, soft)[:2], strict=True):
+            wanted, found = (finetune(shared_net(), data, data, **config, **mix) for data in (hard, way))
+            assert 0 < found.top1_before < 1 and found.top1_before == wanted.top1_before
+            assert found.top1_after == wanted.top1_after
+            for one, other in zip(found.history, wanted.history, strict=True):
+                assert one == pytest.approx(other, rel=1e-4)
