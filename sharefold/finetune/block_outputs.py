@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from types import TracebackType
 from typing import Any
 
@@ -16,11 +17,14 @@ def _weighted_layers(module: nn.Module) -> int:
     return sum(isinstance(m, (*STOCK_LAYERS, SharedConv)) for m in module.modules())
 
 
-def matching_blocks(student: nn.Module, teacher: nn.Module, pattern: str = "auto") -> list[str]:
+def matching_blocks(
+    student: nn.Module, teacher: nn.Module, pattern: str = "auto", running: Collection[str] | None = None
+) -> list[str]:
     """Names of modules to compare, present in both networks, in the teacher's order.
 
     ``auto`` takes the repeated blocks: members of a Sequential, ModuleList or ModuleDict with at least two weighted
-    layers in the teacher, the innermost where they nest. Else ``pattern`` must match a name as a whole.
+    layers in the teacher, the innermost where they nest, and of those the ones in ``running`` (default: all): heads that are for
+    training alone never run in a teacher. Else ``pattern`` must match a name as a whole.
 
     Raises:
         SharefoldError: nothing matches.
@@ -34,7 +38,8 @@ def matching_blocks(student: nn.Module, teacher: nn.Module, pattern: str = "auto
         parents = {name: teacher.get_submodule(name.rpartition(".")[0]) for name in modules}
         blocks = [n for n, m in modules.items() if isinstance(parents[n], holders) and _weighted_layers(m) >= 2]
         blocks = [n for n in blocks if not isinstance(modules[n], (nn.ModuleList, nn.ModuleDict))]
-        chosen = [n for n in blocks if not any(other.startswith(n + ".") for other in blocks)]
+        innermost = [n for n in blocks if not any(other.startswith(n + ".") for other in blocks)]
+        chosen = [n for n in innermost if running is None or n in running]
     if not chosen:
         raise SharefoldError(
             f"finetune: block_names={pattern!r}: student and teacher have no such block in common: name some with a "
@@ -56,6 +61,10 @@ class Taps:
             self._seen[name] = output
 
         return hook
+
+    def heard(self) -> set[str]:
+        """Names of the modules that ran since the last call of :meth:`outputs`."""
+        return set(self._seen)
 
     def outputs(self) -> list[Tensor]:
         """The outputs since the last call, in the order of the names; they are forgotten here."""

@@ -76,7 +76,8 @@ def finetune(
     """Trains ``model`` in place, by labels, by a teacher, or by both.
 
     Args:
-        model: any classifier, converted or not; returns logits (B, classes).
+        model: any classifier, converted or not; returns logits (B, classes). What else it returns while it trains, as that of
+            auxiliary heads, does not count, and those heads stay as they are.
         train: a DATA string, (images, labels), images alone, a map-style Dataset or a DataLoader. Images are uint8 or
             normalised float, (N, C, H, W) or (N, H, W, C). Several inputs come as ((a, b), labels), or as a Dataset or
             DataLoader of ((a, b), label), and are not augmented.

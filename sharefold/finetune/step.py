@@ -20,6 +20,7 @@ from sharefold.finetune.distributed import World
 from sharefold.finetune.graphed import GraphedGradients
 from sharefold.finetune.losses import block_error, collect_bases, distillation, moments, orthogonality, spread
 from sharefold.finetune.mixing import Mixing
+from sharefold.finetune.training_output import training_apart_from_chance, with_logits_alone
 from sharefold.graph import analyze
 from sharefold.inputs import Input, Inputs, call, shapes_of
 from sharefold.layers import running
@@ -94,14 +95,17 @@ class Updater:
         self.dtype, self.autocast = autocast_for(config, world.device)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         self.distill = 0.0 if teacher is None else (config.distill if config.labels else 1.0)
-        self.classes = self._classes(example[:2])
+        logits = self._logits(example[:2])
+        self.classes = logits.shape[1]
         _check_augmentation(config, example)
         self.mixing = Mixing(config, self.classes, world.device.type)
         self.blocks: list[str] = []
         if teacher is not None and config.block_match:
-            self.blocks = matching_blocks(model, teacher, config.block_names)
+            self.blocks = matching_blocks(model, teacher, config.block_names, self._running(teacher, example[:2]))
             self.spreads = self._spreads(teacher, example)
-        forward: nn.Module = model
+        with training_apart_from_chance(model):
+            forward = with_logits_alone(model, self._answer("model in training mode", model, example[:2]), logits)
+        silent = config.find_unused or forward is not model  # heads that are for training alone get no gradient
         if world.size > 1:
             gpu = [world.device.index] if world.device.type == "cuda" else None
             # Frozen statistics are equal everywhere: sending them before every step would be waiting for nothing.
@@ -109,7 +113,7 @@ class Updater:
             known = inspect.signature(parallel).parameters
             sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch < 2.13
             options: dict[str, Any] = {sync: not config.freeze_norm, "gradient_as_bucket_view": True}
-            forward = parallel(model, device_ids=gpu, find_unused_parameters=config.find_unused, **options)
+            forward = parallel(forward, device_ids=gpu, find_unused_parameters=silent, **options)
         self.forward: Any = torch.compile(forward) if config.compile else forward
         self.wrapped = forward
         self.teacher_forward: Any = torch.compile(teacher) if config.compile and teacher is not None else teacher
@@ -126,7 +130,8 @@ class Updater:
         if config.freeze_norm and type(model) is type(teacher):
             self.own_norms = self._norms(model, self.norms, example)
 
-    def _classes(self, example: Input) -> int:
+    def _logits(self, example: Input) -> Tensor:
+        """What the model says in eval mode."""
         was_training = self.model.training
         try:
             logits = self._answer("model", self.model.eval(), example)
@@ -144,11 +149,13 @@ class Updater:
                     f"finetune: the {what} returns probabilities, and the loss is of logits: take its softmax off, and put it "
                     "back behind the result"
                 )
+        if self.distill and (not isinstance(goal, Tensor) or goal.ndim != 2):
+            raise SharefoldError("finetune: the teacher does not return logits (batch, classes): give a classifier")
         if self.distill and logits.shape != goal.shape:
             raise SharefoldError(
                 f"finetune: the teacher has {goal.shape[1]} classes, the model {logits.shape[1]}: they must be the same"
             )
-        return logits.shape[1]
+        return logits
 
     def _answer(self, what: str, network: nn.Module, example: Input) -> Any:
         try:
@@ -162,6 +169,12 @@ class Updater:
                 f"finetune: the {what} fails on a batch of shape {shapes_of(example)} ({reason}): pass data as it takes them; "
                 "signals (C, L) come as a Dataset or a DataLoader"
             ) from None
+
+    def _running(self, teacher: nn.Module, example: Input) -> set[str]:
+        """Names of the teacher's modules that run."""
+        with Taps(teacher, [name for name, _ in teacher.named_modules()]) as taps, torch.no_grad(), self.autocast():
+            call(teacher, example)
+            return taps.heard()
 
     def _spreads(self, teacher: nn.Module, example: Input) -> list[float]:
         with Taps(teacher, self.blocks) as taps, torch.no_grad(), self.autocast():

@@ -3,13 +3,15 @@ from __future__ import annotations
 import copy
 import os
 import signal
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from finetune_nets import digest, images_and_labels, shared_net
-from networks import Small
-from torch import nn
+from networks import Block, Boxes, Small
+from torch import Tensor, nn
 
 import sharefold.finetune.step
 from sharefold.errors import SharefoldError, SharefoldWarning
@@ -165,6 +167,60 @@ def test_norms_run_inside_of_convolutions_only_where_networks_and_matched_blocks
     assert report.history[-1]["train_loss"] < 1e-6
     report = tune(copied, data, data, teacher=teacher, **settings)
     assert report.top1_before == report.top1_after == 1.0
+
+
+class Aided(nn.Module):
+    """Auxiliary heads help it train; ``answer`` makes of the logits and theirs what it returns meanwhile."""
+
+    def __init__(self, answer: Callable[[Tensor, list[Tensor]], Any]) -> None:
+        super().__init__()
+        self.answer = answer
+        self.blocks = nn.ModuleList(Block(8) for _ in range(2))
+        self.aux = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(2))
+        self.stem, self.drop, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Dropout(0.5), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x, aided = self.stem(x), []
+        for block, head in zip(self.blocks, self.aux, strict=True):
+            x = block(x)
+            if self.training:
+                aided.append(head(x.mean((2, 3))))
+        logits = self.head(self.drop(x.mean((2, 3))))
+        return self.answer(logits, aided) if self.training else logits
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"labels": False, "block_match": 0.5}, {"ema": 0.0, "freeze_norm": True, "block_match": 0.5}]
+)
+def test_networks_that_return_more_while_they_train_learn_by_their_logits(settings):
+    """As one that returns its logits alone, wherever they are among the others; the heads stay as they are."""
+    answers = [
+        lambda logits, aided: logits,
+        lambda logits, aided: (logits, *aided),
+        lambda logits, aided: {"aux": aided, "output": logits},
+    ]
+    found = []
+    for answer in answers:
+        torch.manual_seed(0)
+        model = Aided(answer)
+        before, heads = digest(model), digest(model.aux)
+        tune(model, teacher=copy.deepcopy(model), epochs=1, **settings)
+        assert digest(model) != before and digest(model.aux) == heads
+        found.append(digest(model))
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [(lambda logits, aided: (logits[:, :3], aided[0].T), r"returns \(2, 3\), \(4, 2\), in eval mode logits \(2, 4\)"),
+     (lambda logits, aided: None, "returns NoneType without a tensor")],
+)  # fmt: skip
+def test_networks_that_do_not_return_their_logits_while_they_train_are_refused(answer, words):
+    model = Aided(answer)
+    before = digest(model)
+    with pytest.raises(SharefoldError, match=f"finetune: in training mode the model {words}"):
+        tune(model)
+    assert digest(model) == before
 
 
 def test_the_average_is_that_of_the_weights_along_the_way(monkeypatch):
@@ -341,6 +397,7 @@ def test_impossible_requests(tmp_path):
         ({"keep": "best"}, "keep=best: there are no validation images to tell by"),
         ({"labels": False}, "there must be a teacher"),
         ({"teacher": nn.Sequential(nn.Flatten(), nn.Linear(192, 7))}, "7 classes, the model 4"),
+        ({"teacher": Boxes(Small())}, "the teacher does not return logits"),
         ({"device": "cuda:7"}, "no usable CUDA"),
         ({"device": "toaster"}, "use auto, cpu, cuda"),
     ):
