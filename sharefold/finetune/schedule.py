@@ -12,6 +12,7 @@ from torch import nn
 
 from sharefold.errors import SharefoldError
 from sharefold.finetune.config import FinetuneConfig
+from sharefold.layers import shared_layers
 from sharefold.layers.bank import ATTRIBUTE, banks
 
 ADAPTIVE = ("adam", "lamb", "lion", "adan", "adopt", "mars", "muon", "nadam", "radam", "rmsprop", "lars", "adafactor",
@@ -33,19 +34,18 @@ def roles(model: nn.Module, decay: str = "filters") -> dict[str, Role]:
     coefficient row is the layer's filter seen from the basis, and pulling it to zero undoes the fit of the conversion.
     """
     uses = {f"{ATTRIBUTE}.{key}.": bank.uses for key, bank in banks(model).items()}
-    member_own = {
+    no_filters = {
         f"{name}.{key}" if name else key
-        for name, module in model.named_modules()
-        if "bank" in module.__dict__
-        for key, _ in module.named_parameters(recurse=False)
-        if key != "unique"
+        for name, layer in shared_layers(model).items()
+        for key, _ in layer.named_parameters(recurse=False)
+        if key != layer.pivoted_name
     }
     result = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         count = next((n for prefix, n in uses.items() if name.startswith(prefix)), 1)
-        filters = parameter.ndim > 1 and name not in member_own
+        filters = parameter.ndim > 1 and name not in no_filters
         result[name] = Role(max(1, count), decay == "all" or filters)
     return result
 

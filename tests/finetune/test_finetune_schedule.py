@@ -6,10 +6,12 @@ import pytest
 import torch
 from finetune_nets import shared_net
 from networks import Small
+from torch import nn
 
 from sharefold.errors import SharefoldError
 from sharefold.finetune import FinetuneConfig
-from sharefold.finetune.schedule import Schedule, build_optimizer, parameter_groups
+from sharefold.finetune.schedule import Schedule, build_optimizer, parameter_groups, roles
+from sharefold.layers import Bank, BasisConv, HybridConv, SpatialConv, form_of
 
 
 def _groups(**settings):
@@ -32,6 +34,22 @@ def test_sgd_takes_a_kth_of_the_step_on_a_bank_and_decays_filters_only():
         f"{n}.{p}" for n in ("bn", *(f"layer1.{i}.bn{j}" for i in range(2) for j in (1, 2))) for p in ("weight", "bias")
     }
     assert groups[1.0, 0.0] == {"head.bias", *norms, *(f"{m}.coefficients" for m in members)}
+
+
+def test_own_filters_of_every_kind_decay_and_what_combines_them_does_not():
+    form = form_of(nn.Conv2d(4, 6, 3))
+    assert form is not None
+    columns = torch.randn(3, 4, 3, 1)
+    net = nn.Sequential(
+        BasisConv(form, torch.randn(6, 3), None, torch.randn(3, 4, 3, 3), bias=torch.randn(6)),
+        SpatialConv(form, columns, torch.randn(6, 3, 1, 3), gain=torch.randn(6, 1, 1, 1)),
+        HybridConv(form, torch.randn(6, 14), Bank({"basis": torch.randn(5, 4, 3, 3)}, uses=1), columns),
+    )
+    decaying = {name for name, role in roles(net).items() if role.decays}
+    assert decaying == {"0.unique", "1.vertical", "2.vertical"}
+    assert roles(net).keys() - decaying == {
+        "0.coefficients", "0.own_bias", "1.horizontal", "1.gain", "2.coefficients"
+    }  # fmt: skip
 
 
 def test_adaptive_optimizers_take_the_full_step_unless_told():
