@@ -49,10 +49,12 @@ __all__ = ["SharefoldError", "SharefoldWarning", "__version__", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "finetune":  # the package, which can be called: the function of its name would hide what else is in there
+        return importlib.import_module("sharefold.finetune")
     if name not in _LAZY:
         raise AttributeError(f"module 'sharefold' has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "finetune"])

@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -419,3 +421,12 @@ def test_a_teacher_of_other_pixels_is_warned_about():
     teacher.pretrained_cfg = {**teacher.pretrained_cfg, "mean": (0.4, 0.4, 0.4)}
     with pytest.warns(SharefoldWarning, match=r"expects images of mean \(0\.4"):
         tune(shared_net(), teacher=teacher)
+
+
+def test_the_verb_is_there_without_an_import_of_its_package():
+    code = (
+        "import sys, sharefold\nassert 'sharefold.finetune' not in sys.modules\nverb = sharefold.finetune\n"
+        "assert callable(verb) and verb is sharefold.finetune is sys.modules['sharefold.finetune']\n"
+        "assert verb.FinetuneConfig().epochs > 0 and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
