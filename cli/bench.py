@@ -44,7 +44,7 @@ def command(
     device = run.setup()
     import torch
 
-    from sharefold.bench import explain, peak_tensor_bytes, race_forms, race_layers, race_loading
+    from sharefold.bench import explain, forms_of_auto, peak_tensor_bytes, race_forms, race_layers, race_loading
     from sharefold.data import Preprocess
     from sharefold.inputs import Input
     from sharefold.layers import shared_layers
@@ -76,7 +76,7 @@ def command(
         if shared and rival is not None and against is None and opened.base:
             sizes, loading = race_loading(model, rival, progress=progress)
     own = "model" if "model" in times else "auto" if "auto" in times else "composed"
-    reading = explain(rows, times) if shared else []
+    reading = explain(rows, times, forms_of_auto(model)) if shared else []
     report: dict[str, Any] = {
         "source": source.source,
         "against": rival_name,

@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -212,12 +212,21 @@ def race_layers(
                     "factored": times["factored"].median,
                     "ratio": ratio,
                     "faster": "factored" if ratio < 1 else "composed",
-                    "auto": "factored" if layer.factored_share() <= FACTORED_SHARE else "composed",
+                    "auto": _form_of_auto(layer),
                 }
             )
             if progress:
                 progress("layers", done + 1, len(layers))
     return rows
+
+
+def forms_of_auto(model: nn.Module) -> set[str]:
+    """The forms that ``auto`` takes for the layers that can run in both; with one alone, ``auto`` is that form."""
+    return {_form_of_auto(layer) for layer in shared_layers(model).values() if layer.can_run_factored()}
+
+
+def _form_of_auto(layer: SharedConv) -> str:
+    return "factored" if layer.factored_share() <= FACTORED_SHARE else "composed"
 
 
 def _inputs(model: nn.Module, layers: dict[str, SharedConv], images: Input) -> dict[str, Tensor]:
@@ -320,8 +329,14 @@ def race_loading(
         return sizes, race(runs, repeats, torch.device("cpu"), warmup=1, progress=progress)
 
 
-def explain(rows: Sequence[dict[str, Any]], forms: dict[str, Timing]) -> list[str]:
-    """What was found about the run-time form, in sentences; ``rows`` may be empty, where layers were not timed alone."""
+def explain(rows: Sequence[dict[str, Any]], forms: dict[str, Timing], auto: Collection[str] = ()) -> list[str]:
+    """What was found about the run-time form, in sentences.
+
+    Args:
+        rows: of :func:`race_layers`, or none where layers were not timed alone.
+        forms: of :func:`race_forms`.
+        auto: of :func:`forms_of_auto`: a form that ``auto`` takes everywhere is not advised in its place.
+    """
     if not forms.keys() & set(FORMS):
         return ["No layer shares: there is one way to run."]
     if "factored" not in forms:
@@ -339,7 +354,7 @@ def explain(rows: Sequence[dict[str, Any]], forms: dict[str, Timing]) -> list[st
             + (f", and auto is wrong on {len(wrong)}." if wrong else ", the same ones.")
         )
     best = min(("composed", "factored", "auto"), key=lambda form: forms[form].ratio)
-    if best != "auto" and forms["auto"].ratio / forms[best].ratio > 1.05:
+    if best != "auto" and set(auto) != {best} and forms["auto"].ratio / forms[best].ratio > 1.05:
         gain = forms["auto"].ratio / forms[best].ratio
         lines.append(f"Set runtime = {best!r} on the shared layers to be {gain:.2f} times as fast as auto.")
     return lines

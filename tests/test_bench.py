@@ -16,6 +16,7 @@ from sharefold.bench import (
     FORMS,
     Timing,
     explain,
+    forms_of_auto,
     latencies,
     peak_tensor_bytes,
     race,
@@ -113,6 +114,7 @@ def test_layers_are_timed_on_their_own_inputs(shared: nn.Module) -> None:
         assert row["share"] == layers[row["name"]].factored_share()
         assert row["faster"] == ("factored" if row["ratio"] < 1 else "composed")
         assert row["auto"] == ("factored" if layers[row["name"]].runs_factored() else "composed")
+    assert forms_of_auto(shared) == {row["auto"] for row in rows}
 
 
 def test_loading_reads_what_it_wrote(shared: nn.Module) -> None:
@@ -139,6 +141,9 @@ def test_the_explanation_follows_the_figures() -> None:
     text = " ".join(explain(rows, forms(1.0, 0.5, 0.8)))
     assert "factored is the faster form of the whole network here, by 2.00 times" in text
     assert "1 of 2 layers" in text and "wrong on 1" in text and "runtime = 'factored'" in text and "1.60 times" in text
+    assert "runtime =" in " ".join(explain([], forms(0.5, 1.0, 1.0), {"factored"}))
+    assert "runtime =" in " ".join(explain([], forms(1.0, 0.5, 0.8), {"composed", "factored"}))
+    assert "runtime =" not in " ".join(explain([], forms(1.0, 0.5, 0.8), {"factored"})), "auto is that already"
     fine = " ".join(explain(rows[1:], forms(1.0, 2.0, 1.0)))
     assert "composed is the faster" in fine and "the same ones" in fine and "runtime =" not in fine
     assert "layers" not in " ".join(explain([], forms(1.0, 2.0, 1.0)))  # timed as a whole alone
