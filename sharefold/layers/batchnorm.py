@@ -65,11 +65,14 @@ def takes_scale(norm: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def absorb_scale(norm: nn.Module, scale: Tensor) -> None:
+def absorb_scale(norm: nn.Module, scale: Tensor) -> Tensor:
     """Changes a BatchNorm so that on inputs x it does in eval mode what it did on scale * x, scale (C,).
 
     As much as can be goes into the running statistics, so that it holds in train mode, too. Scales are kept away from
     0 so that the statistics stay finite.
+
+    Returns:
+        The scale (C,) that it took.
     """
     mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
     weight, eps = cast(Tensor, norm.weight), float(cast(Any, norm.eps))
@@ -80,3 +83,4 @@ def absorb_scale(norm: nn.Module, scale: Tensor) -> None:
     weight.mul_((scale * (new / old).sqrt()).to(weight))
     mean.div_(scale)
     variance.copy_(new - eps)
+    return scale

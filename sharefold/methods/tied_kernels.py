@@ -59,13 +59,16 @@ class TiedKernels(LayerMethod):
         form, fit = fit_members(model, graph, statistics, plan.members, share_bias)
         return _solution(form, fit)
 
+    @torch.no_grad()
     def finish(self, model: nn.Module, graph: NetworkGraph, plan: GroupPlan) -> None:
         for name in plan.members:
             layer = cast(TiedConv, model.get_submodule(name))
             norm = graph.layers[name].norm
             if layer.scale is not None and norm is not None:
-                absorb_scale(model.get_submodule(norm), layer.scale.detach())
+                scale = absorb_scale(model.get_submodule(norm), layer.scale)
                 layer.scale = None
+                if layer.own_bias is not None:  # the scale was the kernel's alone, and the norm multiplies the bias by it, too
+                    layer.own_bias.div_(scale.to(layer.own_bias))
 
     def blank(self, forms: list[ConvForm], options: dict[str, Any]) -> Solution:
         if options.get("bias", "own") not in ("own", "shared"):

@@ -106,7 +106,8 @@ def test_huge_and_zero_scales_stay_finite() -> None:
     module, before = norm(3), norm(3)
     before.load_state_dict(module.state_dict())
     scale = torch.tensor([0.0, 1e6, -1e6])
-    absorb_scale(module, scale)
+    taken = absorb_scale(module, scale)
+    assert torch.equal(taken[1:], scale[1:]) and 0 < float(taken[0]) < 1e-3
     assert all(torch.isfinite(t).all() for t in module.state_dict().values())
     x = torch.randn(4, 3, 2, 2)
     assert torch.allclose(module(x)[:, 0], before(0 * x)[:, 0], atol=1e-3)

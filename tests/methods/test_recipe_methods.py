@@ -37,6 +37,23 @@ class Separable(nn.Module):
         return self.head(self.last(self.point(self.stem(x))).mean((2, 3)))
 
 
+class Multiples(nn.Module):
+    """Three blocks, whose kernels are one kernel times a number a channel, with norms of their own behind them."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        convs = [nn.Conv2d(8, 8, 3, padding=1, bias=bias) for _ in range(3)]
+        self.blocks = nn.Sequential(*[nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU()) for conv in convs])
+        self.head = nn.Linear(8, 5)
+        with torch.no_grad():
+            for k, conv in enumerate(convs):
+                conv.weight.copy_(convs[0].weight * torch.linspace(0.5, 2.0, 8).roll(3 * k)[:, None, None, None])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
 def trained_like(model: nn.Module, size: int = 8) -> nn.Module:
     return networks.trained_like(model, size, 64)
 
@@ -160,3 +177,14 @@ def test_tied_kernels_leave_nothing_but_the_kernel() -> None:
     convert_(model, build_plan("sharesnet", model, images[:1]), calibration=images)
     layers = [layer for layer in model.modules() if isinstance(layer, TiedConv)]
     assert len(layers) == 9 and not any(True for layer in layers for _ in layer.parameters(recurse=False))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_scale_that_goes_into_the_norm_leaves_the_bias(bias: bool) -> None:
+    """Kernels are exact multiples of one another, so that tying them loses nothing."""
+    model, images = trained_like(Multiples(bias)), torch.randn(48, 3, 8, 8)
+    before = model(images)
+    convert_(model, plan_of("tied-kernels", tuple(f"blocks.{k}.0" for k in range(3)), align=False), images, repair=False)
+    assert isinstance(model.blocks[0][0], TiedConv)
+    torch.testing.assert_close(model(images), before, rtol=1e-3, atol=1e-3)
