@@ -312,7 +312,11 @@ def weight_matrix(layer: nn.Module) -> Tensor:
     """(O, N): the weight of a shared or stock layer, one flattened filter a row, as its patches (N,) meet it."""
     form = any_form_of(layer)
     weight: Any = layer.weight
-    return weight.flatten(1) if form is None else matrix_of(weight, form)
+    if form is None:
+        return weight.flatten(1)
+    if not isinstance(layer, SharedConv):  # its weight is standardised and has its gain already
+        weight = form.standardized(weight, getattr(layer, "gain", None))
+    return matrix_of(weight, form)
 
 
 def checked_form(name: str, layer: nn.Module) -> ConvForm:

@@ -12,15 +12,15 @@ from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.graph.repeats import structure
 from sharefold.layers import (
-    ConvForm,
     RepeatedBlock,
     absorb_scale,
-    matrix_of,
     mean_output,
     repeat_blocks,
     replace_module,
     shared_parameters,
     shift_output,
+    takes_scale,
+    weight_matrix,
 )  # fmt: skip
 from sharefold.methods.alignment import align_groups
 from sharefold.methods.contract import ConversionStep, Solution
@@ -61,11 +61,22 @@ class Reuse(ConversionStep):
         errors = []
         for names in inner_groups(graph, plan.members):
             leaf = names[0].removeprefix(f"{plan.members[0]}.")
-            form, fit = fit_members(model, graph, statistics, names, share_bias=True)
+            norms = [_norm_within(block, graph.layers[name].norm) for block, name in zip(plan.members, names, strict=True)]
+            form, fit = fit_members(model, graph, statistics, names, True, norms)
             tensors[f"{leaf}.weight"] = form.native(fit.weight).reshape(tensors[f"{leaf}.weight"].shape)
             if fit.bias is not None:
                 tensors[f"{leaf}.bias"] = fit.bias
-            _into_norms(model, graph, statistics, form, names, plan.members, fit, own)
+            gain = tensors.get(f"{leaf}.gain")
+            kernel = form.standardized(fit.weight.reshape(form.weight_shape), gain).reshape(form.out_channels, -1)
+            scales = _scales([model.get_submodule(name) for name in names], gain, fit)
+            for index, (name, norm) in enumerate(zip(names, norms, strict=True)):
+                if norm is None or fit.bias is not None:
+                    continue
+                mean = statistics.means[name]
+                scale = None if scales is None else scales[index]
+                moved = _moved(model.get_submodule(name), model.get_submodule(norm), kernel, scale, mean)
+                place = norm.removeprefix(f"{plan.members[index]}.")
+                own[index].update({f"{place}.{key}": value for key, value in moved.items()})
             errors.append(fit.errors)
         return Solution(tensors, own, torch.stack(errors).mean(0) if errors else None)
 
@@ -110,31 +121,37 @@ def _mean_parameters(blocks: list[nn.Module]) -> dict[str, Tensor]:
     return means
 
 
-def _into_norms(
-    model: nn.Module, graph: NetworkGraph, statistics: Statistics, form: ConvForm, names: list[str],
-    blocks: tuple[str, ...], fit: TiedFit, own: list[dict[str, Tensor]],
-) -> None:  # fmt: skip
-    """Puts scales and mean differences of a tied layer into the copies of the norm behind it."""
-    if fit.bias is not None or float(fit.errors.max()) == 0.0:
-        return
-    for index, (name, block) in enumerate(zip(names, blocks, strict=True)):
-        norm_name = graph.layers[name].norm
-        if norm_name is None or not norm_name.startswith(f"{block}."):
-            continue
-        norm = _scratch(model.get_submodule(norm_name))
-        if norm is None:
-            continue
-        weight = fit.weight if fit.scales is None else fit.weight * fit.scales[index].unsqueeze(1)
-        dense = matrix_of(cast(Tensor, model.get_submodule(name).weight).detach(), form)
-        change = dense - weight.to(dense)
-        shift_output(norm, mean_output(change, statistics.means[name].to(change)))
-        if fit.scales is not None:
-            absorb_scale(norm, fit.scales[index])
-        leaf = norm_name.removeprefix(f"{block}.")
-        for key in ("weight", "running_mean", "running_var"):
-            value = getattr(norm, key)
-            if value is not None:
-                own[index][f"{leaf}.{key}"] = value.detach()
+def _norm_within(block: str, norm: str | None) -> str | None:
+    """``norm`` where it lies in ``block``, so that every iteration has one of its own."""
+    return norm if norm is not None and norm.startswith(f"{block}.") else None
+
+
+def _scales(layers: list[nn.Module], gain: Tensor | None, fit: TiedFit) -> Tensor | None:
+    """(K, O) of every layer's filters over the common ones, which have the mean ``gain`` of weight-standardised layers."""
+    if gain is None:
+        return fit.scales
+    own = torch.stack([cast(Tensor, layer.gain).detach().reshape(-1) for layer in layers]).to(fit.weight)
+    common = gain.reshape(-1).to(own)
+    ratios = torch.where(common == 0, torch.ones_like(own), own / common)
+    return ratios if fit.scales is None else ratios * fit.scales.to(ratios)
+
+
+@torch.no_grad()
+def _moved(layer: nn.Module, norm: nn.Module, kernel: Tensor, scale: Tensor | None, mean: Tensor) -> dict[str, Tensor]:
+    """Tensors of the norm that gives on ``kernel`` (O, N) what ``norm`` does on the layer's own, which is about ``scale`` (O,)
+    times as large; ``mean`` (G, N) are the layer's inputs. None of norms without running statistics."""
+    copied = _scratch(norm)
+    if copied is None:
+        return {}
+    if not takes_scale(norm):
+        scale = None
+    dense = weight_matrix(layer)
+    change = dense - (kernel if scale is None else kernel * scale.unsqueeze(1)).to(dense)
+    shift_output(copied, mean_output(change, mean.to(change)))
+    if scale is not None:
+        absorb_scale(copied, scale)
+    tensors = {key: getattr(copied, key) for key in ("weight", "running_mean", "running_var")}
+    return {key: value.detach() for key, value in tensors.items() if value is not None}
 
 
 def _scratch(norm: nn.Module) -> nn.Module | None:

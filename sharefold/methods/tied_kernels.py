@@ -56,7 +56,8 @@ class TiedKernels(LayerMethod):
 
     def fit(self, model: nn.Module, graph: NetworkGraph, statistics: Statistics, plan: GroupPlan) -> Solution:
         share_bias = plan.options.get("bias") == "shared"
-        form, fit = fit_members(model, graph, statistics, plan.members, share_bias)
+        norms = [graph.layers[name].norm for name in plan.members]
+        form, fit = fit_members(model, graph, statistics, plan.members, share_bias, norms)
         return _solution(form, fit)
 
     @torch.no_grad()
@@ -98,9 +99,10 @@ def _solution(form: ConvForm, fit: TiedFit) -> Solution:
 
 
 def fit_members(
-    model: nn.Module, graph: NetworkGraph, statistics: Statistics, names: Sequence[str], share_bias: bool
-) -> tuple[ConvForm, TiedFit]:
-    """One kernel for the layers ``names``; with scales where every one of them has a BatchNorm that takes them."""
+    model: nn.Module, graph: NetworkGraph, statistics: Statistics, names: Sequence[str], share_bias: bool,
+    norms: Sequence[str | None],
+) -> tuple[ConvForm, TiedFit]:  # fmt: skip
+    """One kernel for the layers ``names``; with scales where every one of the BatchNorms ``norms`` behind them takes them."""
     problem = problem_of(model, graph, names, statistics)
     layers = [model.get_submodule(name) for name in names]
     biases = means = None
@@ -110,9 +112,12 @@ def fit_members(
         # An uncentred moment counts the mean itself, which no bias of the layer's own can put right any more.
         centered = torch.tensor([statistics.centered.get(name, False) for name in names]).to(means)
         problem.moments = problem.moments + centered.view(-1, 1, 1, 1) * means.unsqueeze(3) * means.unsqueeze(2)
-    norms = [graph.layers[name].norm for name in names]
     scaled = biases is None and all(n is not None and takes_scale(model.get_submodule(n)) for n in norms)
-    return problem.forms[0], fit_kernel(problem, biases, means, scaled)
+    form, fit = problem.forms[0], fit_kernel(problem, biases, means, scaled)
+    if fit.scales is not None and form.standardize is not None:
+        # Standardisation gives every filter the same size again; of a scale its sign is left.
+        fit.scales = torch.where(fit.scales < 0, -1.0, 1.0).to(fit.scales)
+    return form, fit
 
 
 def fit_kernel(problem: GroupProblem, biases: Tensor | None, means: Tensor | None, scaled: bool) -> TiedFit:

@@ -28,6 +28,7 @@ from sharefold.layers import (
     shared_layers,
     stray_pointers,
     to_dense,
+    weight_matrix,
     with_pivots,
 )  # fmt: skip
 
@@ -93,6 +94,7 @@ def test_special_classes_are_matched(make):
         dense = layer.dense()
         assert type(dense) is type(module)
         torch.testing.assert_close(dense(x), layer(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(weight_matrix(module), weight_matrix(layer), **close)
 
 
 def test_spatial_conv_equals_its_composition_for_strides_and_dilation():

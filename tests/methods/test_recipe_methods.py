@@ -8,13 +8,14 @@ from dataclasses import replace
 import networks
 import pytest
 import torch
+from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import nn
 
 from sharefold.calibration.statistics import statistics_of
 from sharefold.convert import convert_
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
-from sharefold.layers import GroupedPointwise, TiedConv
+from sharefold.layers import GroupedPointwise, RepeatedBlock, TiedConv
 from sharefold.methods import LayerSwap, step_named
 from sharefold.methods.alignment import align_groups, permute_space
 from sharefold.methods.surrogate import descend, gaussian
@@ -40,15 +41,18 @@ class Separable(nn.Module):
 class Multiples(nn.Module):
     """Three blocks, whose kernels are one kernel times a number a channel, with norms of their own behind them."""
 
-    def __init__(self, bias: bool = False) -> None:
+    def __init__(self, bias: bool = False, conv: type[nn.Conv2d] = nn.Conv2d) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        convs = [nn.Conv2d(8, 8, 3, padding=1, bias=bias) for _ in range(3)]
-        self.blocks = nn.Sequential(*[nn.Sequential(conv, nn.BatchNorm2d(8), nn.ReLU()) for conv in convs])
+        convs = [conv(8, 8, 3, padding=1, bias=bias) for _ in range(3)]
+        self.blocks = nn.Sequential(*[nn.Sequential(nn.Sequential(conv), nn.BatchNorm2d(8), nn.ReLU()) for conv in convs])
         self.head = nn.Linear(8, 5)
+        factors = torch.tensor([0.5, -1.0, 2.0, -4.0, 1.0, -0.5, 4.0, -2.0])
         with torch.no_grad():
             for k, conv in enumerate(convs):
-                conv.weight.copy_(convs[0].weight * torch.linspace(0.5, 2.0, 8).roll(3 * k)[:, None, None, None])
+                conv.weight.copy_(convs[0].weight * factors.roll(3 * k)[:, None, None, None])
+                if isinstance(conv, ScaledStdConv2d):
+                    nn.init.uniform_(conv.gain, 0.5, 2.0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
@@ -181,10 +185,31 @@ def test_tied_kernels_leave_nothing_but_the_kernel() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_scale_that_goes_into_the_norm_leaves_the_bias(bias: bool) -> None:
+@pytest.mark.parametrize("conv", [nn.Conv2d, StdConv2d, ScaledStdConv2d])
+def test_a_scale_that_goes_into_the_norm_leaves_the_bias(bias: bool, conv: type[nn.Conv2d]) -> None:
     """Kernels are exact multiples of one another, so that tying them loses nothing."""
-    model, images = trained_like(Multiples(bias)), torch.randn(48, 3, 8, 8)
+    model, images = trained_like(Multiples(bias, conv)), torch.randn(48, 3, 8, 8)
     before = model(images)
-    convert_(model, plan_of("tied-kernels", tuple(f"blocks.{k}.0" for k in range(3)), align=False), images, repair=False)
-    assert isinstance(model.blocks[0][0], TiedConv)
-    torch.testing.assert_close(model(images), before, rtol=1e-3, atol=1e-3)
+    convert_(model, plan_of("tied-kernels", tuple(f"blocks.{k}.0.0" for k in range(3)), align=False), images, repair=False)
+    assert isinstance(model.blocks[0][0][0], TiedConv)
+    torch.testing.assert_close(model(images), before, rtol=2e-3, atol=2e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("conv", "whole"), [(nn.Conv2d, True), (nn.Conv2d, False), (StdConv2d, False), (ScaledStdConv2d, False)])
+def test_reused_blocks_keep_their_scales_signs_and_gains_in_their_norms(conv: type[nn.Conv2d], whole: bool) -> None:
+    model, images = Multiples(conv=conv), torch.randn(48, 3, 8, 8)
+    for k, factor in enumerate((1.0, -2.0, 4.0) if whole else ()):  # so that errors are 0 to the last bit
+        model.blocks[k][0][0].weight.copy_(factor * model.blocks[0][0][0].weight)
+    before = trained_like(model)(images)
+    convert_(model, plan_of("reuse", tuple(f"blocks.{k}" for k in range(3)), align=False), images, repair=False)
+    assert isinstance(model.blocks[0], RepeatedBlock)
+    torch.testing.assert_close(model(images), before, rtol=2e-3, atol=2e-3)
+
+
+@torch.no_grad()
+def test_scales_count_for_reuse_only_where_a_norm_in_the_block_takes_them() -> None:
+    model, images = trained_like(Multiples()), torch.randn(48, 3, 8, 8)
+    members = tuple(f"blocks.{k}.0" for k in range(3))  # without the norms
+    done = convert_(copy.deepcopy(model), plan_of("reuse", members, align=False), images, repair=False)
+    assert done.plan.groups[0].error is not None and done.plan.groups[0].error > 0.1
