@@ -45,6 +45,7 @@ def fisher(statistics: Statistics) -> Objective:
         if any(name not in sensitivity for name in names):
             return torch.ones_like(problem.importance)
         rows = torch.stack([sensitivity[name] for name in names]).to(problem.weights)
+        rows = rows * torch.stack([_gain(statistics.model.get_submodule(name), rows[0]) for name in names]).square()
         damage = replace(problem, row_weights=rows).energy / 2
         damage = damage * torch.tensor([_together(statistics, problem.only(k), name) for k, name in enumerate(names)]).to(damage)
         return damage.clamp_min(SMALLEST).sqrt()
@@ -91,6 +92,12 @@ def output_kl(statistics: Statistics) -> Objective:
     return factors
 
 
+def _gain(layer: nn.Module, like: Tensor) -> Tensor:
+    """(O,) what a problem's weights lack of a layer's own: the learned gain of weight-standardised layers, else ones."""
+    gain = getattr(layer, "gain", None)
+    return torch.ones_like(like) if gain is None else gain.detach().reshape(-1).to(like)
+
+
 class _Probe:
     """Runs the dense network with one layer's weight at low rank."""
 
@@ -113,10 +120,7 @@ class _Probe:
         shift = torch.zeros(form.out_channels, device=change.device)
         if self.statistics.centered.get(name):  # what conversion will let a bias or BatchNorm absorb
             shift = mean_output(change, self.statistics.means[name].to(change))
-        gain = getattr(layer, "gain", None)
-        scale = torch.ones_like(shift)
-        if gain is not None and form.standardize is not None:
-            scale = gain.detach().reshape(-1).to(scale) * form.standardize[1]
+        scale = _gain(layer, shift)
         kernel = form.native((change * scale[:, None]).reshape(form.weight_shape))
         shift = (shift * scale).view(-1, *[1] * (-1 - form.channel_axis))
 

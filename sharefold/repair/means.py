@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sharefold.calibration.mean_owner import output_mean_owner
 from sharefold.graph import NetworkGraph
-from sharefold.layers import checked_form, mean_output, shared_layers, shift_output, target_weight
+from sharefold.layers import mean_output, shared_layers, shift_output, weight_matrix
 
 
 @torch.no_grad()
@@ -33,12 +33,8 @@ def absorb_means(
         dense = original.get_submodule(name)
         if owner is None or (owner is dense and layer.own_bias is None):  # the bias may be the bank's
             continue
-        form = checked_form(name, dense)
-        change = target_weight(dense, form) - form.standardized(layer.compose(), None).reshape(form.out_channels, -1)
+        change = weight_matrix(dense) - weight_matrix(layer)
         shift = mean_output(change, means[name].to(change))
-        if layer.gain is not None:
-            assert layer.form.standardize is not None
-            shift = shift * layer.gain.reshape(-1) * layer.form.standardize[1]
         shift_output(layer if layer.own_bias is not None else model.get_submodule(cast(str, record.norm)), shift)
 
 

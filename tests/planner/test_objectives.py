@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from networks import BLOCKS, Boxes, Mute, images, net
+from timm.layers import ScaledStdConv2d
 from torch import Tensor, nn
 
 import sharefold
@@ -18,6 +19,7 @@ from sharefold.calibration.problem import GroupProblem, problem_of
 from sharefold.calibration.statistics import Statistics, statistics_of
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
+from sharefold.layers import weight_matrix
 from sharefold.measure import agreement
 from sharefold.planner import OBJECTIVES
 from sharefold.planner.objectives import approximation
@@ -79,6 +81,22 @@ def test_kl_is_that_of_converting_the_layer_alone():
         done = sharefold.convert_(converted, Plan([group], before, before), cal, repair=False)
         assert done.plan.groups[0].error == pytest.approx(error, rel=1e-3)
         assert factor**2 * error == pytest.approx(agreement(model, converted, cal.fit_images).kl, rel=0.02, abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["kl", "fisher"])
+def test_scale_and_gain_of_standardised_layers_count_once(objective):
+    """An NFNet's convolution counts as much as the plain one that computes the same."""
+    conv, head = ScaledStdConv2d(3, 16, 3, padding=0), nn.Linear(16, 5)
+    nn.init.uniform_(conv.gain, 2.0, 4.0), nn.init.normal_(head.weight)
+    plain = nn.Conv2d(3, 16, 3)
+    plain.weight, plain.bias = nn.Parameter(weight_matrix(conv).detach().reshape(16, 3, 3, 3)), conv.bias
+    found = []
+    for layer in (plain, conv):
+        model = nn.Sequential(layer, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).eval()
+        cal = calibrate(model, CALIBRATION)
+        problem = problem_of(model, cal.graph, ["0"], cal.statistics)
+        found.append(float(OBJECTIVES[objective](cal.statistics)(problem, ["0"])[0]))
+    assert found[0] == pytest.approx(found[1], rel=0.05)
 
 
 def test_kl_leaves_the_network_as_it_was():
