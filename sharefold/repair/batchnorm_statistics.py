@@ -7,11 +7,10 @@ take what is lost for granted.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sharefold.repair.partial import Partial
 from sharefold.repair.work import Work
@@ -34,32 +33,58 @@ class NormStatistics:
 
     @torch.no_grad()
     def run(self, work: Work) -> Partial:
-        norms, images = _norms(work), work.cal.fit_images
-        old = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
-        saved = [(norm.momentum, copy.deepcopy(norm.num_batches_tracked)) for norm in norms]
+        found, images = {norm: _Pooled() for norm in _norms(work)}, work.cal.fit_images
+        kept = [(buffer, buffer.clone()) for norm in found for buffer in norm.buffers(recurse=False)]
+        handles = [norm.register_forward_pre_hook(pooled.hook) for norm, pooled in found.items()]
         try:
             with evaluating(work.model):
-                for norm in norms:
-                    norm.reset_running_stats()
-                    norm.momentum = None  # a cumulative average over all batches
-                    norm.train()
+                for norm in found:
+                    norm.train()  # what is behind it gets inputs as the new statistics will make them
                 for batch in images.split(batch_of(images, MOST, LEAST)):
                     if len(batch) > 1:
                         run_on(work.model, batch)
         finally:
-            for norm, (momentum, count) in zip(norms, saved, strict=True):
-                norm.momentum = momentum
-                if count is not None:
-                    norm.num_batches_tracked.copy_(count)
-        new = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+            for handle in handles:
+                handle.remove()
+            for buffer, value in kept:
+                buffer.copy_(value)
+        # The others do not run in eval mode: those of auxiliary heads, and those that their layer composes with its filters.
+        norms = [norm for norm, pooled in found.items() if pooled.count > 1]
+        old = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+        new = [(found[norm].mean, found[norm].variance) for norm in norms]
 
         @torch.no_grad()
         def keep(parts: int) -> None:
             for norm, before, after in zip(norms, old, new, strict=True):
                 for place, first, last in zip((norm.running_mean, norm.running_var), before, after, strict=True):
+                    last = last.to(first)
                     place.copy_(last if parts == PARTS else first.lerp(last, parts / PARTS))
 
+        keep(PARTS)
         return Partial(PARTS, keep, lambda parts: {"step": parts / PARTS})
+
+
+class _Pooled:
+    """Mean and variance (C,) of a norm's inputs over all batches together, in float64 on the CPU."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.squares = torch.zeros((), dtype=torch.float64)  # squares of differences from the mean, added up
+
+    def hook(self, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        values = inputs[0].detach().float()
+        axes = [0, *range(2, values.ndim)]
+        variance, mean = (part.cpu().double() for part in torch.var_mean(values, axes, correction=0))
+        count = values.numel() // values.shape[1]
+        share = count / (self.count + count)
+        self.squares = self.squares + count * variance + (self.count * share) * (mean - self.mean).square()
+        self.mean = self.mean + (mean - self.mean) * share
+        self.count += count
+
+    @property
+    def variance(self) -> Tensor:
+        """Unbiased, as running variances are."""
+        return self.squares / (self.count - 1)
 
 
 def _norms(work: Work) -> list[Any]:

@@ -10,7 +10,9 @@ from networks import images, logits, net
 from repair_works import done_by, work_of
 from torch import nn
 
+from sharefold.convert import convert_
 from sharefold.measure import agreement
+from sharefold.plans import GroupPlan, Plan
 from sharefold.repair import batchnorm_statistics as module
 from sharefold.repair.batchnorm_statistics import NormStatistics
 from sharefold.repair.step_record import StepRecord
@@ -111,6 +113,23 @@ def test_any_part_of_the_way_can_be_kept() -> None:
         for value, first, last in zip((model.bn.running_mean, model.bn.running_var), old, new, strict=True):
             torch.testing.assert_close(value, first + (last - first) * parts / 4)
     assert partial.details(3) == {"step": 0.75}
+
+
+def test_norms_that_do_not_run_keep_every_bit() -> None:
+    """Auxiliary heads run in train mode alone; the norm within a layer of filter bases is composed with it in eval mode."""
+    original = net()
+    original.auxiliary = nn.BatchNorm2d(3)
+    nn.init.normal_(original.auxiliary.running_mean)
+    model = copy.deepcopy(original)
+    group = GroupPlan("g", "filter-bases", ("stage1.0.conv1", "stage1.1.conv1"), {"shared": 4, "unique": 2})
+    convert_(model, Plan([group], 0, 0), FITTING, repair=False)
+    before = copy.deepcopy(model.state_dict())
+    partial = NormStatistics().run(work_of(original, model, FITTING, HELD_OUT, [group]))
+    for parts in (4, 1):
+        partial.keep(parts)
+        changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+        assert "bn.running_mean" in changed and not any("auxiliary" in key or "conv1.norm" in key for key in changed)
+    assert any("conv1.norm" in key for key in before)
 
 
 @pytest.mark.parametrize("side", [12, 900])
