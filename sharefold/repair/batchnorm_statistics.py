@@ -29,7 +29,9 @@ class NormStatistics:
     name = "norms"
 
     def refusal(self, work: Work) -> str:
-        return "" if _norms(work) else "the network has no BatchNorm with running statistics"
+        if not _norms(work):
+            return "the network has no BatchNorm with running statistics"
+        return "" if len(work.cal.fit_images) > 1 else "one image alone has no variance to tell"
 
     @torch.no_grad()
     def run(self, work: Work) -> Partial:
@@ -40,9 +42,8 @@ class NormStatistics:
             with evaluating(work.model):
                 for norm in found:
                     norm.train()  # what is behind it gets inputs as the new statistics will make them
-                for batch in images.split(batch_of(images, MOST, LEAST)):
-                    if len(batch) > 1:
-                        run_on(work.model, batch)
+                for batch in images.split(_sizes(len(images), batch_of(images, MOST, LEAST))):
+                    run_on(work.model, batch)
         finally:
             for handle in handles:
                 handle.remove()
@@ -85,6 +86,12 @@ class _Pooled:
     def variance(self) -> Tensor:
         """Unbiased, as running variances are."""
         return self.squares / (self.count - 1)
+
+
+def _sizes(count: int, most: int) -> list[int]:
+    """Sizes of batches of about ``most`` images, as equal as can be: a short last one would be normalised by next to nothing."""
+    parts = min(-(-count // most), max(1, count // LEAST))
+    return [count // parts + (part < count % parts) for part in range(parts)]
 
 
 def _norms(work: Work) -> list[Any]:

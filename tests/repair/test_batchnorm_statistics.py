@@ -141,4 +141,17 @@ def test_large_images_still_come_in_batches(monkeypatch: pytest.MonkeyPatch, sid
     monkeypatch.setattr(module, "run_on", lambda _, batch: seen.append(len(batch)))
     monkeypatch.setattr(type(work.cal), "fit_images", torch.zeros(40, 1, 1, 1).expand(40, 3, side, side))
     module.NormStatistics().run(work)
-    assert seen == ([40] if side == 12 else [16, 16, 8])
+    assert seen == ([40] if side == 12 else [20, 20])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("count", [33, 49, 60])
+def test_all_images_count_the_same_whatever_the_batches(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(module, "MOST", 16)
+    original = net()
+    model = copy.deepcopy(original)
+    fitting = images(count, 3) * torch.linspace(0.1, 4, count)[:, None, None, None]  # the last ones are far from all others
+    NormStatistics().run(work_of(original, model, fitting, HELD_OUT))
+    y = model.stem(fitting)
+    torch.testing.assert_close(model.bn.running_mean, y.mean((0, 2, 3)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.bn.running_var, y.var((0, 2, 3)), rtol=1e-5, atol=1e-5)
