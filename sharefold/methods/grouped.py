@@ -139,7 +139,9 @@ class Grouped(ConversionStep):
                                  "dense twin; keep the shared form")
         weight, offset = affine
         form = module.form
-        bias = offset if module.first.bias is not None else None
+        bias = None
+        if module.first.bias is not None:
+            bias = offset if module.second_norm is None else torch.zeros_like(offset)  # the norm behind adds it
         replace_module(model, name, form.dense(weight.reshape(form.weight_shape), bias, None))
         if module.second_norm is not None:
             norm = copy.deepcopy(module.second_norm)

@@ -12,6 +12,7 @@ from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import nn
 
 from sharefold.calibration.statistics import statistics_of
+from sharefold.checkpoint import expand
 from sharefold.convert import convert_
 from sharefold.errors import SharefoldError
 from sharefold.graph import analyze
@@ -124,6 +125,19 @@ def test_grouped_pair_with_an_activation_is_fitted_by_descent() -> None:
     pair = model.point[0]
     assert isinstance(pair, GroupedPointwise) and isinstance(model.point[1], nn.Identity)
     assert isinstance(pair.act, nn.ReLU) and pair.first_norm is not pair.second_norm
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("norm", [None, "last.1"])
+def test_a_grouped_pair_adds_its_offset_once_when_it_is_made_dense(bias: bool, norm: str | None) -> None:
+    model = Separable()
+    if bias:
+        model.last[0] = nn.Conv2d(32, 16, 1)
+    trained_like(model)
+    images = torch.randn(48, 3, 8, 8)
+    convert_(model, plan_of("grouped", ("last.0",), groups=4, second=True, norm=norm), images, repair=False)
+    torch.testing.assert_close(expand(model)(images), model(images), rtol=1e-4, atol=1e-4)
 
 
 def test_gaussian_has_the_moments_asked_for() -> None:
