@@ -11,7 +11,7 @@ from sharefold.calibration.problem import GroupProblem, problem_of
 from sharefold.calibration.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
-from sharefold.layers import Bank, BasisConv, ConvForm, SharedConv, make_identity
+from sharefold.layers import Bank, BasisConv, ConvForm, SharedConv, checked_form, make_identity
 from sharefold.methods.contract import LayerSwap, Solution
 from sharefold.plans import GroupPlan
 from sharefold.solvers import low_rank, shared_basis
@@ -95,6 +95,9 @@ class FilterBases(LayerSwap):
             if not isinstance(layer, nn.Conv2d) or layer.groups != 1:
                 raise SharefoldError(f"plan: group {plan.name!r}: {name} is no ungrouped convolution, which filter bases "
                                      "need: leave it out")
+            if checked_form(name, layer).standardize is not None:
+                raise SharefoldError(f"plan: group {plan.name!r}: {name} standardises its weight, which filters with a norm "
+                                     "behind them cannot: leave it out")
 
 
 def _counts(options: dict[str, Any]) -> tuple[int, int]:

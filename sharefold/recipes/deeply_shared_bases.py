@@ -14,6 +14,7 @@ from torch import nn
 
 from sharefold.errors import SharefoldError
 from sharefold.graph import Group, LayerRecord, NetworkGraph, find_groups
+from sharefold.layers import form_of
 from sharefold.methods.filter_bases import FilterBases
 from sharefold.plans import GroupPlan
 from sharefold.recipes.builders import Recipe, choice, layer_form, nothing_fits, plain, square, tied_plan
@@ -40,10 +41,12 @@ def build(model: nn.Module, graph: NetworkGraph, options: dict[str, Any]) -> lis
 
 
 def _bases(model: nn.Module, graph: NetworkGraph, options: dict[str, Any]) -> list[GroupPlan]:
-    groups = _kept(
-        find_groups(graph, by_role=options["bases"] == 2, first_block="skip", kernel=3), model, graph, _is_3x3
-    )
+    found = find_groups(graph, by_role=options["bases"] == 2, first_block="skip", kernel=3)
+    # While it trains, such a layer runs its filters by themselves, and only a composed weight can be standardised.
+    groups = _kept(found, model, graph, lambda record: _is_3x3(record) and not _standardised(model, record))
     if not groups:
+        if _kept(found, model, graph, _is_3x3):
+            raise nothing_fits(NAME, "its 3x3 convolutions standardise their weights, as no basis with a norm can (see tie=3x3)")
         raise nothing_fits(
             NAME,
             "it needs stages with 3x3 convolutions of equal width and stride 1 behind their first "
@@ -118,6 +121,11 @@ def _kept(groups: list[Group], model: nn.Module, graph: NetworkGraph, test: Any)
 
 def _is_3x3(record: LayerRecord) -> bool:
     return square(record, 3)
+
+
+def _standardised(model: nn.Module, record: LayerRecord) -> bool:
+    form = form_of(model.get_submodule(record.name))
+    return form is not None and form.standardize is not None
 
 
 def _is_pointwise(record: LayerRecord) -> bool:

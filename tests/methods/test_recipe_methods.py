@@ -181,6 +181,14 @@ def test_plans_that_do_not_fit(plan: Plan, message: str) -> None:
     assert isinstance(model.point[0], nn.Conv2d)
 
 
+@pytest.mark.parametrize("conv", [StdConv2d, ScaledStdConv2d])
+def test_filter_bases_refuse_weights_that_are_standardised(conv: type[nn.Conv2d]) -> None:
+    """While it trains, the layer runs its filters by themselves, and there is no weight to standardise."""
+    with pytest.raises(SharefoldError, match=r"blocks\.0\.0\.0 standardises its weight.*leave it out"):
+        plan = plan_of("filter-bases", ("blocks.0.0.0", "blocks.1.0.0"), shared=4, unique=1)
+        convert_(Multiples(conv=conv), plan, torch.randn(8, 3, 8, 8))
+
+
 def test_steps_on_blocks_and_pairs_are_no_swaps_of_layers() -> None:
     """They have nothing that solves or builds single layers, so that nothing can call it in vain."""
     for name in ("reuse", "grouped"):

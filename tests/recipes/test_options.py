@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from nets import build
+from networks import images, net
 from torch import nn
 
 from sharefold.errors import SharefoldError
@@ -72,6 +75,16 @@ def test_nothing_fits_a_network_without_blocks(recipe: str) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
     with pytest.raises(SharefoldError, match="nothing in this network fits"):
         build_plan(recipe, model, torch.zeros(1, 3, 8, 8))
+
+
+def test_filter_bases_leave_out_weights_that_are_standardised() -> None:
+    model = net("std")
+    with pytest.raises(SharefoldError, match="standardise their weights.*tie=3x3"):
+        build_plan("filter-bases:shared=4", model, images(1))
+    plain = nn.Conv2d(8, 8, 3, padding=1)
+    model.stage1[1].conv2, model.stage1[2].conv2 = plain, copy.deepcopy(plain)
+    groups = build_plan("filter-bases:shared=4", model, images(1)).groups
+    assert [group.members for group in groups] == [("stage1.1.conv2", "stage1.2.conv2")]
 
 
 def test_plan_survives_json() -> None:
