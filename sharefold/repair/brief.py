@@ -27,15 +27,17 @@ FEWEST_IMAGES = 500
 LARGEST_SAMPLE, MOST_WORK = 3 * 64 * 64, 5e12
 # Of a training step, over those of one network that only answers: the original answers, the conversion answers and learns.
 PASSES = 4
-# A network that diverges by less has nothing to mend that so short a run could.
-NEARLY = 0.01
+# A network that diverges by less has nothing to mend that so short a run could: nats where it predicts classes, else the share of
+# what its outputs vary by.
+NEARLY_NATS, NEARLY_SHARE = 0.01, 1e-4
 
 
 class BriefRefinement(Refinement):
     """:class:`sharefold.repair.refine.Refinement` for the few epochs of :func:`brief_refinement`."""
 
     def refusal(self, work: Work) -> str:
-        if work.guard.current(work.model) < NEARLY:
+        nearly = NEARLY_SHARE if work.cal.reading.classes is None else NEARLY_NATS
+        if work.guard.current(work.model) < nearly:
             return "the network already says nearly what the original says"
         return super().refusal(work)
 

@@ -30,7 +30,7 @@ def cal() -> Calibration:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(brief, "EPOCHS", 2)
-    monkeypatch.setattr(brief, "NEARLY", 0.0)
+    monkeypatch.setattr(brief, "NEARLY_NATS", 0.0)
 
 
 def converted(cal: Calibration, plan: Plan = PLAN, **options: Any) -> tuple[nn.Module, Conversion]:
@@ -72,7 +72,7 @@ def test_none_where_nothing_was_shared_and_fewer_epochs_where_each_takes_long(
 
 
 def test_what_is_nearly_right_is_left(cal: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(brief, "NEARLY", 1e9)
+    monkeypatch.setattr(brief, "NEARLY_NATS", 1e9)
     step = converted(cal)[1].steps["refine"]
     assert not step.kept and step.reason == "the network already says nearly what the original says"
 
