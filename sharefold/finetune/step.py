@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -183,14 +184,23 @@ class Updater:
         return [spread(self.world.sum(values) / self.world.size) for values in found]
 
     def _norms(self, network: nn.Module, norms: Mapping[str, str | None], example: Input) -> Mapping[str, str | None]:
-        """``norms``, or none where ``network`` says something else with them fused, or its blocks do."""
+        """``norms``, or none where ``network`` says something else with them fused, or its blocks do.
+
+        Told on the CPU: the products of a GPU are rounded so far (TF32) that the same networks differ.
+        """
+        few = example[:FEW]
 
         def answers(network: nn.Module) -> list[Tensor]:
             with Taps(network, self.blocks) as taps:
-                said = tensors_of(run_on(network, example[:FEW]))
+                said = tensors_of(run_on(network, few))
                 return [*said.values(), *taps.outputs()]
 
-        return norms_that_fuse(network, norms, answers)
+        if self.world.device.type == "cpu":
+            return norms_that_fuse(network, norms, answers)
+        try:
+            return norms_that_fuse(copy.deepcopy(network).cpu(), norms, answers)
+        except (RuntimeError, TypeError):  # it cannot be copied, or runs on a GPU alone
+            return {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
