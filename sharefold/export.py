@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from sharefold.calibration.images import input_config
 from sharefold.checkpoint import expand
 from sharefold.checksum import check_types
 from sharefold.errors import SharefoldError
 from sharefold.export_inputs import another, free_batch, input_names, named, random
+from sharefold.export_outputs import check_returned, tensors_in
 from sharefold.files import check_output, write_buffered, write_file
 from sharefold.graph.layers import input_shapes
 from sharefold.graph.preserved import preserved
@@ -37,6 +37,7 @@ from sharefold.onnx_codes import store_codes
 from sharefold.options import ExportOptions, chosen
 from sharefold.running import as_input, dtype_of, run_on
 from sharefold.store.tensor_spec import StoreSpec, carried_spec
+from sharefold.untrusted import first_line
 
 __all__ = ["Exported", "export"]
 FORMATS = {"onnx": (".onnx",), "pt2": (".pt2",), "dense": (".safetensors", ".pt", ".pth")}
@@ -128,7 +129,7 @@ def export(
             names: Names = ((), ())
         else:
             check = [example, another(example)] if dynamic_batch else [example]
-            program = _trace(network, example, dynamic_batch)
+            program = _trace(network, example, dynamic_batch, kind)
             if kind == "onnx":
                 difference, names, coded = _write_onnx(network, program, target, check, tolerance, codes)
             else:
@@ -166,10 +167,6 @@ def format_of(path: str | Path, format: str | None = None) -> str:
     return format
 
 
-def _tensors(output: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-
-
 @contextmanager
 def _calm() -> Iterator[None]:
     """Exporters warn about their own deprecations and log their progress; neither is for the user."""
@@ -183,13 +180,15 @@ def _calm() -> Iterator[None]:
         logging.disable(before)
 
 
-def _trace(model: nn.Module, example: Input, dynamic: bool) -> torch.export.ExportedProgram:
+def _trace(model: nn.Module, example: Input, dynamic: bool, kind: str) -> torch.export.ExportedProgram:
     tensors = each_of(example)
     shapes = free_batch(model, len(tensors)) if dynamic else None
     try:
         # Networks that keep something from call to call (grids, anchors) make it now, of real tensors; tracing finds it.
-        run_on(model, example)
+        check_returned(run_on(model, example), kind)
         program = torch.export.export(model, tensors, dynamic_shapes=shapes)
+    except SharefoldError:
+        raise
     except Exception as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
         by_values = any(word in str(error) for word in ("data-dependent", "control flow"))
@@ -207,7 +206,7 @@ def _difference(model: nn.Module, run: Callable[[Input], list[Tensor]], batches:
     """Largest difference of all outputs over all batches, each as a share of the largest number in it."""
     worst = 0.0
     for batch in batches:
-        pairs = zip(_tensors(call(model, batch)), run(batch), strict=True)
+        pairs = zip(tensors_in(call(model, batch)), run(batch), strict=True)
         worst = max([worst, *(_apart(ours.double(), theirs.double()) for ours, theirs in pairs if ours.numel())])
     return worst
 
@@ -237,11 +236,19 @@ def _write_archive(
     def write(temporary: Path) -> None:
         # Not straight to the disk: when that is full, torch's writer ends the process.
         memory = io.BytesIO()
-        torch.export.save(program, memory)
-        temporary.write_bytes(memory.getbuffer())
-        with temporary.open("rb") as file:
-            loaded = torch.export.load(file).module()
-        gap = _difference(model, lambda batch: _tensors(call(loaded, batch)), batches)
+        try:
+            torch.export.save(program, memory)
+            temporary.write_bytes(memory.getbuffer())
+            with temporary.open("rb") as file:
+                loaded = torch.export.load(file).module()
+        except OSError:
+            raise
+        except Exception as error:  # torch does not write all that it traces: no namedtuples, no texts
+            raise SharefoldError(
+                f"the network cannot be written as a torch.export archive ({first_line(error)}): return tensors in a tuple, list "
+                "or dict, or try --format onnx"
+            ) from error
+        gap = _difference(model, lambda batch: tensors_in(call(loaded, batch)), batches)
         found.append(_accept(gap, tolerance, "the torch.export archive"))
 
     write_file(target, write)
@@ -254,7 +261,7 @@ def _write_onnx(
     codes: StoreSpec | None,
 ) -> tuple[float, Names, int]:  # fmt: skip
     onnx_ir, runtime = _package("onnx_ir"), _package("onnxruntime")
-    outputs = _tensors(call(model, batches[0][:1]))
+    outputs = tensors_in(call(model, batches[0][:1]))
     inputs = input_names(model, batches[0])
     names = ["logits"] if len(outputs) == 1 and "logits" not in inputs else [f"output_{index}" for index in range(len(outputs))]
     try:
@@ -421,7 +428,7 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _write_expanded(model: nn.Module, target: Path, example: Input, tolerance: float) -> float:
     dense = expand(model)
-    gap = _difference(model, lambda batch: _tensors(call(dense, batch)), [example])
+    gap = _difference(model, lambda batch: tensors_in(call(dense, batch)), [example])
     _accept(gap, tolerance, "the dense network")
     write_dense(dense, target)
     return gap

@@ -6,7 +6,11 @@ import math
 import os
 import subprocess
 import sys
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -231,6 +235,47 @@ def test_several_outputs(tmp_path: Path) -> None:
 def test_bad_requests(shared: nn.Module, tmp_path: Path, name: str, format: str | None, words: str) -> None:
     with pytest.raises(SharefoldError, match=words):
         export(shared, tmp_path / name, format)
+
+
+@dataclass
+class Said:
+    logits: Tensor
+
+
+Pair = namedtuple("Pair", "logits more")
+
+
+class Returning(nn.Module):
+    """Returns what ``wrap`` makes of its logits."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.conv, self.wrap = nn.Conv2d(3, 4, 3), wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(self.conv(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "suffix", "words"),
+    [(Said, "onnx", "an object of the class Said, which torch.export does not know: return tensors, in a tuple, list or dict"),
+     (lambda y: [Said(y)], "pt2", "an object of the class Said, which torch.export does not know"),
+     (lambda y: (y, 3), "onnx", "the constant 3, and ONNX holds tensors alone: leave it out .* or use --format pt2"),
+     (lambda y: {"logits": y, "kind": "cat"}, "onnx", "the constant 'cat', and ONNX holds tensors alone: .* forward returns$"),
+     (lambda y: (y, "cat"), "pt2", "cannot be written as a torch.export archive .* return tensors in a tuple, list or dict"),
+     (lambda y: Pair(y, y), "pt2", "cannot be written as a torch.export archive .* namedtuple .* return tensors in a tuple"),
+     (lambda y: None, "onnx", "returns no tensor: there is nothing to export")],
+)  # fmt: skip
+def test_outputs_that_a_file_cannot_hold(wrap: Callable[[Tensor], Any], suffix: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(SharefoldError, match=words):
+        export(Returning(wrap).eval(), tmp_path / f"net.{suffix}", example_input=torch.randn(2, 3, 5, 5))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_go_into_archives_and_nothing_into_graphs(tmp_path: Path) -> None:
+    example = torch.randn(2, 3, 5, 5)
+    assert export(Returning(lambda y: (y, 3)).eval(), tmp_path / "net.pt2", example_input=example).max_difference == 0
+    assert export(Returning(lambda y: (y, None)).eval(), tmp_path / "net.onnx", example_input=example).outputs == ("logits",)
 
 
 def test_networks_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

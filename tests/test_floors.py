@@ -29,7 +29,8 @@ FLOORS = (
     ("format", "store"),
     ("architectures",),
     ("convert", "round", "planner", "card", "blank", "checkpoint"),
-    ("sources", "export", "export_inputs", "onnx_codes", "bench", "report", "hub", "sweep", "finetune", "verify"),
+    ("sources", "export", "export_inputs", "export_outputs", "onnx_codes", "bench", "report", "hub", "sweep", "finetune",
+     "verify"),
     ("demo",),
     ("cli",),
 )
