@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -40,15 +40,20 @@ def is_batch_norm(module: nn.Module, channels: int) -> bool:
 def find_layers(model: nn.Module) -> tuple[dict[str, ConvForm], dict[str, str]]:
     """Shareable layers by name, in registration order, and everything else that holds a weight, with the reason.
 
-    Norms and per-channel scales hold no weight in this sense: their parameters are vectors.
+    Norms and per-channel scales hold no weight in this sense: their parameters are vectors. Nor do the modules that make the
+    weight of a parametrized layer, which is listed itself.
     """
     layers: dict[str, ConvForm] = {}
     skipped: dict[str, str] = {}
     owners: dict[int, str] = {}
+    listed: set[nn.Module] = set()
     for name, module in model.named_modules():
         if not isinstance(module, STOCK_LAYERS):
-            _skip_free_weights(name, module, skipped)
+            if module not in listed:
+                _skip_free_weights(name, module, skipped)
             continue
+        if parametrize.is_parametrized(module, "weight"):
+            listed.update(cast(nn.ModuleDict, module.parametrizations)["weight"].modules())
         reason = _obstacle(module)
         weight = module._parameters.get("weight")
         if reason is None and weight is not None and id(weight) in owners:

@@ -145,7 +145,6 @@ def test_what_is_not_shared_has_a_reason() -> None:
         "borrowed": "its weight is also used by other code, outside of the module",
         "embedding": "a parameter of Oddities, not a layer",
         "normed": "its weight is parametrized: remove the parametrization first",
-        "normed.parametrizations.weight.original1": "a parameter of ParametrizationList, not a layer",
         "tied_a": "its weight is already shared with tied_b",
         "tied_b": "its weight is already shared with tied_a",
         "tokens": "it mixes positions, not channels",
