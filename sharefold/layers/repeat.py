@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from sharefold.errors import SharefoldError
 from sharefold.layers.bank import not_replicated
 from sharefold.layers.form import STOCK_LAYERS
 
@@ -30,7 +31,11 @@ class PerIteration(nn.ModuleList):
     step = 0  # which one runs, for compilers, which know no threads
 
     def forward(self, x: Tensor) -> Tensor:
-        step = self.step if torch.compiler.is_compiling() else _running.steps[id(self)]
+        if torch.compiler.is_compiling():
+            return self[self.step](x)
+        step = _running.steps.get(id(self))
+        if step is None:
+            raise SharefoldError("a part of a repeated block was run outside of its iterations: run the whole block")
         return self[step](x)
 
 
@@ -62,12 +67,20 @@ class RepeatedBlock(nn.Module):
             for place in places:
                 place.step = step
             return self.block(x)
-        _running.steps.update((id(place), step) for place in places)
+        steps = {id(place): step for place in places}
+        # What a backward pass has set below comes back: the whole network may be computed again in the midst of it.
+        before = {key: _running.steps[key] for key in steps if key in _running.steps}
+        _running.steps.update(steps)
         try:
-            return self.block(x)
+            y = self.block(x)
         finally:
-            for place in places:
-                _running.steps.pop(id(place), None)
+            for key in steps:
+                _running.steps.pop(key, None)
+            _running.steps.update(before)
+        if isinstance(y, Tensor) and y.requires_grad:
+            # Activation checkpointing runs parts of the block again while gradients go through it, first of all through `y`.
+            y.register_hook(lambda gradient: _running.steps.update(steps))
+        return y
 
     def unrolled(self) -> list[nn.Module]:
         """N separate blocks that compute the same in sequence, each with tensors of its own."""
