@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +37,7 @@ from sharefold.format import (
     distinct,
     read_config_file,
 )
+from sharefold.graph.preserved import restored_on_error
 from sharefold.layers import shared_layers, stray_pointers, to_dense
 from sharefold.methods import step_named
 from sharefold.metrics import check_metrics, kind_of
@@ -148,7 +150,7 @@ def load(
 
     Raises:
         SharefoldError: missing, damaged, not of sharefold, of a newer format, its architecture cannot be built, or it was not
-            rounded and codes are to be kept.
+            rounded and codes are to be kept. After this or any other exception ``model`` is what it was.
     """
     config, state = _settled(Path(path), _read)
     if model is None and config.base is None:
@@ -156,10 +158,19 @@ def load(
             f"{path} was made from a network of your own: pass its dense module as load(..., model=...), or say what builds it: "
             "--arch FILE.py:FACTORY"
         )
+    if model is not None and not isinstance(model, nn.Module):
+        raise SharefoldError(f"load: model must be a network, a torch.nn.Module, not {kind_of(model)}")
+    with nullcontext() if model is None else restored_on_error(model):
+        return _filled(path, config, state, model, device, keep_codes)
+
+
+def _filled(
+    path: str | Path, config: FileConfig, state: dict[str, Tensor], model: nn.Module | None, device: str | torch.device,
+    keep_codes: bool,
+) -> nn.Module:  # fmt: skip
+    """``model``, or by default a new network, as the file at ``path`` says, with its tensors; as :func:`load`."""
     spec = None
     if model is not None:
-        if not isinstance(model, nn.Module):
-            raise SharefoldError(f"load: model must be a network, a torch.nn.Module, not {kind_of(model)}")
         original = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
         install(model, config.plan)
         template = dict(model.state_dict())

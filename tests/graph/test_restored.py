@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from file_tools import reseal
 from networks import images, net
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sharefold
@@ -115,6 +118,33 @@ def test_the_plan_of_a_recipe_that_reorders_channels_comes_back_too(monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         sharefold.convert_(model, plan, IMAGES, config=CONFIG)
     assert inside(model) == before
+
+
+def damage(file: Path) -> None:
+    tensors = load_file(file)
+    tensors["fc.bias"][0] = torch.nan
+    reseal(file, tensors)
+
+
+REFUSALS: dict[str, tuple[str, dict[str, bool], Callable[[nn.Module, Path], object]]] = {
+    "other classes": (r"'fc\.weight' is", {}, lambda m, _: setattr(m, "fc", nn.Linear(m.fc.in_features, 7))),
+    "a damaged file": ("damaged: download", {}, lambda _, file: damage(file)),
+    "half a file": ("is damaged", {}, lambda _, file: file.write_bytes(file.read_bytes()[:5000])),
+    "no codes to keep": ("keep_codes", {"keep_codes": True}, lambda m, _: None),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_a_load_into_a_network_that_is_refused(what: str, tmp_path: Path) -> None:
+    message, options, prepare = REFUSALS[what]
+    converted, mine = net(blocks=2), lived_in()
+    sharefold.convert_(converted, PLAN, IMAGES, config=CONFIG, repair=False)
+    file = sharefold.save(converted, tmp_path / "net.safetensors", plain=True)
+    prepare(mine, file)
+    before = inside(mine)
+    with pytest.raises(SharefoldError, match=message) as caught:
+        sharefold.load(file, model=mine, **options)
+    assert inside(mine) == before and "\n" not in str(caught.value)
 
 
 CHANGES: dict[str, Callable[[nn.Module], object]] = {
