@@ -175,7 +175,7 @@ def carry_out(
         cal = base
     done = _install(model, plan, solutions, cal, base)
     check_reached(model, base.graph, plan, cal.example)
-    carry_config(model, describe(cal.original, done, options.config))
+    carry_config(model, describe(cal, done, options.config))
     carry_spec(model, None)
     refinement = None if effort is None else Refinement(RefineOptions(effort.epochs, effort.seconds, seed=cal.seed))
     if options.repair and options.refine is None:
@@ -288,15 +288,15 @@ def _put_back(model: nn.Module, original: nn.Module, plan: Plan) -> None:
                 found.copy_(tensor)
 
 
-def describe(original: nn.Module, plan: Plan, known: Mapping[str, Any] | None = None) -> FileConfig:
+def describe(cal: Calibration, plan: Plan, known: Mapping[str, Any] | None = None) -> FileConfig:
     """What ``save`` needs to know: how to build the dense architecture, how it wants its images, and the plan.
 
     ``base`` is what :func:`sharefold.open_source` noted on the model, or the registered architecture that its names
     and shapes identify; None for a network of the user's own, which ``load`` then asks for. Entries in ``known`` are
     taken over and not looked for.
     """
-    known = known or {}
-    base = known["base"] if "base" in known else base_of(original)
+    known, original = known or {}, cal.original
+    base = known["base"] if "base" in known else cal.solution("base", lambda: base_of(original, cal.example))
     # Dynamically quantised layers keep types beside tensors.
     state = {name: value for name, value in original.state_dict().items() if isinstance(value, Tensor)}
     aliases = aliases_of(state)

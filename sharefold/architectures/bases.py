@@ -12,29 +12,38 @@ from torch import Tensor, nn
 from sharefold.architectures import segmentation, yolo
 from sharefold.architectures.build import BASE_NOTE, SOURCE_PREFIXES, build_on_meta, make_base
 from sharefold.architectures.matching import exact_match
+from sharefold.architectures.sameness import same_answers, same_code
 from sharefold.architectures.shapes import shapes_of
 from sharefold.errors import SharefoldError
+from sharefold.inputs import Input
 
 # Dropout of any kind is no part of what a network computes at evaluation, and builders' rates are not in the shapes.
 _DROP = re.compile(r"\(?\w*drop\w*\)?: .*|Drop\w+\([^)]*\)", re.I)
 _LIBRARIES = {prefix: library for library, prefix in SOURCE_PREFIXES.items()}
 
 
-def base_of(model: nn.Module) -> dict[str, Any] | None:
+def base_of(model: nn.Module, example: Input | None = None) -> dict[str, Any] | None:
     """How :func:`build_base` rebuilds ``model``'s architecture, or None when no registry has it.
 
     What :func:`build_base` or :func:`open_source` noted on the model comes first, with the builder's arguments that
-    neither a name nor shapes tell. Any candidate counts only when it is of the model's class, its modules print the
-    same and its tensors have the same shapes: equal shapes with other strides or activations are not mistaken for it,
-    and a network that was changed after it was built is not taken for what it was.
+    neither a name nor shapes tell. Any candidate counts only when its modules are of the same classes and print the
+    same, its tensors have the same shapes, and with the model's weights it says the same: equal shapes with other strides
+    or activations are not mistaken for it, and a network that was changed after it was built is not taken for what it was.
+
+    Args:
+        model: left exactly as it was.
+        example: (n, C, H, W), or what else it takes, on which both are run; by default noise of the model's own image size.
     """
-    printed, shapes = _printed(model), shapes_of(_tensors(model))
+    tensors = _tensors(model)
+    printed, shapes = _printed(model), shapes_of(tensors)
     for base in _candidates(model):
         try:
             built = build_on_meta(base)
         except SharefoldError:
             continue
-        if type(built) is type(model) and _printed(built) == printed and shapes_of(built.state_dict()) == shapes:
+        if type(built) is not type(model) or _printed(built) != printed or shapes_of(built.state_dict()) != shapes:
+            continue
+        if same_code(model, built) and same_answers(model, base, tensors, example):
             return base
     return None
 
@@ -67,6 +76,8 @@ def _candidates(model: nn.Module) -> list[dict[str, Any]]:
             library, _, rest = label.partition(":")
             same = {**match.base, "library": _LIBRARIES[library], "name": rest.split(":")[0]}
             found.append(same)
+    if isinstance(transform := getattr(model, "transform_input", None), bool):  # of torchvision's GoogLeNet and Inception
+        found += [{**base, "kwargs": {**base["kwargs"], "transform_input": transform}} for base in found]
     return found
 
 

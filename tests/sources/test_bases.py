@@ -125,3 +125,69 @@ def test_equal_shapes_are_not_enough() -> None:
             if isinstance(child, nn.ReLU):
                 setattr(module, name, nn.SiLU())
     assert base_of(smooth) is None and as_own(smooth) is None
+
+
+class BasicBlock(torchvision.models.resnet.BasicBlock):
+    """Prints as torchvision's and computes something else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * super().forward(x)
+
+
+def doubled(*parts: Any) -> Any:
+    """As a pre-hook (module, inputs) and as a hook (module, inputs, output)."""
+    return 2 * parts[2] if len(parts) == 3 else (2 * parts[1][0],)
+
+
+def resnet() -> nn.Module:
+    return torchvision.models.resnet18(num_classes=4)
+
+
+@pytest.mark.parametrize("how", ["block", "forward", "method", "hook", "pre-hook"])
+def test_code_that_is_not_printed(how: str) -> None:
+    model = resnet()
+    if how == "block":
+        model = torchvision.models.ResNet(BasicBlock, [2, 2, 2, 2], num_classes=4)
+        assert str(model) == str(resnet())
+    elif how == "forward":
+        model.layer1.forward = lambda x: x
+    elif how == "method":
+        model._forward_impl = lambda x: 2 * type(model)._forward_impl(model, x)  # type: ignore[assignment]
+    elif how == "hook":
+        model.layer2.register_forward_hook(doubled)
+    else:
+        model.register_forward_pre_hook(doubled)
+    assert base_of(model) is None
+
+
+def test_values_that_are_neither_printed_nor_tensors() -> None:
+    """Only a run shows them; it leaves the network and the random states as they were."""
+    model = timm.create_model("nf_regnet_b0", num_classes=3)
+    for name, parameter in model.named_parameters():
+        if name.endswith("gain"):  # no branch adds anything at first
+            nn.init.ones_(parameter)
+    images, state, random = torch.randn(1, 3, 64, 64), copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    assert base_of(model, images) == {"library": "timm", "name": "nf_regnet_b0", "kwargs": {"num_classes": 3}}
+    assert model.training and torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    model.stages[0][0].alpha = 0.9
+    assert base_of(model, images) is None
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_networks_of_other_types_are_known(kind: torch.dtype) -> None:
+    assert base_of(timm.create_model("digits_resnet").to(kind), torch.randn(1, 1, 8, 8)) is not None
+
+
+def test_the_input_transform_of_googlenet_is_its_own() -> None:
+    """Weights that torchvision published want it, so that builders switch it on; no tensor tells of it."""
+    for transform in (False, True):
+        model = torchvision.models.googlenet(weights=None, init_weights=False, aux_logits=False, transform_input=transform)
+        base = base_of(model, torch.randn(1, 3, 64, 64))
+        assert base is not None and base["kwargs"]["transform_input"] is transform
+
+
+def test_networks_that_draw_random_numbers_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = torchvision.models.ResNet.forward
+    monkeypatch.setattr(torchvision.models.ResNet, "forward", lambda self, x: plain(self, x) + torch.rand(4))
+    assert base_of(resnet(), torch.randn(1, 3, 32, 32)) is not None
