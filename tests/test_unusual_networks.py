@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,3 +140,68 @@ def test_a_network_with_a_dynamically_quantised_classifier_is_planned() -> None:
         quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     plan = sharefold.plan(quantised, "80%", torch.randn(40, 3, 12, 12))
     assert plan.params_after <= 0.8 * plan.params_before and {m for g in plan.groups for m in g.members} <= {"0", "2"}
+
+
+class Parts(nn.Module):
+    """Blocks whose layers the network calls one by one, or by a method of another name than forward."""
+
+    def __init__(self, make: Callable[[], nn.Module], run: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.ModuleList([make() for _ in range(3)])
+        self.head = nn.Linear(8, 5)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + self.run(block, x)
+        return self.head(x.mean((2, 3)))
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def run(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu())
+
+
+class Stage(nn.Module):
+    """A block that is called, around one that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([Named()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner[0].run(x)
+
+
+def holder() -> nn.Module:
+    block = nn.Module()
+    block.first, block.second = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+    return block
+
+
+PARTS = {
+    "lists": (lambda: nn.ModuleList(small()[1:5]), lambda b, x: b[2](b[1](b[0](x)))),
+    "dictionaries": (lambda: nn.ModuleDict(dict(vars(Named())["_modules"])), lambda b, x: b["second"](b["first"](x).relu())),
+    "sequences": (lambda: nn.Sequential(*small()[1:4]), lambda b, x: b[2](b[1](b[0](x)))),
+    "methods": (Named, lambda b, x: b.run(x)),
+    "holders": (holder, lambda b, x: b.second(b.first(x).relu())),
+    "stages": (Stage, lambda b, x: b(x)),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_blocks_that_are_never_called_themselves(name: str) -> None:
+    model = Parts(*PARTS[name]).eval()
+    graph = sharefold.analyze(model, IMAGES[:1])
+    assert graph.blocks == ([f"blocks.{i}" for i in range(3)] if name == "stages" else []) and len(graph.layers) == 8
+    if name == "dictionaries":
+        plan = sharefold.plan(model, "70%", IMAGES, method="basis")
+        sharefold.convert_(model, plan, IMAGES, refine=1)
+        assert sum(p.numel() for p in model.parameters()) == plan.params_after < plan.params_before

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Container
 from types import TracebackType
 from typing import Any
 
@@ -17,14 +17,30 @@ def _weighted_layers(module: nn.Module) -> int:
     return sum(isinstance(m, (*STOCK_LAYERS, SharedConv)) for m in module.modules())
 
 
+def giving_tensors(model: nn.Module, run: Callable[[], object]) -> set[str]:
+    """Names of the modules that give a tensor while ``run`` runs ``model``: not of those whose parts are called one by one."""
+    found: set[str] = set()
+
+    def note(name: str) -> Any:
+        return lambda module, inputs, output: found.add(name) if isinstance(output, Tensor) else None
+
+    hooks = [module.register_forward_hook(note(name)) for name, module in model.named_modules()]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
 def matching_blocks(
-    student: nn.Module, teacher: nn.Module, pattern: str = "auto", running: Collection[str] | None = None
-) -> list[str]:
+    student: nn.Module, teacher: nn.Module, pattern: str = "auto", giving: Container[str] | None = None
+) -> list[str]:  # fmt: skip
     """Names of modules to compare, present in both networks, in the teacher's order.
 
     ``auto`` takes the repeated blocks: members of a Sequential, ModuleList or ModuleDict with at least two weighted
-    layers in the teacher, the innermost where they nest, and of those the ones in ``running`` (default: all): heads that are for
-    training alone never run in a teacher. Else ``pattern`` must match a name as a whole.
+    layers in the teacher, the innermost where they nest, and of these only modules in ``giving`` (:func:`giving_tensors`) where
+    that is known. Else ``pattern`` must match a name as a whole.
 
     Raises:
         SharefoldError: nothing matches.
@@ -38,8 +54,8 @@ def matching_blocks(
         parents = {name: teacher.get_submodule(name.rpartition(".")[0]) for name in modules}
         blocks = [n for n, m in modules.items() if isinstance(parents[n], holders) and _weighted_layers(m) >= 2]
         blocks = [n for n in blocks if not isinstance(modules[n], (nn.ModuleList, nn.ModuleDict))]
-        innermost = [n for n in blocks if not any(other.startswith(n + ".") for other in blocks)]
-        chosen = [n for n in innermost if running is None or n in running]
+        blocks = [n for n in blocks if giving is None or n in giving]
+        chosen = [n for n in blocks if not any(other.startswith(n + ".") for other in blocks)]
     if not chosen:
         raise SharefoldError(
             f"finetune: block_names={pattern!r}: student and teacher have no such block in common: name some with a "
@@ -61,10 +77,6 @@ class Taps:
             self._seen[name] = output
 
         return hook
-
-    def heard(self) -> set[str]:
-        """Names of the modules that ran since the last call of :meth:`outputs`."""
-        return set(self._seen)
 
     def outputs(self) -> list[Tensor]:
         """The outputs since the last call, in the order of the names; they are forgotten here."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sharefold.errors import SharefoldError
 from sharefold.finetune.augmentation import shrunk
 from sharefold.finetune.batches import Batch
-from sharefold.finetune.block_outputs import Taps, matching_blocks
+from sharefold.finetune.block_outputs import Taps, giving_tensors, matching_blocks
 from sharefold.finetune.config import FinetuneConfig
 from sharefold.finetune.distributed import World
 from sharefold.finetune.graphed import GraphedGradients
@@ -102,7 +102,9 @@ class Updater:
         self.mixing = Mixing(config, self.classes, world.device.type)
         self.blocks: list[str] = []
         if teacher is not None and config.block_match:
-            self.blocks = matching_blocks(model, teacher, config.block_names, self._running(teacher, example[:2]))
+            with torch.no_grad(), self.autocast():
+                giving = giving_tensors(teacher, lambda: call(teacher, example[:2]))
+            self.blocks = matching_blocks(model, teacher, config.block_names, giving)
             self.spreads = self._spreads(teacher, example)
         with training_apart_from_chance(model):
             forward = with_logits_alone(model, self._answer("model in training mode", model, example[:2]), logits)
@@ -170,12 +172,6 @@ class Updater:
                 f"finetune: the {what} fails on a batch of shape {shapes_of(example)} ({reason}): pass data as it takes them; "
                 "signals (C, L) come as a Dataset or a DataLoader"
             ) from None
-
-    def _running(self, teacher: nn.Module, example: Input) -> set[str]:
-        """Names of the teacher's modules that run."""
-        with Taps(teacher, [name for name, _ in teacher.named_modules()]) as taps, torch.no_grad(), self.autocast():
-            call(teacher, example)
-            return taps.heard()
 
     def _spreads(self, teacher: nn.Module, example: Input) -> list[float]:
         with Taps(teacher, self.blocks) as taps, torch.no_grad(), self.autocast():

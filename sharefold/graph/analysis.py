@@ -169,7 +169,7 @@ def _assemble(model: nn.Module, layers: dict[str, ConvForm], run: Run, flow: Flo
     sizes = _sizes(runs, layers)
     pooled = _pooled(order, sizes, layers, flow)
     adders = {node.meta["owner"] for node in flow.additions} if flow else set()
-    blocks, residual = find_blocks(model, order, adders)
+    blocks, residual = find_blocks(model, order, adders, run.modules)
     shapes = {block: run.modules[block].output_shape for block in blocks.values() if block}
     whole = {block for block, shape in shapes.items() if shape is not None}
     stages = find_stages(order, {n: size[1] for n, size in sizes.items()}, pooled, blocks, whole)

@@ -10,13 +10,13 @@
 4. Where the children of a plain container are blocks, so are its other children with at least two layers, and those of
    the containers beside it (the depthwise-separable block that opens an EfficientNet is one of a kind).
 
-A layer belongs to the innermost block around it.
+A layer belongs to the innermost block around it. Only modules that are called themselves are blocks.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 from torch import nn
 
@@ -31,25 +31,30 @@ def ancestors(name: str) -> list[str]:
     return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
 
-def find_blocks(model: nn.Module, layers: Sequence[str], adders: Iterable[str]) -> tuple[dict[str, str], bool]:
+def find_blocks(
+    model: nn.Module, layers: Sequence[str], adders: Iterable[str], ran: Container[str]
+) -> tuple[dict[str, str], bool]:  # fmt: skip
     """Block of every layer ("" for none), and whether some blocks add their input (rule 1).
 
     Args:
         layers: names of the layers that run; adders: names of the modules whose forward adds two maps ("" is the root).
+        ran: names of the modules that were called themselves. Others (lists and dictionaries of layers, modules with a method
+            of another name than forward) have no output that blocks could be compared by.
     """
     inside: dict[str, list[str]] = defaultdict(list)
     for layer in layers:
         for outer in ancestors(layer):
             inside[outer].append(layer)
     modules = {name: model.get_submodule(name) for name in inside}
-    residual = _residual_blocks(modules, set(adders))
-    siblings = _sibling_blocks(modules, inside)
+    called = {name: module for name, module in modules.items() if name in ran}
+    residual = _residual_blocks(called, set(adders))
+    siblings = _sibling_blocks(modules, inside) & called.keys()
     wrappers = {name for name in residual if len(inside[name]) == 1 and _parent(name) in siblings}
     found = residual - wrappers
     for name in sorted(siblings, key=lambda n: -n.count(".")):
         if not any(other.startswith(f"{name}.") for other in found):
             found.add(name)
-    found |= _beside(found, modules, inside)
+    found |= _beside(found, modules, inside) & called.keys()
     blocks = {layer: next((outer for outer in ancestors(layer) if outer in found), "") for layer in layers}
     return blocks, bool(residual - wrappers)
 

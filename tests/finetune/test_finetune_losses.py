@@ -6,9 +6,10 @@ import pytest
 import torch
 from finetune_nets import shared_net
 from networks import Small
+from torch import nn
 
 from sharefold.errors import SharefoldError
-from sharefold.finetune.block_outputs import Taps, matching_blocks
+from sharefold.finetune.block_outputs import Taps, giving_tensors, matching_blocks
 from sharefold.finetune.losses import Bases, block_error, collect_bases, distillation, moments, orthogonality, spread
 
 
@@ -108,6 +109,25 @@ def test_matching_blocks_finds_repeated_blocks_by_name():
     assert matching_blocks(net, net, r"layer1\.1\.conv.") == ["layer1.1.conv1", "layer1.1.conv2"]
     with pytest.raises(SharefoldError, match="no such block"):
         matching_blocks(net, net, "nothing")
+
+
+def test_blocks_are_matched_by_what_gives_a_tensor():
+    """Innermost blocks of which only the parts are called have nothing to compare; what is around them has."""
+
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)))
+
+        def forward(self, x):
+            first, second = self.parts[0]
+            return second(first(x))
+
+    net = nn.Sequential(Around(), Around())
+    assert matching_blocks(net, net) == ["0.parts.0", "1.parts.0"]
+    giving = giving_tensors(net, lambda: net(torch.randn(2, 3, 4, 4)))
+    assert matching_blocks(net, net, "auto", giving) == ["0", "1"]
+    assert not any(module._forward_hooks for module in net.modules())
 
 
 def test_taps_keep_outputs_and_leave_no_hooks():
