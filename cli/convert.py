@@ -83,6 +83,7 @@ def command(
     from sharefold.methods.sizes import checked_and_counted
     from sharefold.outputs.figures import metrics_of
     from sharefold.planner import Planner
+    from sharefold.state_dicts import check_fits_file
 
     timer = Timer()
     warning: str | None = None
@@ -92,6 +93,7 @@ def command(
     look = look_at(calib, calib_split, run.seed, resize=calib_resize, mean=mean, std=std, input_size=input_size)
     opened = request.source.open_dense(look)
     model = opened.model.to(device).eval()
+    check_fits_file(model, request.source.source)
     timer.lap("load")
     preprocess = Preprocess.from_cfg(opened.pretrained_cfg, input_size=input_size, mean=mean, std=std)
     config = {"base": opened.base, "pretrained_cfg": jsonable({**opened.pretrained_cfg, **preprocess.cfg})}

@@ -35,7 +35,7 @@ from sharefold.layers import SharedConv, shared_layers
 from sharefold.layers.shared_conv import FACTORED_SHARE
 from sharefold.plans import Progress
 from sharefold.running import as_input, device_of, evaluating, run_on
-from sharefold.state_dicts import load_tensors
+from sharefold.state_dicts import load_tensors, tensor_state
 
 FORMS = ("composed", "factored", "auto")
 WARMUP = 3
@@ -317,7 +317,7 @@ def race_loading(
     with tempfile.TemporaryDirectory(prefix="sharefold-bench-") as folder:
         ours, theirs = Path(folder) / "shared.safetensors", Path(folder) / "dense.safetensors"
         save(shared, ours)
-        state = {name: t.detach().cpu().contiguous().clone() for name, t in dense.state_dict().items()}
+        state = {name: t.detach().cpu().contiguous().clone() for name, t in tensor_state(dense).items()}
         save_file(state, theirs)
         del state
 

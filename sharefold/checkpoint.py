@@ -44,7 +44,7 @@ from sharefold.metrics import check_metrics, kind_of
 from sharefold.ownership import network_files
 from sharefold.safetensors_file import write_tensors
 from sharefold.settings import plain_defaults
-from sharefold.state_dicts import load_tensors
+from sharefold.state_dicts import file_tensors, load_tensors, tensor_state
 from sharefold.store import container, decode
 from sharefold.store.blob import NAME as BLOB
 from sharefold.store.file_content import file_content
@@ -76,14 +76,16 @@ def save(
         The path.
 
     Raises:
-        SharefoldError: not converted, exists already, or cannot be written; nothing is half-written.
+        SharefoldError: not converted, exists already, cannot be written, or weights that are no tensors (torch's quantised
+            layers); nothing is half-written.
 
     Warns:
-        SharefoldWarning: the weights changed since they were rounded, or the file is larger than the original's all the same.
+        SharefoldWarning: the weights changed since they were rounded, the file is larger than the original's all the same, or
+            what ``get_extra_state`` returns is no tensor and left out: ``load`` leaves that of ``model`` as it is.
     """
     target = check_output(path, force, network_files(Path(path)))
     check_holds_none(model, "save")
-    tensors, aliases = distinct(model.state_dict())
+    tensors, aliases = distinct(file_tensors(model, str(target)))
     spec = carried_spec(model)
     if spec is not None and not spec.fits(tensors):
         warnings.warn(
@@ -171,9 +173,9 @@ def _filled(
     """``model``, or by default a new network, as the file at ``path`` says, with its tensors; as :func:`load`."""
     spec = None
     if model is not None:
-        original = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+        original = {name: tensor.to("meta") for name, tensor in tensor_state(model).items()}
         install(model, config.plan)
-        template = dict(model.state_dict())
+        template = tensor_state(model)
     else:
         template, original = shape_of_network(config, state, str(path))
     if config.store is not None:

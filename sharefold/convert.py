@@ -47,6 +47,7 @@ from sharefold.repair.refit import Refit
 from sharefold.repair.step_record import StepRecord
 from sharefold.repair.work import Repair, Work, repaired
 from sharefold.settings import with_plain_settings
+from sharefold.state_dicts import tensor_state
 from sharefold.store import quantize_
 from sharefold.store.held_codes import check_holds_none
 from sharefold.store.plain_size import plain_bytes
@@ -297,8 +298,7 @@ def describe(cal: Calibration, plan: Plan, known: Mapping[str, Any] | None = Non
     """
     known, original = known or {}, cal.original
     base = known["base"] if "base" in known else cal.solution("base", lambda: base_of(original, cal.example))
-    # Dynamically quantised layers keep types beside tensors.
-    state = {name: value for name, value in original.state_dict().items() if isinstance(value, Tensor)}
+    state = tensor_state(original)
     aliases = aliases_of(state)
     return FileConfig(
         plan, base or None, known["pretrained_cfg"] if "pretrained_cfg" in known else input_config(original),

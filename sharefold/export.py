@@ -36,6 +36,7 @@ from sharefold.measure import model_bytes
 from sharefold.onnx_codes import store_codes
 from sharefold.options import ExportOptions, chosen
 from sharefold.running import as_input, dtype_of, run_on
+from sharefold.state_dicts import file_tensors
 from sharefold.store.tensor_spec import StoreSpec, carried_spec
 from sharefold.untrusted import first_line
 
@@ -406,7 +407,7 @@ def write_dense(dense: nn.Module, target: Path, dtype: torch.dtype | None = None
     """
     format_of(target, "dense")
     # Clones: a tensor tied inside the stock network is written in full under each name, as its loaders expect.
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in dense.state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in file_tensors(dense, str(target)).items()}
     if dtype is not None:
         state = {name: _cast(name, tensor, dtype) for name, tensor in state.items()}
     if target.suffix == ".safetensors":

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from sharefold.architectures import segmentation, yolo
 from sharefold.architectures.build import BASE_NOTE, SOURCE_PREFIXES, build_on_meta, make_base
@@ -16,6 +16,7 @@ from sharefold.architectures.sameness import same_answers, same_code
 from sharefold.architectures.shapes import shapes_of
 from sharefold.errors import SharefoldError
 from sharefold.inputs import Input
+from sharefold.state_dicts import tensor_state
 
 # Dropout of any kind is no part of what a network computes at evaluation, and builders' rates are not in the shapes.
 _DROP = re.compile(r"\(?\w*drop\w*\)?: .*|Drop\w+\([^)]*\)", re.I)
@@ -34,7 +35,7 @@ def base_of(model: nn.Module, example: Input | None = None) -> dict[str, Any] | 
         model: left exactly as it was.
         example: (n, C, H, W), or what else it takes, on which both are run; by default noise of the model's own image size.
     """
-    tensors = _tensors(model)
+    tensors = tensor_state(model)
     printed, shapes = _printed(model), shapes_of(tensors)
     for base in _candidates(model):
         try:
@@ -69,7 +70,7 @@ def _candidates(model: nn.Module) -> list[dict[str, Any]]:
         found.append(make_base("timm", str(name), kwargs))
         if first is not None and first.in_channels != 3:
             found.append(make_base("timm", str(name), {**kwargs, "in_chans": first.in_channels}))
-    match = exact_match(shapes_of(_tensors(model)), "")
+    match = exact_match(shapes_of(tensor_state(model)), "")
     if match is not None:
         found.append(match.base)
         for label in match.others:  # equal shapes in the other library
@@ -83,8 +84,3 @@ def _candidates(model: nn.Module) -> list[dict[str, Any]]:
 
 def _printed(model: nn.Module) -> str:
     return _DROP.sub("", str(model))
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Dynamically quantised layers keep types beside tensors."""
-    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}

@@ -31,7 +31,7 @@ from sharefold.finetune.whole import whole_factors
 from sharefold.format import carry_config, config_of, without_figures
 from sharefold.options import RunOptions, chosen
 from sharefold.running import dtype_of
-from sharefold.state_dicts import load_tensors
+from sharefold.state_dicts import load_tensors, tensor_state
 from sharefold.store.held_codes import check_holds_none
 
 STATE_FILE = "state.pt"
@@ -325,7 +325,7 @@ class _Run:
             record |= found
             self.log.write("val", self.updates, epoch=epoch + 1, **found)
             if self.config.keep == "best" and (self.best is None or found["top1"] > self.best[0]):
-                weights = {k: v.detach().cpu().clone() for k, v in self._result().state_dict().items()}
+                weights = {k: v.detach().cpu().clone() for k, v in tensor_state(self._result()).items()}
                 self.best = (found["top1"], weights)
         now = time.perf_counter()
         self.seconds += now - self.clock
@@ -370,13 +370,13 @@ class _Run:
         return out.stat().st_mtime_ns >= self.state_path.stat().st_mtime_ns
 
     def _shapes(self) -> dict[str, list[int]]:
-        return {name: list(value.shape) for name, value in self.model.state_dict().items()}
+        return {name: list(value.shape) for name, value in tensor_state(self.model).items()}
 
     def _save(self) -> None:
         """Writes the run's state, unless a weight is not finite: then the last good one stays and the run stops."""
         if self.folder is None or self.state_path is None:
             return
-        weights = self.model.state_dict()
+        weights = tensor_state(self.model)
         if not all(bool(torch.isfinite(w).all()) for w in weights.values() if w.is_floating_point()):
             self._diverged(self.updates, self.updates // max(1, self.batches.steps))
         now = time.perf_counter()
@@ -387,7 +387,7 @@ class _Run:
             "history": self.history, "before": self.before, "last": self.last, "epoch_loss": self.epoch_loss,
             "sums": {k: float(v) for k, v in self.sums.items()},
             "model": weights, "optimizer": self.optimizer.state_dict(), "scaler": self.updater.scaler.state_dict(),
-            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "ema": None if self.ema is None else tensor_state(self.ema.module),
             "best": None if self.best is None else {"top1": self.best[0], "weights": self.best[1]},
         })  # fmt: skip
         self.saved, self.saved_at = now, self.updates
@@ -407,7 +407,7 @@ class _Run:
         self.last, self.epoch_loss = state["last"], state["epoch_loss"]
         self.sums = {k: torch.tensor(v, device=self.world.device) for k, v in state["sums"].items()}
         try:
-            own = self.model.state_dict()
+            own = tensor_state(self.model)
             best = (state["best"] or {"weights": own})["weights"]
             for tensors in (state["model"], own if self.ema is None else state["ema"] or {}, best):
                 check_tensors(tensors, own)

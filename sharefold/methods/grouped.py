@@ -19,6 +19,7 @@ from sharefold.methods.surrogate import descend, gaussian
 from sharefold.plans import GroupPlan
 from sharefold.solvers import block_diagonal
 from sharefold.solvers.data_norm import Problem
+from sharefold.state_dicts import tensor_state
 
 SAFE_SCALE = 1e-3
 # Most alternations, and steps of each: to compare channel orders, and to fit the pair.
@@ -96,7 +97,7 @@ class Grouped(ConversionStep):
             start, end = descend(module, dense, samples)
             solution.errors = torch.tensor([end])
             solution.options = {"fit_error_before": start}
-        solution.members[0] = {"state." + key: value.detach().clone() for key, value in module.state_dict().items()}
+        solution.members[0] = {"state." + key: value.detach().clone() for key, value in tensor_state(module).items()}
         return solution
 
     def install(self, model: nn.Module, plan: GroupPlan, solution: Solution | None) -> None:

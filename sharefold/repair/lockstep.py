@@ -277,9 +277,12 @@ def _same_module(first: nn.Module, second: nn.Module) -> bool:
     if type(first) is not type(second):
         return False
     ours, theirs = first.state_dict(), second.state_dict()
-    return ours.keys() == theirs.keys() and all(
-        ours[key].shape == theirs[key].shape and torch.equal(ours[key], theirs[key]) for key in ours
-    )
+    return ours.keys() == theirs.keys() and all(map(_same_tensor, ours.values(), theirs.values()))
+
+
+def _same_tensor(first: Any, second: Any) -> bool:
+    """False of what is no tensor: extra state may not know how to be compared."""
+    return isinstance(first, Tensor) and isinstance(second, Tensor) and first.shape == second.shape and torch.equal(first, second)
 
 
 def largest_map(model: nn.Module, image: Input) -> int:

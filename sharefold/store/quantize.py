@@ -22,6 +22,7 @@ from sharefold.outputs import Divergence
 from sharefold.plans import Progress
 from sharefold.running import COMPUTED, evaluating
 from sharefold.settings import with_plain_settings
+from sharefold.state_dicts import tensor_state
 from sharefold.store.held_codes import check_holds_none
 from sharefold.store.norm_absorption import gains_of
 from sharefold.store.prepare import Prepared, matrices, plan_of, prepare
@@ -79,7 +80,7 @@ def quantize_(
     request = parse_store(spec)
     check_holds_none(model, "store")
     config_of(model)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensor_state(model).items():
         if tensor.is_floating_point() and tensor.dtype not in COMPUTED:
             raise SharefoldError(f"store: tensor {name!r} is of {tensor.dtype}, which packed files cannot hold: save it without "
                                  "store, or make it a float16")  # fmt: skip

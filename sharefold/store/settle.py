@@ -13,6 +13,7 @@ from torch import nn
 
 from sharefold.repair.confidence import Confidence
 from sharefold.repair.work import Work
+from sharefold.state_dicts import tensor_state
 from sharefold.store.prepare import tensor_names
 from sharefold.store.quantize import StoreReport
 from sharefold.store.size import file_bytes
@@ -71,7 +72,7 @@ def rescale_(model: nn.Module, spec: StoreSpec, name: str, factor: float) -> Sto
     Returns:
         ``spec`` with what has changed.
     """
-    state, changed = model.state_dict(), {}
+    state, changed = tensor_state(model), {}
     for key in tensor_names(name, model.get_submodule(name)):
         tensor, entry = state.get(key), spec.tensors.get(key)
         if tensor is None:

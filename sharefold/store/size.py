@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.format import FileConfig, config_of, distinct
+from sharefold.state_dicts import tensor_state
 from sharefold.store.blob import NAME, blob_bytes
 from sharefold.store.file_content import file_content, metadata_for
 from sharefold.store.norm_absorption import Gain, absorb_statistics, take_up
@@ -45,5 +46,5 @@ def size_predictor(model: nn.Module, gains: Mapping[str, Gain]) -> Callable[[Sto
 
 
 def _content(model: nn.Module) -> tuple[FileConfig, dict[str, Tensor]]:
-    tensors, aliases = distinct(model.state_dict())
+    tensors, aliases = distinct(tensor_state(model))
     return config_of(model).of(tensors, aliases, FORMAT), tensors

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sharefold.format import aliases_of
 from sharefold.solvers.grid import kmeans_codebook, search_scale
+from sharefold.state_dicts import tensor_state
 from sharefold.store.norm_absorption import Gain
 from sharefold.store.prepare import ROW_FLOOR, Prepared, matrices, plan_of, tensor_names
 from sharefold.store.rans import LARGEST
@@ -25,14 +26,14 @@ SHORTEST = 16
 def snap_(model: nn.Module, spec: StoreSpec) -> None:
     """Rounds every tensor of ``model`` to the nearest value that ``spec`` can hold."""
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
+        for name, tensor in tensor_state(model).items():
             if name in spec.tensors:
                 tensor.copy_(spec.tensors[name].snapped(tensor))
 
 
 def halves(model: nn.Module) -> StoreSpec:
     """Every floating tensor as halves, once, unless it has values beyond their range or is protected under any of its names."""
-    plan, state = plan_of(model), model.state_dict()
+    plan, state = plan_of(model), tensor_state(model)
     aliases = aliases_of(state)
     kept = {aliases.get(name, name) for name in state if plan.protects(name.rpartition(".")[0])}
     return StoreSpec({
@@ -77,7 +78,7 @@ def offset_specs(
     """
     if request.kind != "coded":
         return {}
-    state, behind = model.state_dict(), {gain.layer: gain for gain in gains.values()}
+    state, behind = tensor_state(model), {gain.layer: gain for gain in gains.values()}
     found = {}
     for name, importance in prepared.importance.items():
         key, vector = tensor_names(name, model.get_submodule(name))
