@@ -148,10 +148,10 @@ def calibration_or_procedural(
         _check_takes(model, images, " or ".join(shapes.values()))
     if not bool(torch.isfinite(images).all()):
         raise SharefoldError("calibration: the images hold NaN or infinity: check how they were normalised")
-    # Which layer comes first is not known yet; an image that no layer could take is wrong for sure.
-    # Signals may lie (n, L, C), to be turned by the network: what it cannot take is seen when it runs.
+    # Which layer comes first is not known yet; an image that no layer could take is wrong, unless the network rearranges its
+    # channels first. Signals may lie (n, L, C), to be turned by the network: what it cannot take is seen when it runs.
     widths = [cast(int, m.in_channels) for m in model.modules() if spatial_axes(m) == 2]
-    if images.dim() == 4 and widths and images.shape[1] not in widths:
+    if images.dim() == 4 and widths and images.shape[1] not in widths and tried(model, images[:1].to(dtype_of(model)))[1]:
         raise SharefoldError(
             f"calibration: images have {images.shape[1]} channels, the model takes {widths[0]}: convert the images"
         )

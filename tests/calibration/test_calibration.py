@@ -313,3 +313,32 @@ def test_copies_among_the_images_are_told_where_something_is_reported() -> None:
         warnings.simplefilter("error")
         sharefold.calibrate(net(), images(240))
         sharefold.calibrate(net(), given[:12])  # of which nothing is reported
+
+
+class Rearranged(nn.Module):
+    """Makes other channels of an image before its first convolution."""
+
+    def __init__(self, first: Callable[[Tensor], Tensor], channels: int) -> None:
+        super().__init__()
+        self.first, self.stem, self.body = first, nn.Conv2d(channels, 8, 3), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.stem(self.first(x))).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("first", "channels"),
+    [
+        (nn.PixelUnshuffle(2), 12),
+        (lambda x: x.mean(1, keepdim=True), 1),
+        (lambda x: torch.cat([x, torch.ones_like(x[:, :2])], 1), 5),
+        (lambda x: nn.functional.conv2d(x, torch.ones(4, 3, 1, 1)), 4),
+    ],
+    ids=["space to depth", "grey", "coordinates", "a stem of its own"],
+)
+def test_the_first_convolution_does_not_tell_what_the_network_takes(first: Callable[[Tensor], Tensor], channels: int) -> None:
+    model = Rearranged(first, channels).eval()
+    assert list(sharefold.calibrate(model, torch.randn(8, 3, 12, 12)).graph.layers) == ["stem", "body"]
+    if channels != 1:
+        with pytest.raises(SharefoldError, match=f"images have 2 channels, the model takes {channels}: convert the images"):
+            sharefold.calibrate(model, torch.randn(8, 2, 12, 12))
