@@ -83,7 +83,8 @@ class Divergence:
         if leaf.kind == LOGITS:
             values = centred(teacher, leaf.axis or 1, unmasked(teacher, leaf.axis or 1))
         else:
-            values = teacher.float() - teacher.float().mean()
+            shown = teacher.float()[~teacher.isinf()]
+            values = shown - shown.mean() if len(shown) else shown.sum()
         return max(float(values.square().mean()), 1e-12)
 
     def losses(
@@ -114,7 +115,8 @@ class Divergence:
                 ours, theirs = (centred(logits, leaf.axis or 1, shown) for logits in (s, t))
                 loss = error_at_best_scale(ours, theirs) if leaf.source in scaled else F.mse_loss(ours, theirs) / spread
             else:
-                difference = (as_numbers(s) - as_numbers(t)).square()
+                hidden = as_numbers(t).isinf()  # there is nothing to learn of masked entries
+                difference = (as_numbers(s).masked_fill(hidden, 0) - as_numbers(t).masked_fill(hidden, 0)).square()
                 over = over_axis(spread, difference, leaf.axis) if isinstance(spread, Tensor) else spread
                 loss = (difference / over).mean()
             found.append(loss if leaf.weight == 1 else leaf.weight * loss)

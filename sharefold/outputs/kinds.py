@@ -68,15 +68,31 @@ def tell(seen: Seen) -> list[Leaf]:
     if not values.is_floating_point():
         return [Leaf(name, kinds.LABELS, why="whole numbers")]
     values = values.float()
-    masked = values == -math.inf
-    if bool(masked.any()) and not bool(masked.all()):  # classes that are not to be chosen; the others tell
-        values = values.masked_fill(masked, float(values[~masked].amin()))
-    if values.numel() == 0 or not bool(torch.isfinite(values).all()):
+    shown = values[values != -math.inf]  # minus infinity is that of a class that is not to be chosen
+    if shown.numel() == 0 or not bool(torch.isfinite(shown).all()):
         return [Leaf(name, kinds.REGRESSION, seen.channels, why="some values are not finite")]
-    found = _normalised(seen, values) or _detections(seen, values)
-    if found:
+    return _by_values(seen, values) or [_by_word(seen, values) or _by_shape(seen, values)]
+
+
+def may_change(seen: Seen) -> bool:
+    """Whether the values say something of these images that others may not bear out: that they are shares, say. Where a softmax
+    is known to be behind them they always are."""
+    if seen.tail is not None and seen.tail.ends_in("softmax", "log_softmax"):
+        return False
+    if not seen.values.is_floating_point() or seen.values.numel() == 0:
+        return False
+    return are_shares(seen.values) or bool(_by_values(seen, seen.values.float()))
+
+
+def _by_values(seen: Seen, values: Tensor) -> list[Leaf]:
+    """Shares, unit vectors, and boxes with scores, of all images; masked values are none of these, but may be logarithms."""
+    found = _normalised(seen, values)
+    if found or bool(torch.isinf(values).any()):
         return found
-    return [_between_0_and_1(seen, values) or _by_word(seen, values) or _by_shape(seen, values)]
+    if found := _detections(seen, values):
+        return found
+    between = _between_0_and_1(seen, values)
+    return [] if between is None else [between]
 
 
 def are_probabilities(values: Tensor, axis: int = 1) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,19 +14,23 @@ from torch.utils.hooks import RemovableHandle
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
 from sharefold.graph.preserved import preserved
-from sharefold.inputs import Input, Tensors, elements, image_shape, taken
-from sharefold.outputs.kinds import Seen, are_shares, tell
+from sharefold.inputs import Input, Tensors, each_of, elements, image_shape, taken
+from sharefold.outputs.kinds import Seen, are_shares, may_change, tell
 from sharefold.outputs.last_operations import Tail, tails_of
 from sharefold.outputs.leaf import CLASSES, REGRESSION, Leaf, images_first
 from sharefold.outputs.leaves import tensors_of
 from sharefold.outputs.overrides import overridden, parse_overrides
 from sharefold.outputs.own_word import OwnWord, own_word
 from sharefold.outputs.taps import Tap, are_detections, listening, taps_of
-from sharefold.running import run_on
+from sharefold.running import batch_of, run_on
 
 # Images of the two runs that show which axis counts them; of large ones as few as possible.
 RUNS, LARGE_RUNS = (3, 5), (1, 2)
 LARGE = 3 * 256 * 256
+# Images that confirm what only values say, each run once; numbers of all of them, and of what the network says of them.
+CONFIRMING, CONFIRMED = 256, 1 << 22
+# Numbers of a sample that its place in the order is drawn by.
+DRAWN_BY = 4096
 
 Given = str | Iterable[str] | Mapping[str, str] | None
 
@@ -99,7 +104,8 @@ def read_outputs(
 
     Args:
         model: any network; left exactly as it was.
-        images: (n, C, H, W) normalised, or a tuple of tensors (n, ...); up to eight are run.
+        images: (n, C, H, W) normalised, or a tuple of tensors (n, ...); eight are run, and some hundreds, of large ones fewer,
+            where values alone say what they are. Which ones does not depend on their order.
         graph: of ``model``, whose last operations tell most; without one, values, names and the last layer do.
         overrides: the user's word: ``"logits:axis=1"``, ``"boxes:regression"``, several, or {name: kind}.
 
@@ -113,8 +119,8 @@ def read_outputs(
     if len(given) == 0:
         raise SharefoldError("outputs: there are no images to read them on: give at least one")
     counts = RUNS if elements(given) < LARGE else LARGE_RUNS
-    index = torch.arange(sum(counts)) % len(given)
-    batches = given[index].split(list(counts))
+    order = _by_content(given)
+    batches = given[order[torch.arange(sum(counts)) % len(given)]].split(list(counts))
     with preserved(model):
         last = _LastLayer(model)
         with last:
@@ -133,11 +139,26 @@ def read_outputs(
         tails = tails_of(graph.fx_graph, model)
     elif not taps and len(places) == 1 and (tail := last.tail(tensors_of(outputs[-1])[next(iter(places))])) is not None:
         tails = dict.fromkeys(places, tail)
-    leaves = _told(places, taps, tails, own_word(model), image_shape(given))
+    word, shape = own_word(model), image_shape(given)
+    if any(may_change(_seen(name, places, tails, word, shape)) for name in places if not taps):
+        largest = max(elements(given), *(place.values[0].numel() for place in places.values()))
+        count = min(CONFIRMING, CONFIRMED // max(1, largest))
+        places = _with_more(model, given[order[sum(counts) : count]], places)
+    leaves = _told(places, taps, tails, word, shape)
     if said:
         shapes = {name: place.shape for name, place in places.items()}
         leaves = overridden(leaves, shapes, said, [name for name, place in places.items() if are_shares(place.values)])
     return OutputReading(leaves, taps, left_out, detections)
+
+
+def _by_content(images: Input) -> Tensor:
+    """Indices of all images in an order that is theirs, however they come."""
+    keys = [0] * len(images)
+    for tensor in each_of(images):
+        flat = tensor.detach()[:, None].flatten(1)
+        for index, row in enumerate(flat[:, :: -(-flat.shape[1] // DRAWN_BY) or 1].cpu().contiguous().view(torch.uint8)):
+            keys[index] = zlib.crc32(row.numpy(), keys[index])
+    return torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
 
 
 @dataclass(frozen=True)
@@ -170,10 +191,31 @@ def _placed(runs: list[dict[str, Tensor]], counts: tuple[int, ...]) -> tuple[dic
         if len(each) > 1:
             return {}, True
         axis, per_image = axes[0], each.pop()
-        parts = [images_first(run[name].detach(), axis, per_image) for run in runs]
-        values = torch.view_as_real(torch.cat(parts)) if parts[0].is_complex() else torch.cat(parts)
+        values = torch.cat([_values(run[name], axis, per_image) for run in runs])
         found[name] = _Place(axis, per_image, values, shapes[0])
     return found, False
+
+
+def _with_more(model: nn.Module, images: Input, places: dict[str, _Place]) -> dict[str, _Place]:
+    """``places`` with what ``model`` says of more ``images``; as they are, where it does not return the same tensors."""
+    found = {name: [place.values] for name, place in places.items()}
+    with preserved(model):
+        for batch in images.split(batch_of(images)) if len(images) else []:
+            tensors = tensors_of(run_on(model, batch))
+            for name, place in places.items():
+                if name not in tensors:
+                    return places
+                values = _values(tensors[name], place.images_axis, place.per_image)
+                if values.shape != (len(batch), *place.values.shape[1:]):
+                    return places
+                found[name].append(values)
+    return {name: replace(place, values=torch.cat(found[name])) for name, place in places.items()}
+
+
+def _values(tensor: Tensor, images_axis: int, per_image: int) -> Tensor:
+    """Images first, complex numbers as pairs."""
+    values = images_first(tensor.detach(), images_axis, per_image)
+    return torch.view_as_real(values) if values.is_complex() else values
 
 
 def _tapped(
@@ -200,11 +242,17 @@ def _told(
     for name, place in places.items():
         tap = next((tap for tap in taps if tap.covers(name)), None)
         if tap is None:
-            parts = tell(Seen(name, place.values, inputs, tails.get(name), word, len(places) == 1))
+            parts = tell(_seen(name, places, tails, word, inputs))
         else:  # a tap counts once, however many maps it gives
             parts = [replace(_of_tap(tap, name, place.values), weight=1 / sum(tap.covers(other) for other in places))]
         leaves += [replace(p, source=name, images_axis=place.images_axis, per_image=place.per_image) for p in parts]
     return leaves
+
+
+def _seen(
+    name: str, places: Mapping[str, _Place], tails: Mapping[str, Tail], word: OwnWord, inputs: tuple[int, ...]
+) -> Seen:  # fmt: skip
+    return Seen(name, places[name].values, inputs, tails.get(name), word, len(places) == 1)
 
 
 def _of_tap(tap: Tap, name: str, values: Tensor) -> Leaf:

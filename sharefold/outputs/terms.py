@@ -45,7 +45,7 @@ def log_shares(leaf: Leaf, tensor: Tensor) -> Tensor:
         # A masked class has a logarithm, too: no share times minus infinity would be no number.
         return found.log_softmax(-1).clamp_min(_LEAST) if leaf.kind == LOGITS else found.clamp_min(1e-9).log()
     logits = tensor.float().reshape(len(tensor), -1)
-    return torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], -1)
+    return torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], -1).clamp_min(_LEAST)
 
 
 @dataclass
@@ -70,7 +70,8 @@ class Numbers:
 
     def per_image(self, ours: Tensor, theirs: Tensor) -> Tensor:
         # The difference in the type of the outputs would lose what half precision has.
-        difference = as_numbers(ours) - as_numbers(theirs)
+        a, b = as_numbers(ours), as_numbers(theirs)
+        difference = (a - b).masked_fill(a == b, 0)  # infinities that both say are no numbers to subtract
         return (difference.square() / over_axis(self.variance, difference, self.leaf.axis)).double().flatten(1).mean(1)
 
 
@@ -109,6 +110,7 @@ class Measuring:
         self.count = 0
         self.sum: Tensor | float = 0.0
         self.squares: Tensor | float = 0.0
+        self.shown: Tensor | int = 0  # answers that are not infinite, as those of masked entries are
         self.entropy = 0.0
 
     @property
@@ -134,6 +136,8 @@ class Measuring:
             self.sum = self.sum + shares.reshape(len(shares), channels, -1, shares.shape[-1]).mean(2).sum(0)
         else:
             values = as_numbers(tensor).double()
+            shown = ~values.isinf()
+            values, self.shown = values.where(shown, 0), self.shown + shown.sum(0)
             self.sum, self.squares = self.sum + values.sum(0), self.squares + values.square().sum(0)
 
     def term(self) -> Term:
@@ -143,14 +147,15 @@ class Measuring:
         if self.nats:
             return Categorical(self.leaf)
         assert isinstance(self.sum, Tensor)
-        mean = self.sum / self.count
         if is_categorical(self.leaf):
+            mean = self.sum / self.count
             information = float(torch.special.entr(mean).sum(-1).mean()) - self.entropy / self.count
             return Categorical(self.leaf, max(information, SMALLEST_INFORMATION))
         assert isinstance(self.squares, Tensor)
         # Shares, the colours of an image and the numbers of an embedding have one scale; those of a regression need not.
         axis = self.leaf.axis if self.leaf.kind in (REGRESSION, BOXES) else None
-        return Numbers(self.leaf, variance_of(mean, self.squares / self.count, self.count, axis))
+        shown = torch.as_tensor(self.shown).clamp_min(1)
+        return Numbers(self.leaf, variance_of(self.sum / shown, self.squares / shown, self.count, axis))
 
 
 def variance_of(mean: Tensor, square: Tensor, count: int, axis: int | None) -> Tensor:

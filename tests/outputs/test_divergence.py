@@ -212,6 +212,24 @@ def test_classes_at_minus_infinity_cost_nothing() -> None:
     assert bool(broken.isinf().all())
 
 
+@pytest.mark.parametrize("kind", ["regression", "binary", "multi-label", "image"])
+def test_masked_numbers_cost_nothing(kind: str) -> None:
+    """The mean of minus infinity and the others would be no number, and neither would be what is learned."""
+    a, b = draw(5), draw(5, seed=1)
+    hidden = torch.arange(6) == 5
+    one, two = (torch.cat([numbers, torch.full((N, 1), -math.inf)], 1) for numbers in (a, b))
+    divergence = Divergence(reading((kind, 1)), [[one]])
+    found = divergence.each([one], [two])[0]
+    assert bool(found.isfinite().all()) and bool((found > 0).all())
+    if kind == "regression":
+        torch.testing.assert_close(found, compared([a], [b], reading((kind, 1))) * 5 / 6, rtol=1e-4, atol=0.0)
+    student = two.clone().requires_grad_()
+    (loss,) = divergence.losses([student], [one])
+    loss.backward()
+    assert loss.isfinite() and student.grad is not None and bool((student.grad == 0).all(0).eq(hidden).all())
+    assert bool(divergence.each([one], [one.masked_fill(hidden, 1.0)]).isinf().all()) == (kind in ("regression", "image"))
+
+
 def test_rounding_is_that_of_the_classes_that_are_not_masked() -> None:
     """Relative to a mask of -1e9 every divergence was a tie, and no repair was ever kept."""
     logits = draw(5)

@@ -214,3 +214,59 @@ def test_no_images_are_refused() -> None:
 )  # fmt: skip
 def test_hints_of_names(name: str, hint: str | None) -> None:
     assert hint_of(name) == hint
+
+
+RUNS: list[int] = []  # images; what a network notes on itself is taken back
+
+
+class Given(nn.Module):
+    """Says a function of each image's mean, a number that no graph tells of."""
+
+    def __init__(self, say: Any) -> None:
+        super().__init__()
+        self.say = say
+
+    def forward(self, x: Tensor) -> Tensor:
+        RUNS.append(len(x))
+        return self.say(x.mean((1, 2, 3)))[0]
+
+
+def flat(values: Tensor) -> Tensor:
+    return values[:, None, None, None].expand(-1, 3, 8, 8).contiguous()
+
+
+VALUES = {
+    "from 0 to 1": (lambda m: [m[:, None]], "regression"),
+    "sums to 1": (lambda m: [torch.stack([m / 2, 1 - m / 2 + (m > 1)], 1)], "logits"),
+    "of length 1": (lambda m: [-m.clamp(min=1)[:, None].expand(-1, 16) / 4], "logits"),
+    "scores": (lambda m: [(m[:, None, None] + torch.tensor([2.0] * 4 + [0.0] * 3)[:, None]).expand(-1, 7, 9)], "regression"),
+}
+
+
+@pytest.mark.parametrize("case", VALUES)
+def test_what_few_images_say_is_confirmed_on_more_in_any_order(case: str) -> None:
+    """Some of 100 images lie outside of what the others do."""
+    say, wanted = VALUES[case]
+    means = torch.linspace(0.1, 0.9, 100)
+    means[[40, 41, 42, 43, 44]] = 1.8
+    orders = [torch.arange(100), means.argsort(), means.argsort(descending=True), torch.randperm(100)]
+    found = [read_outputs(Given(say), flat(means[order])).leaves for order in orders]
+    assert [[leaf.kind for leaf in leaves] for leaves in found] == [[wanted]] * 4
+    inside = read_outputs(Given(say), flat(means.clamp(max=0.9))).leaves
+    assert [leaf.kind for leaf in inside] != [wanted]
+
+
+def test_only_what_values_say_costs_more_runs_and_large_images_fewer() -> None:
+    shares, logits = Given(lambda m: [m.sigmoid()[:, None]]), Given(lambda m: [torch.stack([m, -3 * m - 1, m + 2], 1)])
+    for net, count, size in ((logits, 8, 8), (shares, 256, 8), (shares, (1 << 22) // (3 * 128 * 128), 128)):
+        RUNS.clear()
+        read_outputs(net, torch.randn(300, 3, size, size))
+        assert sum(RUNS) == count
+
+
+def test_masked_classes_are_no_shares() -> None:
+    """Beside the mask all values lie from 0 to 1."""
+    net = Given(lambda m: [torch.stack([m, m / 2, torch.full_like(m, -torch.inf)], 1)])
+    assert kinds(read_outputs(net, IMAGES)) == [("output", "logits", 1)]
+    net = Given(lambda m: [torch.stack([m, m / 2, torch.full_like(m, -torch.inf)], 1).log_softmax(1)])
+    assert read_outputs(net, IMAGES).leaves[0].why == "logarithms of shares that sum to 1 over axis 1"
