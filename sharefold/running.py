@@ -71,6 +71,22 @@ def check_shapes(model: nn.Module) -> None:
         raise SharefoldError(f"model: {type(model).__name__} has lazy modules without shapes: run it once first")
 
 
+def check_open(model: nn.Module) -> None:
+    """Checks that no part of ``model`` is compiled or a TorchScript program: hooks are not called there, or not allowed.
+
+    Raises:
+        SharefoldError: names the first part that is.
+    """
+    for name, module in model.named_modules():
+        where = f"its part {name}" if name else "it"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise SharefoldError(
+                f"model: {where} is a TorchScript program: pass the network that it was made from, and script it once converted"
+            )
+        if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+            raise SharefoldError(f"model: {where} is compiled: pass the network itself (_orig_mod) and compile it once converted")
+
+
 def run_on(model: nn.Module, images: Input) -> Any:
     """What ``model`` makes of :func:`as_input` of ``images``: some networks write into their input."""
     return call(model, as_input(model, images))

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sharefold.errors import SharefoldError
-from sharefold.running import check_shapes, device_of
+from sharefold.running import check_open, check_shapes, device_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,13 +34,12 @@ def plain_settings(model: Any) -> Iterator[None]:
     """No autocast, no inference mode and no defaults of the user inside: solvers would lose digits, gradients or their tensors.
 
     Raises:
-        SharefoldError: ``model`` is no module, compiled, has parameters without a shape, or was made in inference mode, where
-            nothing of it can be repaired.
+        SharefoldError: ``model`` is no module, compiled or a TorchScript program, has parameters without a shape, or was made in
+            inference mode, where nothing of it can be repaired.
     """
     if not isinstance(model, nn.Module):
         raise SharefoldError(f"model: {type(model).__name__} is not an nn.Module: pass the network itself")
-    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        raise SharefoldError("model: it is compiled: pass the network itself (model._orig_mod) and compile it once converted")
+    check_open(model)
     check_shapes(model)
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         raise SharefoldError("model: it was made in torch.inference_mode(), which forbids changes: make or copy it outside")

@@ -117,6 +117,22 @@ def test_networks_that_cannot_be_converted_say_so_and_stay() -> None:
         assert not shared_layers(model)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.parametrize("how", ["trace", "script", "compile"])
+def test_programs_take_no_hooks(how: str, part: bool) -> None:
+    stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()).eval()
+    made = {
+        "trace": lambda: torch.jit.trace(stem, IMAGES[:1]), "script": lambda: torch.jit.script(stem),
+        "compile": lambda: torch.compile(stem),
+    }[how]()  # fmt: skip
+    model = nn.Sequential(made, nn.Conv2d(8, 8, 3)).eval() if part else made
+    words = f"model: {'its part 0' if part else 'it'} is {'compiled' if how == 'compile' else 'a TorchScript program'}: pass the"
+    for verb in (sharefold.analyze, sharefold.calibrate):
+        with pytest.raises(SharefoldError, match=words):
+            verb(model, IMAGES[:1])
+
+
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
 def test_procedural_images_have_the_networks_type(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sharefold.calibration.images.COUNT", 40)

@@ -24,7 +24,7 @@ from sharefold.graph.stages import Size, find_stages, number_blocks
 from sharefold.graph.trace import ShapeRecorder, same_output, trace
 from sharefold.inputs import Inputs
 from sharefold.layers import STOCK_LAYERS, ConvForm
-from sharefold.running import as_input, check_shapes, keep_plain
+from sharefold.running import as_input, check_open, check_shapes, keep_plain
 
 # fx patches nn.Module for the whole process while it traces.
 _TRACING = threading.RLock()
@@ -43,10 +43,11 @@ def analyze(model: nn.Module, example_input: Any, *, symbolic: bool = True) -> N
         symbolic: False skips the fx trace and relies on hooks alone.
 
     Raises:
-        SharefoldError: not a module, lazy modules without shapes, or the forward pass fails.
+        SharefoldError: not a module, a TorchScript program, lazy modules without shapes, or the forward pass fails.
     """
     if not isinstance(model, nn.Module):
         raise SharefoldError(f"model: {type(model).__name__} is not an nn.Module: pass the network itself")
+    check_open(model)
     check_shapes(model)
     if isinstance(example_input, Inputs):
         example_input = example_input.tensors
