@@ -110,6 +110,29 @@ def test_layers_that_do_more_than_convolve_stay() -> None:
     assert calls == [1]
 
 
+class Called(nn.Conv2d):
+    """Does more than its forward."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
+
+
+@pytest.mark.parametrize("how", ["call", "instance", "full backward hook", "backward pre-hook"])
+def test_layers_with_calls_and_hooks_of_their_own_stay(how: str) -> None:
+    net = small()
+    if how == "call":
+        net = small(Called)
+    elif how == "instance":
+        net[3].forward = lambda x, plain=net[3].forward: 2 * plain(x)
+    elif how == "full backward hook":
+        net[3].register_full_backward_hook(lambda module, inputs, outputs: None)
+    else:
+        net[3].register_full_backward_pre_hook(lambda module, outputs: None)
+    skipped = sharefold.analyze(net, IMAGES[:1]).skipped
+    words = "backward hook, which a shared layer would not call" if "backward" in how else "a forward of its own"
+    assert [name for name, reason in skipped.items() if words in reason] == (["1", "3", "5", "7"] if how == "call" else ["3"])
+
+
 def test_a_refusal_says_what_cannot_be_shared() -> None:
     torch.manual_seed(0)
     normed = nn.Sequential(

@@ -10,6 +10,8 @@ from torch.nn.utils import parametrize
 from sharefold.layers import STOCK_LAYERS, ConvForm, SharedConv, checked_form, form_of
 
 _SHAPES = {1: "signals (n, C, L)", 2: "images (n, C, H, W)", 3: "volumes (n, C, D, H, W)"}
+# What computes a layer's output; put on one layer, it comes before that of the class.
+_METHODS = frozenset(("forward", "_conv_forward", "_output_padding", "_call_impl"))
 BATCH_NORM_KEYS = ("running_mean", "running_var")
 
 
@@ -80,7 +82,9 @@ def _obstacle(module: nn.Module) -> str | None:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}: only real floating-point weights are shared"
     if module._forward_hooks or module._forward_pre_hooks:
         return "it has a forward hook, which a shared layer would not call: remove the hook first"
-    if form_of(module) is None:
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "it has a backward hook, which a shared layer would not call: remove the hook first"
+    if not _METHODS.isdisjoint(vars(module)) or form_of(module) is None:
         return f"{type(module).__name__} has a forward of its own, which a shared layer could not stand in for"
     return None
 

@@ -23,6 +23,7 @@ from sharefold.layers.stock_axes import StockAxes, axes_of
 STOCK_LAYERS = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
 )  # fmt: skip
+_CALLED = ("__call__", "_call_impl")  # what torch calls around a forward
 _STANDARDIZED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
 
@@ -256,6 +257,8 @@ class ConvForm:
 
 def form_of(module: nn.Module) -> ConvForm | None:
     """The form of a dense layer, or None when a shared layer cannot stand in for it."""
+    if any(getattr(type(module), name) is not getattr(nn.Module, name) for name in _CALLED):
+        return None
     if isinstance(module, nn.Linear):
         if type(module).forward not in (nn.Linear.forward, TimmLinear.forward):
             return None
