@@ -64,13 +64,20 @@ def check_options(plan: Plan) -> None:
 
 
 def check_layers(graph: NetworkGraph, plan: Plan) -> None:
-    """Checks that the graph pass found every layer that the plan changes.
+    """Checks that the graph pass found every layer that the plan changes, and that norms which take up a change may.
 
     Raises:
         SharefoldError: names the layer and the reason why it cannot be converted.
     """
     for group in plan.groups:
-        for name in step_named(group.method).layers(graph, group):
+        step = step_named(group.method)
+        for name in step.layers(graph, group):
             if name not in graph.layers:
                 reason = graph.skipped.get(name, "it is not a convertible layer")
                 raise SharefoldError(f"plan: layer {quoted(name)} of group {quoted(group.name)} cannot be converted: {reason}")
+            norm = graph.layers[name].norm
+            if step.writes_norms and norm is not None and plan.protects(norm):
+                raise SharefoldError(
+                    f"plan: group {quoted(group.name)}: {group.method} writes into {quoted(norm)}, the norm behind "
+                    f"{quoted(name)}, which exclude {quoted(plan.exclude)} protects: take the layer out, or the norm out of exclude"
+                )

@@ -60,6 +60,7 @@ class ConversionStep(ABC):
     paper: ClassVar[str]
     smallest_group: ClassVar[int] = 2
     option_names: ClassVar[frozenset[str]] = frozenset()  # all that a plan's group may set
+    writes_norms: ClassVar[bool] = False  # whether the norms behind its layers take up what the step changes
 
     @abstractmethod
     def check(self, model: nn.Module, plan: GroupPlan) -> None:

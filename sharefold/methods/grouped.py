@@ -37,6 +37,7 @@ class Grouped(ConversionStep):
     name = "grouped"
     paper = "https://doi.org/10.13164/mendel.2022.1.023"
     option_names = frozenset({"groups", "second", "shuffle", "norm", "act", "order"})
+    writes_norms = True
     smallest_group = 1
 
     def check(self, model: nn.Module, plan: GroupPlan) -> None:

@@ -37,6 +37,7 @@ class Reuse(ConversionStep):
     name = "reuse"
     paper = "https://arxiv.org/abs/1901.09615"
     option_names = frozenset({"align"})
+    writes_norms = True
 
     def check(self, model: nn.Module, plan: GroupPlan) -> None:
         blocks = [model.get_submodule(name) for name in plan.members]

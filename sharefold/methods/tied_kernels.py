@@ -43,6 +43,7 @@ class TiedKernels(LayerMethod):
     name = "tied-kernels"
     paper = "https://arxiv.org/abs/1702.08782"
     option_names = frozenset({"align", "bias"})
+    writes_norms = True
 
     def candidates(self, problem: GroupProblem) -> list[Candidate]:
         fit = fit_kernel(problem, None, None, scaled=False)

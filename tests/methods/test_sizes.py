@@ -67,6 +67,15 @@ def test_what_exclude_protects_is_in_no_group() -> None:
         sharefold.convert_(model, replace(plan, exclude="stage"), IMAGES)
 
 
+def test_a_method_that_writes_into_norms_refuses_those_that_exclude_protects() -> None:
+    model = net()
+    members = ("stage1.0.conv1", "stage1.0.conv2")
+    plan = Plan([GroupPlan("g", "tied-kernels", members)], 0, 0, exclude="bn1")
+    with pytest.raises(SharefoldError, match="tied-kernels writes into 'stage1.0.bn1', the norm behind 'stage1.0.conv1'"):
+        sharefold.convert_(model, plan, IMAGES)
+    sharefold.convert_(model, replace(plan, exclude="^fc"), IMAGES)
+
+
 def test_the_command_line_counts_a_plan_that_was_edited(tmp_path: Path) -> None:
     start = ("convert", "timm:digits_resnet:blocks=2,width=16", "--no-pretrained", "--calib", "digits", "--calib-count", 30)
     told = reported(*start, "--method", "basis", "--budget", "50%", "--dry-run")
