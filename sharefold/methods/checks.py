@@ -79,5 +79,6 @@ def check_layers(graph: NetworkGraph, plan: Plan) -> None:
             if step.writes_norms and norm is not None and plan.protects(norm):
                 raise SharefoldError(
                     f"plan: group {quoted(group.name)}: {group.method} writes into {quoted(norm)}, the norm behind "
-                    f"{quoted(name)}, which exclude {quoted(plan.exclude)} protects: take the layer out, or the norm out of exclude"
+                    f"{quoted(name)}, which exclude {quoted(plan.exclude)} protects: take the layer out of the group, or the "
+                    "norm out of exclude"
                 )
