@@ -350,7 +350,8 @@ def results() -> str | None:
     if not rows:
         return None
     note = ("Top-1 [%] on images that nothing was fitted to, the mean over seeds; no labels. Sizes in % are of the parameters, "
-            "in MB of the whole file. Refined: with `--refine` for a few minutes, where it was run.")  # fmt: skip
+            "in MB of the whole file. Converted: by default, which has five epochs of refinement among the repairs where layers "
+            "share and images are small. Refined: with `--refine` for a few minutes, where it was run.")  # fmt: skip
     covered = RESULTS / "coverage.csv"
     if covered.exists():
         with covered.open(newline="") as file:
