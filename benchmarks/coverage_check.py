@@ -260,10 +260,10 @@ def convert_for_real(
 
 @contextmanager
 def quick() -> Iterator[None]:
-    """Shared bases are fitted in one round, their error curves in none: how good they are is measured elsewhere."""
+    """Shared bases are fitted in two iterations, their error curves in none: how good they are is measured elsewhere."""
     with (
         mock.patch("sharefold.methods.basis.curve_effort", lambda features: {}),
-        mock.patch("sharefold.methods.basis.solve_effort", lambda features: {"rounds": 1}),
+        mock.patch("sharefold.methods.basis.solve_effort", lambda features: {"iterations": 2}),
     ):
         yield
 

@@ -103,18 +103,16 @@ TOLERANCE = 5e-4
 
 
 def solve(
-    problem: Problem, rank: int, init: Tensor | None = None, *, unique: int = 0, iterations: int = 30, tol: float = TOLERANCE,
-    ridge: float = RIDGE,
-) -> BasisSolution:  # fmt: skip
+    problem: Problem, rank: int, init: Tensor | None = None, *, unique: int = 0, iterations: int = 30, **how: float
+) -> BasisSolution:
     """Fits ``W_k ~ C_k [U_k; B]`` under the data norm.
 
     Args:
         rank: shared filters R, 1 .. min(N, K * O).
         init: starting filters (R, N); None takes the one-shot spectrum.
         unique: own filters U per layer.
-        iterations, tol: of :func:`sharefold.solvers.filter_descent.refine`; with 0 the start is kept, and the coefficients
-            are fitted.
-        ridge: floor of the moments, relative to their mean diagonal.
+        iterations: of :func:`sharefold.solvers.filter_descent.refine`; with 0 the start is kept, and the coefficients are fitted.
+        how: its ``tol``, and ``ridge``, the floor of the moments, relative to their mean diagonal.
 
     Returns:
         A solution in the dtype of ``problem.weights``; errors are measured without the ridge.
@@ -130,9 +128,8 @@ def solve(
     if init is not None and init.shape != (rank, problem.columns):
         raise SharefoldError(f"basis: init has shape {tuple(init.shape)}: expected ({rank}, {problem.columns})")
     dtype, start = problem.weights.dtype, None if init is None else orthonormal(init)
-    work, basis, own, history = fitted(
-        problem, (rank, unique), iterations=iterations, tol=tol, init=start, kind="rows", ridge=ridge
-    )  # fmt: skip
+    how = {"tol": TOLERANCE, **how}
+    work, basis, own, history = fitted(problem, (rank, unique), iterations=iterations, init=start, kind="rows", **how)
     coefficients = work.coefficients(basis, own)
     errors = work.problem.errors(coefficients @ work.stack(basis, own))
     return BasisSolution(
