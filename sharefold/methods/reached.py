@@ -16,7 +16,7 @@ from sharefold.untrusted import quoted
 
 
 def check_reached(model: nn.Module, graph: NetworkGraph, plan: Plan, example: Input) -> None:
-    """Runs the converted ``model`` once on the first sample of ``example``.
+    """Runs the converted ``model`` once on ``example``.
 
     Raises:
         SharefoldError: it fails, or does not run a shared layer whose dense one the network of ``graph`` ran; names it.
@@ -30,7 +30,7 @@ def check_reached(model: nn.Module, graph: NetworkGraph, plan: Plan, example: In
         layers[name].register_forward_pre_hook(lambda module, args, name=name: waiting.discard(name)) for name in sorted(waiting)
     ]
     try:
-        _, error = tried(model, example[:1])
+        _, error = tried(model, example)
     finally:
         for handle in handles:
             handle.remove()
