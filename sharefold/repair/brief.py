@@ -56,8 +56,11 @@ def brief_refinement(cal: Calibration, plan: Plan) -> BriefRefinement | None:
         return None
     if len(images) < FEWEST_IMAGES or _numbers(images) > LARGEST_SAMPLE:
         return None
-    work = PASSES * len(images) * count_macs(cal.original, images[:1])
-    epochs = min(EPOCHS, int(MOST_WORK / max(work, 1)))
+    try:
+        macs = count_macs(cal.original, images[:1])
+    except Exception:  # a network that takes no single sample, or does what cannot be counted: nobody has asked for this
+        return None
+    epochs = min(EPOCHS, int(MOST_WORK / max(PASSES * len(images) * macs, 1)))
     return BriefRefinement(RefineOptions(epochs, seed=cal.seed)) if epochs else None
 
 

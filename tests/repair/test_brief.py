@@ -96,3 +96,11 @@ def test_a_network_that_cannot_be_trained_is_left_as_the_repairs_left_it(
     assert same(state(model), state(wanted))
     with pytest.raises(RuntimeError, match="no gradients"):  # who asks for it is told
         converted(cal, refine=2)
+
+
+def test_none_where_its_work_cannot_be_told(cal: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> int:
+        raise RuntimeError("it takes pairs of images")
+
+    monkeypatch.setattr(brief, "count_macs", fails)
+    assert brief.brief_refinement(cal, PLAN) is None
