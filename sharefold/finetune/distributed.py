@@ -6,6 +6,7 @@ on one machine or many, and that is all that is read here. Without them a run is
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,4 +98,7 @@ def world(device: str = "auto") -> Iterator[World]:
         try:
             yield World(rank, size, where)
         finally:
+            # Reducers hold the group and lie in cycles. One that is left is taken apart as the interpreter ends, when its threads
+            # can no longer be joined, and now and then a process is aborted.
+            gc.collect()
             dist.destroy_process_group()

@@ -129,6 +129,7 @@ def finetune(
             report.output = str(out)
         loop.tell(report)
         where.wait()
+        del loop  # and with it what holds the process group, whose threads may not outlive it
     return report
 
 
