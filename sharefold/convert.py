@@ -25,7 +25,7 @@ from sharefold.inputs import AnyInput
 from sharefold.layers import Bank, shared_layers
 from sharefold.measure import count_parameters
 from sharefold.methods import Solution, step_named
-from sharefold.methods.checks import check_layers, check_options, check_plan
+from sharefold.methods.checks import check_written
 from sharefold.methods.narrowing import narrow_, narrowed
 from sharefold.methods.reached import check_reached
 from sharefold.methods.sizes import counted
@@ -163,9 +163,7 @@ def carry_out(
         The plan as carried out, the calibration of the network with its channels reordered (mostly ``cal``), the steps.
     """
     effort, for_codes = efforts(parse_effort(options.refine), plan)
-    check_plan(model, plan)
-    check_options(plan)
-    check_layers(cal.graph, plan)
+    check_written(model, cal.graph, plan)
     if (effort or for_codes) is not None and not cal.comparable:
         raise SharefoldError("refine: this network returns nothing to learn from: convert without it, or give a criterion")
     with _timed(seconds, "solve"):

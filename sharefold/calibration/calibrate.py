@@ -17,7 +17,7 @@ from sharefold.calibration.statistics import Statistics, batch_for, statistics_o
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph, analyze
 from sharefold.inputs import AnyInput, Input, taken
-from sharefold.layers.norm_fusion import fused_for_inference, norms_that_fuse
+from sharefold.layers.norm_fusion import FEW, fused_for_inference, norms_that_fuse
 from sharefold.options import CalibrationOptions, chosen
 from sharefold.outputs import Comparison, Divergence, OutputReading, read_outputs
 from sharefold.outputs.comparison import BATCH
@@ -29,8 +29,6 @@ from sharefold.settings import with_plain_settings
 FEWEST_SEEN = 30
 # Images by which it is told whether mirror images mean the same.
 MIRRORED = 100
-# Images on which a network with fused norms is held against itself.
-FEW = 2
 
 
 class Calibration:

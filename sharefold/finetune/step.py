@@ -25,14 +25,11 @@ from sharefold.finetune.training_output import training_apart_from_chance, with_
 from sharefold.graph import analyze
 from sharefold.inputs import Input, Inputs, call, shapes_of
 from sharefold.layers import running
-from sharefold.layers.norm_fusion import norms_fused, norms_that_fuse
+from sharefold.layers.norm_fusion import FEW, norms_fused, norms_that_fuse
 from sharefold.layers.together import composed_together
 from sharefold.outputs.kinds import are_probabilities
 from sharefold.outputs.leaves import tensors_of
 from sharefold.running import run_on
-
-# Images on which networks with fused norms are held against themselves.
-FEW = 2
 
 
 def autocast_for(config: FinetuneConfig, device: torch.device) -> tuple[torch.dtype | None, Any]:

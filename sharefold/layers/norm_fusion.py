@@ -22,8 +22,8 @@ from sharefold.layers.shared_conv import SharedConv, any_form_of
 from sharefold.layers.weight_order import rounded_once
 from sharefold.running import dtype_of, evaluating
 
-# What a network with fused norms may differ by from itself.
-SAME = 1e-3
+# Images on which a network with fused norms is held against itself, and what they may differ by.
+FEW, SAME = 2, 1e-3
 
 
 @contextmanager

@@ -82,3 +82,14 @@ def check_layers(graph: NetworkGraph, plan: Plan) -> None:
                     f"{quoted(name)}, which exclude {quoted(plan.exclude)} protects: take the layer out of the group, or the "
                     "norm out of exclude"
                 )
+
+
+def check_written(model: nn.Module, graph: NetworkGraph, plan: Plan) -> None:
+    """All that is checked of a plan that somebody hands over: :func:`check_plan`, :func:`check_options`, :func:`check_layers`.
+
+    Raises:
+        SharefoldError: as these.
+    """
+    check_plan(model, plan)
+    check_options(plan)
+    check_layers(graph, plan)

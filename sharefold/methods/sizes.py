@@ -12,7 +12,7 @@ from torch import nn
 from sharefold.graph import NetworkGraph
 from sharefold.layers import checked_form
 from sharefold.measure import count_parameters
-from sharefold.methods.checks import check_layers, check_options, check_plan
+from sharefold.methods.checks import check_written
 from sharefold.methods.contract import LayerSwap
 from sharefold.methods.narrowing import blank_narrowed, install_blank
 from sharefold.methods.registry import step_named
@@ -28,9 +28,7 @@ def checked_and_counted(model: nn.Module, graph: NetworkGraph, plan: Plan) -> Pl
     Raises:
         SharefoldError: it does not fit the model.
     """
-    check_plan(model, plan)
-    check_options(plan)
-    check_layers(graph, plan)
+    check_written(model, graph, plan)
     blank = copy.deepcopy(model).to("meta")
     install_blank(blank, plan)
     groups = [*plan.narrowing, *counted(blank_narrowed(model, plan), plan.sharing)]

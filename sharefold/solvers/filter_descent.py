@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharefold.solvers.data_norm import Problem, eigen_psd
+from sharefold.solvers.data_norm import Problem, eigen_psd, working_dtype
 from sharefold.solvers.directions import orthonormal
 from sharefold.solvers.lbfgs import minimize
 from sharefold.solvers.variable_projection import SCALE_FLOOR, VariableProjection
@@ -124,17 +124,17 @@ def fitted(
         last steps.
     """
     work = VariableProjection(problem, **how)
-    rough = VariableProjection(problem.for_estimates(), **how) if iterations > LAST_STEPS else work
-    if rough.problem.weights.dtype == work.problem.weights.dtype:
-        rough = work
+    full = work.problem.weights
+    less = working_dtype(problem.columns, problem.weights.dtype, estimate=True) != full.dtype and iterations > LAST_STEPS
+    rough = VariableProjection(problem.for_estimates(), **how) if less else work
     if init is None:
         start = rough.start(*sizes)
     else:
-        start = init.to(rough.problem.weights), rough.start_own(sizes[1], init.to(rough.problem.weights))
+        init = init.to(rough.problem.weights)
+        start = init, rough.start_own(sizes[1], init)
+    basis, own, history = refine(rough, *start, iterations=iterations, tol=tol)
     if rough is work:
-        return work, *refine(work, *start, iterations=iterations, tol=tol)
-    basis, own, _ = refine(rough, *start, iterations=iterations, tol=tol)
-    full = work.problem.weights
+        return work, basis, own, history
     first = work.evaluate(*(orthonormal(part.to(full)) for part in start))[0]
     basis, own, history = refine(work, orthonormal(basis.to(full)), orthonormal(own.to(full)), iterations=LAST_STEPS, tol=tol)
     return work, basis, own, [max(first, history[0]), *history]

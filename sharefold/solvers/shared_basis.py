@@ -20,6 +20,9 @@ from sharefold.solvers.directions import orthonormal
 from sharefold.solvers.filter_descent import fitted, refine
 from sharefold.solvers.variable_projection import VariableProjection
 
+# A solution may stop when two iterations on end lower the error by less than this fraction.
+TOLERANCE = 5e-4
+
 
 @dataclass
 class BasisSolution:
@@ -96,10 +99,6 @@ def curve(
         return work.errors(basis, none)
 
     return correct_curve(points, exact, solved)
-
-
-# A solution may stop when two iterations on end lower the error by less than this fraction.
-TOLERANCE = 5e-4
 
 
 def solve(
