@@ -95,6 +95,39 @@ def test_a_network_that_asks_layers_for_what_shared_ones_do_not_have_is_refused(
         sharefold.convert_(Asks("names", padding=1).eval(), PLAN, IMAGES, repair=False)
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_a_network_that_asks_layers_for_their_class_is_refused(last: bool) -> None:
+    class Asks(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for layer in (self.conv0, self.conv1, self.conv2):
+                x = layer(x)
+                if isinstance(layer, nn.Conv2d) or layer is self.conv2 or last:
+                    x = torch.relu(x)
+            return self.head(x.mean((2, 3))) * (isinstance(self.conv2, nn.Conv2d) or not last)
+
+    model = Asks("names", padding=1).eval()
+    where = "on the way to its outputs" if last else "on the way to layer 'conv1'"
+    with pytest.raises(SharefoldError, match=f"something else with shared layers than with stock ones {where}: it asks layers"):
+        sharefold.convert_(model, PLAN, IMAGES, repair=False)
+    assert not shared_layers(model)
+
+
+@pytest.mark.parametrize("way", ["sign", "sorted", "random", "half"])
+def test_rounding_and_chance_are_not_taken_for_questions_of_class(way: str) -> None:
+    class Unsteady(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            if way == "random":
+                return F.dropout(x, 0.5)
+            return x.sign() if way == "sign" else x.flatten().sort().values if way == "sorted" else x
+
+    model = Unsteady("names", padding=1).eval()
+    model, images = (model.bfloat16(), IMAGES.bfloat16()) if way == "half" else (model, IMAGES)
+    sharefold.convert_(model, PLAN, images, repair=False)
+    assert len(shared_layers(model)) == len(NAMES)
+
+
 def test_what_users_put_on_a_layer_goes_along(tmp_path: Any) -> None:
     def made() -> Net:
         model = Net("names", padding=1)
