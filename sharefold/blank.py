@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import BuiltinFunctionType, FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +13,20 @@ from sharefold.architectures.bounded import check_buffers, limited_modules, para
 from sharefold.architectures.build import build_base, build_on_meta
 from sharefold.errors import SharefoldError
 from sharefold.format import FileConfig
+from sharefold.layers import ConvForm
+from sharefold.layers.weight_cache import Kept
 from sharefold.methods.checks import check_plan
 from sharefold.methods.narrowing import install_blank
 from sharefold.plans import Plan
 from sharefold.untrusted import most_inflated
 
+# What attributes of modules are, but for tensors and what may hold some.
+_NO_TENSORS = (int, float, str, type(None), type, torch.dtype, BuiltinFunctionType, ConvForm, Kept, nn.Module)
 
-def shape_of_network(
-    config: FileConfig, state: Mapping[str, Tensor], where: str
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
-    """Name -> tensor without memory of the network that ``config`` describes, before any of it is allocated, and of the original.
+
+def shape_of_network(config: FileConfig, state: Mapping[str, Tensor], where: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The network that ``config`` describes, on the meta device, before any of it is allocated; and the tensors of the original
+    by name, without memory.
 
     Args:
         state: the tensors of the file, packed or plain; plain ones are compared.
@@ -41,7 +47,7 @@ def shape_of_network(
     declared = sum(t.numel() * t.element_size() for t in template.values())
     check_inflation(declared, held, where)
     check_buffers(model, held if config.store is None else declared, where)
-    return template, original
+    return model, original
 
 
 def check_inflation(declared: int, held: int, where: str) -> None:
@@ -87,9 +93,15 @@ def check_shapes(
             raise SharefoldError(f"{where} does not fit {whose}: tensor {name!r} is left over")
 
 
-def blank_network(config: FileConfig) -> nn.Module:
-    """The network with parameters without memory where its builder allows that; its buffers are real."""
+def blank_network(config: FileConfig, shape: nn.Module) -> nn.Module:
+    """The network with parameters without memory where its builder allows that; tensors that no file holds are real.
+
+    Args:
+        shape: of :func:`shape_of_network`, which is taken itself where a file holds all of its tensors.
+    """
     assert config.base is not None
+    if not any(_has_more_than_its_state(module) for module in shape.modules()):
+        return shape
     try:
         with parameters_on_meta():
             model = build_base(config.base)
@@ -97,6 +109,20 @@ def blank_network(config: FileConfig) -> nn.Module:
             return model
     except Exception:  # a builder that calculates with its weights
         return real_network(config)
+
+
+def _has_more_than_its_state(module: nn.Module) -> bool:
+    """Whether ``module`` has tensors that its state dict leaves out, or could hide some."""
+    held = (value for key, value in vars(module).items() if key not in ("_parameters", "_buffers", "_modules"))
+    return bool(module._non_persistent_buffers_set) or not all(map(_holds_no_tensors, held))
+
+
+def _holds_no_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_holds_no_tensors, value.values()))
+    if isinstance(value, list | tuple | set):
+        return all(map(_holds_no_tensors, value))
+    return isinstance(value, _NO_TENSORS) or (isinstance(value, FunctionType) and not value.__closure__)
 
 
 def real_network(config: FileConfig) -> nn.Module:

@@ -175,9 +175,10 @@ def _filled(
     if model is not None:
         original = {name: tensor.to("meta") for name, tensor in tensor_state(model).items()}
         install(model, config.plan)
-        template = tensor_state(model)
+        shape = model
     else:
-        template, original = shape_of_network(config, state, str(path))
+        shape, original = shape_of_network(config, state, str(path))
+    template = tensor_state(shape)
     if config.store is not None:
         state, spec = decode(state, config.typed(template))
     whose = "its own plan" if model is None else "the network that was given (is it of the same class and size?)"
@@ -188,7 +189,7 @@ def _filled(
     config = replace(config, dense_bytes=dense_bytes(original, floats))
     state |= {alias: state[name] for alias, name in config.aliases.items()}
     if model is None:
-        model = blank_network(config)
+        model = blank_network(config, shape)
     try:
         load_tensors(model, state, assign=True)
         if any(t.is_meta for t in (*model.parameters(), *model.buffers())):

@@ -7,7 +7,8 @@ import json
 import resource
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import sharefold
 from sharefold import checkpoint
+from sharefold.architectures.build import _timm_model as timm_model
 from sharefold.architectures.build import build_on_meta, check_arguments
 from sharefold.blank import real_network
 from sharefold.convert import convert_
@@ -254,6 +256,35 @@ def test_networks_built_without_weights_are_the_same(base: dict[str, Any], tmp_p
     assert type(again) is type(model) and again.training == model.training
 
 
+def with_table(place: str) -> Callable[..., Any]:
+    """A builder whose networks hold a tensor that no file holds."""
+
+    def build(name: str, kwargs: dict[str, Any]) -> torch.nn.Module:
+        model: Any = timm_model(name, kwargs)
+        table = torch.arange(4.0)
+        if place == "buffer":
+            model.register_buffer("table", table, persistent=False)
+        else:
+            places: dict[str, Any] = {
+                "attribute": table, "list": {"all": [table]}, "closure": lambda x: x + table,
+                "partial": partial(torch.add, table),
+            }  # fmt: skip
+            model.table = places[place]
+        return model
+
+    return build
+
+
+@pytest.mark.parametrize("place", ["buffer", "attribute", "list", "closure", "partial"])
+def test_what_no_file_holds_is_built_for_real(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(base_of("digits_resnet"), tmp_path / "net.safetensors")[1]
+    monkeypatch.setattr("sharefold.architectures.build._timm_model", with_table(place))
+    found: Any = sharefold.load(path).table
+    if place in ("closure", "partial"):
+        found = found(torch.zeros(4))
+    assert torch.equal(found["all"][0] if place == "list" else found, torch.arange(4.0))
+
+
 def test_weights_that_a_builder_calculates_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is built for real then."""
     model, path = saved(base_of("digits_resnet"), tmp_path / "net.safetensors")
@@ -265,6 +296,7 @@ def test_weights_that_a_builder_calculates_with(tmp_path: Path, monkeypatch: pyt
             raise RuntimeError("no values")
         return built
 
+    monkeypatch.setattr("sharefold.architectures.build._timm_model", with_table("attribute"))
     monkeypatch.setattr("sharefold.blank.build_base", refuse)
     monkeypatch.setattr("sharefold.blank.real_network", lambda config: (real.append(config), real_network(config))[1])
     assert torch.equal(sharefold.load(path)(X), model(X)) and len(real) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,40 +15,53 @@ from sharefold.layers.shared_conv import SharedConv
 
 # What torch itself keeps on every module.
 _TORCHS = frozenset(vars(nn.Module()))
+# What most attributes are.
+_PLAIN = frozenset((int, float, bool, str, type(None)))
 # Lists of lists of modules are looked into this deep; longer ones hold something else.
 DEPTH, LONGEST = 3, 10_000
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts ``module`` in the place of the submodule called ``name``, and wherever else the network holds this one: under other
-    names, and in plain attributes, lists, tuples and dictionaries of its modules."""
-    parent_name, _, leaf = name.rpartition(".")
-    parent = model.get_submodule(parent_name) if parent_name else model
-    module.train(parent.training)
-    old = parent.get_submodule(leaf)
-    # As `model.modules()` goes, but without a generator a level: networks are walked once for every layer that is replaced.
+    """:func:`replace_modules` of one."""
+    replace_modules(model, {name: module})
+
+
+def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Puts every one of ``modules`` in the place of the submodule of its name, and wherever else the network holds that: under
+    other names, and in plain attributes, lists, tuples and dictionaries of its modules."""
+    new: dict[int, nn.Module] = {}
+    for name, module in modules.items():
+        parent_name, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent_name) if parent_name else model
+        module.train(parent.training)
+        new[id(parent.get_submodule(leaf))] = module
+    # As `model.modules()` goes, but without a generator a level: networks are walked once for every group that is replaced.
     waiting, seen = [model], {model}
     while waiting:
         owner = waiting.pop()
-        for key, value in [*owner.__dict__.items()]:
-            if key not in _TORCHS and (other := _replaced(value, old, module, DEPTH)) is not value:
-                owner.__dict__[key] = other
+        held = owner.__dict__
+        for key in held.keys() - _TORCHS:
+            value = held[key]
+            if type(value) not in _PLAIN and (other := _replaced(value, new, DEPTH)) is not value:
+                held[key] = other
         for key, child in list(owner._modules.items()):
-            if child is old:
-                setattr(owner, key, module)
+            if id(child) in new:
+                setattr(owner, key, new[id(child)])
             elif child is not None and child not in seen:
                 seen.add(child)
                 waiting.append(child)
 
 
-def _replaced(value: Any, old: nn.Module, new: nn.Module, depth: int) -> Any:
-    """``value`` itself, or a container like it with ``new`` in the place of ``old``."""
-    if value is old:
-        return new
+def _replaced(value: Any, new: Mapping[int, nn.Module], depth: int) -> Any:
+    """``value`` itself, or a container like it with ``new`` in the places of modules, which are given by their ids."""
+    if isinstance(value, nn.Module):
+        return new.get(id(value), value)
     if not depth or not isinstance(value, list | tuple | dict) or not 0 < len(value) <= LONGEST:
         return value
     parts = [*value.values()] if isinstance(value, dict) else value
-    found = [_replaced(part, old, new, depth - 1) for part in parts]
+    if all(type(part) in _PLAIN for part in parts):
+        return value
+    found = [_replaced(part, new, depth - 1) for part in parts]
     if all(a is b for a, b in zip(found, parts, strict=True)):
         return value
     if isinstance(value, dict):
@@ -91,11 +104,12 @@ def running(model: nn.Module, runtime: str) -> Iterator[None]:
 def to_dense(model: nn.Module) -> nn.Module:
     """A copy of ``model`` in which every shared layer is a stock layer of its own again and no bank is left."""
     dense = copy.deepcopy(model)
+    stock: dict[str, nn.Module] = {}
     for name, layer in shared_layers(dense).items():
-        stock = layer.dense()
+        stock[name] = layer.dense()
         if hasattr(layer, CARRIED):
-            carry(layer, stock)
-        replace_module(dense, name, stock)
+            carry(layer, stock[name])
+    replace_modules(dense, stock)
     if hasattr(dense, ATTRIBUTE):
         delattr(dense, ATTRIBUTE)
     return dense

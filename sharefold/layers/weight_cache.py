@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from operator import is_
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -68,7 +69,7 @@ class Kept:
         second = owner.__dict__[other]
         plain = not owner._modules and (second is None or not second._modules)
         # The value may have been made of other tensors than the kept one, and not been kept.
-        if plain and entry.holds(entry.mode, tuple(own_tensors(owner, second))):
+        if plain and entry.states and entry.holds(entry.mode, tuple(own_tensors(owner, second))):
             self._ready = _Ready(entry, owner, other)
 
     def unwatch(self) -> None:
@@ -148,18 +149,19 @@ def own_tensors(*owners: nn.Module | None) -> Iterator[Tensor]:
 class _Ready:
     """An entry, and the places that hold what it was made of."""
 
-    __slots__ = ("entry", "last", "slots", "steps")
+    __slots__ = ("addresses", "device", "entry", "last", "other", "owner", "places", "second", "steps", "tensors", "versions")
 
     def __init__(self, entry: _Entry, owner: nn.Module, other: str) -> None:
         self.entry = entry
         self.steps, _, self.last = entry.mode
-        second = owner.__dict__[other]
-        self.slots: list[tuple[dict[str, Any], str, Any, int, int]] = [(owner.__dict__, other, second, -1, 0)]
-        for module in (owner,) if second is None else (owner, second):
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    state = (-1, 0) if tensor is None else (tensor._version, tensor.data_ptr())
-                    self.slots.append((tensors, name, tensor, *state))
+        self.owner, self.other, self.second = owner.__dict__, other, owner.__dict__[other]
+        modules = [owner] if self.second is None else [owner, self.second]
+        held = [tensors for module in modules for tensors in (module._parameters, module._buffers) if tensors]
+        self.places = [(tensors, tuple(tensors.values())) for tensors in held]
+        self.tensors = [tensor for _, values in self.places for tensor in values if tensor is not None]
+        self.device = self.tensors[0].device.type
+        self.versions = [tensor._version for tensor in self.tensors]
+        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
 
     def serves(self, x: Tensor) -> bool:
         if type(x) is not Tensor or torch.is_grad_enabled() or x.is_meta:
@@ -169,15 +171,17 @@ class _Ready:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._functorch.is_functorch_wrapped_tensor(x):
             return False
         last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        if last is not self.last or self.steps != _steps or torch.is_autocast_enabled(x.device.type):
+        if last is not self.last or self.steps != _steps or torch.is_autocast_enabled(self.device):
             return False
-        for place, name, value, version, address in self.slots:
-            # The same object first: others may have no memory.
-            if place.get(name) is not value:
+        if self.owner.get(self.other) is not self.second:
+            return False
+        # The same objects first: others may have no memory. Built-in loops, as this is most of what a small layer adds.
+        for tensors, values in self.places:
+            if len(tensors) != len(values) or not all(map(is_, tensors.values(), values)):
                 return False
-            if value is not None and version >= 0 and (value._version != version or value.data_ptr() != address):
-                return False
-        return True
+        if [tensor._version for tensor in self.tensors] != self.versions:
+            return False
+        return [tensor.data_ptr() for tensor in self.tensors] == self.addresses
 
 
 class Keeper(nn.Module):

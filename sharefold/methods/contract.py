@@ -19,7 +19,7 @@ from sharefold.calibration.ragged import can_share, problem_for
 from sharefold.calibration.statistics import Statistics
 from sharefold.errors import SharefoldError
 from sharefold.graph import NetworkGraph
-from sharefold.layers import Bank, ConvForm, SharedConv, add_bank, carry, checked_form, replace_module
+from sharefold.layers import Bank, ConvForm, SharedConv, add_bank, carry, checked_form, replace_modules
 from sharefold.plans import GroupPlan
 
 # Beyond this filter length an alternation takes seconds.
@@ -183,11 +183,12 @@ class LayerSwap(ConversionStep):
         if solution.bank:
             bank = add_bank(model, plan.name, Bank(_like(first, solution.bank), uses=len(layers)))
             bank.stage = plan.stage
+        members: dict[str, nn.Module] = {}
         for name, layer, form, own in zip(plan.members, layers, forms, solution.members, strict=True):
             kept = {key: value for key in ("bias", "gain") if (value := getattr(layer, key, None)) is not None}
-            member = self.member(form, bank, _like(first, own), kept)
-            carry(layer, member)
-            replace_module(model, name, member)
+            members[name] = self.member(form, bank, _like(first, own), kept)
+            carry(layer, members[name])
+        replace_modules(model, members)
 
 
 class LayerMethod(LayerSwap):

@@ -61,7 +61,8 @@ def init_he(module: nn.Module) -> None:
     """He initialisation over the fan-out for convolutions, 1/0 for BatchNorm (https://arxiv.org/abs/1502.01852)."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if not layer.weight.is_meta:  # where drawing takes longer than with memory
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
         elif isinstance(layer, nn.BatchNorm2d):
