@@ -20,7 +20,8 @@ from sharefold.calibration.calibrate import Calibration, calibration_of, copied
 from sharefold.calibration.images import input_config
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.format import FileConfig, aliases_of, carry_config, check_dense, config_of
-from sharefold.graph.preserved import buffers_kept, restored_on_error
+from sharefold.graph.preserved import buffers_kept, restored_on_error, tried
+from sharefold.graph.trace import same_output
 from sharefold.inputs import AnyInput
 from sharefold.layers import Bank, shared_layers
 from sharefold.measure import count_parameters
@@ -199,8 +200,19 @@ def _aligned(model: nn.Module, plan: Plan, cal: Calibration) -> Calibration:
     original = copy.deepcopy(cal.original)
     if not any([step.align(original, cal.graph, cal.statistics, group) for step, group in steps]):
         return cal
+    if not _answers_alike(original, cal):
+        return cal  # somebody looks at the order of the channels who cannot be seen
     model.load_state_dict(original.state_dict())
     return cal.of(original)
+
+
+def _answers_alike(network: nn.Module, cal: Calibration) -> bool:
+    """Whether ``network`` says of the example what the calibrated one does; True in half precision, where sums in another order
+    cannot be told from that."""
+    if next(network.parameters()).dtype not in (torch.float32, torch.float64):
+        return True
+    (wanted, _), (found, error) = tried(cal.original, cal.example), tried(network, cal.example)
+    return not error and same_output(found, wanted)
 
 
 def _install(model: nn.Module, plan: Plan, solutions: list[Solution], cal: Calibration, base: Calibration) -> Plan:

@@ -143,7 +143,7 @@ def _misfit(form: ConvForm, run: LayerRun | None) -> str | None:
     """Why a shared layer could not stand in for a layer as it ran; None if one can."""
     if run is None:
         return "never called as a module: unused, or its weight is used by other code"
-    if form.convolves and len(run.input_shape) + form.channel_axis < 1:
+    if len(run.input_shape) + form.channel_axis < 1:
         return "it runs on one image at a time, without an axis for a batch"
     if _sized_by_call(form, run):
         return "its output_size is told where it is called, and is not the one that its statistics are taken at"

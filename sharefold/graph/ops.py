@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import fx, nn
@@ -44,6 +45,9 @@ PRODUCTS = frozenset({"mul", "imul", "multiply"})
 # Keep the channels and their order, but what becomes of one depends on all.
 MIXING = frozenset({"softmax", "log_softmax", "normalize"})
 _MIXING_MODULES = (nn.LayerNorm, nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin)
+
+# What has windows or borders, and along how many of the last axes; along all from the third on where the name does not say.
+_WINDOW, _RANK = re.compile("pool|pad|upsampl|interpolate|blur|boolean_dispatch", re.I), re.compile(r"([123])d", re.I)
 
 _CHANNELWISE_TORCH = ("activation", "dropout", "pooling", "padding", "upsampling")
 _NOT_CHANNELWISE = (nn.MultiheadAttention, nn.GLU)
@@ -115,9 +119,22 @@ def names_size(node: fx.Node, size: int) -> bool:
     return False
 
 
+def window_name(node: fx.Node, model: nn.Module) -> str:
+    """The class of a module node, the name of another one."""
+    return type(model.get_submodule(str(node.target))).__name__ if node.op == "call_module" else op_name(node)
+
+
+def slides_along(name: str, rank: int, axis: int) -> bool:
+    """True for a pooling, padding or resizing that works along ``axis``, as where 3d windows average neighbouring channels."""
+    if not _WINDOW.search(name):
+        return False
+    said = _RANK.search(name)
+    return axis >= (rank - int(said[1]) if said else 2)
+
+
 def is_global_pool(node: fx.Node, model: nn.Module, before: tuple, after: tuple, axis: int) -> bool:
     """True for a pooling whose output is one value a channel."""
-    name = type(model.get_submodule(str(node.target))).__name__ if node.op == "call_module" else op_name(node)
+    name = window_name(node, model)
     spatial = [dim for dim in range(len(after)) if dim not in (0, axis)]
     if "pool" not in name.lower() and name != "boolean_dispatch":
         return False
@@ -128,7 +145,7 @@ def is_global_pool(node: fx.Node, model: nn.Module, before: tuple, after: tuple,
 
 def is_gate(node: fx.Node, model: nn.Module) -> bool:
     """True for a value that a sigmoid-like function made: as a factor it gates the other one."""
-    name = type(model.get_submodule(str(node.target))).__name__ if node.op == "call_module" else op_name(node)
+    name = window_name(node, model)
     return node.op in ("call_module", "call_function", "call_method") and "sigmoid" in name.lower().replace("_", "")
 
 
@@ -152,6 +169,11 @@ def reduced_dims(node: fx.Node, rank: int) -> tuple[set[int] | None, bool]:
     if dims is None or dims == []:
         return set(range(rank)), keepdim
     return int_dims(dims, rank), keepdim
+
+
+def takes_values(node: fx.Node) -> bool:
+    """True for a node that takes the values, and not the indices, of a reduction that gives both."""
+    return op_name(node) in ("getitem", "getattr") and node.args[1] in (0, "values")
 
 
 def reshaped_axis(before: tuple[int, ...], after: tuple[int, ...], axis: int) -> int | None:

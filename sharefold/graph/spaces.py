@@ -60,7 +60,11 @@ class _Propagation:
 
     def run(self, graph: fx.Graph) -> Flow:
         for node in graph.nodes:
-            self.flow.values[node] = self.visit(node)
+            value = self.flow.values[node] = self.visit(node)
+            if "seen" in node.meta:
+                for chan in value if isinstance(value, list) else [value]:
+                    if isinstance(chan, Chan):
+                        self.spaces.freeze(chan.space, node.meta["seen"])
         return self.flow
 
     # Small helpers -----------------------------------------------------------------------------------------------
@@ -210,6 +214,8 @@ class _Propagation:
             return self.opaque(node, f"read by {ops.op_name(node)}")
         if not isinstance(after, tuple) or len(after) != len(before) or after[chan.axis] != before[chan.axis]:
             return self.opaque(node, f"read by {ops.op_name(node)}")
+        if ops.slides_along(ops.window_name(node, self.model), len(before), chan.axis):
+            return self.opaque(node, f"{ops.op_name(node)} mixes neighbours among them")
         if ops.is_global_pool(node, self.model, before, after, chan.axis):
             return replace(chan, pooled=True)
         return chan
@@ -266,6 +272,8 @@ class _Propagation:
         if dims is None:
             return self.op_opaque(node)
         if chan.axis in dims:
+            if isinstance(shape_of(node), list) and not all(map(ops.takes_values, node.users)):
+                return self.opaque(node, f"numbered by {ops.op_name(node)}")
             self.spaces.bind(chan.space, f"{ops.op_name(node)} looks at all of them together")
             return None  # the same for every order of the channels
         axis = chan.axis if keepdim else chan.axis - sum(dim < chan.axis for dim in dims)

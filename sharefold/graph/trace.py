@@ -29,8 +29,16 @@ CHANNELWISE_SOURCES = (
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
+# The shape of a value that may hold tensors somewhere: nested ones, objects of any class.
+UNKNOWN = "unknown"
+_PLAIN = (
+    bool, int, float, complex, str, bytes, type(None), slice, range, torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
+
+
 class Tracer(fx.Tracer):
-    """``fx.Tracer`` whose nodes know the module that created them (``node.meta["owner"]``, a qualified name)."""
+    """``fx.Tracer`` whose nodes know the module that created them (``node.meta["owner"]``, a qualified name), and who looks at
+    their values from outside of the graph (``node.meta["seen"]``): a hook, or an attribute that the network leaves them in."""
 
     def __init__(self, *, deep: bool) -> None:
         functions = tuple(f for f in get_notrace_functions() if callable(f))
@@ -52,9 +60,12 @@ class Tracer(fx.Tracer):
         caller = self.owner
         self.owner = self.path_of_module(m)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
         finally:
             self.owner = caller
+        if m._forward_hooks or m._forward_pre_hooks:
+            _mark((args, kwargs, result), f"seen by a hook of {self.path_of_module(m)}")
+        return result
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -68,8 +79,24 @@ def trace(model: nn.Module, given: int, *, deep: bool) -> fx.Graph:
     plain = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     fixed = {p.name: p.default for p in plain[given:] if p.default is not p.empty}
     graph = Tracer(deep=deep).trace(model, concrete_args=fixed or None)
+    for name, module in model.named_modules():
+        for key, value in module.__dict__.items():
+            if key not in ("_modules", "_parameters", "_buffers"):
+                _mark(value, f"kept as {name}.{key}" if name else f"kept as {key}")
     _drop_fixed_arguments(graph, given)
     return graph
+
+
+def _mark(value: Any, by: str) -> None:
+    """Notes on the nodes of all symbolic values in ``value`` who sees them."""
+    if isinstance(value, fx.Proxy):
+        value.node.meta["seen"] = by
+    elif isinstance(value, dict):
+        for item in value.values():
+            _mark(item, by)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _mark(item, by)
 
 
 def _drop_fixed_arguments(graph: fx.Graph, given: int) -> None:
@@ -88,7 +115,8 @@ def _drop_fixed_arguments(graph: fx.Graph, given: int) -> None:
 class ShapeRecorder(fx.Interpreter):
     """Runs a graph with the model's own modules; leaves ``node.meta["shape"]`` on every node.
 
-    The shape is a tuple of ints for a tensor, a list of such for a sequence of tensors, None for anything else.
+    The shape is a tuple of ints for a tensor, a list of such for a sequence of tensors, None for numbers, sizes and their like,
+    and ``UNKNOWN`` for anything else.
     """
 
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
@@ -108,7 +136,13 @@ def _shape_of(value: Any) -> Any:
         return tuple(value.shape)
     if isinstance(value, list | tuple) and value and all(isinstance(v, Tensor) for v in value):
         return [tuple(v.shape) for v in value]
-    return None
+    return None if _is_plain(value) else UNKNOWN
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(item) for item in value.values())
+    return all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, _PLAIN)
 
 
 def tensors_in(value: Any) -> Iterable[Tensor]:

@@ -138,6 +138,7 @@ KEEPING: dict[str, Callable[[Tensor], Tensor]] = {
     "channel attention without weights": lambda x: x * x.mean((2, 3), keepdim=True).sigmoid(),
     "spatial attention": lambda x: x * torch.sigmoid(x.mean(1, keepdim=True)),
     "spatial attention by max": lambda x: x * x.max(1, keepdim=True)[0],
+    "values of max": lambda x: x * x.max(1, keepdim=True).values,
     "norm over channels": lambda x: F.normalize(x, dim=1),
     "split positions": lambda x: x.chunk(2, 2)[0],
     "concatenate positions": lambda x: torch.cat([x, x], dim=3),
@@ -161,6 +162,12 @@ FREEZING: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "swapped axes meet": (lambda x: F.pad(x, (1, 1, 1, 1)) + F.pad(x, (1, 1, 1, 1)).transpose(1, 3), 8),
     "unknown function": (lambda x: torch.cumsum(x, dim=1), 8),
     "matrix product": (lambda x: torch.einsum("nchw,cd->ndhw", x, torch.eye(8)), 8),
+    "indices of max": (lambda x: x + x.max(1, keepdim=True)[1], 8),
+    "both of max": (lambda x: x + (found := torch.max(x, 1, keepdim=True))[0] * found[-1], 8),
+    "values and indices": (lambda x: x + (found := x.max(1, keepdim=True)).values * found.indices, 8),
+    "windows across channels": (lambda x: x / F.avg_pool3d(x.square()[:, None], (5, 1, 1), 1, (2, 0, 0))[:, 0], 8),
+    "pooled with channels last": (lambda x: F.avg_pool2d(x.permute(0, 2, 3, 1), 3, 1, 1).permute(0, 3, 1, 2), 8),
+    "upsampled along channels": (lambda x: F.interpolate(x[:, None], size=(8, 12, 12))[:, 0], 8),
     "flatten all": (lambda x: x.flatten(1)[:, :, None, None], 288),
 }
 
@@ -183,6 +190,57 @@ def test_operations_that_look_at_the_order_of_channels(name: str) -> None:
     space = graph.spaces[graph.layers["first"].output_space]
     assert space.frozen and space.reason
     assert not graph.layers["first"].private_output and not graph.layers["last"].private_input
+
+
+class Reader(nn.Module):
+    """Adds what ``way`` makes of the order of the channels."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.features, self.kept = way, torch.zeros(()), [torch.zeros(())]
+        self.rnn, self.attention = nn.LSTM(8, 8, batch_first=True), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.pool = nn.AvgPool3d((3, 1, 1), 1, (1, 0, 0)) if way == "pool" else nn.Identity()
+        if way == "hook":
+            self.pool.register_forward_hook(lambda module, args, output: output.flip(1))
+        if way == "pre-hook":
+            self.pool.register_forward_pre_hook(lambda module, args: (args[0].flip(1),))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "lstm":
+            return x + self.rnn(x.mean(2).transpose(1, 2))[0].mean(1)[:, :, None, None]
+        if self.way == "attention":
+            tokens = x.flatten(2).transpose(1, 2)
+            return x + self.attention(tokens, tokens, tokens, need_weights=False)[0].transpose(1, 2).unflatten(2, (6, 6))
+        if self.way == "attribute":
+            self.features = x
+        if self.way == "list":
+            self.kept = [x]
+        return self.pool(x[:, None])[:, 0] if self.way == "pool" else self.pool(x)
+
+
+@pytest.mark.parametrize("way", ["lstm", "attention", "attribute", "list", "pool", "hook", "pre-hook", "nothing"])
+def test_readers_that_return_no_plain_tensors_and_onlookers_freeze(way: str) -> None:
+    model = Sandwich(Reader(way)).eval()
+    graph = analyze(model, torch.randn(2, 3, 6, 6))
+    assert graph.traced == "fx", graph.trace_note
+    assert graph.layers["first"].private_output is (way == "nothing")
+    assert isinstance(model.get_submodule("middle").features, Tensor)
+
+
+def test_maps_that_come_out_within_an_object_freeze() -> None:
+    @dataclasses.dataclass
+    class Output:
+        logits: Tensor
+        seen: Tensor
+
+    class Net(Sandwich):
+        def forward(self, x: Tensor) -> Any:
+            x = self.first(x)
+            return Output(self.last(x.relu()), x)
+
+    graph = analyze(Net(nn.Identity()), torch.randn(2, 3, 6, 6))
+    space = graph.spaces[graph.layers["first"].output_space]
+    assert graph.traced == "fx" and space.frozen
 
 
 class Sums(nn.Module):

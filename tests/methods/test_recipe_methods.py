@@ -95,6 +95,30 @@ def test_alignment_lowers_the_error_and_keeps_the_function() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("known", [True, False])
+def test_channels_whose_order_somebody_reads_are_not_aligned(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the graph does not know it: the network that others are compared with stays the user's."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.LocalResponseNorm(3, 2.0), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.b(self.norm(self.a(x).relu()))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *[Block() for _ in range(3)], nn.Flatten(2)).eval()
+    if not known:
+        monkeypatch.setattr("sharefold.graph.ops._CHANNELWISE_TORCH", ("activation", "normalization"))
+    images = torch.randn(16, 3, 8, 8)
+    before = model(images)
+    plan = Plan([GroupPlan("g", "tied-kernels", ("1.a", "2.a", "3.a"), {"align": True})], 0, 0)
+    done = convert_(model, plan, calibration=images, repair=False)
+    assert torch.equal(done.original(images), before) and isinstance(model.get_submodule("2.a"), TiedConv)
+
+
+@torch.no_grad()
 def test_grouped_pair_that_exists_is_found() -> None:
     """A layer that is block diagonal, and behind it one without activation: the fit is exact."""
     model = Separable()
