@@ -76,6 +76,30 @@ def test_a_claim_of_few_images_is_as_uncertain_as_they_are() -> None:
     assert few.holds and not many.holds
 
 
+@pytest.mark.parametrize(
+    ("seen", "new", "holds", "note"),
+    [
+        (True, 0.0, True, "as the file expects of new images"), (True, -0.5, False, ""), (False, 0.0, False, ""),
+        (True, None, False, ""), (True, "most", False, ""), (True, 0.5, False, "as the file expects of new images"),
+    ],
+)  # fmt: skip
+def test_of_training_images_a_file_claims_two_things(
+    seen: bool, new: Any, holds: bool, note: str, saved: Path, dense: torch.nn.Module
+) -> None:
+    """``new`` is counted from what is found here; the claim for training images is far off."""
+    data = open_data("digits", "test", transform_cfg=sharefold.load(saved).sharefold_config.pretrained_cfg)
+
+    def agreed() -> Claim:
+        return {claim.name: claim for claim in verify(saved, source=dense, data=data, limit=200)}["agreement"]
+
+    found: Any = agreed().found
+    expected = found + new if isinstance(new, float) and abs(new) < 0.5 else 0.5 if new == 0.5 else new
+    edit_config(saved, lambda c: c["metrics"].update(
+        agreement=0.1, report_images=500, seen_before=seen, new_agreement=expected))  # fmt: skip
+    claim = agreed()
+    assert claim.holds is holds and claim.note == note and (not holds or claim.claimed == found)
+
+
 @pytest.mark.parametrize("claim", [0, "5", [5], float("nan"), True, {"after": "119,306"}, {"before": 5}, -1, 1e999])
 @pytest.mark.parametrize("name", ["params", "bytes", "macs"])
 def test_a_claim_that_can_not_be_differs(saved: Path, name: str, claim: Any) -> None:

@@ -109,6 +109,7 @@ class LayerSwap(ConversionStep):
     """A step whose members are single layers, each replaced by a shared layer that reads the group's bank."""
 
     takes_ragged: ClassVar[bool] = False  # members may differ in their numbers of channels (calibration/ragged.py)
+    takes_groups: ClassVar[bool] = True  # grouped convolutions, depthwise ones among them
     takes_frames: ClassVar[bool] = False  # can solve problems in a space of fewer dimensions than the layer's features
 
     @abstractmethod
@@ -152,6 +153,11 @@ class LayerSwap(ConversionStep):
                     f"plan: group {plan.name!r}: {name} has weight {form.weight_shape} and {plan.members[0]} "
                     f"{forms[0].weight_shape}: members of a group must be isomorphic"
                 )
+        if forms and forms[0].groups > 1 and not self.takes_groups:
+            raise SharefoldError(
+                f"plan: group {plan.name!r}: {plan.members[0]} is a grouped convolution, which method {self.name} does not take: "
+                "take basis or hybrid"
+            )
         try:
             if not self.fits(forms, plan.options):
                 ranges = ", ".join(f"{key} an integer from 1 to {most}" for key, most in self.largest(forms).items())

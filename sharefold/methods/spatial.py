@@ -22,6 +22,7 @@ class Spatial(TwoFactors):
     name = "spatial"
     paper = "https://arxiv.org/abs/1405.3866"
     smallest_group = 1
+    takes_groups = False
 
     def candidates(self, problem: GroupProblem) -> list[Candidate]:
         layers, form = len(problem.forms), problem.forms[0]

@@ -21,6 +21,7 @@ class Svd(TwoFactors):
     name = "svd"
     paper = "https://arxiv.org/abs/2509.25136"
     smallest_group = 1
+    takes_groups = False
     takes_frames = True
 
     def candidates(self, problem: GroupProblem) -> list[Candidate]:

@@ -72,7 +72,7 @@ def test_a_layer_twice_a_tied_norm_a_hook_and_an_excluded_layer() -> None:
     assert "has tensors that other modules use too" in spaces(tied)[1]["body.0.first"]
     hooked = Between(nn.BatchNorm2d(8))
     hooked.step.register_forward_hook(lambda *_: None)  # type: ignore[attr-defined]
-    assert spaces(hooked)[1]["body.first"] == "body.step has hooks"
+    assert spaces(hooked)[1]["body.first"] == "seen by a hook of body.step"
     assert spaces(Excited(), exclude="depthwise")[1]["body.expand"] == "body.depthwise is excluded"
     with pytest.raises(SharefoldError, match="regular expression"):
         spaces(Excited(), exclude="(")

@@ -9,6 +9,7 @@ import pkgutil
 import pytest
 import torch
 from networks import images, net, stage2_problem
+from torch import nn
 
 import sharefold.methods
 from sharefold.calibration.problem import GroupProblem, problem_of
@@ -18,6 +19,7 @@ from sharefold.errors import SharefoldError
 from sharefold.graph import analyze, find_groups
 from sharefold.layers import Bank
 from sharefold.methods import AUTO, FOLD, METHODS, RECIPE_STEPS, ConversionStep, LayerMethod, method_named, step_named
+from sharefold.plans import GroupPlan
 
 IMAGES = images(16)
 PLAIN = (
@@ -193,3 +195,13 @@ def test_steps_of_recipes_are_planned_by_them_alone(name: str) -> None:
     with pytest.raises(SharefoldError, match=f"'{name}' is a step of a published system.*--recipe") as caught:
         method_named(name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(8, 8, 3, groups=8), nn.Conv1d(8, 8, 3, groups=2), nn.Conv3d(8, 8, 3, groups=4)], ids=str
+)
+@pytest.mark.parametrize("name", ["svd", "spatial"])
+def test_methods_that_take_no_grouped_convolutions_say_so(name: str, layer: nn.Module) -> None:
+    with pytest.raises(SharefoldError, match=rf"plan: group 'g': 0 is a grouped convolution, which method {name} does not take"):
+        method_named(name).check(nn.Sequential(layer), GroupPlan("g", name, ("0",), {"rank": 2}))
+    assert method_named("basis").takes_groups
