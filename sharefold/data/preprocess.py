@@ -54,7 +54,7 @@ def parse_size(size: Sequence[int] | int | str, channels: int = 3) -> Size:
     return numbers[0], numbers[1], numbers[2]
 
 
-def _per_channel(name: str, values: Sequence[float] | float, channels: int) -> tuple[float, ...]:
+def _per_channel(name: str, values: Sequence[float] | float, channels: int, averaged: bool) -> tuple[float, ...]:
     try:
         numbers = (float(values),) if isinstance(values, (int, float)) else tuple(float(v) for v in values)
     except (TypeError, ValueError, OverflowError):
@@ -65,6 +65,8 @@ def _per_channel(name: str, values: Sequence[float] | float, channels: int) -> t
         return numbers * channels
     if channels == 1 and len(numbers) == 3:  # a colour recipe on a grey model: timm sums the stem over its inputs
         return (sum(numbers) / 3,)
+    if averaged and numbers and len(numbers) != channels:
+        return (sum(numbers) / len(numbers),) * channels
     if len(numbers) != channels:
         raise SharefoldError(f"{name} has {len(numbers)} values, the model has {channels} channels: they must agree")
     return numbers
@@ -105,10 +107,12 @@ class Preprocess:
         input_size: Sequence[int] | int | str | None = None,
         mean: Sequence[float] | float | None = None,
         std: Sequence[float] | float | None = None,
+        averaged: bool = False,
     ) -> Preprocess:
         """Read ``{input_size, mean, std, interpolation, crop_pct, crop_mode}``; the keywords override.
 
-        Missing keys take ImageNet's usual values.
+        Missing keys take ImageNet's usual values. Where mean and std of ``cfg`` are of another number of channels, their average
+        is every channel's if ``averaged`` says so, else they are refused.
 
         Raises:
             SharefoldError: a size that is no size, a mean or std whose length is not the channel count, std <= 0, a way to
@@ -117,8 +121,10 @@ class Preprocess:
         cfg = cfg or {}
         own = parse_size(cfg.get("input_size") or cls.size)
         size = own if input_size is None else parse_size(input_size, channels=own[0])
-        means = _per_channel("mean", cfg.get("mean") or IMAGENET_MEAN if mean is None else mean, size[0])
-        stds = _per_channel("std", cfg.get("std") or IMAGENET_STD if std is None else std, size[0])
+        means, stds = (
+            _per_channel(name, (cfg.get(name) or usual) if given is None else given, size[0], averaged and given is None)
+            for name, given, usual in (("mean", mean, IMAGENET_MEAN), ("std", std, IMAGENET_STD))
+        )
         if min(stds) <= 0:
             raise SharefoldError(f"std {stds}: every value must be above 0")
         return cls(size, means, stds, *_resizing(cfg))

@@ -8,7 +8,7 @@ each process its slice of one global order, so that resuming and adding processe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from sharefold.data import ArrayDataset, FileDataset, Preprocess
 from sharefold.data.inputs_dataset import InputsDataset
+from sharefold.data.preprocess import Size
 from sharefold.errors import SharefoldError
 from sharefold.finetune import seeds
 from sharefold.finetune.augmentation import Augment, sent
@@ -277,7 +278,14 @@ class MemoryImages:
 
     pixels: Tensor
     labels: Tensor
-    preprocess: Preprocess | None  # None: the pixels are normalised already
+    preprocess: Preprocess | None  # None: the pixels are normalised already, or nothing has been said yet
+    labelled: bool = True
+
+    @property
+    def size(self) -> Size:
+        """(C, H, W) of an image."""
+        _, height, width, channels = self.pixels.shape
+        return channels, height, width
 
     def batch(self, index: Tensor, device: torch.device) -> Batch:
         pixels = self.pixels[index]
@@ -288,20 +296,19 @@ class MemoryImages:
         return images, self.labels[index].to(device)
 
     @classmethod
-    def read(cls, images: Any, labels: Any, preprocess: Preprocess) -> MemoryImages:
-        """From uint8 or float images (N, C, H, W) or (N, H, W, C), and labels or None.
+    def read(cls, images: Any, labels: Any, channels: int) -> MemoryImages:
+        """From uint8 or float images (N, C, H, W), (N, H, W, C) or (N, H, W) of so many ``channels``, and labels or None.
 
         Raises SharefoldError when the shapes are no images or the labels do not match them.
         """
         pixels = torch.as_tensor(images)
-        if pixels.ndim == 3:
-            pixels = pixels.unsqueeze(-1)
-        if pixels.ndim != 4 or not (pixels.dtype == torch.uint8 or pixels.is_floating_point()):
+        if pixels.ndim not in (3, 4) or not (pixels.dtype == torch.uint8 or pixels.is_floating_point()):
             raise SharefoldError(
                 f"finetune: images: {pixels.dtype} of shape {tuple(pixels.shape)}: want uint8 or float, "
                 "N x C x H x W or N x H x W x C, or a Dataset for other inputs"
             )
-        channels = preprocess.size[0]
+        if pixels.ndim == 3:
+            pixels = pixels.unsqueeze(-1)
         if pixels.shape[1] == channels and pixels.shape[3] != channels:
             pixels = pixels.permute(0, 2, 3, 1)
         if labels is None:
@@ -311,7 +318,7 @@ class MemoryImages:
             target = target.float() if target.ndim == 2 else target.reshape(-1).long()
         if len(target) != len(pixels):
             raise SharefoldError(f"finetune: {len(pixels)} images but {len(target)} labels: the two must agree")
-        return cls(pixels, target, preprocess if pixels.dtype == torch.uint8 else None)
+        return cls(pixels, target, None, labels is not None)
 
 
 def has_own_sampler(loader: DataLoader) -> bool:
@@ -322,11 +329,13 @@ def has_own_sampler(loader: DataLoader) -> bool:
 
 
 def memory_images(data: Data, preprocess: Preprocess) -> MemoryImages | None:
-    """The images of ``data`` if they are in memory at the model's size, else None."""
-    if isinstance(data, Tensor):
-        return MemoryImages.read(data, None, preprocess)
-    if isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data, Dataset):
-        return MemoryImages.read(data[0], data[1], preprocess)
+    """The images of ``data`` if they are in memory and need no resizing, else None.
+
+    Args:
+        preprocess: for images in memory that a user gave, which are taken at their own size.
+    """
+    if isinstance(data, MemoryImages):
+        return replace(data, preprocess=preprocess if data.pixels.dtype == torch.uint8 else None)
     if isinstance(data, ArrayDataset) and data.image_shape == data.preprocess.size:
         return MemoryImages(data.images, data.labels, data.preprocess)
     return None
@@ -334,8 +343,4 @@ def memory_images(data: Data, preprocess: Preprocess) -> MemoryImages | None:
 
 def labelled(data: Data) -> bool:
     """Whether the data says that it has labels; a foreign data set is taken to have them."""
-    if isinstance(data, Tensor):
-        return False
-    if isinstance(data, (tuple, list)):
-        return data[1] is not None
-    return data.labelled if isinstance(data, (ArrayDataset, FileDataset, InputsDataset)) else True
+    return data.labelled if isinstance(data, (MemoryImages, ArrayDataset, FileDataset, InputsDataset)) else True

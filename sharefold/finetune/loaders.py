@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from sharefold.data import ArrayDataset, FileDataset, InputsDataset, Preprocess, is_tensors, open_data, read_tensors
 from sharefold.data.image_files import opened_image
+from sharefold.data.preprocess import Size, parse_size
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.finetune.augmentation import Augment
 from sharefold.finetune.batches import (
@@ -21,6 +22,7 @@ from sharefold.finetune.batches import (
     EvalBatches,
     LoaderBatches,
     MemoryBatches,
+    MemoryImages,
     Normalize,
     SampleBatches,
     TrainBatches,
@@ -34,12 +36,31 @@ from sharefold.format import carried_config
 from sharefold.inputs import Inputs
 
 
-def preprocess_of(model: nn.Module, config: FinetuneConfig) -> Preprocess:
-    """The model's own preprocessing (timm's ``pretrained_cfg``), with the configuration's mean and std on top."""
+def preprocess_of(model: nn.Module, config: FinetuneConfig, size: Size | None = None) -> Preprocess:
+    """The model's own preprocessing (timm's ``pretrained_cfg``), with the configuration's mean and std on top.
+
+    Args:
+        size: (C, H, W) of the images, by default what the model says.
+    """
+    return Preprocess.from_cfg(
+        _cfg_of(model), input_size=size, mean=config.mean or None, std=config.std or None, averaged=size is not None
+    )
+
+
+def _cfg_of(model: nn.Module) -> Mapping[str, Any]:
     config_of_file = carried_config(model)
     cfg = (config_of_file and config_of_file.pretrained_cfg) or getattr(model, "pretrained_cfg", None)
-    cfg = cfg if isinstance(cfg, Mapping) else getattr(cfg, "to_dict", dict)()
-    return Preprocess.from_cfg(cfg, mean=config.mean or None, std=config.std or None)
+    return cfg if isinstance(cfg, Mapping) else getattr(cfg, "to_dict", dict)()
+
+
+def in_memory(data: Data, model: nn.Module) -> Data:
+    """``data``, as :class:`MemoryImages` if it is images, or (images, labels), in memory: taken at the size that they have."""
+    images, labels = (data, None) if isinstance(data, Tensor) else (None, None)
+    if isinstance(data, (tuple, list)) and len(data) == 2 and not isinstance(data[0], (tuple, list)):
+        images, labels = data
+    if images is None:
+        return data
+    return MemoryImages.read(images, labels, parse_size(_cfg_of(model).get("input_size") or Preprocess.size)[0])
 
 
 def opened(data: Data, split: str, preprocess: Preprocess, model: nn.Module) -> Data:
@@ -52,11 +73,14 @@ def opened(data: Data, split: str, preprocess: Preprocess, model: nn.Module) -> 
     return open_data(data, split, transform_cfg=preprocess) if isinstance(data, str) else data
 
 
-def warn_about_teacher(model: nn.Module, teacher: nn.Module, config: FinetuneConfig) -> None:
-    """Warns when the teacher was trained on other pixels than the model will see: both get the same batches."""
+def warn_about_teacher(model: nn.Module, teacher: nn.Module, config: FinetuneConfig, size: Size | None = None) -> None:
+    """Warns when the teacher was trained on other pixels than the model will see: both get the same batches.
+
+    Images in memory, of ``size``, are what the user gave to both.
+    """
     if not hasattr(teacher, "pretrained_cfg"):
         return
-    own, other = preprocess_of(model, config), preprocess_of(teacher, FinetuneConfig())
+    own, other = preprocess_of(model, config, size), preprocess_of(teacher, FinetuneConfig(), size)
     for name in ("size", "mean", "std"):
         if getattr(own, name) != getattr(other, name):
             warnings.warn(
@@ -157,9 +181,16 @@ def chain_for(config: FinetuneConfig, side: int, channels: int) -> Augment:
     return Augment(crop=side // 8, flip=channels == 3)
 
 
-def training_batches(data: Data, model: nn.Module, config: FinetuneConfig, world: World) -> TrainBatches:
-    """Batches of the training images. Raises SharefoldError for data that cannot be used as asked."""
-    preprocess = preprocess_of(model, config)
+def training_batches(
+    data: Data, model: nn.Module, config: FinetuneConfig, world: World, size: Size | None = None
+) -> TrainBatches:  # fmt: skip
+    """Batches of the training images. Raises SharefoldError for data that cannot be used as asked.
+
+    Args:
+        size: (C, H, W) at which a DATA string is opened; by default the model's.
+    """
+    data = in_memory(data, model)
+    preprocess = preprocess_of(model, config, data.size if isinstance(data, MemoryImages) else size)
     data = opened(data, "train", preprocess, model)
     if config.labels and not labelled(data):
         raise SharefoldError("finetune: the training images have no labels: pass labels, or distil with --no-labels")
@@ -199,9 +230,12 @@ def training_batches(data: Data, model: nn.Module, config: FinetuneConfig, world
     return SampleBatches(data, deal(len(data)), world.device, config.workers)
 
 
-def validation_batches(data: Data, model: nn.Module, config: FinetuneConfig, world: World) -> EvalBatches:
-    """Batches of the validation images, dealt over processes."""
-    preprocess = preprocess_of(model, config)
+def validation_batches(
+    data: Data, model: nn.Module, config: FinetuneConfig, world: World, size: Size | None = None
+) -> EvalBatches:  # fmt: skip
+    """Batches of the validation images, dealt over processes; ``size`` as of :func:`training_batches`."""
+    data = in_memory(data, model)
+    preprocess = preprocess_of(model, config, data.size if isinstance(data, MemoryImages) else size)
     data = opened(data, "val", preprocess, model)
     if not labelled(data):
         raise SharefoldError("finetune: the validation images have no labels: leave val out, or pass labels")

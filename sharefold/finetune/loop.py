@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.checkpoint import save
+from sharefold.data.preprocess import Size
 from sharefold.errors import SharefoldError
 from sharefold.finetune import seeds
-from sharefold.finetune.batches import Data, EvalBatches, TrainBatches
+from sharefold.finetune.batches import Data, EvalBatches, MemoryImages, TrainBatches
 from sharefold.finetune.config import FinetuneConfig
 from sharefold.finetune.distributed import World, world
 from sharefold.finetune.evaluate import evaluate
 from sharefold.finetune.interrupt import Interrupted, StopRequest
-from sharefold.finetune.loaders import training_batches, validation_batches, warn_about_teacher
+from sharefold.finetune.loaders import in_memory, preprocess_of, training_batches, validation_batches, warn_about_teacher
 from sharefold.finetune.log import RunLog, draw_curve
 from sharefold.finetune.optimizer_state import check_optimizer, with_own_kernels
 from sharefold.finetune.run_state import check_progress, check_same_run, check_tensors, read_state, write_state
 from sharefold.finetune.schedule import Schedule, build_optimizer
 from sharefold.finetune.step import Updater, freeze_norms
 from sharefold.finetune.whole import whole_factors
-from sharefold.format import carry_config, config_of, without_figures
+from sharefold.format import carried_config, carry_config, config_of, without_figures
 from sharefold.options import RunOptions, chosen
 from sharefold.running import dtype_of
 from sharefold.state_dicts import load_tensors, tensor_state
@@ -79,8 +80,9 @@ def finetune(
         model: any classifier, converted or not; returns logits (B, classes). What else it returns while it trains, as that of
             auxiliary heads, does not count, and those heads stay as they are.
         train: a DATA string, (images, labels), images alone, a map-style Dataset or a DataLoader. Images are uint8 or
-            normalised float, (N, C, H, W) or (N, H, W, C). Several inputs come as ((a, b), labels), or as a Dataset or
-            DataLoader of ((a, b), label), and are not augmented.
+            normalised float, (N, C, H, W) or (N, H, W, C). Those in memory keep their size, in training and in validation; DATA
+            strings beside them are opened at it, and a converted model remembers it. Several inputs come as ((a, b), labels), or
+            as a Dataset or DataLoader of ((a, b), label), and are not augmented.
         val: the same, or None.
         teacher: a network of the same classes; it is put in eval mode and moved to the device.
         config: how it trains.
@@ -114,13 +116,18 @@ def finetune(
     with world(config.device) as where, seeds.restored(), _memory_hint(config, where):
         if where.first and not (run.force or run.resume):
             _refuse_overwriting(out, folder)
+        train, val = in_memory(train, model), None if val is None else in_memory(val, model)
+        sizes = [data.size for data in (val, train) if isinstance(data, MemoryImages)]
+        size = sizes[0] if sizes else None
         if teacher is not None and where.first:
-            warn_about_teacher(model, teacher, config)
-        batches = training_batches(train, model, config, where)
-        checks = None if val is None else validation_batches(val, model, config, where)
+            warn_about_teacher(model, teacher, config, size)
+        batches = training_batches(train, model, config, where, size)
+        checks = None if val is None else validation_batches(val, model, config, where, size)
         with _modes_after_errors(model), whole_factors(model):
             loop = _Run(model, teacher, batches, checks, config, where, folder, run.quiet)
             report = loop.go(run.resume)
+        if size is not None:
+            _carry_size(model, config, size)
         if out is not None and where.first and (run.force or not loop.is_saved(out)):
             top1 = {} if report.top1_after is None else {"top1": report.top1_after}
             told = {**(run.metrics or {}), **top1, "finetune": _card(report, config, batches)}
@@ -138,6 +145,14 @@ def _refuse_overwriting(out: Path | None, folder: Path | None) -> None:
         raise SharefoldError(f"{out}: exists: choose another place, or overwrite it with --force")
     if folder is not None and (folder / STATE_FILE).exists():
         raise SharefoldError(f"{folder}: holds a run: go on with --resume, or overwrite it with --force")
+
+
+def _carry_size(model: nn.Module, config: FinetuneConfig, size: Size) -> None:
+    """Has a converted model say what images it was measured on, so that ``eval`` and ``verify`` of its file find the same."""
+    carried = carried_config(model)
+    if carried is not None:
+        told = {**carried.pretrained_cfg, **preprocess_of(model, config, size).cfg}
+        carry_config(model, replace(carried, pretrained_cfg=told))
 
 
 def _card(report: FinetuneReport, config: FinetuneConfig, batches: TrainBatches) -> dict[str, Any]:

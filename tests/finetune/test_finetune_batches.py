@@ -8,12 +8,16 @@ from networks import Small
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 
+from sharefold.data import loader, open_data
 from sharefold.errors import SharefoldError
 from sharefold.finetune import FinetuneConfig, finetune, seeds
 from sharefold.finetune.augmentation import Augment, Draw, shrunk
 from sharefold.finetune.batches import Deal, LoaderBatches, MemoryBatches, SampleBatches
 from sharefold.finetune.distributed import World
 from sharefold.finetune.loaders import training_batches, validation_batches
+from sharefold.format import FileConfig, carry_config, config_of
+from sharefold.measure import evaluate
+from sharefold.plans import Plan
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -270,3 +274,27 @@ def test_shares_of_classes_are_counted_and_mixed_as_the_classes_they_stand_for(s
             assert found.top1_after == wanted.top1_after
             for one, other in zip(found.history, wanted.history, strict=True):
                 assert one == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"auto_augment": "rand-m9-mstd0.5-inc1"}])
+@pytest.mark.parametrize("cfg", [{}, Small().pretrained_cfg])
+@pytest.mark.parametrize("stored", ["none", "val", "train"])
+def test_images_in_memory_are_learned_from_and_measured_at_the_size_that_they_have(tmp_path, settings, cfg, stored) -> None:
+    images, labels = images_and_labels(16)
+    data = images.repeat_interleave(2, 2).repeat_interleave(2, 3), labels
+    np.savez(tmp_path / "data.npz", x=data[0].permute(0, 2, 3, 1).numpy(), y=labels.numpy())
+    train, val = (f"npz:{tmp_path}/data.npz" if part == stored else data for part in ("train", "val"))
+    seen, model, teacher = set(), Small(), Small()
+    model.pretrained_cfg = teacher.pretrained_cfg = cfg
+    carry_config(model, FileConfig(Plan([], 1, 1, "by hand"), None, dict(cfg)))
+    for network in (model, teacher):
+        network.register_forward_pre_hook(lambda network, given: seen.add((network.training, tuple(given[0].shape[1:]))))
+    report = finetune(
+        model, train, val, teacher=teacher, epochs=1, batch_size=8, augment="none", quiet=True, workers=0, device="cpu", ema=0.0,
+        **settings,
+    )  # fmt: skip
+    assert seen == {(True, (3, 16, 16)), (False, (3, 16, 16))}
+    said = config_of(model).pretrained_cfg
+    assert tuple(said["input_size"]) == (3, 16, 16)
+    dataset = open_data(f"npz:{tmp_path}/data.npz", "test", transform_cfg=said)
+    assert evaluate(model, loader(dataset, 16))["top1"] == report.top1_after
