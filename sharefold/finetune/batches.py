@@ -13,7 +13,7 @@ from itertools import count, islice
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
 from sharefold.data import ArrayDataset, FileDataset, Preprocess
@@ -22,6 +22,7 @@ from sharefold.data.preprocess import Size
 from sharefold.errors import SharefoldError
 from sharefold.finetune import seeds
 from sharefold.finetune.augmentation import Augment, sent
+from sharefold.finetune.layout import channels_last
 from sharefold.inputs import Input, taken
 
 Batch = tuple[Input, Tensor]  # images (B, C, H, W) float32, or several inputs; labels (B,) int64 (-1: none) or (B, classes) float
@@ -296,8 +297,10 @@ class MemoryImages:
         return images, self.labels[index].to(device)
 
     @classmethod
-    def read(cls, images: Any, labels: Any, channels: int) -> MemoryImages:
-        """From uint8 or float images (N, C, H, W), (N, H, W, C) or (N, H, W) of so many ``channels``, and labels or None.
+    def read(cls, images: Any, labels: Any, model: nn.Module, channels: int) -> MemoryImages:
+        """From uint8 or float images (N, C, H, W), (N, H, W, C) or (N, H, W) for ``model``, and labels or None.
+
+        ``channels`` is as of :func:`sharefold.finetune.layout.channels_last`.
 
         Raises SharefoldError when the shapes are no images or the labels do not match them.
         """
@@ -307,10 +310,7 @@ class MemoryImages:
                 f"finetune: images: {pixels.dtype} of shape {tuple(pixels.shape)}: want uint8 or float, "
                 "N x C x H x W or N x H x W x C, or a Dataset for other inputs"
             )
-        if pixels.ndim == 3:
-            pixels = pixels.unsqueeze(-1)
-        if pixels.shape[1] == channels and pixels.shape[3] != channels:
-            pixels = pixels.permute(0, 2, 3, 1)
+        pixels = pixels.unsqueeze(-1) if pixels.ndim == 3 else channels_last(pixels, model, channels)
         if labels is None:
             target = torch.full((len(pixels),), -1)
         else:

@@ -60,7 +60,7 @@ def in_memory(data: Data, model: nn.Module) -> Data:
         images, labels = data
     if images is None:
         return data
-    return MemoryImages.read(images, labels, parse_size(_cfg_of(model).get("input_size") or Preprocess.size)[0])
+    return MemoryImages.read(images, labels, model, parse_size(_cfg_of(model).get("input_size") or Preprocess.size)[0])
 
 
 def opened(data: Data, split: str, preprocess: Preprocess, model: nn.Module) -> Data:
@@ -215,6 +215,8 @@ def training_batches(
     if held is not None:
         if held.preprocess is None:
             raise SharefoldError("finetune: auto_augment: needs uint8 images: these are normalised already")
+        if held.size[0] not in (1, 3):
+            raise SharefoldError(f"finetune: auto_augment: is for 1 or 3 channels, not {held.size[0]}: leave it out")
         data = ArrayDataset(held.pixels, held.labels, held.preprocess)
     if isinstance(data, IterableDataset) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise SharefoldError(

@@ -80,9 +80,10 @@ def finetune(
         model: any classifier, converted or not; returns logits (B, classes). What else it returns while it trains, as that of
             auxiliary heads, does not count, and those heads stay as they are.
         train: a DATA string, (images, labels), images alone, a map-style Dataset or a DataLoader. Images are uint8 or
-            normalised float, (N, C, H, W) or (N, H, W, C). Those in memory keep their size, in training and in validation; DATA
-            strings beside them are opened at it, and a converted model remembers it. Several inputs come as ((a, b), labels), or
-            as a Dataset or DataLoader of ((a, b), label), and are not augmented.
+            normalised float, (N, C, H, W) or (N, H, W, C); where the model takes both and its ``pretrained_cfg`` does not tell,
+            (N, C, H, W). Those in memory keep their size, in training and in validation; DATA strings beside them are opened at
+            it, and a converted model remembers it. Several inputs come as ((a, b), labels), or as a Dataset or DataLoader of
+            ((a, b), label), and are not augmented.
         val: the same, or None.
         teacher: a network of the same classes; it is put in eval mode and moved to the device.
         config: how it trains.

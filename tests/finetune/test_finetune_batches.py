@@ -6,9 +6,11 @@ import torch
 from finetune_nets import images_and_labels, shared_net
 from networks import Small
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomSampler
 
 from sharefold.data import loader, open_data
+from sharefold.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from sharefold.errors import SharefoldError
 from sharefold.finetune import FinetuneConfig, finetune, seeds
 from sharefold.finetune.augmentation import Augment, Draw, shrunk
@@ -298,3 +300,39 @@ def test_images_in_memory_are_learned_from_and_measured_at_the_size_that_they_ha
     assert tuple(said["input_size"]) == (3, 16, 16)
     dataset = open_data(f"npz:{tmp_path}/data.npz", "test", transform_cfg=said)
     assert evaluate(model, loader(dataset, 16))["top1"] == report.top1_after
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 6, 5), (2, 6, 3), (12, 6, 5), (16, 16, 16)])
+def test_the_network_tells_which_axis_of_images_in_memory_counts_the_channels(shape, kind) -> None:
+    channels = shape[0]
+    images = torch.arange(8 * channels).reshape(8, channels, 1, 1).expand(8, *shape).to(kind)  # each channel of one value
+    mean, std = sum(IMAGENET_MEAN) / 3, sum(IMAGENET_STD) / 3
+    wanted = images if kind == torch.float32 else (images.float() / 255 - mean) / std
+    orders = [images] if shape == (16, 16, 16) else [images, images.permute(0, 2, 3, 1).contiguous()]
+    for given in [*orders, *([images[:, 0]] if channels == 1 else [])]:
+        model = nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        data, config = (given, torch.arange(8) % 4), FinetuneConfig(batch_size=8, augment="none")
+        ((seen, _),) = validation_batches(data, model, config, ALONE)
+        torch.testing.assert_close(seen, wanted)
+        ((seen, _),) = training_batches(data, model, config, ALONE).epoch(0)
+        torch.testing.assert_close(seen, wanted[torch.randperm(8, generator=seeds.generator("order", 0, 0))])
+
+
+def test_mean_and_std_are_those_of_the_images_channels() -> None:
+    model = nn.Sequential(nn.Conv2d(12, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images = torch.full((8, 12, 6, 6), 51, dtype=torch.uint8)
+    config = FinetuneConfig(batch_size=8, augment="none", mean=[k / 12 for k in range(12)], std=[0.5] * 12)
+    ((seen, _),) = validation_batches((images, torch.zeros(8)), model, config, ALONE)
+    assert seen[0, :, 0, 0].tolist() == pytest.approx([(0.2 - k / 12) / 0.5 for k in range(12)], abs=1e-6)
+    with pytest.raises(SharefoldError, match="auto_augment: is for 1 or 3 channels, not 12"):
+        training_batches((images, torch.zeros(8)), model, FinetuneConfig(auto_augment="rand-m9-mstd0.5-inc1"), ALONE)
+
+
+def test_images_that_a_network_takes_in_both_orders_are_as_its_configuration_says() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    for channels, turned in ((3, True), (8, False)):
+        model.pretrained_cfg = {"input_size": (channels, 8, 8), "mean": (0.5,) * 3}
+        images = torch.randn(8, 8, 8, 3)
+        ((seen, _),) = validation_batches((images, torch.zeros(8)), model, FinetuneConfig(batch_size=8), ALONE)
+        assert torch.equal(seen, images.permute(0, 3, 1, 2) if turned else images)
