@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +44,7 @@ from sharefold.metrics import check_metrics, kind_of
 from sharefold.ownership import network_files
 from sharefold.safetensors_file import write_tensors
 from sharefold.settings import plain_defaults
-from sharefold.state_dicts import file_tensors, load_tensors, tensor_state
+from sharefold.state_dicts import check_fits_file, file_tensors, load_tensors, tensor_state
 from sharefold.store import container, decode
 from sharefold.store.blob import NAME as BLOB
 from sharefold.store.file_content import file_content
@@ -83,8 +83,7 @@ def save(
         SharefoldWarning: the weights changed since they were rounded, the file is larger than the original's all the same, or
             what ``get_extra_state`` returns is no tensor and left out: ``load`` leaves that of ``model`` as it is.
     """
-    target = check_output(path, force, network_files(Path(path)))
-    check_holds_none(model, "save")
+    target = check_saves(model, path, metrics, force)
     tensors, aliases = distinct(file_tensors(model, str(target)))
     spec = carried_spec(model)
     if spec is not None and not spec.fits(tensors):
@@ -98,7 +97,6 @@ def save(
         carry_spec(model, None)
     config = config_of(model)
     if metrics is not None:
-        check_metrics(metrics)
         config = replace(config, metrics={**config.metrics, **metrics})
         carry_config(model, config)
     config = config.of(tensors, aliases, None if spec is None else FORMAT)
@@ -130,6 +128,27 @@ def save(
             SharefoldWarning,
             stacklevel=3,
         )
+    return target
+
+
+def check_saves(model: nn.Module, path: str | Path, metrics: Mapping[str, Any] | None = None, force: bool = False) -> Path:
+    """Refuses before any work what :func:`save` would refuse after it, by the place, the network and the figures.
+
+    Returns:
+        The path.
+
+    Raises:
+        SharefoldError: as :func:`save`.
+    """
+    target = check_output(path, force, network_files(Path(path)))
+    check_holds_none(model, "save")
+    check_fits_file(model, str(target))
+    config = config_of(model)
+    if metrics is not None:
+        check_metrics(metrics)
+        FileConfig.from_text(replace(config, metrics={**config.metrics, **metrics}).to_text(), target)
+    if carried_spec(model) is None:
+        check_types(tensor_state(model), str(target))
     return target
 
 

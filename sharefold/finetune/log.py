@@ -35,16 +35,23 @@ class RunLog:
         self._wants_board = tensorboard
 
     def open(self, step: int) -> None:
-        """Begins at update ``step``: what an earlier session wrote after it is dropped, it will be written again."""
+        """Begins at update ``step``: what an earlier session wrote after it is dropped, it will be written again.
+
+        Raises:
+            SharefoldError: the folder cannot be made or written.
+        """
         if self.path is None:
             return
+        kept = [] if step == 0 else [r for r in read_log(self.path) if r["step"] <= step]
+        temporary = self.path.with_name(".log.jsonl.tmp")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            os.replace(temporary, self.path)
+        except OSError as error:
+            raise SharefoldError(f"{self.path}: cannot be written ({error.strerror}): choose another place") from error
         if self._wants_board:
             self._board = _tensorboard(self.path.parent, step)
-        kept = [] if step == 0 else [r for r in read_log(self.path) if r["step"] <= step]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(".log.jsonl.tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(temporary, self.path)
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """One line {event, step, ...}; numbers also go to tensorboard as ``event/name``."""

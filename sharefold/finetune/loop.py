@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharefold.checkpoint import save
+from sharefold.checkpoint import check_saves, save
 from sharefold.data.preprocess import Size
 from sharefold.errors import SharefoldError
+from sharefold.files import check_path
 from sharefold.finetune import seeds
 from sharefold.finetune.batches import Data, EvalBatches, MemoryImages, TrainBatches
 from sharefold.finetune.config import FinetuneConfig
@@ -92,8 +93,8 @@ def finetune(
     Under torchrun or ``accelerate launch`` every process calls this with the same arguments.
 
     Raises:
-        SharefoldError: unusable data or settings; a loss that is not finite (the run's last good state stays on disk);
-            memory exhausted.
+        SharefoldError: unusable data or settings; ``out`` or ``metrics`` that :func:`sharefold.save` refuses, before any work; a
+            loss that is not finite (the run's last good state stays on disk); memory exhausted.
         Interrupted: a KeyboardInterrupt, after SIGINT or SIGTERM: the step is finished and the run saved.
     """
     kept = {name: settings.pop(name) for name in [spec.name for spec in fields(RunOptions)] if name in settings}
@@ -115,8 +116,8 @@ def finetune(
     run_dir = out.with_name(out.name + ".run") if run.run_dir is None and out is not None else run.run_dir
     folder = None if run_dir is None else Path(run_dir)
     with world(config.device) as where, seeds.restored(), _memory_hint(config, where):
-        if where.first and not (run.force or run.resume):
-            _refuse_overwriting(out, folder)
+        if where.first:
+            _check_places(model, out, folder, run)
         train, val = in_memory(train, model), None if val is None else in_memory(val, model)
         sizes = [data.size for data in (val, train) if isinstance(data, MemoryImages)]
         size = sizes[0] if sizes else None
@@ -141,10 +142,17 @@ def finetune(
     return report
 
 
-def _refuse_overwriting(out: Path | None, folder: Path | None) -> None:
-    if out is not None and out.exists():
-        raise SharefoldError(f"{out}: exists: choose another place, or overwrite it with --force")
-    if folder is not None and (folder / STATE_FILE).exists():
+def _check_places(model: nn.Module, out: Path | None, folder: Path | None, run: RunOptions) -> None:
+    """Refuses before the training what could not be saved after it."""
+    replaces = run.force or run.resume
+    if out is not None:
+        check_saves(model, out, run.metrics, replaces)
+    if folder is None:
+        return
+    check_path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise SharefoldError(f"{folder}: is a file: choose another folder for the run")
+    if not replaces and (folder / STATE_FILE).exists():
         raise SharefoldError(f"{folder}: holds a run: go on with --resume, or overwrite it with --force")
 
 

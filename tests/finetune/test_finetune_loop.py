@@ -21,6 +21,8 @@ from sharefold.finetune import FinetuneReport
 from sharefold.finetune.interrupt import Interrupted
 from sharefold.finetune.log import read_log
 from sharefold.finetune.run_state import read_state
+from sharefold.format import FileConfig, carry_config
+from sharefold.plans import Plan
 
 
 def tune(model, train=None, val=None, **settings) -> FinetuneReport:
@@ -414,6 +416,48 @@ def test_impossible_requests(tmp_path):
     (tmp_path / "here").mkdir()
     with pytest.raises(SharefoldError, match="exists"):
         tune(model, out=tmp_path / "here")
+
+
+def _converted() -> Small:
+    model = shared_net()
+    carry_config(model, FileConfig(Plan([], 1, 1, "by hand")))
+    return model
+
+
+def _with_complex_doubles() -> Small:
+    model = _converted()
+    model.register_buffer("z", torch.zeros(1, dtype=torch.complex128))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "words"),
+    [
+        (_converted, {"out": "o.pt"}, "a network is written as a folder or as a .safetensors file: call it o"),
+        (_converted, {"out": "mine", "force": True}, "output mine is a folder that sharefold did not write"),
+        (_converted, {"out": "mine", "resume": True}, "output mine is a folder that sharefold did not write"),
+        (_converted, {"out": "afile/o"}, r"output afile/o cannot be written \(Not a directory\)"),
+        (_converted, {"out": "no/o"}, "folder .*no does not exist"),
+        (_converted, {"out": "o", "metrics": {"a": float("nan")}}, "metric 'a' is float: give finite numbers"),
+        (_converted, {"out": "o", "metrics": [1]}, "metrics must map names to figures, not be list"),
+        (shared_net, {"out": "o"}, "the model is not a sharefold network"),
+        (_with_complex_doubles, {"out": "o"}, "tensor 'z' is of torch.complex128"),
+        (_converted, {"run_dir": "afile"}, "afile: is a file: choose another folder for the run"),
+        (_converted, {"run_dir": "afile/o"}, r"afile/o/log.jsonl: cannot be written \(Not a directory\)"),
+        (_converted, {"run_dir": "x" * 300}, "is no name of a file"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused_before_the_training(tmp_path, monkeypatch, make, settings, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "afile").write_text("x")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("my notes")
+    model = make()
+    before = digest(model)
+    with pytest.raises(SharefoldError, match=words):
+        tune(model, **settings)
+    assert digest(model) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["afile", "mine"]
 
 
 def test_a_teacher_of_other_pixels_is_warned_about():
