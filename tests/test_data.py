@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -178,6 +180,62 @@ def test_unreadable_image_is_named(tmp_path: Path) -> None:
     data = open_data(f"imagefolder:{tmp_path}", "test", transform_cfg=CFG)
     with pytest.raises(SharefoldError, match=r"broken\.png"):
         data[0]
+
+
+def tiff(bits: int, values: np.ndarray, black: int = 1) -> bytes:
+    """One row of big-endian grey in 12 or 16 ``bits``; ``black`` 0 says that 0 is white."""
+    if bits == 16:
+        strip = values.astype(">u2").tobytes()
+    else:
+        strip = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in values.reshape(-1, 2).tolist())
+    tags = ((256, len(values)), (257, 1), (258, bits), (259, 1), (262, black), (273, 8), (277, 1), (278, 1), (279, len(strip)))
+    order, mark = ("<", b"II") if bits == 12 or not black else (">", b"MM")
+    if order == "<" and bits == 16:
+        strip = values.astype("<u2").tobytes()
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags)
+    return (mark + struct.pack(f"{order}HI", 42, 8 + len(strip)) + strip + struct.pack(f"{order}H", len(tags)) + entries
+            + bytes(4))  # fmt: skip
+
+
+GREY = np.arange(0, 256, 17, dtype=np.int64)  # 16 levels from black to white
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("png", lambda: Image.fromarray((GREY * 257).astype(np.uint16)[None])),
+        ("pgm", lambda: b"P5 16 1 65535\n" + (GREY * 257).astype(">u2").tobytes()),
+        ("pgm", lambda: b"P5 16 1 510\n" + (GREY * 2).astype(">u2").tobytes()),
+        ("tif", lambda: tiff(16, GREY * 257)),
+        ("tif", lambda: tiff(16, 65535 - GREY * 257, black=0)),
+        ("tif", lambda: tiff(12, GREY * 4095 // 255)),
+    ],
+    ids=["png", "pgm", "pgm of 510", "tiff", "tiff of white 0", "tiff of 12 bits"],
+)
+def test_deep_grey_is_what_it_is_in_8_bits(tmp_path: Path, name: str, content: Callable[[], Any]) -> None:
+    file, found = tmp_path / f"a.{name}", content()
+    file.write_bytes(found) if isinstance(found, bytes) else found.save(file)
+    for channels in (1, 3):
+        cfg = {"input_size": (channels, 1, 16), "mean": (0.0,), "std": (1.0,)}
+        image = open_data(f"imagefolder:{tmp_path}", transform_cfg=cfg)[0][0]
+        assert torch.allclose(image * 255, torch.from_numpy(GREY).float().expand(channels, 1, 16), atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_grey_of_unknown_white_is_refused(tmp_path: Path, dtype: Any) -> None:
+    (tmp_path / "a").mkdir()
+    Image.fromarray(GREY.astype(dtype)[None]).save(tmp_path / "a" / "deep.png", format="TIFF")
+    for spec in (f"imagefolder:{tmp_path}", f"timm:folder:root={tmp_path}", f"timm:torch/image_folder:root={tmp_path}"):
+        with pytest.raises(SharefoldError, match=r"^[^\n]*deep\.png: [^\n]*which of them is white: save it[^\n]*$"):
+            open_data(spec, transform_cfg=CFG)[0]
+
+
+@pytest.mark.parametrize("kind", ["folder", "torch/image_folder"])
+def test_deep_grey_through_timm(tmp_path: Path, kind: str) -> None:
+    images = pixels(1)[..., 0].astype(np.uint16) * 257
+    write_folder(tmp_path, images, ["a"])
+    image = open_data(f"timm:{kind}:root={tmp_path}", transform_cfg=CFG)[0][0]
+    assert torch.allclose(image, normalised(np.repeat(pixels(1)[..., :1], 3, 3))[0], atol=1e-5)
 
 
 def write_fashion(root: Path, count: int = 3) -> np.ndarray:

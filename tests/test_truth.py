@@ -372,6 +372,10 @@ class TestRefused:
         save(np.zeros((2, 2), np.uint16), tmp_path / "deep" / "0.png")
         with pytest.raises(SharefoldError, match="a target has 8 bits a channel, and this is I;16"):
             measured(tmp_path, tmp_path / "deep", Says(lambda x: +x), "image")
+        (tmp_path / "deep" / "0.png").unlink()
+        Image.fromarray(np.zeros((2, 2), ">u2")).save(tmp_path / "deep" / "0.tif")
+        with pytest.raises(SharefoldError, match="a target has 8 bits a channel, and this is I;16B"):
+            measured(tmp_path, tmp_path / "deep", Says(lambda x: +x), "image")
         with pytest.raises(SharefoldError, match="image files give 1 or 3 channels, the network makes 2"):
             measured(tmp_path, tmp_path / "masks", Says(lambda x: x[:, :2] + 0), "image")
 

@@ -10,6 +10,8 @@ A data set is named by one string, ``KIND:PLACE``:
 ``digits``                scikit-learn's 8 x 8 digits (extra ``demo``)
 ``tensors:FILE``          what a network takes, as it takes it (.npz, .npy, .safetensors): :func:`read_tensors`
 ========================  ==================================================================================
+
+Image files of 16 bits are scaled to 8 bits a channel; grey of 32 bits or of floats does not say what is white and is refused.
 """
 
 from __future__ import annotations

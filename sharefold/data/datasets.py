@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,10 +123,6 @@ class _Foreign:
         """From a PIL image to a tensor."""
         return self.dataset.transform
 
-    @transform.setter
-    def transform(self, transform: Any) -> None:
-        self.dataset.transform = transform
-
     def __len__(self) -> int:
         return len(self.dataset)
 
@@ -142,6 +139,12 @@ class _Foreign:
 
 class ForeignDataset(_Foreign, Dataset):
     """One whose items have numbers."""
+
+    def under(self, transform: Any) -> ForeignDataset:
+        """The same images under another transform, from a PIL image to a tensor; this data set stays as it is."""
+        dataset = copy.copy(self.dataset)
+        dataset.transform = transform
+        return ForeignDataset(dataset, self.where)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         with self._reading():

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sharefold.data.image_files import in_mode
 from sharefold.errors import SharefoldError
 from sharefold.untrusted import is_number, shown
 
@@ -169,12 +170,16 @@ class Preprocess:
         return (images.float() - mean).div_(std)
 
     def image(self, image: Image.Image) -> Tensor:
-        """One PIL image to a normalised float32 tensor (C, H, W); colour mode is converted to the channel count."""
+        """One PIL image to a normalised float32 tensor (C, H, W); colour mode is converted to the channel count.
+
+        Raises:
+            SharefoldError: a model of other than 1 or 3 channels, or grey of 32 bits or of floats.
+        """
         channels, height, width = self.size
         modes = {1: "L", 3: "RGB"}
         if channels not in modes:
             raise SharefoldError(f"image files give 1 or 3 channels, the model wants {channels}: use npz: instead")
-        image = image.convert(modes[channels])
+        image = in_mode(image, modes[channels])
         if image.size == (width, height):
             pixels = torch.from_numpy(np.array(image, dtype=np.uint8).reshape(height, width, channels))
             return self.normalize(pixels.permute(2, 0, 1).unsqueeze(0))[0]

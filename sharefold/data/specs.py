@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import Dataset, IterableDataset
 
 from sharefold.data.datasets import ArrayDataset, FileDataset, ForeignDataset, ForeignStream
-from sharefold.data.image_files import SUFFIXES, forbid_ghostscript
+from sharefold.data.image_files import SUFFIXES, forbid_ghostscript, loaded_image
 from sharefold.data.npz_files import NpzFile
 from sharefold.data.preprocess import Preprocess, shape_text
 from sharefold.data.tensor_files import is_tensors
@@ -175,6 +175,8 @@ def _timm(place: str, split: str, preprocess: Preprocess) -> Dataset:
         if not equals:
             raise SharefoldError(f"data timm:{place}: {option!r} is not of the form key=value")
         keywords[key] = {"true": True, "false": False}.get(value.lower(), value)
+    if not name.lower().startswith("tfds/"):  # tensorflow decodes into 8 bits by itself
+        keywords.setdefault("input_img_mode", None)  # Pillow's conversion, which timm runs, cuts deep pixels off: `in_mode`
     forbid_ghostscript()
     wanted = {"test": "validation", "val": "validation"}.get(split_names(split)[0], split)
     try:
@@ -182,6 +184,8 @@ def _timm(place: str, split: str, preprocess: Preprocess) -> Dataset:
     except Exception as error:  # timm's readers raise anything, from AssertionError to network errors
         raise SharefoldError(f"data timm:{place}: timm could not open it ({first_line(error)})") from error
     dataset.transform = preprocess.image
+    if hasattr(dataset, "loader"):  # torchvision's data sets of files, which convert as they open
+        dataset.loader = loaded_image
     where = f"data timm:{place}"
     return ForeignStream(dataset, where) if isinstance(dataset, IterableDataset) else ForeignDataset(dataset, where)
 

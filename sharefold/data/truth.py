@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from sharefold.data.coco import Annotations, Objects, read_annotations
 from sharefold.data.datasets import ArrayDataset, FileDataset
-from sharefold.data.image_files import SUFFIXES, opened_image
+from sharefold.data.image_files import DEEP, SUFFIXES, opened_image
 from sharefold.data.same_names import matched
 from sharefold.data.specs import split_names
 from sharefold.errors import SharefoldError
@@ -29,7 +29,6 @@ _ONE_NUMBER = ("1", "L", "P", "I", "I;16")  # Pillow's modes of one whole number
 _LOSSY = ("JPEG", "MPO")  # of WebP, the other lossy format, every image is one of colours
 _LOSSY_WITHIN = ("jpeg", "tiff_jpeg")  # of TIFF
 _CHANNELS = {1: "L", 3: "RGB"}
-_DEEP = ("I", "I;16", "F")  # those that Pillow cuts off at 255 instead of scaling them
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class FileTruth:
         if channels not in _CHANNELS:
             raise SharefoldError(f"image files give 1 or 3 channels, the network makes {channels}: use npz: instead")
         with opened_image(self.files[index]) as image:
-            if image.mode in _DEEP:
+            if image.mode in DEEP:
                 raise SharefoldError(f"{self.name(index)}: a target has 8 bits a channel, and this is {image.mode}: convert it")
             pixels = np.array(image.convert(_CHANNELS[channels]), dtype=np.uint8)
         return _unit(pixels)

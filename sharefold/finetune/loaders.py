@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from sharefold.data import ArrayDataset, FileDataset, InputsDataset, Preprocess, is_tensors, open_data, read_tensors
-from sharefold.data.image_files import opened_image
+from sharefold.data.datasets import ForeignDataset
+from sharefold.data.image_files import in_mode, opened_image
 from sharefold.data.preprocess import Size, parse_size
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.finetune.augmentation import Augment
@@ -119,14 +121,29 @@ class TrainImages(Dataset):
         return len(self.data)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        mode = "L" if self.data.preprocess.size[0] == 1 else "RGB"
+        mode = _mode(self.data.preprocess)
         if isinstance(self.data, ArrayDataset):
             pixels = self.data.images[index].numpy()
             image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
             return self.transform(image.convert(mode)), int(self.data.labels[index])
         path = self.data.files[index]
         with opened_image(path) as image:
-            return self.transform(image.convert(mode)), self.data.labels[index]
+            return self.transform(in_mode(image, mode)), self.data.labels[index]
+
+
+@dataclass(frozen=True)
+class InMode:
+    """``transform`` of images in Pillow's ``mode``, whatever theirs is; a class, so that it reaches worker processes."""
+
+    mode: str
+    transform: Any
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return self.transform(in_mode(image, self.mode))
+
+
+def _mode(preprocess: Preprocess) -> str:
+    return "L" if preprocess.size[0] == 1 else "RGB"
 
 
 def train_transform(preprocess: Preprocess, config: FinetuneConfig, small: bool) -> Any:
@@ -227,8 +244,8 @@ def training_batches(
         own = data.preprocess
         small = isinstance(data, ArrayDataset) or max(own.size[1:]) <= 64
         data = TrainImages(data, train_transform(own, config, small))
-    elif getattr(data, "transform", None) == preprocess.image:  # opened above from timm:SPEC
-        data.transform = train_transform(preprocess, config, small=False)
+    elif isinstance(data, ForeignDataset) and isinstance(own := getattr(data.transform, "__self__", None), Preprocess):
+        data = data.under(InMode(_mode(own), train_transform(own, config, small=max(own.size[1:]) <= 64)))
     return SampleBatches(data, deal(len(data)), world.device, config.workers)
 
 

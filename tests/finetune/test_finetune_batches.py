@@ -213,6 +213,27 @@ def test_data_strings_folders_and_auto_augment(tmp_path):
     assert next(mixed.epoch(0))[0].shape == (8, 3, 8, 8)
 
 
+def test_deep_grey_is_scaled_and_timm_images_are_augmented(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8), dtype=np.uint8)
+    for name, images in (("flat", pixels), ("deep", pixels.astype(np.uint16) * 257)):
+        (tmp_path / name / "train" / "a").mkdir(parents=True)
+        for i, image in enumerate(images):
+            Image.fromarray(image).save(tmp_path / name / "train" / "a" / f"{i}.png")
+
+    def epoch(spec, **settings):
+        return list(_batches(spec, batch_size=4, **settings).epoch(0))
+
+    plain = epoch(f"imagefolder:{tmp_path / 'flat'}", augment="none")
+    for spec in (f"imagefolder:{tmp_path / 'deep'}", f"timm:folder:root={tmp_path / 'deep'}"):
+        _same(plain, epoch(spec, augment="none"))
+    timm, own = f"timm:folder:root={tmp_path / 'flat'}", f"imagefolder:{tmp_path / 'flat'}"
+    given = open_data(timm, "train", transform_cfg=Small().pretrained_cfg)
+    before = given[0][0]
+    _same(epoch(own), epoch(timm))
+    _same(epoch(own), epoch(given))
+    assert not torch.equal(epoch(own)[0][0], plain[0][0]) and torch.equal(given[0][0], before)
+
+
 def test_validation_deals_every_image_once_over_processes():
     images, labels = images_and_labels(21)
     config = FinetuneConfig(batch_size=8)
