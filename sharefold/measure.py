@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sharefold.data.class_names import warn_about_count
 from sharefold.errors import SharefoldError
 from sharefold.inputs import Tensors, call, check_count, taken
 from sharefold.outputs.agreement import Agreement, agreement  # noqa: F401
@@ -108,6 +109,8 @@ def evaluate(
 
     Raises:
         SharefoldError: no images, unlabelled images, labels of other shapes or beyond the model's outputs.
+
+    Warns where the loader's data set names its classes, and they are not as many as the outputs.
     """
     model.to(device)
     hits1 = hits5 = done = 0
@@ -127,6 +130,8 @@ def evaluate(
             if logits.ndim != 2:
                 raise SharefoldError(f"the model's output has shape {tuple(logits.shape)}: eval wants (n, classes)")
             _check_labels(labels, logits.shape[1])
+            if not done:
+                warn_about_count(loader, logits.shape[1], "eval")
             labels = labels.to(logits.device)
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices
             hits = best == labels[:, None]

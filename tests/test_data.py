@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from networks import Small
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -23,8 +25,10 @@ from sharefold.data import (
     loader,
     open_data,
 )
+from sharefold.data.class_names import class_numbers
 from sharefold.data.preprocess import parse_size
-from sharefold.errors import SharefoldError
+from sharefold.errors import SharefoldError, SharefoldWarning
+from sharefold.measure import evaluate
 
 CFG = {"input_size": (3, 8, 8), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.25, 0.5)}
 
@@ -163,6 +167,35 @@ def test_imagefolder_without_splits_and_without_classes(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     with pytest.raises(SharefoldError, match="no images"):
         open_data(f"imagefolder:{tmp_path / 'c'}", "test", transform_cfg=CFG)
+
+
+def test_a_split_that_lacks_a_class_numbers_it_as_the_others_do(tmp_path: Path) -> None:
+    for split, classes in (("train", "abd"), ("val", "bcd"), ("test", ["images"]), ("spare", "xyz")):
+        write_folder(tmp_path / split, pixels(len(classes)), list(classes))
+
+    def found(place: Path, split: str) -> dict[str, int]:
+        data = open_data(f"imagefolder:{place}", split, transform_cfg=CFG)
+        assert class_numbers(data) == {name: number for number, name in enumerate(data.classes)}
+        return {file.parent.name: label for file, label in zip(data.files, data.labels, strict=True)}
+
+    for place in (tmp_path, tmp_path / "train"):
+        assert found(place, "train") == {"a": 0, "b": 1, "d": 3}
+    for place in (tmp_path, tmp_path / "val"):
+        assert found(place, "val") == {"b": 1, "c": 2, "d": 3}
+    assert found(tmp_path, "test") == {"images": 0}  # nothing in common with the rest
+    assert found(tmp_path / "spare", "test") == {"x": 0, "y": 1, "z": 2}
+
+
+def test_fewer_class_folders_than_outputs_are_told(tmp_path: Path) -> None:
+    write_folder(tmp_path, pixels(3), ["a", "b", "c"])
+    net = Small()
+    for spec in (f"imagefolder:{tmp_path}", f"timm:folder:root={tmp_path}"):
+        with pytest.warns(SharefoldWarning, match="eval: the data have 3 classes, the network has 4 outputs"):
+            evaluate(net, loader(open_data(spec, transform_cfg=CFG), 2))
+    (tmp_path / "bb").mkdir()  # an empty folder counts
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SharefoldWarning)
+        evaluate(net, loader(open_data(f"imagefolder:{tmp_path}", transform_cfg=CFG), 2))
 
 
 def test_image_files_are_resized_and_converted(tmp_path: Path) -> None:

@@ -11,6 +11,9 @@ A data set is named by one string, ``KIND:PLACE``:
 ``tensors:FILE``          what a network takes, as it takes it (.npz, .npy, .safetensors): :func:`read_tensors`
 ========================  ==================================================================================
 
+Class folders are numbered in the order of their names, among those of all split folders that lie beside each other: a split may
+lack a class. (torchvision and timm, and so ``timm:folder``, number each split for itself.)
+
 Image files of 16 bits are scaled to 8 bits a channel; grey of 32 bits or of floats does not say what is white and is refused.
 """
 

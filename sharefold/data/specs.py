@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset
 
+from sharefold.data.class_names import joined_classes
 from sharefold.data.datasets import ArrayDataset, FileDataset, ForeignDataset, ForeignStream
 from sharefold.data.image_files import SUFFIXES, forbid_ghostscript, loaded_image
 from sharefold.data.npz_files import NpzFile
@@ -114,6 +116,20 @@ def _image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
+def _folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _other_splits(folder: Path, within: Path) -> list[Path]:
+    """The folders of other splits beside that of one, which may be ``within`` the data or what the user named."""
+    known = dict.fromkeys(name for names in SPLITS.values() for name in names)
+    place = Path(os.path.abspath(folder))  # links stay: the other splits lie beside the link
+    if folder == within and place.name not in known:
+        return []
+    others = [place.parent / name for name in known if name != place.name]
+    return [other for other in others if other.is_dir()]
+
+
 def _imagefolder(place: str, split: str, preprocess: Preprocess) -> Dataset:
     root = expanded(place)
     if not root.is_dir():
@@ -125,13 +141,14 @@ def _imagefolder(place: str, split: str, preprocess: Preprocess) -> Dataset:
             found = ", ".join(dict.fromkeys(others))
             raise SharefoldError(f"data imagefolder:{place}: no {split} folder in it (it has {found})")
         folder = root
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    own = _folders(folder)
+    classes = joined_classes(own, [_folders(other) for other in _other_splits(folder, within=root)])
     files: list[Path] = []
     labels: list[int] = []
-    for label, name in enumerate(classes):
+    for name in own:
         found_here = _image_files(folder / name)
         files += found_here
-        labels += [label] * len(found_here)
+        labels += [classes.index(name)] * len(found_here)
     if files:
         return FileDataset(files, labels, preprocess, classes=classes)
     files = _image_files(folder)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.checkpoint import check_saves, save
+from sharefold.data.class_names import check_same_numbers, warn_about_count
 from sharefold.data.preprocess import Size
 from sharefold.errors import SharefoldError
 from sharefold.files import check_path
@@ -23,7 +24,14 @@ from sharefold.finetune.config import FinetuneConfig
 from sharefold.finetune.distributed import World, world
 from sharefold.finetune.evaluate import evaluate
 from sharefold.finetune.interrupt import Interrupted, StopRequest
-from sharefold.finetune.loaders import in_memory, preprocess_of, training_batches, validation_batches, warn_about_teacher
+from sharefold.finetune.loaders import (
+    in_memory,
+    opened,
+    preprocess_of,
+    training_batches,
+    validation_batches,
+    warn_about_teacher,
+)
 from sharefold.finetune.log import RunLog, draw_curve
 from sharefold.finetune.optimizer_state import check_optimizer, with_own_kernels
 from sharefold.finetune.run_state import check_progress, check_same_run, check_tensors, read_state, write_state
@@ -123,10 +131,17 @@ def finetune(
         size = sizes[0] if sizes else None
         if teacher is not None and where.first:
             warn_about_teacher(model, teacher, config, size)
+        preprocess = preprocess_of(model, config, size)
+        train = opened(train, "train", preprocess, model)
+        val = None if val is None else opened(val, "val", preprocess, model)
+        if config.labels:
+            check_same_numbers(train, val)
         batches = training_batches(train, model, config, where, size)
         checks = None if val is None else validation_batches(val, model, config, where, size)
         with _modes_after_errors(model), whole_factors(model):
             loop = _Run(model, teacher, batches, checks, config, where, folder, run.quiet)
+            for data in (train if config.labels else None, val) if where.first else ():
+                warn_about_count(data, loop.updater.classes, "finetune")
             report = loop.go(run.resume)
         if size is not None:
             _carry_size(model, config, size)

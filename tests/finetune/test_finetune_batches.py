@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, WeightedRandomS
 
 from sharefold.data import loader, open_data
 from sharefold.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from sharefold.errors import SharefoldError
+from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.finetune import FinetuneConfig, finetune, seeds
 from sharefold.finetune.augmentation import Augment, Draw, shrunk
 from sharefold.finetune.batches import Deal, LoaderBatches, MemoryBatches, SampleBatches
@@ -232,6 +232,20 @@ def test_deep_grey_is_scaled_and_timm_images_are_augmented(tmp_path):
     _same(epoch(own), epoch(timm))
     _same(epoch(own), epoch(given))
     assert not torch.equal(epoch(own)[0][0], plain[0][0]) and torch.equal(given[0][0], before)
+
+
+def test_classes_that_have_another_number_in_each_split_are_refused(tmp_path):
+    for split, classes in (("pictures", "abcd"), ("others", "bcd")):
+        for name in classes:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / split / name / "0.png")
+    specs = [f"imagefolder:{tmp_path / 'pictures'}", f"imagefolder:{tmp_path / 'others'}"]
+    settings = {"epochs": 1, "batch_size": 2, "workers": 0, "device": "cpu", "quiet": True}
+    with pytest.raises(SharefoldError, match=r"b is class 1 of the training images and class 0 of .* \(only one of them has a\)"):
+        finetune(Small(), *specs, **settings)
+    with pytest.warns(SharefoldWarning, match="finetune: the data have 3 classes, the network has 4 outputs"):
+        finetune(Small(), specs[1], **settings)
+    finetune(Small(), specs[0], specs[0], **settings)
 
 
 def test_validation_deals_every_image_once_over_processes():
