@@ -67,7 +67,7 @@ def exact_match(shapes: Shapes, file: str, hints: Mapping[str, Any] | None = Non
     ordered, rule = _order(options, file, hints or {})
     for _, base, head in ordered:
         # The index may come from another version of the libraries: what it promises is checked.
-        if _fits(shapes, base):
+        if fits(shapes, base):
             twins = tuple(b for _, b, _ in ordered if b is not base)
             return Match(base, tuple(map(label_of, twins)), rule, head, twins)
     return None
@@ -87,7 +87,7 @@ def _nearest(shapes: Shapes, file: str) -> Match:
             return Match(base, (), "found without the index", head)
         if head and set(difference.missing) == head and len(difference) == len(head):
             backbone = {**base, "kwargs": {**base["kwargs"], "num_classes": 0}}
-            if entry.library == "timm" and _fits(shapes, backbone):
+            if entry.library == "timm" and fits(shapes, backbone):
                 return Match(backbone, (), "without its classifier")
         found.append((len(difference), label_of(base), difference))
     if not found:
@@ -135,7 +135,8 @@ def _counts_nearby(record: Record, shapes: Shapes) -> tuple[int | None, int | No
     return counts[0], counts[1]
 
 
-def _fits(shapes: Shapes, base: dict[str, Any]) -> bool:
+def fits(shapes: Shapes, base: dict[str, Any]) -> bool:
+    """Whether a file with these tensors is one of the architecture ``base``."""
     try:
         return len(compare(shapes, build_on_meta(base))) == 0
     except SharefoldError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from sharefold.architectures.build import (
     note_base,
     registry,
 )
-from sharefold.architectures.matching import Match, exact_match, match_architecture, named_architecture
+from sharefold.architectures.matching import Match, exact_match, fits, match_architecture, named_architecture
 from sharefold.architectures.shapes import check_fit, load_weights, shapes_of
 from sharefold.errors import SharefoldError, SharefoldWarning
 from sharefold.files import check_path
@@ -264,8 +265,7 @@ def _architecture(
         check_name(hub["library"], hub["architecture"])
         return state, named_architecture(hub["library"], hub["architecture"], hub["model_args"], shapes)
     if arch is not None:
-        library, name, kwargs = _parse_arch(arch)
-        return state, named_architecture(library, name, kwargs, shapes)
+        return _named(state, notes, arch)
     hints = notes["extras"]
     match = exact_match(shapes, str(path), hints)
     if match is not None:
@@ -275,10 +275,32 @@ def _architecture(
         part = under(state, prefix)
         match = exact_match(shapes_of(part), str(path), hints) if part else None
         if match is not None:
-            notes["unwrapped"].append(prefix)
-            notes["dropped"] += [key for key in state if not key.startswith(prefix)]
-            return part, match
+            return _taken(part, prefix, state, notes), match
     return state, match_architecture(shapes, str(path), hints)
+
+
+def _named(state: dict[str, Tensor], notes: dict[str, Any], arch: str) -> tuple[dict[str, Tensor], Match]:
+    """As :func:`_architecture`, of the architecture that the user names; all of ``state`` where no part of it fits."""
+    library, name, kwargs = _parse_arch(arch)
+    whole = named_architecture(library, name, kwargs, shapes_of(state))
+    if fits(shapes_of(state), whole.base):
+        return state, whole
+    for prefix in PREFIXES:
+        part = under(state, prefix)
+        if not part:
+            continue
+        with suppress(SharefoldError):  # far too few tensors for this network
+            match = named_architecture(library, name, kwargs, shapes_of(part))
+            if fits(shapes_of(part), match.base):
+                return _taken(part, prefix, state, notes), match
+    return state, whole
+
+
+def _taken(part: dict[str, Tensor], prefix: str, state: dict[str, Tensor], notes: dict[str, Any]) -> dict[str, Tensor]:
+    """``part`` of ``state``, with notes on what it was under and what is left."""
+    notes["unwrapped"].append(prefix)
+    notes["dropped"] += [key for key in state if not key.startswith(prefix)]
+    return part
 
 
 def _parse_arch(arch: str) -> tuple[str, str, dict[str, Any]]:

@@ -274,9 +274,11 @@ class TestCheckpoints:
         model = random_model("resnet20_cifar", num_classes=3)
         state = {f"model.{key}": value for key, value in model.state_dict().items()}
         torch.save({"state_dict": {**state, "criterion.weight": torch.ones(3)}}, tmp_path / "w.ckpt")
-        source = open_source(tmp_path / "w.ckpt")
-        assert torch.equal(logits(source.model), logits(model))
-        assert source.meta["dropped"] == ["criterion.weight"] and source.meta["unwrapped"] == ["state_dict", "model."]
+        for arch in (None, "timm:resnet20_cifar", "resnet20_cifar"):
+            source = open_source(tmp_path / "w.ckpt", arch=arch)
+            assert torch.equal(logits(source.model), logits(model))
+            assert source.meta["dropped"] == ["criterion.weight"] and source.meta["unwrapped"] == ["state_dict", "model."]
+        fails(tmp_path / "w.ckpt", "does not fit resnet32_cifar: ", arch="resnet32_cifar")
 
     def test_other_class_count(self, tmp_path: Path) -> None:
         model = random_model("resnet20_cifar", num_classes=3)
