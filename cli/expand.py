@@ -29,13 +29,14 @@ def command(run: Run, shared: Path, output: Path, dtype: str | None, arch: str |
     sharefold expand resnet20-shared -o resnet20-dense.safetensors
     sharefold expand resnet20-shared -o resnet20-dense-half.safetensors --dtype fp16
     """
-    from sharefold.files import check_output
+    from sharefold.files import check_apart, check_output
 
     if output.suffix not in SUFFIXES:
         raise SharefoldError(f"output {output}: unknown kind {output.suffix!r}: end it in {KINDS}")
     if output.is_dir():
         raise SharefoldError(f"output {output} is a folder: name a file")
     target = check_output(output, force)
+    check_apart(output, shared)
     run.setup()
     import torch
 

@@ -64,11 +64,12 @@ def command(
 
     from sharefold.data import Preprocess
     from sharefold.export import export, format_of
-    from sharefold.files import check_output
+    from sharefold.files import check_apart, check_output
     from sharefold.inputs import Input, each_of
 
     kind = format_of(output, kind)
     check_output(output, options.force)
+    check_apart(output, source.source)
     tensors = tensors_alone(data)
     opened = source.open()
     example: Input

@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 
 from sharefold.errors import SharefoldError
 from sharefold.exchange import exchange
-from sharefold.ownership import check_names, is_own_folder, take_over
-from sharefold.untrusted import shown
+from sharefold.ownership import check_names, check_no_part, is_own_folder, take_over
+from sharefold.untrusted import expanded, shown
 
 _HOST = re.sub(r"[^A-Za-z0-9]", "", platform.node())[:16]
 _DAY = 86_400
@@ -41,14 +41,15 @@ def check_output(
         files, networks: names of files, and of folders of networks, that are to be in it, if it is a folder.
 
     Raises:
-        SharefoldError: it exists and ``force`` is not set, its folder is missing or not writable, or ``force`` would
-            replace something that sharefold did not write.
+        SharefoldError: it exists and ``force`` is not set, its folder is missing or not writable, ``force`` would replace
+            something that sharefold did not write, or it is a part of what sharefold wrote as a whole.
     """
     target = Path(path)
     try:
         place = _place(target)
         if not place.parent.is_dir():
             raise SharefoldError(f"output {target}: folder {place.parent} does not exist: create it first")
+        check_no_part(place, target)
         probe = _beside(place, "tmp")  # a real write: permission bits say yes to root, and nothing of read-only or full disks
         probe.mkdir(exist_ok=True)
         probe.rmdir()
@@ -62,6 +63,17 @@ def check_output(
             raise SharefoldError(f"output {target} is a folder that sharefold did not write: choose another name")
         check_names(target, files, networks)
     return target
+
+
+def check_apart(output: Path, source: str | Path) -> None:
+    """Refuses to write over what is read, by whatever name.
+
+    Raises:
+        SharefoldError: ``output`` and ``source`` are one file.
+    """
+    with contextlib.suppress(OSError, ValueError):  # one of them is not there
+        if output.samefile(expanded(str(source))):
+            raise SharefoldError(f"output {output} is the network {source} itself: choose another name")
 
 
 def check_path(path: Path) -> None:

@@ -45,6 +45,22 @@ def is_own_folder(folder: Path) -> bool:
     return any((folder / kind.mark).is_file() for kind in _KINDS)
 
 
+def check_no_part(place: Path, told: Path) -> None:
+    """Whether the file ``place``, links followed, can be written without breaking what sharefold wrote around it.
+
+    Args:
+        told: what the user calls it.
+
+    Raises:
+        SharefoldError: in a folder of sharefold that name is for a part of what lies there.
+    """
+    if place.name in _own(place.parent)[0]:
+        raise SharefoldError(
+            f"output {told} is a part of what sharefold wrote into the folder {place.parent}: choose another name, or replace "
+            "the whole folder"
+        )
+
+
 def network_files(path: Path) -> Names:
     """The files of a network in the folder ``path``; none where ``path`` is to be a single file.
 

@@ -143,6 +143,31 @@ def test_networks_of_a_sweep_from_before_it_named_them(tmp_path: Path) -> None:
     assert names(out) == ["25", f"25/{CONFIG_NAME}", "sweep.json"]
 
 
+def test_a_part_of_a_network_is_not_replaced_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, one = tmp_path / "net", tmp_path / "one.safetensors"
+    for place in (net, one):
+        sharefold.save(network(), place)
+    (tmp_path / "link").symlink_to(net)
+    (tmp_path / "link.safetensors").symlink_to(net / "model.safetensors")
+    (tmp_path / "other.safetensors").symlink_to(one)
+    before = {file: file.read_bytes() for file in (*net.iterdir(), one)}
+    monkeypatch.chdir(net)
+    dense = ("export", net, "--format", "dense", "--force", "-o")
+    verbs = (("expand", net, "--force", "-o"), dense, ("convert", "timm:digits_resnet", "--budget", "50%", "--force", "-o"))
+    for verb in verbs:
+        for place in (net / "model.safetensors", Path("model.safetensors"), tmp_path / "link" / "model.safetensors",
+                      tmp_path / "link.safetensors", Path("..") / "net" / "." / "model.safetensors"):  # fmt: skip
+            refused(call(*verb, place), f"output {place} is a part of what sharefold wrote into the folder {net}: choose another")
+    for verb in (("expand", one, "--force", "-o"), ("export", one, "--format", "dense", "--force", "-o")):
+        for place in (one, Path("..") / "one.safetensors", tmp_path / "other.safetensors"):
+            refused(call(*verb, place), f"output {place} is the network {one} itself: choose another name")
+    for name in NETWORK_FILES:
+        with pytest.raises(SharefoldError, match="is a part of what sharefold wrote"):
+            files.check_output(net / name, force=True)
+    assert before == {file: file.read_bytes() for file in (*net.iterdir(), one)}
+    assert call("expand", net, "-o", net / "dense.safetensors").exit_code == 0 and sharefold.load(net) is not None
+
+
 def test_figures_are_not_replaced_unasked(tmp_path: Path) -> None:
     sharefold.save(network(), tmp_path / "net")
     (tmp_path / "map.png").write_text("mine")
