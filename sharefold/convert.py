@@ -48,13 +48,14 @@ from sharefold.repair.refit import Refit
 from sharefold.repair.step_record import StepRecord
 from sharefold.repair.work import Repair, Work, repaired
 from sharefold.settings import with_plain_settings
-from sharefold.state_dicts import tensor_state
+from sharefold.state_dicts import load_tensors, tensor_state
 from sharefold.store import quantize_
 from sharefold.store.held_codes import check_holds_none
 from sharefold.store.plain_size import plain_bytes
 from sharefold.store.refine_codes import efforts, refine_codes
 from sharefold.store.settle import settle_rounded
 from sharefold.store.tensor_spec import carry_spec
+from sharefold.tensor_values import write
 
 # In the order in which they run.
 REPAIRS: tuple[Repair, ...] = (Refit(), NormStatistics(), LastLayers())
@@ -202,7 +203,7 @@ def _aligned(model: nn.Module, plan: Plan, cal: Calibration) -> Calibration:
         return cal
     if not _answers_alike(original, cal):
         return cal  # somebody looks at the order of the channels who cannot be seen
-    model.load_state_dict(original.state_dict())
+    load_tensors(model, original.state_dict())
     return cal.of(original)
 
 
@@ -296,7 +297,7 @@ def _put_back(model: nn.Module, original: nn.Module, plan: Plan) -> None:
         for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             found = getattr(ours, key, None)
             if isinstance(found, Tensor) and found.shape == tensor.shape:
-                found.copy_(tensor)
+                write(found, tensor)
 
 
 def describe(cal: Calibration, plan: Plan, known: Mapping[str, Any] | None = None) -> FileConfig:

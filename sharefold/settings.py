@@ -12,7 +12,10 @@ from torch import nn
 
 from sharefold.errors import SharefoldError
 from sharefold.running import check_open, check_shapes, device_of
+from sharefold.tensor_values import is_expanded
 
+# What layers and norms call the tensors that conversion writes to.
+_WRITTEN = ("weight", "bias", "running_mean", "running_var")
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -35,7 +38,7 @@ def plain_settings(model: Any) -> Iterator[None]:
 
     Raises:
         SharefoldError: ``model`` is no module, compiled or a TorchScript program, has parameters without a shape, or was made in
-            inference mode, where nothing of it can be repaired.
+            inference mode or has expanded tensors in its layers or norms, where nothing can be repaired.
     """
     if not isinstance(model, nn.Module):
         raise SharefoldError(f"model: {type(model).__name__} is not an nn.Module: pass the network itself")
@@ -43,6 +46,9 @@ def plain_settings(model: Any) -> Iterator[None]:
     check_shapes(model)
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         raise SharefoldError("model: it was made in torch.inference_mode(), which forbids changes: make or copy it outside")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name.rpartition(".")[2] in _WRITTEN and is_expanded(tensor):
+            raise SharefoldError(f"model: {name} is expanded, which forbids changes: replace it by its .clone()")
     with ExitStack() as stack:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))

@@ -13,9 +13,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError, SharefoldWarning
+from sharefold.tensor_values import is_expanded, write
 
 _EXTRA = "_extra_state"  # torch's name for what get_extra_state returns
 
@@ -62,14 +64,19 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Any], *, strict: bool =
 
     A state dict carries the version of every module beside its tensors, a plain dictionary does not, and some modules
     (torchvision's MNASNet) refuse what has no version or convert it as an old one. What is no tensor stays as it is in ``model``
-    unless it is given.
+    unless it is given. Expanded tensors, which torch does not write to, get what ``tensors`` says as well.
 
     Raises:
         RuntimeError: as ``load_state_dict``.
     """
-    own = model.state_dict()
+    own = model.state_dict(keep_vars=True)
     others = {name: value for name, value in own.items() if not isinstance(value, Tensor)}
     state: Any = OrderedDict({**others, **tensors})
+    for name, value in own.items() if not assign else ():
+        if name in tensors and isinstance(value, Tensor) and is_expanded(value) and value.shape == tensors[name].shape:
+            with torch.no_grad():
+                write(value, tensors[name])
+            state[name] = value  # a tensor itself is not copied into itself
     state._metadata = getattr(own, "_metadata", {})
     model.load_state_dict(state, strict=strict, assign=assign)
 

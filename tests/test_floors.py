@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 # Bottom to top. A name stands for a file or a folder of sharefold/.
 FLOORS = (
     ("errors", "version", "budget", "checksum", "exchange", "files", "inputs", "metrics", "options", "offline",
-     "ownership", "safetensors_file", "untrusted"),
+     "ownership", "safetensors_file", "tensor_values", "untrusted"),
     ("solvers", "layers", "state_dicts", "models", "running"),
     ("settings", "graph"),
     ("plans", "outputs"),

@@ -380,7 +380,7 @@ class _Run:
         if self.best is not None:
             load_tensors(self.model, self.best[1])
         elif self.ema is not None:
-            self.model.load_state_dict(self.ema.module.state_dict())
+            load_tensors(self.model, self.ema.module.state_dict())
         _same_everywhere(self.model, self.world)
         self.model.eval()
         if self.log.path is not None and not draw_curve(self.log.path, self.log.path.with_name("curve.png")):

@@ -14,6 +14,7 @@ from torch import nn
 
 from sharefold.inputs import Input
 from sharefold.running import run_on
+from sharefold.tensor_values import TensorValues
 from sharefold.untrusted import first_line
 
 _CONTAINERS = (dict, OrderedDict, list, set)
@@ -48,17 +49,11 @@ def buffers_kept(*models: nn.Module, norms: bool = True) -> Iterator[None]:
         norms: whether those of norms, too. Into others nobody writes but the network itself, whenever it runs.
     """
     modules = [module for model in models for module in model.modules() if norms or not hasattr(module, "running_mean")]
-    before = [(buffer, buffer.detach().clone()) for module in modules for buffer in module.buffers(recurse=False)]
+    before = TensorValues([buffer for module in modules for buffer in module.buffers(recurse=False)], let_go=True)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                if buffer.grad_fn is not None:
-                    buffer.detach_()
-                # By value: batch_norm writes its statistics without a new version.
-                if not buffer.is_meta and not torch.equal(buffer, value):
-                    buffer.copy_(value)
+        before.put_back()
 
 
 def tried(model: nn.Module, inputs: Input) -> tuple[Any, str]:
@@ -74,15 +69,12 @@ def tried(model: nn.Module, inputs: Input) -> tuple[Any, str]:
 def restored_on_error(model: nn.Module) -> Iterator[None]:
     """Where an exception leaves the block, ``model`` is put back: modules, attributes, hooks, modes and values of tensors."""
     before = Attributes(model)
-    tensors = [(t, t.detach().clone(), t.requires_grad) for t in (*model.parameters(), *model.buffers())]
+    tensors = TensorValues([*model.parameters(), *model.buffers()])
     try:
         yield
     except BaseException:
         before.put_back()
-        with torch.no_grad():
-            for tensor, value, flag in tensors:
-                tensor.copy_(value)
-                tensor.requires_grad_(flag)
+        tensors.put_back()
         raise
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from sharefold.data.views import PASTE
 from sharefold.layers import form_of
 from sharefold.repair.muon import Muon, suits
+from sharefold.tensor_values import is_expanded
 
 SMALLEST_SCALE = 1e-2
 # Steps of matrices, which go in all directions at once, beside those of other tensors.
@@ -50,7 +51,8 @@ class Parameters:
 
     def __init__(self, model: nn.Module, but: Collection[int] = ()) -> None:
         self.model = model
-        self.moved = [p for p in model.parameters() if p.is_floating_point() and id(p) not in but]
+        # Optimizers cannot write to expanded ones.
+        self.moved = [p for p in model.parameters() if p.is_floating_point() and id(p) not in but and not is_expanded(p)]
 
     def optimizers(self, step: float) -> list[torch.optim.Optimizer]:
         blocks = {id(m.weight): form.groups for m in self.model.modules() if (form := form_of(m)) is not None}

@@ -22,7 +22,7 @@ from sharefold.outputs import Divergence
 from sharefold.plans import Progress
 from sharefold.running import COMPUTED, evaluating
 from sharefold.settings import with_plain_settings
-from sharefold.state_dicts import tensor_state
+from sharefold.state_dicts import load_tensors, tensor_state
 from sharefold.store.held_codes import check_holds_none
 from sharefold.store.norm_absorption import gains_of
 from sharefold.store.prepare import Prepared, matrices, plan_of, prepare
@@ -136,11 +136,11 @@ def _rounded(
             # Of few weights the size does not always fall with the step: beyond the largest one it has to.
             step = max(before for before, _ in tried) * 2**_BEYOND
         request = StoreRequest("coded", step=step, budget=budget)
-        model.load_state_dict(start)
+        load_tensors(model, start)
     if best is None:
         raise SharefoldError(f"store: {size:,} bytes instead of {request.budget:,}: allow more, or share more")
     _, found, request, state = best
-    model.load_state_dict(state)
+    load_tensors(model, state)
     return _finished(model, found, request)
 
 

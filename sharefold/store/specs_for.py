@@ -15,6 +15,7 @@ from sharefold.store.norm_absorption import Gain
 from sharefold.store.prepare import ROW_FLOOR, Prepared, matrices, plan_of, tensor_names
 from sharefold.store.rans import LARGEST
 from sharefold.store.tensor_spec import StoreRequest, StoreSpec, TensorSpec, scaled
+from sharefold.tensor_values import write
 
 # No row is coded more finely than its largest number can be, with room for what rounding passes on to it.
 ROOM = 0.9
@@ -28,7 +29,7 @@ def snap_(model: nn.Module, spec: StoreSpec) -> None:
     with torch.no_grad():
         for name, tensor in tensor_state(model).items():
             if name in spec.tensors:
-                tensor.copy_(spec.tensors[name].snapped(tensor))
+                write(tensor, spec.tensors[name].snapped(tensor))
 
 
 def halves(model: nn.Module) -> StoreSpec:

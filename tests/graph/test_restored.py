@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,86 @@ def test_what_a_network_writes_on_itself_while_it_is_converted_is_taken_back(obj
     sharefold.convert_(model, plan, x, refine=1)
     assert model.seen.item() == 0.5 and model.seen.grad_fn is None
     copy.deepcopy(model)
+
+
+class Expanded(nn.Module):
+    """Takes its means off, a number that stands for three, and scales its classes by another."""
+
+    mean: Tensor
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((1, 1, 1), 0.25).expand(3, 1, 1))
+        self.scale = nn.Parameter(torch.ones(1).expand(5))
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x - self.mean) * self.scale
+
+
+@pytest.mark.parametrize("refine", [None, 1])
+def test_expanded_tensors_are_converted_around(refine: int | None, tmp_path: Path) -> None:
+    model, x = Expanded(net(blocks=2)), images(24)
+    mean, plan = model.mean, sharefold.plan(model, "60%", x, method="basis")
+    sharefold.convert_(model, dataclasses.replace(plan, store="int6"), x, refine=refine)
+    assert model.mean is mean and mean.stride(0) == 0 and mean.unique().tolist() == [0.25]
+    loaded = sharefold.load(sharefold.save(model, tmp_path / "net"), model=Expanded(net(blocks=2)))
+    assert torch.equal(loaded(x), model.eval()(x))
+
+
+def test_a_layer_of_an_expanded_tensor_is_refused() -> None:
+    model = net(blocks=2)
+    model.bn.running_mean = torch.zeros(1).expand(len(model.bn.running_mean))
+    with pytest.raises(SharefoldError, match=r"bn\.running_mean is expanded, which forbids changes: replace it by its \.clone"):
+        sharefold.plan(model, "60%", images(24))
+
+
+def test_tensors_of_every_kind_are_put_back() -> None:
+    model, base = lived_in(), torch.zeros(2, 3)
+    with torch.inference_mode():
+        made = torch.zeros(3)
+    kinds = {
+        "expanded": base[:, :1].expand(2, 4), "overlapping": torch.arange(4.0).unfold(0, 2, 1), "view": base[1],
+        "inference": made, "sparse": torch.eye(3).to_sparse(), "unknown": torch.tensor([torch.nan, 0.0]),
+    }  # fmt: skip
+    buffers = nn.Module()
+    for name, tensor in kinds.items():
+        buffers.register_buffer(name, tensor)
+    model = nn.Sequential(buffers, model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    places = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
+    with pytest.raises(KeyboardInterrupt), restored_on_error(model):
+        base.add_(1)
+        kinds["overlapping"][0, 1] = 7
+        kinds["sparse"].mul_(2)
+        kinds["unknown"].zero_()
+        with torch.inference_mode():
+            made.add_(1)
+        model.to("meta")
+        raise KeyboardInterrupt
+    after = model.state_dict()
+    assert all(torch.equal(after[name].to_dense().nan_to_num(9), before[name].to_dense().nan_to_num(9)) for name in before)
+    assert {name: tensor.data_ptr() for name, tensor in model.named_parameters()} == places
+
+
+class Stubborn(Tensor):
+    """Takes no values from others."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.copy_:
+            raise RuntimeError("it is read-only")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_all_others_are_put_back_where_one_tensor_cannot_be() -> None:
+    model = nn.ParameterList([torch.zeros(2).as_subclass(Stubborn), torch.zeros(2)])
+    told = pytest.warns(sharefold.SharefoldWarning, match=r"a tensor \(2,\) could not be put back \(it is read-only\)")
+    with told, pytest.raises(KeyboardInterrupt), restored_on_error(model):
+        for parameter in model:
+            parameter.data.add_(1)
+        raise KeyboardInterrupt
+    assert model[1].tolist() == [0, 0]
 
 
 def test_banks_are_in_the_mode_of_their_network() -> None:
