@@ -34,7 +34,7 @@ from sharefold.inputs import Input, Tensors, call, each_of, taken
 from sharefold.layers import SharedConv, shared_layers
 from sharefold.layers.shared_conv import FACTORED_SHARE
 from sharefold.plans import Progress
-from sharefold.running import as_input, device_of, evaluating, run_on
+from sharefold.running import as_input, device_of, evaluating, random_kept, run_on
 from sharefold.state_dicts import load_tensors, tensor_state
 
 FORMS = ("composed", "factored", "auto")
@@ -174,7 +174,8 @@ def race_forms(
     runs.update(dict.fromkeys(forms if layers else ("model",), ourselves))
     before = {form: partial(_first_run, layers, form, ourselves) for form in forms} if layers else {}
     networks = [model] if dense is None else [model, dense]
-    with evaluating(*networks), runtime_form(model, {name: layer.runtime for name, layer in layers.items()}):
+    kept = {name: layer.runtime for name, layer in layers.items()}
+    with evaluating(*networks), random_kept(*networks), runtime_form(model, kept):
         return race(runs, repeats, ours.device, progress=progress, before=before)
 
 
@@ -196,7 +197,8 @@ def race_layers(
     layers = {name: layer for name, layer in shared_layers(model).items() if layer.can_run_factored()}
     rows: list[dict[str, Any]] = []
     given = as_input(model, taken(images))
-    with evaluating(model), runtime_form(model, {n: layer.runtime for n, layer in shared_layers(model).items()}):
+    kept = {name: layer.runtime for name, layer in shared_layers(model).items()}
+    with evaluating(model), random_kept(model), runtime_form(model, kept):
         inputs = _inputs(model, layers, given)
         for done, (name, layer) in enumerate(layers.items()):
 
@@ -285,7 +287,7 @@ def peak_tensor_bytes(model: nn.Module, images: Tensors) -> int:
         layer.train(layer.training)  # drops the composed weight, which belongs to what is measured
     given = as_input(model, taken(images))
     device = given.device
-    with evaluating(model):
+    with evaluating(model), random_kept(model):
         if device.type == "cuda":
             call(model, given)
             torch.cuda.reset_peak_memory_stats(device)

@@ -19,7 +19,7 @@ from sharefold.inputs import Tensors, call, check_count, taken
 from sharefold.outputs.agreement import Agreement, agreement  # noqa: F401
 from sharefold.outputs.kinds import are_probabilities
 from sharefold.outputs.leaves import tensors_of
-from sharefold.running import as_input, evaluating, run_on
+from sharefold.running import as_input, evaluating, random_kept, run_on
 
 # Of probabilities: less is no number that a softmax gives, and its logarithm would be infinite.
 SMALLEST_SHARE = 1e-30
@@ -77,7 +77,7 @@ def count_macs(model: nn.Module, example_input: Tensors) -> int:
     """
     image = taken(example_input)[:1]
     check_count(model, image, "MACs")
-    with evaluating(model):
+    with evaluating(model), random_kept(model):
         run_on(model, image)  # composed weights are cached here, once, and are no part of the cost of an image
         counter = FlopCounterMode(display=False)
         with counter:
@@ -116,7 +116,7 @@ def evaluate(
     hits1 = hits5 = done = 0
     loss, counted, shares = 0.0, "", False
     started = time.perf_counter()
-    with evaluating(model):
+    with evaluating(model), random_kept(model):
         for given, labels in loader:
             images = taken(given)
             if limit is not None:
@@ -194,7 +194,7 @@ def latency(
     try:
         if threads is not None:
             torch.set_num_threads(threads)
-        with evaluating(model):
+        with evaluating(model), random_kept(model):
             for index in range(warmup + repeats):
                 if cuda:
                     torch.cuda.synchronize(example.device)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -99,6 +101,20 @@ def has_doubles(device: torch.device) -> bool:
     except TypeError:
         return False
     return True
+
+
+@contextmanager
+def random_kept(*models: nn.Module) -> Iterator[None]:
+    """The generators of torch (on the CPU and on GPUs where ``models`` are), numpy and Python are as before at the end: some
+    networks draw random numbers whenever they run."""
+    devices = {p.device.index or 0 for model in models for p in model.parameters() if p.device.type == "cuda"}
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sharefold.errors import SharefoldError
-from sharefold.running import check_open, check_shapes, device_of
+from sharefold.running import check_open, check_shapes, device_of, random_kept
 from sharefold.tensor_values import is_expanded
 
 # What layers and norms call the tensors that conversion writes to.
@@ -35,6 +35,7 @@ def with_plain_settings(function: Callable[P, R]) -> Callable[P, R]:
 @contextmanager
 def plain_settings(model: Any) -> Iterator[None]:
     """No autocast, no inference mode and no defaults of the user inside: solvers would lose digits, gradients or their tensors.
+    Random numbers that are drawn inside are drawn again afterwards.
 
     Raises:
         SharefoldError: ``model`` is no module, compiled or a TorchScript program, has parameters without a shape, or was made in
@@ -50,6 +51,7 @@ def plain_settings(model: Any) -> Iterator[None]:
         if name.rpartition(".")[2] in _WRITTEN and is_expanded(tensor):
             raise SharefoldError(f"model: {name} is expanded, which forbids changes: replace it by its .clone()")
     with ExitStack() as stack:
+        stack.enter_context(random_kept(model))
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         for kind in {"cpu", device_of(model).type}:

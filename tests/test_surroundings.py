@@ -22,11 +22,12 @@ from torch.nn.parallel.replicate import replicate
 from torch.utils.data import DataLoader, Dataset
 
 import sharefold
+from sharefold.bench import race_forms
 from sharefold.errors import SharefoldError
 from sharefold.finetune import finetune
 from sharefold.graph import analyze
 from sharefold.layers import repeat_blocks, shared_layers
-from sharefold.measure import agreement
+from sharefold.measure import agreement, count_macs, evaluate, latency
 from sharefold.plans import GroupPlan, Plan
 from sharefold.repair import batchnorm_statistics
 from sharefold.repair.batchnorm_statistics import NormStatistics
@@ -44,6 +45,12 @@ def converted(
     plan = sharefold.plan(model, budget=budget, calibration=given, method=method)
     sharefold.convert_(model, plan, calibration=given, config=CONFIG, **options)
     return plan, model
+
+
+def small_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    return nn.Sequential(*layers).eval()
 
 
 def same_tensors(a: nn.Module, b: nn.Module) -> bool:
@@ -198,6 +205,27 @@ def test_planning_leaves_the_network_and_every_generator_as_they_were() -> None:
     assert states() == drawn
     for network in (model, cal.original):
         assert set(vars(network)) == keys and all(torch.equal(before[name], t) for name, t in network.state_dict().items())
+
+
+@pytest.mark.parametrize("draw", [torch.rand, np.random.rand, lambda count: random.random()], ids=["torch", "numpy", "python"])
+def test_no_verb_leaves_a_generator_advanced_by_what_networks_draw(draw: Callable[[int], object]) -> None:
+    model = small_net()
+    model.register_forward_hook(lambda *_: [draw(1), None][1])
+    states = torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
+
+    def stays() -> bool:
+        return (torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()) == states
+
+    x, plan = IMAGES[:24], Plan([GroupPlan("s", "svd", ("2",), {"rank": 4})], 0, 0)
+    twin = copy.deepcopy(model)
+    sharefold.convert_(model, plan, x, config=CONFIG)
+    assert stays()
+    sharefold.round_(model, "int6", x)
+    assert stays()
+    agreement(twin, model, x), count_macs(model, x), latency(model, x[:1], 1, 0), race_forms(model, twin, x[:1], 1)
+    assert stays()
+    evaluate(model, [(x, torch.zeros(len(x), dtype=torch.int64))])
+    assert stays()
 
 
 class NormTwice(nn.Module):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from sharefold.inputs import Input
-from sharefold.running import run_on
+from sharefold.running import random_kept, run_on
 from sharefold.tensor_values import TensorValues
 from sharefold.untrusted import first_line
 
@@ -28,16 +26,12 @@ def preserved(model: nn.Module) -> Iterator[None]:
     copied back only if something wrote to them.
     """
     modules, before = list(model.modules()), Attributes(model)
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    state = random.getstate(), np.random.get_state()
     try:
-        with buffers_kept(model), torch.random.fork_rng(devices=devices), torch.no_grad():
+        with buffers_kept(model), random_kept(model), torch.no_grad():
             for module in modules:
                 module.training = False
             yield
     finally:
-        random.setstate(state[0])
-        np.random.set_state(state[1])
         before.put_back()
 
 

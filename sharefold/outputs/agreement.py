@@ -13,6 +13,7 @@ from sharefold.inputs import Tensors, taken
 from sharefold.outputs.comparison import BATCH, Comparison
 from sharefold.outputs.figure import Figure
 from sharefold.outputs.reading import OutputReading
+from sharefold.running import random_kept
 
 
 class Agreement(NamedTuple):
@@ -39,8 +40,9 @@ def agreement(
     given = taken(images)
     if len(given) == 0:
         raise SharefoldError("agreement: no images given")
-    comparison = Comparison(a, given, reading, batch_size=batch_size)
-    found, figures = comparison.measure(b)
+    with random_kept(a, b):
+        comparison = Comparison(a, given, reading, batch_size=batch_size)
+        found, figures = comparison.measure(b)
     return Agreement(mean_agreement(figures), found.mean)
 
 

@@ -19,7 +19,7 @@ from sharefold.options import Outputs, chosen
 from sharefold.outputs import leaf as kinds
 from sharefold.outputs.leaf import Leaf
 from sharefold.outputs.reading import OutputReading, read_outputs
-from sharefold.running import BATCH_ELEMENTS, batch_within, evaluating, run_on
+from sharefold.running import BATCH_ELEMENTS, batch_within, evaluating, random_kept, run_on
 from sharefold.tasks.against_truth import BoxMeasure, ImageMeasure, MaskMeasure, Measure
 from sharefold.tasks.image_scale import ends_in_tanh, image_scale
 from sharefold.tasks.task_reading import Task, task_of
@@ -136,7 +136,7 @@ def evaluate_task(
     count = len(pairs) if wanted.limit is None else min(len(pairs), wanted.limit)
     few = torch.stack([pairs.images[index][0] for index in range(min(count, _LOOKED_AT))])
     reading = read_outputs(model, few, None, wanted.outputs)
-    with evaluating(model):
+    with evaluating(model), random_kept(model):
         answers = reading.run(model, few)
         task = task_of(reading, answers, isinstance(pairs.truth, Annotations))
         channels = answers[task.leaves[0]].shape[1] if task.kind == IMAGES else 0
