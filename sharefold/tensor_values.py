@@ -77,16 +77,17 @@ class TensorValues:
 
 def _put_back(tensor: Tensor, memory: Tensor, value: Tensor) -> bool:
     """Whether it was elsewhere or held something else."""
+    moved = _moved(tensor, memory)
+    # By value: batch_norm writes its statistics without a new version.
+    if not moved and same_values(tensor, value):
+        return False
     # Tensors of inference mode can be written to within it alone. Leaving it turns gradients on.
     with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-        moved = _moved(tensor, memory)
         if moved:
             tensor.data = memory
-        # By value: batch_norm writes its statistics without a new version.
-        changed = not same_values(tensor, value)
-        if changed:
+        if not same_values(tensor, value):
             write(tensor, value)
-        return moved or changed
+    return True
 
 
 def _moved(tensor: Tensor, memory: Tensor) -> bool:

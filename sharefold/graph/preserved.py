@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,20 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from sharefold.graph.attributes import Attributes
 from sharefold.inputs import Input
 from sharefold.running import random_kept, run_on
 from sharefold.tensor_values import TensorValues
 from sharefold.untrusted import first_line
-
-_CONTAINERS = (dict, OrderedDict, list, set)
 
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; afterwards modes, hooks, buffers, attributes and random states are restored.
 
-    Attributes matter because some networks keep caches or write on themselves in ``forward``. Buffers are cloned, and
-    copied back only if something wrote to them.
+    Attributes matter because some networks keep caches or write on themselves in ``forward``. Buffers, and plain tensors and
+    arrays among the attributes, are cloned, and copied back only if something wrote to them.
     """
     modules, before = list(model.modules()), Attributes(model)
     try:
@@ -70,44 +68,3 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
         before.put_back()
         tensors.put_back()
         raise
-
-
-class Attributes:
-    """What stands on the modules of ``models`` now, beside the values of their tensors."""
-
-    def __init__(self, *models: nn.Module) -> None:
-        modules = [module for model in models for module in model.modules()]
-        self._before = [(m, {key: (value, _shallow(value)) for key, value in m.__dict__.items()}) for m in modules]
-
-    def put_back(self) -> bool:
-        """Whether something was other than it is again now."""
-        return any([_restore(module, attributes) for module, attributes in self._before])
-
-
-def _shallow(value: Any) -> Any:
-    return value.copy() if type(value) in _CONTAINERS else None  # copy.copy takes an OrderedDict apart, and a module has eight
-
-
-def _restore(module: nn.Module, attributes: dict[str, tuple[Any, Any]]) -> bool:
-    """Whether there was something to restore."""
-    added = [key for key in module.__dict__ if key not in attributes]
-    changed = bool(added)
-    for key in added:
-        del module.__dict__[key]
-    for key, (value, content) in attributes.items():
-        changed = changed or module.__dict__.get(key) is not value
-        module.__dict__[key] = value
-        if content is None or _same(value, content):
-            continue
-        changed = True
-        value.clear()
-        value.extend(content) if isinstance(value, list) else value.update(content)
-    return changed
-
-
-def _same(value: Any, content: Any) -> bool:
-    """Same members in the same order, by identity: members may be tensors, whose equality is not a bool."""
-    if not value and not content:  # as nearly all of them
-        return True
-    first, second = ([*c.items()] if isinstance(c, dict) else [(item, item) for item in c] for c in (value, content))
-    return len(first) == len(second) and all(a is c and b is d for (a, b), (c, d) in zip(first, second, strict=True))

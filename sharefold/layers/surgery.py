@@ -14,9 +14,9 @@ from sharefold.layers.foreign import CARRIED, carry
 from sharefold.layers.shared_conv import SharedConv
 
 # What torch itself keeps on every module.
-_TORCHS = frozenset(vars(nn.Module()))
+TORCHS = frozenset(vars(nn.Module()))
 # What most attributes are.
-_PLAIN = frozenset((int, float, bool, str, type(None)))
+PLAIN = frozenset((int, float, bool, str, type(None)))
 # Lists of lists of modules are looked into this deep; longer ones hold something else.
 DEPTH, LONGEST = 3, 10_000
 
@@ -40,9 +40,9 @@ def replace_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     while waiting:
         owner = waiting.pop()
         held = owner.__dict__
-        for key in held.keys() - _TORCHS:
+        for key in held.keys() - TORCHS:
             value = held[key]
-            if type(value) not in _PLAIN and (other := _replaced(value, new, DEPTH)) is not value:
+            if type(value) not in PLAIN and (other := _replaced(value, new, DEPTH)) is not value:
                 held[key] = other
         for key, child in list(owner._modules.items()):
             if id(child) in new:
@@ -59,7 +59,7 @@ def _replaced(value: Any, new: Mapping[int, nn.Module], depth: int) -> Any:
     if not depth or not isinstance(value, list | tuple | dict) or not 0 < len(value) <= LONGEST:
         return value
     parts = [*value.values()] if isinstance(value, dict) else value
-    if all(type(part) in _PLAIN for part in parts):
+    if all(type(part) in PLAIN for part in parts):
         return value
     found = [_replaced(part, new, depth - 1) for part in parts]
     if all(a is b for a, b in zip(found, parts, strict=True)):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharefold.graph.preserved import Attributes
+from sharefold.graph.attributes import Attributes
 from sharefold.inputs import Input
 from sharefold.layers import any_form_of
 from sharefold.repair.refine_loss import Lessons, in_float32

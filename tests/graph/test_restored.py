@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from file_tools import reseal
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 import sharefold
 from sharefold import convert as module
 from sharefold.errors import SharefoldError
-from sharefold.graph.preserved import restored_on_error
+from sharefold.graph.attributes import Attributes
+from sharefold.graph.preserved import preserved, restored_on_error
 from sharefold.layers import Bank, add_bank, replace_module
 from sharefold.plans import GroupPlan, Plan
 
@@ -289,6 +292,78 @@ def test_all_others_are_put_back_where_one_tensor_cannot_be() -> None:
             parameter.data.add_(1)
         raise KeyboardInterrupt
     assert model[1].tolist() == [0, 0]
+
+
+class Ledger(OrderedDict):
+    """A dictionary that nobody may write to through its own methods."""
+
+    def __setitem__(self, key: object, value: object) -> None:
+        raise TypeError
+
+
+class Noting(nn.Module):
+    """Writes down in every kind of place that it has run."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.tensor, self.shared = torch.zeros(2), torch.zeros(1).expand(2)
+        self.array, self.objects = np.array([0.0, np.nan]), np.array([[], None], dtype=object)
+        self.queue, self.counter, self.numbers = deque([1, 2], maxlen=2), Counter(a=1), defaultdict(list, {"a": [1]})
+        self.nested, self.pair = {"deep": [{"er": [0]}]}, ([0], torch.zeros(1))
+        self.ledger, self.names = Ledger(), {"one"}
+        self.every = [*inner.parameters()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        self.tensor += y.mean()
+        self.shared[:1].add_(1)
+        self.array += 1
+        self.objects[1] = x
+        self.queue.append(len(x))
+        self.counter["a"] += 1
+        self.numbers["b"].append(1)
+        self.numbers["a"].append(2)
+        self.nested["deep"][0]["er"][0] += 1
+        self.pair[0].append(1)
+        self.pair[1].add_(1)
+        OrderedDict.__setitem__(self.ledger, "x", 1)
+        self.names.add("two")
+        return y
+
+    def notes(self) -> dict[str, Any]:
+        texts = {key: repr(value) for key, value in vars(self).items() if key != "every" and key not in vars(nn.Module())}
+        return {"texts": texts, "ids": {key: id(value) for key, value in vars(self).items()}, "graph": self.tensor.grad_fn}
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_what_a_network_notes_in_attributes_is_taken_back(gradients: bool) -> None:
+    model = Noting(net()).eval()
+    before = model.notes()
+    with preserved(model), torch.set_grad_enabled(gradients):
+        model(IMAGES[:2])
+        assert len({key for key, text in model.notes()["texts"].items() if text != before["texts"][key]}) == 11
+    assert model.notes() == before
+    with pytest.raises(KeyboardInterrupt), restored_on_error(model):
+        model(IMAGES[:2])
+        raise KeyboardInterrupt
+    assert model.notes() == before
+
+
+def test_calibrating_and_planning_take_back_what_is_noted() -> None:
+    model = Noting(net(blocks=2)).eval()
+    before = model.notes()
+    sharefold.plan(model, "60%", sharefold.calibrate(model, IMAGES), method="basis")
+    assert model.notes() == before
+
+
+def test_what_has_not_changed_is_not_written() -> None:
+    model = Noting(net())
+    versions = [t._version for t in (model.tensor, model.shared, *model.every)]
+    standing = Attributes(model)
+    assert not standing.put_back() and versions == [t._version for t in (model.tensor, model.shared, *model.every)]
+    model.tensor[0] = torch.nan
+    assert standing.put_back() and not standing.put_back() and model.tensor.tolist() == [0, 0]
 
 
 def test_banks_are_in_the_mode_of_their_network() -> None:
