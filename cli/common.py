@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from sharefold.errors import SharefoldError, SharefoldWarning
+from sharefold.errors import SharefoldWarning
 from sharefold.untrusted import printable
 
 from .boundary import debugging
@@ -55,22 +55,15 @@ class Run:
         """
         import torch
 
+        from sharefold.running import usable_device
+
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         torch.manual_seed(self.seed)
         name = self.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            device = torch.device(name)
-        except RuntimeError as error:
-            raise SharefoldError(f"device {name!r} is not known: use cpu, cuda or cuda:N") from error
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
-            raise SharefoldError(f"device {name!r} cannot be used here ({reason}): try --device cpu") from error
-        return device
+        return usable_device(name, "--device cpu")
 
     def say(self, text: str = "") -> None:
         """A line for people; names in it may come from anybody."""

@@ -42,6 +42,7 @@ from sharefold.layers import shared_layers, stray_pointers, to_dense
 from sharefold.methods import step_named
 from sharefold.metrics import check_metrics, kind_of
 from sharefold.ownership import network_files
+from sharefold.running import usable_device
 from sharefold.safetensors_file import write_tensors
 from sharefold.settings import plain_defaults
 from sharefold.state_dicts import check_fits_file, file_tensors, load_tensors, tensor_state
@@ -170,9 +171,11 @@ def load(
         The network in eval mode.
 
     Raises:
-        SharefoldError: missing, damaged, not of sharefold, of a newer format, its architecture cannot be built, or it was not
-            rounded and codes are to be kept. After this or any other exception ``model`` is what it was.
+        SharefoldError: missing, damaged, not of sharefold, of a newer format, its architecture cannot be built, it was not
+            rounded and codes are to be kept, or there is no such device here. After this or any other exception ``model`` is
+            what it was.
     """
+    device = usable_device(device)
     config, state = _settled(Path(path), _read)
     if model is None and config.base is None:
         raise SharefoldError(

@@ -14,6 +14,7 @@ from sharefold.checkpoint import load, read_config
 from sharefold.errors import SharefoldError
 from sharefold.format import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from sharefold.offline import offline_when_unreachable
+from sharefold.running import usable_device
 from sharefold.untrusted import first_line
 
 __all__ = ["load_from_hub", "push_to_hub"]
@@ -67,6 +68,7 @@ def load_from_hub(
     Raises:
         SharefoldError: not reachable, not of sharefold, or as :func:`sharefold.load`.
     """
+    device = usable_device(device)
     return load(_snapshot(repo_id, revision, token), model=model, device=device)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
 from sharefold.inputs import Input, Inputs, call, elements
+from sharefold.untrusted import first_line, quoted
 
 # Pixels of an image from which on channels last is faster.
 LARGE_IMAGE = 96 * 96
@@ -30,6 +31,27 @@ COMPUTED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def device_of(model: nn.Module) -> torch.device:
     """Where ``model`` computes: the device of its first parameter, the CPU where it has none."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def usable_device(device: torch.device | str, cpu: str = "cpu") -> torch.device:
+    """``device``, after a try whether tensors can be made there.
+
+    Args:
+        cpu: what messages advise in its place.
+
+    Raises:
+        SharefoldError: there is no such device here.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise SharefoldError(f"device {quoted(device)} is not known: use cpu, cuda or cuda:N") from error
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = first_line(error).split(". ")[0]
+        raise SharefoldError(f"device '{found}' cannot be used here ({reason}): try {cpu}") from error
+    return found
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

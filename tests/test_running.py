@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from sharefold.running import batch_within, one_thread, runs_within
+from sharefold.checkpoint import load
+from sharefold.data import ArrayDataset, Preprocess, with_truth
+from sharefold.errors import SharefoldError
+from sharefold.hub import load_from_hub
+from sharefold.measure import evaluate
+from sharefold.running import batch_within, one_thread, runs_within, usable_device
+from sharefold.tasks import evaluate_task
+from sharefold.verify import verify
 
 
 @pytest.mark.parametrize(
@@ -59,3 +68,25 @@ def test_one_thread_is_left_by_several_at_once() -> None:
         assert counts == [2]
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [("toaster", "device 'toaster' is not known: use cpu, cuda"), ("cuda:99", "try cpu"), (None, "device None is not known")],
+)
+def test_devices_that_are_not_there_are_refused_in_one_line_wherever_they_are_given(tmp_path, device, words) -> None:
+    assert usable_device("cpu") == torch.device("cpu")
+    net = nn.Linear(2, 2)
+    pictures = ArrayDataset(torch.zeros(1, 2, 2, 3, dtype=torch.uint8), None, Preprocess((3, 2, 2)))
+    pictures.answers = np.zeros((1, 2, 2), np.uint8)
+    for use in (
+        lambda: usable_device(device),
+        lambda: load(tmp_path, model=net, device=device),
+        lambda: load_from_hub("nobody/nothing", device=device),
+        lambda: evaluate(net, [(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long))], device),
+        lambda: verify(tmp_path, model=net, device=device),
+        lambda: evaluate_task(net, with_truth(pictures, None, "test"), device=device),
+    ):
+        with pytest.raises(SharefoldError, match=words) as told:
+            use()
+        assert "\n" not in str(told.value)

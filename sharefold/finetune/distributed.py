@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharefold.errors import SharefoldError
+from sharefold.running import usable_device
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise SharefoldError(f"device: {name}: this machine has no usable CUDA GPU: use --device cpu")
-        return torch.device("cuda", device.index if device.index is not None else local_rank)
-    return device
+        device = torch.device("cuda", device.index if device.index is not None else local_rank)
+    return usable_device(device)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from sharefold.options import Outputs, chosen
 from sharefold.outputs import leaf as kinds
 from sharefold.outputs.leaf import Leaf
 from sharefold.outputs.reading import OutputReading, read_outputs
-from sharefold.running import BATCH_ELEMENTS, batch_within, evaluating, random_kept, run_on
+from sharefold.running import BATCH_ELEMENTS, batch_within, evaluating, random_kept, run_on, usable_device
 from sharefold.tasks.against_truth import BoxMeasure, ImageMeasure, MaskMeasure, Measure
 from sharefold.tasks.image_scale import ends_in_tanh, image_scale
 from sharefold.tasks.task_reading import Task, task_of
@@ -127,11 +127,13 @@ def evaluate_task(
     Raises:
         SharefoldError: torchmetrics or faster-coco-eval is missing, no output fits the truth, a mask of another size or with
             classes that the network has not, a target that does not fit, targets that look like masks of an output that looks
-            like an image, a count of scores that is not that of the categories, an output of NaN, nothing to measure by.
+            like an image, a count of scores that is not that of the categories, an output of NaN, nothing to measure by, no
+            such device here.
     """
     wanted = chosen(options, changes, TaskOptions)
+    device = usable_device(wanted.device)
     check_installed()
-    model.to(wanted.device)
+    model.to(device)
     started = time.perf_counter()
     count = len(pairs) if wanted.limit is None else min(len(pairs), wanted.limit)
     few = torch.stack([pairs.images[index][0] for index in range(min(count, _LOOKED_AT))])
