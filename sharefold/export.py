@@ -35,7 +35,7 @@ from sharefold.inputs import Input, Inputs, Tensors, call, check_count, each_of,
 from sharefold.measure import model_bytes
 from sharefold.onnx_codes import store_codes
 from sharefold.options import ExportOptions, chosen
-from sharefold.running import as_input, dtype_of, run_on
+from sharefold.running import as_input, check_values, dtype_of, run_on
 from sharefold.state_dicts import file_tensors
 from sharefold.store.tensor_spec import StoreSpec, carried_spec
 from sharefold.untrusted import first_line
@@ -94,14 +94,15 @@ def export(
         options: what else may be chosen; ``settings`` are single fields of it (``dynamic_batch=False``).
 
     Raises:
-        SharefoldError: unknown format, a package is missing, the network cannot be traced, the outputs differ by more
-            than ``tolerance``, codes are asked for of a network that was not rounded, no example of signals, volumes or
-            several inputs; nothing is written then.
+        SharefoldError: unknown format, a package is missing, tensors without values, the network cannot be traced, the outputs
+            differ by more than ``tolerance``, codes are asked for of a network that was not rounded, no example of signals,
+            volumes or several inputs; nothing is written then.
     """
     options = chosen(options, settings, ExportOptions)
     dynamic_batch, tolerance = options.dynamic_batch, options.tolerance
     kind = format_of(path, format)
     target = check_output(path, options.force)
+    check_values(model)
     codes = _codes_of(model, kind) if options.store_codes else None
     if target.is_dir():
         raise SharefoldError(f"output {target} is a folder: name a file ending in {' or '.join(FORMATS[kind])}")

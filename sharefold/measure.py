@@ -19,7 +19,7 @@ from sharefold.inputs import Tensors, call, check_count, taken
 from sharefold.outputs.agreement import Agreement, agreement  # noqa: F401
 from sharefold.outputs.kinds import are_probabilities
 from sharefold.outputs.leaves import tensors_of
-from sharefold.running import as_input, evaluating, random_kept, run_on, usable_device
+from sharefold.running import as_input, check_values, evaluating, random_kept, run_on, usable_device
 
 # Of probabilities: less is no number that a softmax gives, and its logarithm would be infinite.
 SMALLEST_SHARE = 1e-30
@@ -108,10 +108,12 @@ def evaluate(
         of the one that the labels were compared with.
 
     Raises:
-        SharefoldError: no images, unlabelled images, labels of other shapes or beyond the model's outputs, no such device here.
+        SharefoldError: tensors without values, no images, unlabelled images, labels of other shapes or beyond the model's
+            outputs, no such device here.
 
     Warns where the loader's data set names its classes, and they are not as many as the outputs.
     """
+    check_values(model)
     model.to(usable_device(device))
     hits1 = hits5 = done = 0
     loss, counted, shares = 0.0, "", False

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError
 from sharefold.inputs import Input, Inputs, call, elements
+from sharefold.tensor_values import has_values
 from sharefold.untrusted import first_line, quoted
 
 # Pixels of an image from which on channels last is faster.
@@ -93,6 +94,21 @@ def check_shapes(model: nn.Module) -> None:
     """
     if any(nn.parameter.is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         raise SharefoldError(f"model: {type(model).__name__} has lazy modules without shapes: run it once first")
+
+
+def check_values(model: nn.Module, what: str = "model") -> None:
+    """Checks that every parameter and buffer holds values.
+
+    Args:
+        what: ``model`` in the message.
+
+    Raises:
+        SharefoldError: names the first one that is on the meta device.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not has_values(tensor):
+            reason = f"{name} is on the meta device and has no values"
+            raise SharefoldError(f"{what}: {reason}: load them with assign=True, or build the network elsewhere")
 
 
 def check_open(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sharefold.errors import SharefoldError
-from sharefold.running import check_open, check_shapes, device_of, random_kept
+from sharefold.running import check_open, check_shapes, check_values, device_of, random_kept
 from sharefold.tensor_values import is_expanded
 
 # What layers and norms call the tensors that conversion writes to.
@@ -38,13 +38,15 @@ def plain_settings(model: Any) -> Iterator[None]:
     Random numbers that are drawn inside are drawn again afterwards.
 
     Raises:
-        SharefoldError: ``model`` is no module, compiled or a TorchScript program, has parameters without a shape, or was made in
-            inference mode or has expanded tensors in its layers or norms, where nothing can be repaired.
+        SharefoldError: ``model`` is no module, compiled or a TorchScript program, has parameters without a shape or tensors
+            without values, or was made in inference mode or has expanded tensors in its layers or norms, where nothing can be
+            repaired.
     """
     if not isinstance(model, nn.Module):
         raise SharefoldError(f"model: {type(model).__name__} is not an nn.Module: pass the network itself")
     check_open(model)
     check_shapes(model)
+    check_values(model)
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         raise SharefoldError("model: it was made in torch.inference_mode(), which forbids changes: make or copy it outside")
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

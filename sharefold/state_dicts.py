@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sharefold.errors import SharefoldError, SharefoldWarning
-from sharefold.tensor_values import is_expanded, write
+from sharefold.tensor_values import has_values, is_expanded, write
 
 _EXTRA = "_extra_state"  # torch's name for what get_extra_state returns
 
@@ -28,7 +28,7 @@ def tensor_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_fits_file(model: nn.Module, where: str) -> None:
-    """Checks that all weights of ``model`` are tensors, as files hold nothing that would have to be unpickled.
+    """Checks that all weights of ``model`` are tensors with values, as files hold nothing that would have to be unpickled.
 
     Raises:
         SharefoldError: names the first that is not; ``where`` says who asks. What ``get_extra_state`` returns is no weight.
@@ -37,6 +37,8 @@ def check_fits_file(model: nn.Module, where: str) -> None:
         if not isinstance(value, Tensor) and name.rpartition(".")[2] != _EXTRA:
             kind = type(value).__name__
             raise SharefoldError(f"{where}: {name} is a {kind}, and a file holds tensors alone: dequantise its layer")
+        if isinstance(value, Tensor) and not has_values(value):
+            raise SharefoldError(f"{where}: {name} is on the meta device and has no values: load them with assign=True")
 
 
 def file_tensors(model: nn.Module, where: str) -> dict[str, Tensor]:

@@ -18,6 +18,11 @@ def is_expanded(tensor: Tensor) -> bool:
     )
 
 
+def has_values(tensor: Tensor) -> bool:
+    """False on the meta device, where tensors are shapes alone; some subclasses name it and hold values elsewhere."""
+    return not tensor.is_meta or tensor.data_ptr() != 0
+
+
 def write(tensor: Tensor, value: Tensor) -> None:
     """``tensor.copy_(value)`` that also takes an expanded ``tensor``: ``value`` is the same along the axes that were expanded."""
     if is_expanded(tensor):

@@ -11,10 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.data import TensorDataset
 
 import sharefold
 from sharefold.errors import SharefoldError
 from sharefold.export import export
+from sharefold.finetune import finetune
+from sharefold.measure import agreement, evaluate
+from sharefold.plans import Plan
 
 IMAGES = torch.randn(20, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
@@ -145,6 +149,36 @@ def test_a_refusal_says_what_cannot_be_shared() -> None:
 def test_parameters_without_a_shape_are_refused() -> None:
     with pytest.raises(SharefoldError, match="lazy modules without shapes: run it once first"):
         sharefold.plan(nn.Sequential(nn.LazyConv2d(8, 3), nn.Flatten(), nn.LazyLinear(4)), "50%", IMAGES)
+
+
+VERBS: dict[str, Callable[[nn.Module], object]] = {
+    "calibrate": lambda m: sharefold.calibrate(m, IMAGES), "plan": lambda m: sharefold.plan(m, "50%", IMAGES),
+    "convert_": lambda m: sharefold.convert_(m, Plan([], 0, 0), IMAGES), "round_": lambda m: sharefold.round_(m, "int6", IMAGES),
+    "agreement": lambda m: agreement(small(), m, IMAGES), "evaluate": lambda m: evaluate(m, [(IMAGES, torch.zeros(20).long())]),
+    "export": lambda m: export(m, "net.pt2"), "save": lambda m: sharefold.save(m, "net"),
+    "finetune": lambda m: finetune(m, TensorDataset(IMAGES), labels=False, teacher=small()),
+    "teacher": lambda m: finetune(small(), TensorDataset(IMAGES), labels=False, teacher=m),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("part", ["", "3", "buffer"])
+def test_tensors_without_values_are_refused(verb: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, first = small(), {"": "0.weight", "3": "3.weight", "buffer": "5.mean"}[part]
+    if part == "buffer":
+        model[5].register_buffer("mean", torch.zeros(3, device="meta"))
+    else:
+        model.get_submodule(part).to("meta")
+    with pytest.raises(SharefoldError, match=rf"{first} is on the meta device and has no values: load them with assign=True"):
+        VERBS[verb](model)
+    assert not any(tmp_path.iterdir())
+
+
+def test_graphs_of_networks_without_values_are_read() -> None:
+    model = small()
+    found = sharefold.analyze(model, IMAGES[:1])
+    assert sharefold.analyze(model.to("meta"), IMAGES[:1]).layers == found.layers and len(found.layers) == 6
 
 
 def test_layers_behind_which_nothing_has_a_derivative_are_still_planned() -> None:

@@ -40,7 +40,7 @@ from sharefold.finetune.step import Updater, freeze_norms
 from sharefold.finetune.whole import whole_factors
 from sharefold.format import carried_config, carry_config, config_of, without_figures
 from sharefold.options import RunOptions, chosen
-from sharefold.running import dtype_of
+from sharefold.running import check_values, dtype_of
 from sharefold.state_dicts import load_tensors, tensor_state
 from sharefold.store.held_codes import check_holds_none
 
@@ -117,6 +117,8 @@ def finetune(
     if val is None and config.keep == "best":
         raise SharefoldError("finetune: keep=best: there are no validation images to tell by: pass val, or keep=last")
     for name, network in (("model", model), ("teacher", teacher)):
+        if network is not None:
+            check_values(network, f"finetune: {name}")
         if network is not None and dtype_of(network) != torch.float32:
             kind = str(dtype_of(network)).removeprefix("torch.")
             raise SharefoldError(f"finetune: the {name} computes in {kind}: pass it in float32 ({name}.float())")

@@ -13,7 +13,7 @@ from sharefold.inputs import Tensors, taken
 from sharefold.outputs.comparison import BATCH, Comparison
 from sharefold.outputs.figure import Figure
 from sharefold.outputs.reading import OutputReading
-from sharefold.running import random_kept
+from sharefold.running import check_values, random_kept
 
 
 class Agreement(NamedTuple):
@@ -35,11 +35,13 @@ def agreement(
         reading: of ``a``; by default read here.
 
     Raises:
-        SharefoldError: no images, nothing to compare, or outputs of other shapes.
+        SharefoldError: no images, tensors without values, nothing to compare, or outputs of other shapes.
     """
     given = taken(images)
     if len(given) == 0:
         raise SharefoldError("agreement: no images given")
+    for name, network in (("a", a), ("b", b)):
+        check_values(network, f"agreement: {name}")
     with random_kept(a, b):
         comparison = Comparison(a, given, reading, batch_size=batch_size)
         found, figures = comparison.measure(b)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from networks import images, net, same, state
+from other_device import other_device
 from torch import Tensor, nn
 
 import sharefold
@@ -127,10 +128,12 @@ def test_another_network_is_refused_in_one_line_and_left_alone() -> None:
     moved.stage2[1].bn1.running_var.mul_(1.5)
     larger = net()
     larger.more = nn.Linear(2, 2)
+    with other_device() as device:
+        elsewhere = net().to(device)
     cases = [
         (nudged, "stage2.1.conv2.weight differs"), (net(seed=1), "differs"), (net("depthwise"), "differs"),
         (moved, "stage2.1.bn1.running_var differs"),
-        (larger, "more.weight differs"), (net().double(), "differs"), (net().to("meta"), "it is on cpu, the network on meta"),
+        (larger, "more.weight differs"), (net().double(), "differs"), (elsewhere, "it is on cpu, the network on meta"),
     ]  # fmt: skip
     for model, words in cases:
         before = dict(model.state_dict())
