@@ -312,7 +312,7 @@ def describe(cal: Calibration, plan: Plan, known: Mapping[str, Any] | None = Non
     state = tensor_state(original)
     aliases = aliases_of(state)
     return FileConfig(
-        plan, base or None, known["pretrained_cfg"] if "pretrained_cfg" in known else input_config(original),
+        plan, base or None, known["pretrained_cfg"] if "pretrained_cfg" in known else input_config(original, cal.example),
         dense_bytes=plain_bytes({name: tensor for name, tensor in state.items() if name not in aliases}),
     )  # fmt: skip
 

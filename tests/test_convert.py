@@ -304,3 +304,18 @@ def test_a_network_that_shares_nothing_is_neither_repaired_nor_refined() -> None
     assert all(not step["kept"] and "nothing was shared" in step["reason"] for step in done.steps.values())
     assert done.agreement == 1.0 and done.kl == pytest.approx(0.0, abs=1e-6)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_a_network_of_ones_own_takes_images_of_the_size_that_it_was_shown(said: bool) -> None:
+    """Later verbs resize image files to what the file says: 224 x 224 had been made up."""
+    torch.manual_seed(0)
+    convs = nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)
+    model = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    if said:
+        model.pretrained_cfg = {"input_size": (4, 12, 12), "mean": (0.1,) * 4}
+    plan = Plan([GroupPlan("g", "svd", ("2",), {"rank": 2})], 0, 0)
+    sharefold.convert_(model.eval(), plan, torch.randn(10, 4, 20, 24), repair=False)
+    found = model.sharefold_config.pretrained_cfg
+    assert found["input_size"] == ((4, 12, 12) if said else (4, 20, 24))
+    assert found["mean"] == pytest.approx((0.1 if said else 0.449,) * 4, abs=1e-3) and len(found["std"]) == 4

@@ -29,15 +29,17 @@ MATCHED_PIXELS = 384 * 384
 MATCHED_TOGETHER, BATCH_PIXELS = 100, 32 * 224 * 224
 
 
-def input_config(model: nn.Module) -> dict[str, Any]:
-    """Input size, mean and std that ``model`` carries (timm's ``pretrained_cfg``), or ImageNet's."""
+def input_config(model: nn.Module, seen: Input | None = None) -> dict[str, Any]:
+    """Input size, mean and std that ``model`` carries (timm's ``pretrained_cfg``); else the size of the images that it was
+    ``seen`` to take, and ImageNet's of what is not known (of other than three channels the average for each)."""
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     config = dict(config) if isinstance(config, dict) else dict(vars(config))
-    return {
-        "input_size": tuple(config.get("input_size") or (3, 224, 224)),
-        "mean": tuple(config.get("mean") or IMAGENET_MEAN),
-        "std": tuple(config.get("std") or IMAGENET_STD),
-    }
+    own = seen.shape[1:] if isinstance(seen, Tensor) and seen.ndim == 4 else (3, 224, 224)
+    size = tuple(config.get("input_size") or own)
+    usual = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    if size[0] != 3:
+        usual = {name: (sum(values) / 3,) * size[0] for name, values in usual.items()}
+    return {"input_size": size, **{name: tuple(config.get(name) or values) for name, values in usual.items()}}
 
 
 def procedural_images(model: nn.Module, count: int | None = None, seed: int = 0) -> Tensor:
