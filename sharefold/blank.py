@@ -14,6 +14,7 @@ from sharefold.architectures.build import build_base, build_on_meta
 from sharefold.errors import SharefoldError
 from sharefold.format import FileConfig
 from sharefold.layers import ConvForm
+from sharefold.layers.surgery import DEPTH
 from sharefold.layers.weight_cache import Kept
 from sharefold.methods.checks import check_plan
 from sharefold.methods.narrowing import install_blank
@@ -117,11 +118,10 @@ def _has_more_than_its_state(module: nn.Module) -> bool:
     return bool(module._non_persistent_buffers_set) or not all(map(_holds_no_tensors, held))
 
 
-def _holds_no_tensors(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(map(_holds_no_tensors, value.values()))
-    if isinstance(value, list | tuple | set):
-        return all(map(_holds_no_tensors, value))
+def _holds_no_tensors(value: Any, depth: int = DEPTH) -> bool:
+    if isinstance(value, Mapping | list | tuple | set):
+        parts = value.values() if isinstance(value, Mapping) else value
+        return not value or (depth > 0 and all(_holds_no_tensors(part, depth - 1) for part in parts))
     return isinstance(value, _NO_TENSORS) or (isinstance(value, FunctionType) and not value.__closure__)
 
 

@@ -262,12 +262,14 @@ def with_table(place: str) -> Callable[..., Any]:
     def build(name: str, kwargs: dict[str, Any]) -> torch.nn.Module:
         model: Any = timm_model(name, kwargs)
         table = torch.arange(4.0)
+        within: list[Any] = [table]
+        within.append(within)
         if place == "buffer":
             model.register_buffer("table", table, persistent=False)
         else:
             places: dict[str, Any] = {
                 "attribute": table, "list": {"all": [table]}, "closure": lambda x: x + table,
-                "partial": partial(torch.add, table),
+                "partial": partial(torch.add, table), "itself": within,
             }  # fmt: skip
             model.table = places[place]
         return model
@@ -275,14 +277,15 @@ def with_table(place: str) -> Callable[..., Any]:
     return build
 
 
-@pytest.mark.parametrize("place", ["buffer", "attribute", "list", "closure", "partial"])
+@pytest.mark.parametrize("place", ["buffer", "attribute", "list", "closure", "partial", "itself"])
 def test_what_no_file_holds_is_built_for_real(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(base_of("digits_resnet"), tmp_path / "net.safetensors")[1]
     monkeypatch.setattr("sharefold.architectures.build._timm_model", with_table(place))
     found: Any = sharefold.load(path).table
     if place in ("closure", "partial"):
         found = found(torch.zeros(4))
-    assert torch.equal(found["all"][0] if place == "list" else found, torch.arange(4.0))
+    tables = {"list": lambda: found["all"][0], "itself": lambda: found[0]}
+    assert torch.equal(tables.get(place, lambda: found)(), torch.arange(4.0))
 
 
 def test_weights_that_a_builder_calculates_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 
 from sharefold.graph.layers import BATCH_NORM_KEYS, is_layer_like
+from sharefold.layers.surgery import DEPTH, LONGEST
 
 # Modules that act on each channel alone but whose forward is hard to read from a graph.
 CHANNELWISE_SOURCES = (
@@ -87,16 +88,13 @@ def trace(model: nn.Module, given: int, *, deep: bool) -> fx.Graph:
     return graph
 
 
-def _mark(value: Any, by: str) -> None:
+def _mark(value: Any, by: str, depth: int = DEPTH) -> None:
     """Notes on the nodes of all symbolic values in ``value`` who sees them."""
     if isinstance(value, fx.Proxy):
         value.node.meta["seen"] = by
-    elif isinstance(value, dict):
-        for item in value.values():
-            _mark(item, by)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _mark(item, by)
+    elif depth and isinstance(value, dict | list | tuple) and len(value) <= LONGEST:
+        for item in value.values() if isinstance(value, dict) else value:
+            _mark(item, by, depth - 1)
 
 
 def _drop_fixed_arguments(graph: fx.Graph, given: int) -> None:

@@ -198,6 +198,8 @@ class Reader(nn.Module):
     def __init__(self, way: str) -> None:
         super().__init__()
         self.way, self.features, self.kept = way, torch.zeros(()), [torch.zeros(())]
+        self.within: list[Any] = []
+        self.within.append(self.within)
         self.rnn, self.attention = nn.LSTM(8, 8, batch_first=True), nn.MultiheadAttention(8, 2, batch_first=True)
         self.pool = nn.AvgPool3d((3, 1, 1), 1, (1, 0, 0)) if way == "pool" else nn.Identity()
         if way == "hook":
