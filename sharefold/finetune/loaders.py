@@ -75,6 +75,19 @@ def opened(data: Data, split: str, preprocess: Preprocess, model: nn.Module) -> 
     return open_data(data, split, transform_cfg=preprocess) if isinstance(data, str) else data
 
 
+def ready(
+    data: Data, split: str, model: nn.Module, config: FinetuneConfig, size: Size | None = None
+) -> tuple[Data, Preprocess]:  # fmt: skip
+    """``data`` in memory or opened, and the preprocessing that it is for; what is ready stays as it is.
+
+    Args:
+        size: (C, H, W) at which a DATA string is opened; by default the model's.
+    """
+    data = in_memory(data, model)
+    preprocess = preprocess_of(model, config, data.size if isinstance(data, MemoryImages) else size)
+    return opened(data, split, preprocess, model), preprocess
+
+
 def warn_about_teacher(model: nn.Module, teacher: nn.Module, config: FinetuneConfig, size: Size | None = None) -> None:
     """Warns when the teacher was trained on other pixels than the model will see: both get the same batches.
 
@@ -201,14 +214,8 @@ def chain_for(config: FinetuneConfig, side: int, channels: int) -> Augment:
 def training_batches(
     data: Data, model: nn.Module, config: FinetuneConfig, world: World, size: Size | None = None
 ) -> TrainBatches:  # fmt: skip
-    """Batches of the training images. Raises SharefoldError for data that cannot be used as asked.
-
-    Args:
-        size: (C, H, W) at which a DATA string is opened; by default the model's.
-    """
-    data = in_memory(data, model)
-    preprocess = preprocess_of(model, config, data.size if isinstance(data, MemoryImages) else size)
-    data = opened(data, "train", preprocess, model)
+    """Batches of the training images; ``size`` as of :func:`ready`. Raises SharefoldError for what cannot be used as asked."""
+    data, preprocess = ready(data, "train", model, config, size)
     if config.labels and not labelled(data):
         raise SharefoldError("finetune: the training images have no labels: pass labels, or distil with --no-labels")
 
@@ -252,10 +259,8 @@ def training_batches(
 def validation_batches(
     data: Data, model: nn.Module, config: FinetuneConfig, world: World, size: Size | None = None
 ) -> EvalBatches:  # fmt: skip
-    """Batches of the validation images, dealt over processes; ``size`` as of :func:`training_batches`."""
-    data = in_memory(data, model)
-    preprocess = preprocess_of(model, config, data.size if isinstance(data, MemoryImages) else size)
-    data = opened(data, "val", preprocess, model)
+    """Batches of the validation images, dealt over processes; ``size`` as of :func:`ready`."""
+    data, preprocess = ready(data, "val", model, config, size)
     if not labelled(data):
         raise SharefoldError("finetune: the validation images have no labels: leave val out, or pass labels")
     source = data if isinstance(data, DataLoader) else (memory_images(data, preprocess) or data)

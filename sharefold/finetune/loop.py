@@ -26,8 +26,8 @@ from sharefold.finetune.evaluate import evaluate
 from sharefold.finetune.interrupt import Interrupted, StopRequest
 from sharefold.finetune.loaders import (
     in_memory,
-    opened,
     preprocess_of,
+    ready,
     training_batches,
     validation_batches,
     warn_about_teacher,
@@ -133,9 +133,8 @@ def finetune(
         size = sizes[0] if sizes else None
         if teacher is not None and where.first:
             warn_about_teacher(model, teacher, config, size)
-        preprocess = preprocess_of(model, config, size)
-        train = opened(train, "train", preprocess, model)
-        val = None if val is None else opened(val, "val", preprocess, model)
+        train = ready(train, "train", model, config, size)[0]
+        val = None if val is None else ready(val, "val", model, config, size)[0]
         if config.labels:
             check_same_numbers(train, val)
         batches = training_batches(train, model, config, where, size)
